@@ -1,0 +1,64 @@
+"""Connecting to Ray: the running cluster inside a job, else a local one; and taming what it prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+QUIET_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "GLOO_LOG_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+"""Log levels of the libraries underneath, unless --verbose."""
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: starts faster and dies with it
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines on a node must not pin themselves to the same cores
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def connected(verbose: bool = False) -> Iterator[None]:
+    """Ray, for as long as the block runs: the cluster RAY_ADDRESS names, else one started here and stopped at the end."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    env = {**ENGINE_ENV, **({} if verbose else QUIET_ENV)}
+    for name, value in env.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {name: os.environ[name] for name in env}}}
+    if not verbose:
+        options |= {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"include_dashboard": False, "address": "local"}
+    if ray.is_initialized():  # a test's or notebook's own cluster
+        yield
+        return
+    ray.init(**options)
+    if not verbose:
+        _quiet_ray()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_ray() -> None:
+    import ray.data
+
+    for name in ("ray", "ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,19 @@
+"""The errors a user can mend: one line that says what is wrong, what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something in the user's hands is wrong. The command line prints its text and exits with 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`' (did you mean "x"?)'` for the nearest known name, else the list of known names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if near:
+        return f' (did you mean "{near[0]}"?)'
+    return f" (known: {', '.join(names)})" if names else ""

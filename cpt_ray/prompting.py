@@ -1,0 +1,111 @@
+"""The one place where a conversation is rendered: for writing, directing, judging, training, evaluation, serving.
+
+Whatever several requests share comes first (rubric, then prompt, then answer), so that the engine's prefix
+cache serves it. `policy_messages` and `token_ids` are what training, evaluation and serving have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from cpt_ray.records import content_id
+from cpt_ray.rubric import Criterion, Level, Rubric
+
+ChatMessage = dict[str, str]
+"""{"role": ..., "content": ...}, as chat templates and the OpenAI API take it."""
+
+WRITE_HEAD = "You write answers that a rubric describes. Never mention the rubric."
+WRITE_TAIL = "Target level: {number} of {count}, {name} ({score:g}/100)."
+DIRECT_HEAD = "You turn a rubric's level into a short instruction."
+DIRECT_TAIL = (
+    "Level: {number} of {count}, {name}.\n"
+    "{descriptors}\n"
+    "Write two or three sentences that tell a writer how to write at this level. "
+    "Do not use numbers. Do not name the rubric."
+)
+JUDGE_HEAD = "You grade an answer with a rubric."
+JUDGE_TAIL = "Criterion: {criterion}. Which level fits the answer best? Reply with one number, 1 to {count}."
+
+TEMPLATES_HASH = content_id(WRITE_HEAD, WRITE_TAIL, DIRECT_HEAD, DIRECT_TAIL, JUDGE_HEAD, JUDGE_TAIL)
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    def apply_chat_template(self, conversation: list[ChatMessage], **kwargs: Any) -> Any: ...
+
+
+def rubric_text(rubric: Rubric) -> str:
+    """The whole rubric as the writer, director and judge read it."""
+    lines = [f"# {rubric.title}", rubric.objective, "", *(f"- {one}" for one in rubric.principles)]
+    for criterion in rubric.criteria:
+        lines += ["", f"## {criterion.name} ({criterion.weight:g}%)"]
+        lines += [
+            f"{number}. {criterion.descriptors[level.name]}" for number, level in enumerate(rubric.levels, start=1)
+        ]
+    return "\n".join(lines)
+
+
+def _level_fields(rubric: Rubric, level: Level) -> dict[str, Any]:
+    number = rubric.levels.index(level) + 1
+    return {"number": number, "count": len(rubric.levels), "name": level.name, "score": level.score}
+
+
+def _level_descriptors(rubric: Rubric, level: Level) -> str:
+    return "\n".join(f"- {one.name}: {one.descriptors[level.name]}" for one in rubric.criteria)
+
+
+def _chat(system: str, user: str) -> list[ChatMessage]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def writer_messages(rubric: Rubric, level: Level, prompt: str) -> list[ChatMessage]:
+    """phi(x, R, target): the whole rubric, the prompt, then the level asked for."""
+    tail = WRITE_TAIL.format(**_level_fields(rubric, level)) + "\n" + _level_descriptors(rubric, level)
+    return _chat(f"{WRITE_HEAD}\n\n{rubric_text(rubric)}", f"{prompt}\n\n{tail}")
+
+
+def director_messages(rubric: Rubric, level: Level) -> list[ChatMessage]:
+    """Asks for a directive: what the policy will see instead of (rubric, level)."""
+    tail = DIRECT_TAIL.format(**_level_fields(rubric, level), descriptors=_level_descriptors(rubric, level))
+    return _chat(f"{DIRECT_HEAD}\n\n{rubric_text(rubric)}", tail)
+
+
+def judge_messages(rubric: Rubric, criterion: Criterion, prompt: str, answer: str) -> list[ChatMessage]:
+    """Asks for one criterion's level as one token; a text's criteria share everything but the last line."""
+    tail = JUDGE_TAIL.format(criterion=criterion.name, count=len(rubric.levels))
+    return _chat(
+        f"{JUDGE_HEAD}\n\n{rubric_text(rubric)}", f"Prompt:\n{prompt}\n\nAnswer:\n{answer}\n\n{tail}"
+    )
+
+
+def policy_messages(directive: str | None, messages: Sequence[Mapping[str, str]]) -> list[ChatMessage]:
+    """What the tuned model sees: the directive as the system message, in front of the user's own if there is one."""
+    rest = [dict(one) for one in messages]
+    if not directive:
+        return rest
+    if rest and rest[0].get("role") == "system":
+        rest[0]["content"] = f"{directive}\n\n{rest[0]['content']}"
+        return rest
+    return [{"role": "system", "content": directive}, *rest]
+
+
+def compose_directives(texts: Sequence[str]) -> str | None:
+    """One system prompt for the directives of a configuration's rubrics, in rubric order."""
+    return "\n".join(texts) or None
+
+
+def token_ids(
+    tokenizer: Tokenizer, messages: list[ChatMessage], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The prompt's token ids by the model's own chat template, ready for the answer; no second BOS."""
+    ids = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(template_kwargs or {})
+    )
+    return list(ids)
+
+
+def level_labels(rubric: Rubric) -> list[str]:
+    """The judge's possible replies, lowest level first."""
+    return [str(number) for number in range(1, len(rubric.levels) + 1)]

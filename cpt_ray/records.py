@@ -1,0 +1,238 @@
+"""What the tables hold: one frozen record per concept, and its parquet schema derived from it.
+
+Ids are content hashes: the same thing asked for twice has the same id, whatever the order or the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def content_id(*parts: Any) -> str:
+    """20 hex digits (80 bits) of the SHA-256 of the parts' canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What an answer is written to."""
+
+    prompt_id: str
+    """Hash of the text."""
+    text: str
+    split: str
+    """"train" or "held_out", decided by the hash of the text alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directive:
+    """A system prompt of 2-3 sentences that stands for (rubric, level)."""
+
+    directive_id: str
+    rubric_id: str
+    level: str
+    text: str
+    split: str
+    """"train" or "held_out"; held-out ones are seen in evaluation only."""
+    source: str
+    """"rubric" if a person wrote it there, else the director model's name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One answer to be written."""
+
+    unit_id: str
+    """Hash of rubric, prompt, level, sample, template and writer (model and sampling)."""
+    prompt_id: str
+    prompt: str
+    rubric_id: str
+    level: str
+    """The target: the level the answer is asked to have."""
+    score: float
+    """The target level's anchor, 0-100."""
+    sample: int
+    """Which of the samples for the same (prompt, rubric, level), from 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A written answer."""
+
+    unit_id: str
+    prompt_id: str
+    prompt: str
+    rubric_id: str
+    level: str
+    sample: int
+    text: str
+    num_tokens: int
+    """Tokens of the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriterionGrade:
+    """One criterion's verdict."""
+
+    criterion: str
+    measured: bool
+    """True if a registered measure gave it, False if the judge did."""
+    score: float | None
+    """0-100, or None if ungraded."""
+    reason: str
+    """Why it is ungraded; "" if it is graded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grade:
+    """The verdict on one answer."""
+
+    unit_id: str
+    score: float | None
+    """Weighted over the criteria, 0-100; None if any criterion is ungraded."""
+    judged: float | None
+    """The same over the judged criteria alone; None if there are none or one is ungraded."""
+    measured: float | None
+    """The same over the measured criteria alone."""
+    reason: str
+    """Why `score` is None; "" if it is not."""
+    judge: str
+    """The judge model's name."""
+    criteria: list[CriterionGrade]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One training row, in TRL's conversational preference format plus where it comes from."""
+
+    pair_id: str
+    twin_id: str
+    """The pair with chosen and rejected swapped, under the rejected answer's directive."""
+    cell_id: str
+    """The grid of one (prompt, rubric, sample): its answers and directives, one of each per level."""
+    prompt_id: str
+    rubric_id: str
+    level: str
+    """Level of the directive and of the chosen answer."""
+    rejected_level: str
+    directive_id: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    chosen_score: float
+    rejected_score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """Anything dropped, and why."""
+
+    stage: str
+    subject_id: str
+    """unit_id, directive_id or pair_id."""
+    rubric_id: str
+    level: str
+    reason: str
+    """A short fixed phrase, counted in the ledger."""
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One evaluation answer and its grade."""
+
+    trial_id: str
+    model: str
+    """"base" or "tuned"."""
+    prompt_id: str
+    prompt: str
+    rubric_id: str
+    level: str
+    """The requested level."""
+    target: float
+    """Its anchor, 0-100."""
+    directive: str | None
+    """None in the rows without a directive."""
+    text: str
+    score: float | None
+    """Judged score, 0-100; None if ungraded."""
+    judged: float | None
+    measured: float | None
+    reason: str
+    """Why `score` is None; "" if it is not."""
+
+
+Record = TypeVar("Record")
+
+_ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
+    """(type, nullable) of a field's annotation."""
+    if isinstance(annotation, types.UnionType):
+        inner = next(one for one in typing.get_args(annotation) if one is not type(None))
+        return _arrow_type(inner)[0], True
+    if typing.get_origin(annotation) is list:
+        return pa.list_(_arrow_type(typing.get_args(annotation)[0])[0]), False
+    if dataclasses.is_dataclass(annotation):
+        return pa.struct(list(schema_of(typing.cast(type, annotation)))), False
+    return _ARROW[annotation], False
+
+
+def schema_of(record: type[Any]) -> pa.Schema:
+    """The parquet schema of a record class."""
+    hints = typing.get_type_hints(record)
+    fields = []
+    for field in dataclasses.fields(record):
+        kind, nullable = _arrow_type(hints[field.name])
+        fields.append(pa.field(field.name, kind, nullable=nullable))
+    return pa.schema(fields)
+
+
+def to_table(rows: Iterable[Any], record: type[Any]) -> pa.Table:
+    """Records of one class as an arrow table of that class's schema."""
+    return pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=schema_of(record))
+
+
+def _revive(annotation: Any, value: Any) -> Any:
+    if value is not None and typing.get_origin(annotation) is list:
+        inner = typing.get_args(annotation)[0]
+        return [_revive(inner, one) for one in value]
+    if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
+        return from_dict(typing.cast(type[Any], annotation), value)
+    return value
+
+
+def from_dict(record: type[Record], row: dict[str, Any]) -> Record:
+    """One record from one row of its table."""
+    hints = typing.get_type_hints(record)
+    return record(**{name: _revive(hints[name], row[name]) for name in hints})
+
+
+def read_records(path: Path, record: type[Record]) -> list[Record]:
+    """All rows of one parquet file; ValueError if its schema is another one's."""
+    table = pq.read_table(path)
+    if table.schema.names != schema_of(record).names:
+        raise ValueError(f"{path}: columns {table.schema.names} are not those of {record.__name__}")
+    return [from_dict(record, row) for row in table.to_pylist()]

@@ -1,0 +1,165 @@
+"""The run directory: the one module that knows its paths, and how a stage completes a shard.
+
+A table is a folder of shard files. A stage maps an input shard to an output shard; the file is written under
+a temporary name and renamed, so a file that is there is complete, and what is there is not done again. The
+name of an output shard hashes the name of its input and everything the stage depends on (`derive`), so a
+changed rubric, model or setting makes new names and only those shards are done anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from cpt_ray.errors import UserError
+from cpt_ray.records import (
+    Directive,
+    Generation,
+    Grade,
+    Pair,
+    Reject,
+    Trial,
+    Unit,
+    content_id,
+    read_records,
+    to_table,
+)
+
+TABLES: dict[str, type[Any]] = {
+    "units": Unit,
+    "directives": Directive,
+    "generations": Generation,
+    "grades": Grade,
+    "pairs": Pair,
+    "rejects": Reject,
+    "evaluation": Trial,
+}
+Record = TypeVar("Record")
+_COUNTS = b"cpt_ray.counts"
+
+
+def derive(parent: str, *parts: Any) -> str:
+    """Name of the shard made from shard `parent` under settings `parts`: same stem, new hash."""
+    return f"{parent.rpartition('-')[0]}-{content_id(parent, *parts)[:12]}"
+
+
+def _write_atomically(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """`runs/<name>`; cheap to make, picklable, the same on every node that sees the folder."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """Merged weights and tokenizer, Hugging Face layout."""
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The LoRA alone."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Ray Train's storage."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """report.html, figures, results.json."""
+        return self.path / "report"
+
+    def shard(self, table: str, name: str) -> Path:
+        """Path of one shard of a table."""
+        return self.path / table / f"{name}.parquet"
+
+    def has(self, table: str, name: str) -> bool:
+        """Whether the shard is complete."""
+        return self.shard(table, name).exists()
+
+    def write(self, table: str, name: str, rows: Iterable[Any], counts: dict[str, float] | None = None) -> None:
+        """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
+        made = to_table(rows, TABLES[table])
+        _write_atomically(
+            self.shard(table, name), made.replace_schema_metadata({_COUNTS: json.dumps(counts or {})})
+        )
+
+    def counts(self, table: str, name: str) -> dict[str, float]:
+        """The counts that the shard was written with."""
+        metadata = pq.read_schema(self.shard(table, name)).metadata or {}
+        loaded: dict[str, float] = json.loads(metadata.get(_COUNTS, b"{}"))
+        return loaded
+
+    def read(self, table: str, names: Sequence[str], record: type[Record]) -> list[Record]:
+        """The rows of the named shards, in order; `record` is the table's class."""
+        assert TABLES[table] is record
+        return [row for name in names for row in read_records(self.shard(table, name), record)]
+
+    def prune(self, table: str, keep: Iterable[str], prefix: str = "") -> None:
+        """Removes the shards (of one prefix) of a cheap table that the present settings no longer name."""
+        wanted = set(keep)
+        for path in (self.path / table).glob(f"{prefix}*.parquet"):
+            if path.stem not in wanted:
+                path.unlink()
+
+    # ------------------------------------------------------------ small files
+
+    def write_text(self, relative: str, text: str) -> Path:
+        """Writes one small file atomically and returns its path."""
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    def write_json(self, relative: str, data: Any) -> Path:
+        """Writes `data` as JSON."""
+        return self.write_text(relative, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, relative: str) -> Any:
+        """The JSON file's content, or None if it is not there."""
+        path = self.path / relative
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_run(self, resolved: dict[str, Any]) -> None:
+        """run.yaml: the resolved config and the content hashes of what it names."""
+        self.write_text("run.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+    def add_to_ledger(self, stage: str, entry: dict[str, Any]) -> None:
+        """Replaces one stage's entry in ledger.json."""
+        ledger = self.read_json("ledger.json") or {}
+        ledger[stage] = entry
+        self.write_json("ledger.json", ledger)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run directory for this process; UserError if another one has it or it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another run_dir") from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+            yield

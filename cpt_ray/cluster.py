@@ -30,8 +30,9 @@ ENGINE_ENV = {
 
 @contextmanager
 def connected(verbose: bool = False) -> Iterator[None]:
-    """Ray, for as long as the block runs: the cluster RAY_ADDRESS names, else one started here and stopped at the end."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    """Ray, for as long as the block runs: the cluster in RAY_ADDRESS, else one that starts and ends with it."""
+    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
     env = {**ENGINE_ENV, **({} if verbose else QUIET_ENV)}
     for name, value in env.items():
         os.environ.setdefault(name, value)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cpt_ray.errors import UserError
+from cpt_ray.records import content_id
 from cpt_ray.rubric import read_yaml, validation_lines
 
 EMBEDDED = "embedded"
@@ -71,6 +73,34 @@ class ModelConfig(_Section):
     def path(self) -> str:
         """What the engine and transformers load."""
         return str(EMBEDDED_PATH) if self.model == EMBEDDED else self.model
+
+    @property
+    def identity(self) -> str:
+        """Changes when the model does: its name, or what is in its folder."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return self.model
+        return content_id([[one.name, _fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
+
+    @property
+    def answer_key(self) -> str:
+        """Changes when this role's answers would: model, sampling or template arguments."""
+        return content_id(self.identity, self.sampling.model_dump(), self.chat_template_kwargs)
+
+    @property
+    def engine_key(self) -> str:
+        """Two roles with the same one can share an engine."""
+        return content_id(self.model_dump(mode="json", exclude={"sampling", "chat_template_kwargs"}))
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash of a file's size and its first and last MiB: weights are told apart without reading all of them."""
+    size, part = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(part))
+        file.seek(max(0, size - part))
+        digest.update(file.read())
+    return f"{size}-{digest.hexdigest()[:20]}"
 
 
 class SynthesisConfig(_Section):
@@ -180,7 +210,7 @@ class RunConfig(_Section):
         step = self.train.num_workers * self.train.micro_batch_size
         if self.train.batch_size % step:
             raise ValueError(
-                f"train.batch_size: {self.train.batch_size} is not a multiple of num_workers x micro_batch_size = {step}"
+                f"train.batch_size: {self.train.batch_size}; num_workers x micro_batch_size = {step} must divide it"
             )
         return self
 

@@ -5,6 +5,7 @@ Nothing is parsed and nothing is made up: what cannot be graded has no score, an
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,7 @@ def interpolate(value: float, points: Sequence[tuple[float, float]]) -> float:
     """Piecewise linear through `points` (x strictly rising), flat outside them."""
     if value <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if value <= x1:
             return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
     return points[-1][1]
@@ -40,9 +41,7 @@ def judged_criterion(rubric: Rubric, criterion: Criterion, logprobs: Mapping[int
         return CriterionGrade(criterion=criterion.name, measured=False, score=None, reason=reason)
     expected = sum(number * mass for number, mass in enumerate(masses, start=1)) / total
     anchors = [(float(number), level.score) for number, level in enumerate(rubric.levels, start=1)]
-    return CriterionGrade(
-        criterion=criterion.name, measured=False, score=interpolate(expected, anchors), reason=""
-    )
+    return CriterionGrade(criterion=criterion.name, measured=False, score=interpolate(expected, anchors), reason="")
 
 
 def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> CriterionGrade:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _SENTENCE = re.compile(r"[^.!?\s][^.!?]*(?:[.!?]+|$)")
 
 Measure = Callable[[str, Sequence[str], Sequence[str]], float | None]
@@ -17,7 +17,7 @@ Measure = Callable[[str, Sequence[str], Sequence[str]], float | None]
 
 def words_of(text: str) -> list[str]:
     """The text's words, lower-cased, typographic apostrophes made plain."""
-    return [word.lower().replace("’", "'") for word in _WORD.findall(text)]
+    return [word.lower().replace("\u2019", "'") for word in _WORD.findall(text)]
 
 
 def _num_sentences(text: str) -> int:

@@ -75,9 +75,7 @@ def director_messages(rubric: Rubric, level: Level) -> list[ChatMessage]:
 def judge_messages(rubric: Rubric, criterion: Criterion, prompt: str, answer: str) -> list[ChatMessage]:
     """Asks for one criterion's level as one token; a text's criteria share everything but the last line."""
     tail = JUDGE_TAIL.format(criterion=criterion.name, count=len(rubric.levels))
-    return _chat(
-        f"{JUDGE_HEAD}\n\n{rubric_text(rubric)}", f"Prompt:\n{prompt}\n\nAnswer:\n{answer}\n\n{tail}"
-    )
+    return _chat(f"{JUDGE_HEAD}\n\n{rubric_text(rubric)}", f"Prompt:\n{prompt}\n\nAnswer:\n{answer}\n\n{tail}")
 
 
 def policy_messages(directive: str | None, messages: Sequence[Mapping[str, str]]) -> list[ChatMessage]:

@@ -36,9 +36,7 @@ def read_prompts(config: PromptsConfig) -> list[Prompt]:
             )
         prompt_id = content_id(text.strip())
         held_out = int(prompt_id, 16) / 16 ** len(prompt_id) < config.held_out
-        prompts[prompt_id] = Prompt(
-            prompt_id=prompt_id, text=text.strip(), split="held_out" if held_out else "train"
-        )
+        prompts[prompt_id] = Prompt(prompt_id=prompt_id, text=text.strip(), split="held_out" if held_out else "train")
     found = list(prompts.values())
     for split in ("train", "held_out"):
         if not any(one.split == split for one in found):

@@ -5,6 +5,7 @@ One file holds one rubric. See `rubrics/README.md` for the format by example.
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -71,17 +72,15 @@ class Rubric(_Strict):
 
     @property
     def content_hash(self) -> str:
-        """Changes with any part of the rubric that a prompt, a grade or a directive can depend on."""
-        return content_id(self.model_dump(mode="json"))
+        """Changes with any part of the rubric that a written answer or a grade can depend on."""
+        return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}}))
 
     def level(self, name: str) -> Level:
         """The level called `name`; UserError with the nearest name if there is none."""
         for level in self.levels:
             if level.name == name:
                 return level
-        raise UserError(
-            f"rubric {self.id}: no level {name!r}{did_you_mean(name, [one.name for one in self.levels])}"
-        )
+        raise UserError(f"rubric {self.id}: no level {name!r}{did_you_mean(name, [one.name for one in self.levels])}")
 
     def nearest_level(self, score: float) -> Level:
         """The level in whose bin `score` (0-100) falls: bins end half-way between anchors, a tie goes up."""
@@ -103,7 +102,7 @@ class Rubric(_Strict):
         _no_duplicates("levels", names)
         _no_duplicates("criteria", [one.name for one in self.criteria])
         scores = [level.score for level in self.levels]
-        if any(low >= high for low, high in zip(scores, scores[1:], strict=False)):
+        if any(low >= high for low, high in itertools.pairwise(scores)):
             raise ValueError(
                 f"levels: score anchors {_numbers(scores)} are out of order; list the lowest score first, no two equal"
             )
@@ -145,7 +144,7 @@ def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
         raise ValueError(f"{where}.name: no measure {spec.name!r}{did_you_mean(spec.name, MEASURES)}")
     _keyed_by_level(f"{where}.values", spec.values, names)
     values = [spec.values[name] for name in names]
-    steps = [high - low for low, high in zip(values, values[1:], strict=False)]
+    steps = [high - low for low, high in itertools.pairwise(values)]
     if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
         raise ValueError(f"{where}.values: {_numbers(values)} must strictly rise or strictly fall from level to level")
     for field in ("words", "against"):
@@ -192,7 +191,10 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is read as {type(key).__name__}; put it in quotes", key_node.start_mark
+                    None,
+                    None,
+                    f"key {key!r} is read as {type(key).__name__}; put it in quotes",
+                    key_node.start_mark,
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(

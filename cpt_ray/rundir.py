@@ -42,6 +42,7 @@ TABLES: dict[str, type[Any]] = {
     "grades": Grade,
     "pairs": Pair,
     "rejects": Reject,
+    "evaluation_answers": Trial,
     "evaluation": Trial,
 }
 Record = TypeVar("Record")
@@ -97,9 +98,7 @@ class RunDir:
     def write(self, table: str, name: str, rows: Iterable[Any], counts: dict[str, float] | None = None) -> None:
         """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
         made = to_table(rows, TABLES[table])
-        _write_atomically(
-            self.shard(table, name), made.replace_schema_metadata({_COUNTS: json.dumps(counts or {})})
-        )
+        _write_atomically(self.shard(table, name), made.replace_schema_metadata({_COUNTS: json.dumps(counts or {})}))
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""
@@ -161,5 +160,5 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+                raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
             yield

@@ -1,0 +1,38 @@
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check setup serve clean
+
+quickstart: setup
+	@$(BIN)/cpt run jobs/embedded.yaml
+
+serve: setup
+	@$(BIN)/cpt serve jobs/embedded.yaml
+
+test: check
+
+# the one check command
+check: setup
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+setup: $(VENV)/.ready
+
+# Exact versions without their dependencies: nothing pulls in CUDA builds. The CPU wheel of torch comes from where
+# pip is configured to look; where it is not, uv takes it from PyTorch's own CPU wheel index.
+$(VENV)/.ready: requirements-cpu.lock pyproject.toml
+	@echo "setting up $(VENV) (about two minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^torch==' requirements-cpu.lock)" 2>/dev/null \
+	  || { $(BIN)/pip install --quiet --disable-pip-version-check uv \
+	    && $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --torch-backend cpu \
+	       "$$(grep '^torch==' requirements-cpu.lock)"; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""The embedded model: a tiny chat model made by `make.py` and shipped in `model/`."""

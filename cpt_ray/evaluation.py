@@ -1,0 +1,199 @@
+"""Evaluation: held-out prompts x held-out directives x levels, base against tuned, with and without a directive."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.console import say
+from cpt_ray.engine import Completion, Engine, Request, seed_of
+from cpt_ray.errors import UserError
+from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
+from cpt_ray.records import Directive, Prompt, Trial, content_id
+from cpt_ray.report import render_report, table_lines
+from cpt_ray.rubric import Rubric
+from cpt_ray.rundir import RunDir, derive
+from cpt_ray.scoring import score_trials
+from cpt_ray.synthesis import Plan, Shards, judge_answers
+
+
+def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
+    """The evaluation's rows (still unanswered) by shard name, the same for both models."""
+    config = plan.config
+    held_out = [one for one in run.read("directives", shards.directives, Directive) if one.split == "held_out"]
+    prompts = sorted(plan.prompts_of("held_out"), key=lambda one: one.prompt_id)[: config.evaluate.prompts]
+    planned: dict[str, list[Trial]] = {}
+    for rubric in plan.rubrics:
+        own = [one for one in held_out if one.rubric_id == rubric.id]
+        per_prompt = len(rubric.levels) * (config.evaluate.directives + 1)
+        step = max(1, config.synthesis.shard_rows // per_prompt)
+        for start in range(0, len(prompts), step):
+            rows = [
+                row
+                for prompt in prompts[start : start + step]
+                for row in _trials(rubric, prompt, own, config.evaluate.directives)
+            ]
+            ids = content_id(*(row.trial_id for row in rows), rubric.content_hash)
+            planned[f"{rubric.id}-{start // step:05d}-{ids[:12]}"] = rows
+    return planned
+
+
+def _trials(rubric: Rubric, prompt: Prompt, directives: list[Directive], num_directives: int) -> list[Trial]:
+    rows = []
+    for level in rubric.levels:
+        own = sorted((one for one in directives if one.level == level.name), key=lambda one: one.directive_id)
+        first = int(content_id(prompt.prompt_id, rubric.id, level.name), 16)
+        chosen = [own[(first + at) % len(own)].text for at in range(min(num_directives, len(own)))]
+        for directive in (*chosen, None):
+            rows.append(
+                Trial(
+                    trial_id=content_id(prompt.text, rubric.id, level.name, directive),
+                    model="",
+                    prompt_id=prompt.prompt_id,
+                    prompt=prompt.text,
+                    rubric_id=rubric.id,
+                    level=level.name,
+                    target=level.score,
+                    directive=directive,
+                    text="",
+                    score=None,
+                    judged=None,
+                    measured=None,
+                    reason="not answered yet",
+                )
+            )
+    return rows
+
+
+@dataclass(frozen=True)
+class AnswerStep:
+    """Planned trials -> the trials with one model's answers."""
+
+    name: str
+    """"base" or "tuned"."""
+    model: ModelConfig
+    planned: dict[str, list[Trial]]
+    seed: int
+    table: str = "evaluation_answers"
+
+    @property
+    def stage(self) -> str:
+        """Its name in the ledger."""
+        return f"answer {self.name}"
+
+    def output(self, shard: str) -> str:
+        """Depends on the rows, the model's weights and its sampling."""
+        return derive(f"{shard[:-13]}-{self.name}-", shard, self.model.answer_key, self.seed)
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        """Answers one shard."""
+        rows, sampling = self.planned[shard], self.model.sampling
+        tally = Tally(len(rows))
+        completions = engine.run(
+            [
+                Request(
+                    messages=policy_messages(row.directive, [{"role": "user", "content": row.prompt}]),
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=seed_of(row.trial_id, self.seed),
+                )
+                for row in rows
+            ]
+        )
+        tally.add(completions)
+        done = [self._answered(row, one, tally) for row, one in zip(rows, completions, strict=True)]
+        run.write(self.table, self.output(shard), done, tally.close(sum(not row.reason for row in done)))
+
+    def _answered(self, row: Trial, one: Completion, tally: Tally) -> Trial:
+        if one.error and one.error != "cut off":  # a cut-off answer is what this model says; it is graded
+            tally.reject(one.error)
+            return dataclasses.replace(row, model=self.name, reason=f"{one.error}: {one.detail}")
+        return dataclasses.replace(row, model=self.name, text=one.text, reason="")
+
+
+@dataclass(frozen=True)
+class GradeTrialsStep:
+    """Answered trials -> graded trials."""
+
+    rubrics: dict[str, Rubric]
+    model: ModelConfig
+    stage: str = "grade answers"
+    table: str = "evaluation"
+
+    def output(self, shard: str) -> str:
+        """Depends on the answers and the judge."""
+        return derive(shard, "judge", self.model.answer_key, TEMPLATES_HASH)
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        """Grades one shard."""
+        rows = run.read("evaluation_answers", [shard], Trial)
+        tally = Tally(len(rows))
+        answered = [row for row in rows if not row.reason]
+        rubric = self.rubrics[rows[0].rubric_id]
+        texts = [(row.trial_id, row.prompt, row.text) for row in answered]
+        grades = {grade.unit_id: grade for grade in judge_answers(engine, rubric, texts, self.model.model, tally)}
+        done = []
+        for row in rows:
+            if grade := grades.get(row.trial_id):
+                row = dataclasses.replace(
+                    row, score=grade.score, judged=grade.judged, measured=grade.measured, reason=grade.reason
+                )
+                if row.score is None:
+                    tally.reject("ungraded")
+            done.append(row)
+        graded = sum(row.score is not None for row in done)
+        run.write(self.table, self.output(shard), done, tally.close(graded))
+
+
+def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
+    """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
+    if not (run.model / "config.json").exists():
+        raise UserError(f"{run.model}: no tuned model yet; run `cpt train` (or `cpt run`) first")
+    start = time.monotonic()
+    config = plan.config
+    planned = plan_trials(plan, run, shards)
+    tuned = config.policy.model_copy(update={"model": str(run.model)})
+    judge = GradeTrialsStep(rubrics=plan.by_id, model=config.judge)
+    steps = [
+        AnswerStep(name=name, model=model, planned=planned, seed=config.seed)
+        for name, model in (("tuned", tuned), ("base", config.policy))
+    ]
+    run_lines(run, "evaluate", [Line(list(planned), [step, judge]) for step in steps])
+    answers = {step.stage: [step.output(name) for name in planned] for step in steps}
+    graded = [judge.output(name) for names in answers.values() for name in names]
+    for stage, names in answers.items():
+        run.add_to_ledger(stage, ledger_entry(run, "evaluation_answers", names))
+    run.add_to_ledger(judge.stage, ledger_entry(run, "evaluation", graded))
+    run.prune("evaluation", graded)
+    trials = run.read("evaluation", graded, Trial)
+    results: dict[str, Any] = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed)
+    run.write_json("report/results.json", results)
+    info = run_info(plan)
+    page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)
+    written = run.write_text("report/report.html", page)
+    say("\n".join(table_lines(results)))
+    say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
+    return results
+
+
+def run_info(plan: Plan) -> dict[str, Any]:
+    """What a run was made of, for run.yaml and the report."""
+    config = plan.config
+    roles = {role: getattr(config, role) for role in ("writer", "director", "judge", "policy")}
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "models": {role: model.model for role, model in roles.items()},
+        "rubrics": {rubric.id: rubric.version for rubric in plan.rubrics},
+        "hashes": {
+            "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
+            "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
+            "templates": TEMPLATES_HASH,
+            "models": {role: model.identity for role, model in roles.items()},
+        },
+    }

@@ -1,0 +1,69 @@
+"""Small builders for tests: rubrics, generations, grades and directives with only what matters spelled out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpt_ray.records import Directive, Generation, Grade
+from cpt_ray.rubric import Rubric
+
+LEVELS = ("low", "mid", "high")
+
+
+def rubric_dict(**changes: Any) -> dict[str, Any]:
+    """A valid rubric of three levels as plain data."""
+    rubric: dict[str, Any] = {
+        "id": "ornament",
+        "version": 1,
+        "title": "Ornament",
+        "objective": "How rich the words are.",
+        "principles": ["Look at the words."],
+        "levels": [{"name": name, "score": score} for name, score in zip(LEVELS, (10, 50, 90), strict=True)],
+        "criteria": [
+            {"name": "words", "weight": 60, "descriptors": {name: f"{name} words" for name in LEVELS}},
+            {
+                "name": "bangs",
+                "weight": 40,
+                "descriptors": {name: f"{name} bangs" for name in LEVELS},
+                "measure": {"name": "exclamation_density", "values": {"low": 0, "mid": 0.5, "high": 1}},
+            },
+        ],
+    }
+    return rubric | changes
+
+
+def make_rubric(**changes: Any) -> Rubric:
+    return Rubric.model_validate(rubric_dict(**changes))
+
+
+def make_generation(level: str, prompt: str = "p", sample: int = 0, text: str | None = None) -> Generation:
+    return Generation(
+        unit_id=f"{prompt}/{sample}/{level}",
+        prompt_id=prompt,
+        prompt=f"Write {prompt}.",
+        rubric_id="ornament",
+        level=level,
+        sample=sample,
+        text=f"A {level} answer to {prompt} ({sample})." if text is None else text,
+        num_tokens=5,
+    )
+
+
+def make_grade(unit_id: str, score: float | None) -> Grade:
+    reason = "" if score is not None else "no verdict"
+    return Grade(unit_id=unit_id, score=score, judged=score, measured=None, reason=reason, judge="fake", criteria=[])
+
+
+def make_directives(split: str = "train") -> list[Directive]:
+    return [
+        Directive(
+            directive_id=f"{level}-{at}",
+            rubric_id="ornament",
+            level=level,
+            text=f"Write in the {level} manner, please ({'abc'[at]}).",
+            split=split,
+            source="rubric",
+        )
+        for level in LEVELS
+        for at in range(3)
+    ]

@@ -1,0 +1,117 @@
+"""The run file: what loads, what is overridden, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cpt_ray.config import ModelConfig, PromptsConfig, load_config
+from cpt_ray.errors import UserError
+from cpt_ray.prompts import read_prompts
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["embedded.yaml", "qwen3-4b.yaml"])
+def test_shipped_run_files_load(name: str) -> None:
+    config = load_config(ROOT / "jobs" / name)
+    assert config.judge == config.director == config.writer
+
+
+def test_an_override_replaces_one_entry() -> None:
+    config = load_config(ROOT / "jobs" / "embedded.yaml", ["train.beta=0.3", "judge.model=other", "judge.num_gpus=1"])
+    assert config.train.beta == 0.3
+    assert config.judge.model == "other"
+    assert config.writer.model == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lerning_rate=1", 'train.lerning_rate: unknown key (did you mean "learning_rate"?)'),
+        ("trian.beta=1", 'trian: unknown key (did you mean "train"?)'),
+        ("train.lora.rank=8", "train.lora.rank: unknown key (known: alpha, r, target_modules)"),
+        ("train.beta=-1", "train.beta: found -1"),
+        ("train.batch_size=33", "must divide it"),
+        ("train.beta", "is not key=value"),
+        ("seed.x=1", "holds a value, not a section"),
+        ("name=../up", "name: found '../up'"),
+    ],
+)
+def test_a_bad_entry_is_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(ROOT / "jobs" / "embedded.yaml", [override])
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_relative_run_directory_is_refused_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    with pytest.raises(UserError, match="give an absolute path"):
+        load_config(ROOT / "jobs" / "embedded.yaml")
+
+
+def test_a_model_folders_identity_follows_its_content(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"a")
+    before = ModelConfig(model=str(tmp_path)).identity
+    assert ModelConfig(model=str(tmp_path)).identity == before
+    (tmp_path / "weights").write_bytes(b"b")
+    assert ModelConfig(model=str(tmp_path)).identity != before
+    assert ModelConfig(model="org/name").identity == "org/name"
+
+
+def prompts(tmp_path: Path, name: str, text: str, column: str = "prompt") -> list[str]:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return [one.text for one in read_prompts(PromptsConfig(source=str(path), column=column, held_out=0.5))]
+
+
+def test_prompts_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
+    wanted = [f"Write about {thing}." for thing in ("tea", "rain", "iron", "moss", "salt", "dusk")]
+    rows = [{"prompt": text} for text in wanted]
+    csv_rows = "\n".join(f'{at},"{text}"' for at, text in enumerate(wanted))
+    assert prompts(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))) == wanted
+    assert prompts(tmp_path, "a.json", json.dumps(rows)) == wanted
+    assert prompts(tmp_path, "a.csv", f"id,prompt\n{csv_rows}") == wanted
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = read_prompts(PromptsConfig(source=str(tmp_path / "a.parquet"), held_out=0.5))
+    assert [one.text for one in found] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", "{", "a.jsonl:1: not JSON"),
+        ("a.jsonl", '{"promt": "x"}', "no column 'prompt' (did you mean \"promt\"?)"),
+        ("a.jsonl", '{"prompt": 3}', "expected a non-empty text"),
+        ("a.jsonl", '{"prompt": "x"}', "none of them"),
+        ("a.txt", "x", "prompts are read from"),
+    ],
+)
+def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prompts(tmp_path, name, text)
+    assert said in str(caught.value)
+
+
+def test_a_missing_source_is_refused() -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(PromptsConfig(source="nowhere.jsonl"))
+    with pytest.raises(UserError, match="neither a file here nor a data set"):
+        read_prompts(PromptsConfig(source="nobody/nothing"))
+
+
+def test_shipped_prompts_are_many_and_split_by_content(tmp_path: Path) -> None:
+    config = PromptsConfig(source=str(ROOT / "rubrics" / "prompts.jsonl"), held_out=0.15)
+    found = read_prompts(config)
+    assert len(found) >= 160
+    held_out = {one.text for one in found if one.split == "held_out"}
+    assert 0.05 < len(held_out) / len(found) < 0.25
+    lines = (ROOT / "rubrics" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "half.jsonl").write_text("\n".join(lines[::-2]), encoding="utf-8")
+    half = read_prompts(PromptsConfig(source=str(tmp_path / "half.jsonl"), held_out=0.15))
+    assert all((one.text in held_out) == (one.split == "held_out") for one in half)

@@ -1,0 +1,80 @@
+"""Labels: `chosen` follows the verdict, twins are complete, nothing ungraded becomes a label."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpt_ray.grading import confirms
+from cpt_ray.pairing import pair_cells
+from cpt_ray.records import Grade, Pair, Reject
+from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
+
+RUBRIC = make_rubric()
+ANCHOR = {level.name: level.score for level in RUBRIC.levels}
+
+
+def pair_scores(scores: dict[str, float | None]) -> tuple[list[Pair], list[Reject]]:
+    """One cell whose answers have these scores."""
+    generations = [make_generation(level) for level in scores]
+    grades = {one.unit_id: make_grade(one.unit_id, scores[one.level]) for one in generations}
+    return pair_cells(RUBRIC, generations, grades, make_directives())
+
+
+def test_three_confirmed_levels_give_six_pairs() -> None:
+    pairs, rejects = pair_scores(dict(ANCHOR))
+    assert {(one.level, one.rejected_level) for one in pairs} == {(a, b) for a in LEVELS for b in LEVELS if a != b}
+    assert rejects == []
+
+
+def test_unconfirmed_and_ungraded_answers_are_rejected_with_reasons() -> None:
+    pairs, rejects = pair_scores({"low": 10, "mid": 88, "high": None})
+    assert pairs == []
+    assert [(one.level, one.reason) for one in rejects] == [
+        ("mid", "other level"),
+        ("high", "ungraded"),
+        ("low", "no partner"),
+    ]
+    assert rejects[0].detail == "graded 88.0 (high), target mid"
+
+
+def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
+    generations = [make_generation(level, text="Same.") for level in LEVELS]
+    grades = {one.unit_id: make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
+    pairs, rejects = pair_cells(RUBRIC, generations, grades, make_directives())
+    assert pairs == []
+    assert sorted(one.reason for one in rejects) == ["no partner", "same text", "same text"]
+
+
+def test_held_out_directives_are_never_trained_on() -> None:
+    generations = [make_generation(level) for level in LEVELS]
+    grades = {one.unit_id: make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
+    pairs, rejects = pair_cells(RUBRIC, generations, grades, make_directives("held_out"))
+    assert pairs == []
+    assert {one.reason for one in rejects} == {"no directive"}
+
+
+_scores = st.one_of(st.none(), st.floats(0, 100))
+
+
+@given(st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled_from(LEVELS)), _scores))
+def test_labels_follow_verdicts_and_nothing_is_lost(table: dict[tuple[str, int, str], float | None]) -> None:
+    generations = [make_generation(level, prompt, sample) for prompt, sample, level in table]
+    scores = dict(zip((one.unit_id for one in generations), table.values(), strict=True))
+    grades: dict[str, Grade] = {unit_id: make_grade(unit_id, score) for unit_id, score in scores.items()}
+    pairs, rejects = pair_cells(RUBRIC, generations, grades, make_directives())
+    by_id = {one.pair_id: one for one in pairs}
+    assert len(by_id) == len(pairs)
+    directive_level = {one.directive_id: one.level for one in make_directives()}
+    used = set()
+    for one in pairs:
+        twin = by_id[one.twin_id]
+        assert (twin.chosen, twin.rejected, twin.twin_id) == (one.rejected, one.chosen, one.pair_id)
+        assert (twin.level, twin.rejected_level) == (one.rejected_level, one.level)
+        assert directive_level[one.directive_id] == one.level
+        assert confirms(RUBRIC, one.level, one.chosen_score)
+        assert not confirms(RUBRIC, one.level, one.rejected_score)
+        used |= {one.chosen[0].content, one.rejected[0].content}
+    rejected = {one.subject_id for one in rejects}
+    for generation in generations:
+        assert (generation.text in used) != (generation.unit_id in rejected)

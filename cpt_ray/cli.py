@@ -15,7 +15,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import RunDir
-from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, plan_units, synthesize
+from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, plan_units, run_info, synthesize
 
 
 def check(paths: Sequence[str]) -> None:
@@ -76,12 +76,10 @@ STAGES: dict[str, tuple[Callable[[Plan, RunDir], None], str]] = {
 
 def work(command: str, config: RunConfig, verbose: bool = False) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
-    from cpt_ray.evaluation import run_info
-
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), **run_info(plan)})
-        with connected(verbose):
+        with connected(verbose, run.path / "ray.log"):
             STAGES[command][0](plan, run)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 QUIET_ENV = {
@@ -29,30 +31,49 @@ ENGINE_ENV = {
 
 
 @contextmanager
-def connected(verbose: bool = False) -> Iterator[None]:
-    """Ray, for as long as the block runs: the cluster in RAY_ADDRESS, else one that starts and ends with it."""
+def connected(verbose: bool = False, log: Path | None = None) -> Iterator[None]:
+    """Ray, for as long as the block runs: the cluster in RAY_ADDRESS, else one that starts and ends with it.
+
+    Unless `verbose`, what Ray and the libraries under it print to stderr meanwhile goes to the file `log`.
+    """
     has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
     env = {**ENGINE_ENV, **({} if verbose else QUIET_ENV)}
     for name, value in env.items():
         os.environ.setdefault(name, value)
-    import ray
-
     options: dict[str, Any] = {"runtime_env": {"env_vars": {name: os.environ[name] for name in env}}}
     if not verbose:
         options |= {"log_to_driver": False, "logging_level": logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"include_dashboard": False, "address": "local"}
-    if ray.is_initialized():  # a test's or notebook's own cluster
-        yield
-        return
-    ray.init(**options)
-    if not verbose:
-        _quiet_ray()
+    with nullcontext() if verbose else _stderr_to(log or Path(os.devnull)):
+        import ray
+
+        if ray.is_initialized():  # a test's or a notebook's own cluster
+            yield
+            return
+        ray.init(**options)
+        if not verbose:
+            _quiet_ray()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Sends file descriptor 2 to the end of a file: Ray's C++ core writes there, past sys.stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
     try:
         yield
     finally:
-        ray.shutdown()
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _quiet_ray() -> None:

@@ -21,6 +21,32 @@ CPU_KV_CACHE_BYTES = 512 << 20
 """Cache of an engine without a GPU unless engine.kv_cache_memory_bytes is given; vLLM would take nearly all RAM."""
 
 
+def engine_env(config: ModelConfig) -> dict[str, str]:
+    """Environment of a process that will hold this engine.
+
+    An eager CPU engine gains nothing from torch.compile, and one helper of vLLM's sampler would still spend half a
+    minute in it at the first log-probability asked for.
+    """
+    eager = config.num_gpus == 0 and config.engine.get("enforce_eager", False)
+    return {"TORCHDYNAMO_DISABLE": "1"} if eager else {}
+
+
+def engine_arguments(config: ModelConfig) -> dict[str, Any]:
+    """vLLM engine arguments of a role, for batches and for serving; UserError for a name vLLM does not know."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = list(EngineArgs.__dataclass_fields__)
+    for name in config.engine:
+        if name not in known:
+            raise UserError(f"engine.{name}: vLLM has no such engine argument{did_you_mean(name, known)}")
+    arguments: dict[str, Any] = {"model": config.path, "seed": 0, "disable_log_stats": True}
+    if config.num_gpus == 0:
+        # A seeded request whose prompt is prefilled in chunks kills a CPU engine (vLLM 0.32 rewinds the generator's
+        # offset, which CPU generators do not have), so prompts are prefilled whole.
+        arguments |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enable_chunked_prefill": False}
+    return arguments | config.engine
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One conversation to be continued."""
@@ -62,17 +88,9 @@ class VllmEngine:
 
     def __init__(self, config: ModelConfig):
         from vllm import LLM
-        from vllm.engine.arg_utils import EngineArgs
 
-        known = list(EngineArgs.__dataclass_fields__)
-        for name in config.engine:
-            if name not in known:
-                raise UserError(f"engine.{name}: vLLM has no such engine argument{did_you_mean(name, known)}")
-        arguments: dict[str, Any] = {"seed": 0, "disable_log_stats": True, **config.engine}
-        if config.num_gpus == 0:
-            arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
         self._template_kwargs = config.chat_template_kwargs
-        self._llm = LLM(model=config.path, **arguments)
+        self._llm = LLM(**engine_arguments(config))
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len = self._llm.llm_engine.model_config.max_model_len
         self._label_ids: dict[str, int] = {}

@@ -18,7 +18,7 @@ from cpt_ray.report import render_report, table_lines
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
-from cpt_ray.synthesis import Plan, Shards, judge_answers
+from cpt_ray.synthesis import Plan, Shards, judge_answers, run_info
 
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
@@ -179,21 +179,3 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     say("\n".join(table_lines(results)))
     say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
     return results
-
-
-def run_info(plan: Plan) -> dict[str, Any]:
-    """What a run was made of, for run.yaml and the report."""
-    config = plan.config
-    roles = {role: getattr(config, role) for role in ("writer", "director", "judge", "policy")}
-    return {
-        "name": config.name,
-        "seed": config.seed,
-        "models": {role: model.model for role, model in roles.items()},
-        "rubrics": {rubric.id: rubric.version for rubric in plan.rubrics},
-        "hashes": {
-            "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
-            "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
-            "templates": TEMPLATES_HASH,
-            "models": {role: model.identity for role, model in roles.items()},
-        },
-    }

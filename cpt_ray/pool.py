@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.console import progress
-from cpt_ray.engine import Completion, Engine, VllmEngine
+from cpt_ray.engine import Completion, Engine, VllmEngine, engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.rundir import RunDir
 
@@ -58,21 +58,43 @@ class Line:
 
 
 class StepActor:
-    """An engine and the steps it can do; made remote by Ray Data."""
+    """An engine and the steps it can do; made remote by Ray Data.
+
+    A failure travels as a row: Ray Data would keep only the text of a stack trace, and try again for ever.
+    """
 
     def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]]):
-        self._run, self._steps = run, steps
-        self._engine = VllmEngine(model)
+        self._run, self._steps, self._error = run, steps, ""
+        try:
+            self._engine = VllmEngine(model)
+        except Exception as error:
+            self._error = _one_line(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for line, shard in zip(batch["line"], batch["shard"], strict=True):
-            name = str(shard)
-            for step in self._steps[int(line)]:
-                output = step.output(name)
+        errors = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
+        return {"error": errors}
+
+    def _bring(self, line: int, shard: str) -> str:
+        """Takes one shard through this actor's steps; "" or what went wrong."""
+        if self._error:
+            return self._error
+        try:
+            for step in self._steps[line]:
+                output = step.output(shard)
                 if not self._run.has(step.table, output):
-                    step(self._engine, self._run, name)
-                name = output
-        return batch
+                    step(self._engine, self._run, shard)
+                shard = output
+        except Exception as error:
+            return _one_line(error)
+        return ""
+
+
+def _one_line(error: Exception) -> str:
+    """The error in one line; the class's name in front unless it is one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UserError):
+        return lines[0]
+    return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
 
 
 def run_lines(run: RunDir, title: str, lines: Sequence[Line]) -> None:
@@ -136,6 +158,7 @@ def _pool_text(model: ModelConfig) -> str:
 def _map_shards(
     run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], todo: list[dict[str, Any]]
 ) -> Iterable[Any]:
+    """Yields once per finished shard; UserError with the cause if one fails."""
     import ray.data
 
     size = model.num_actors if isinstance(model.num_actors, tuple) else (model.num_actors, model.num_actors)
@@ -147,25 +170,12 @@ def _map_shards(
         compute=ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1]),
         num_cpus=model.num_cpus,
         num_gpus=model.num_gpus,
+        runtime_env={"env_vars": engine_env(model)},
     )
-    try:
-        yield from shards.iter_rows()
-    except Exception as error:
-        raise _as_user_error(error, model) from error
-
-
-def _as_user_error(error: BaseException, model: ModelConfig) -> UserError:
-    """The innermost cause in one line."""
-    cause: BaseException = error
-    while True:
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if not isinstance(inner, BaseException) or inner is cause:
-            break
-        cause = inner
-    if isinstance(cause, UserError):
-        return UserError(str(cause))
-    text = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return UserError(f"engine for {model.model}: {type(cause).__name__}: {(text or ['no message'])[-1][:300]}")
+    for row in shards.iter_rows():
+        if row["error"]:
+            raise UserError(f"{model.model}: {row['error']}")
+        yield row
 
 
 # ---------------------------------------------------------------- counting

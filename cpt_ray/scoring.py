@@ -67,8 +67,8 @@ class _Scorer:
     def __init__(self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: int, seed: int) -> None:
         self.rubrics = {rubric.id: rubric for rubric in rubrics}
         self.prompts = {name: index for index, name in enumerate(sorted({one.prompt_id for one in trials}))}
-        size = len(self.prompts)
-        drawn = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / max(size, 1)), size=resamples)
+        size = max(len(self.prompts), 1)
+        drawn = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
         self.counts: Floats = np.vstack([np.ones((1, size)), drawn]).T
 
     def rows(self, trials: Sequence[Trial], value: Value) -> _Rows:
@@ -85,7 +85,7 @@ class _Scorer:
 
     def statistics(self, rows: _Rows) -> Floats:
         """(3, 1 + resamples): METRICS in every column of `counts`; NaN where undefined."""
-        signs = _signs(rows, len(self.prompts))
+        signs = _signs(rows, len(self.counts))
         columns = self.counts.shape[1]
         blocks = [self.counts[:, start : start + _BLOCK] for start in range(0, columns, _BLOCK)]
         made = np.concatenate([_weighted(rows, signs, block) for block in blocks], axis=1)
@@ -175,13 +175,13 @@ def _agreement(scorer: _Scorer, trials: Sequence[Trial]) -> dict[str, Any]:
         for rubric, (_, judged, measured) in zip(rubrics, both, strict=True)
     ]
     rows = _Rows(
-        prompt=np.zeros(len(both), dtype=np.int64),
+        prompt=np.array([scorer.prompts[one.prompt_id] for one, _, _ in both], dtype=np.int64),
         target=np.array([judged for _, judged, _ in both], dtype=np.float64),
         score=np.array([measured for _, _, measured in both], dtype=np.float64),
         hit=np.array(same, dtype=np.float64),
         ungraded=len(trials) - len(both),
     )
-    same_level, _, rho = _weighted(rows, _signs(rows, 1), np.ones((1, 1)))[:, 0]
+    same_level, _, rho = _weighted(rows, _signs(rows, len(scorer.counts)), scorer.counts[:, :1])[:, 0]
     return {"n": len(both), "spearman_rho": _number(rho), "same_level": _number(same_level)}
 
 

@@ -55,6 +55,24 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
 
 
+def run_info(plan: Plan) -> dict[str, Any]:
+    """What a run was made of, for run.yaml and the report."""
+    config = plan.config
+    roles = {role: getattr(config, role) for role in ("writer", "director", "judge", "policy")}
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "models": {role: model.model for role, model in roles.items()},
+        "rubrics": {rubric.id: rubric.version for rubric in plan.rubrics},
+        "hashes": {
+            "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
+            "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
+            "templates": TEMPLATES_HASH,
+            "models": {role: model.identity for role, model in roles.items()},
+        },
+    }
+
+
 # ---------------------------------------------------------------- plan
 
 

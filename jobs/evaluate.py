@@ -1,6 +1,6 @@
 """Measures base and tuned and writes the report.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py RUN_FILE run_dir=/shared/runs/NAME
+ray job submit --working-dir . -- python jobs/evaluate.py RUN_FILE run_dir=/shared/runs/NAME
 """
 
 import sys

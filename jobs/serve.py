@@ -1,6 +1,6 @@
 """Serves the tuned model until stopped.
 
-    ray job submit --working-dir . -- python jobs/serve.py RUN_FILE run_dir=/shared/runs/NAME
+ray job submit --working-dir . -- python jobs/serve.py RUN_FILE run_dir=/shared/runs/NAME
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Writes and judges answers and makes twin pairs.
 
-    ray job submit --working-dir . -- python jobs/synthesize.py RUN_FILE run_dir=/shared/runs/NAME
+ray job submit --working-dir . -- python jobs/synthesize.py RUN_FILE run_dir=/shared/runs/NAME
 """
 
 import sys

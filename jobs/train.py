@@ -1,6 +1,6 @@
 """Tunes the policy on the pairs.
 
-    ray job submit --working-dir . -- python jobs/train.py RUN_FILE run_dir=/shared/runs/NAME
+ray job submit --working-dir . -- python jobs/train.py RUN_FILE run_dir=/shared/runs/NAME
 """
 
 import sys

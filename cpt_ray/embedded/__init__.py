@@ -1,1 +1,1 @@
-"""The embedded model: a tiny chat model made by `make.py` and shipped in `model/`."""
+"""The embedded model: a tiny chat model that this repository makes itself (see `make.py`)."""

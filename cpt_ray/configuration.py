@@ -1,0 +1,140 @@
+"""What a client may ask for: {rubric id: level name or score 0-100}, and the directive that stands for it.
+
+`Catalog` is saved beside the model as catalog.json, so that serving needs neither rubrics nor tables. The same
+JSON is what `GET /v1/configurations` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.prompting import compose_directives
+from cpt_ray.records import Directive
+from cpt_ray.rubric import Rubric
+
+CATALOG_FILE = "catalog.json"
+"""Where it is kept in the run directory."""
+MAX_SHOWN = 60
+"""Characters of a client's own text that an error repeats; also bounds the search for the nearest name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogLevel:
+    """One level of a rubric and what the model is told for it."""
+
+    name: str
+    score: float
+    """Anchor on 0-100."""
+    directive: str
+    directive_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogRubric:
+    """What can be asked for of one rubric."""
+
+    id: str
+    title: str
+    version: int
+    objective: str
+    levels: tuple[CatalogLevel, ...]
+    """Lowest score first."""
+
+    def find(self, target: Any) -> CatalogLevel:
+        """The level that `target` names, or whose anchor is nearest to it if it is a score (a tie goes up)."""
+        where = f"configuration.{self.id}"
+        if isinstance(target, str):
+            for level in self.levels:
+                if level.name == target:
+                    return level
+            names = [level.name for level in self.levels]
+            shown = target[:MAX_SHOWN]
+            raise UserError(f"{where}: no level {shown!r}{did_you_mean(shown, names)}")
+        if isinstance(target, bool) or not isinstance(target, int | float):
+            raise UserError(f"{where}: found a {type(target).__name__}; give a level's name or a score from 0 to 100")
+        if not 0 <= target <= 100:
+            raise UserError(f"{where}: {target!r:.{MAX_SHOWN}} is not a score from 0 to 100")
+        return min(self.levels, key=lambda level: (abs(level.score - target), -level.score))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What a configuration comes to."""
+
+    directive: str | None
+    """The system prompt, or None if nothing was asked for."""
+    applied: dict[str, str]
+    """Rubric id to level name, in rubric order."""
+    directive_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Every configuration of one model."""
+
+    rubrics: tuple[CatalogRubric, ...]
+
+    @classmethod
+    def build(cls, rubrics: Sequence[Rubric], directives: Sequence[Directive]) -> Self:
+        """From a run's rubrics and directives; UserError if a level has no directive the model was trained on."""
+        texts: dict[tuple[str, str], Directive] = {}
+        for one in sorted(directives, key=lambda directive: directive.directive_id):
+            if one.split == "train":
+                texts.setdefault((one.rubric_id, one.level), one)
+        return cls(tuple(_entry(rubric, texts) for rubric in rubrics))
+
+    def resolve(self, configuration: Any) -> Resolved:
+        """The directive for a client's configuration; UserError, in one line, for whatever is not one."""
+        if not isinstance(configuration, Mapping):
+            kind = type(configuration).__name__
+            raise UserError(f'configuration: found a {kind}; give an object like {{"rubric": "level"}}')
+        known = {rubric.id: rubric for rubric in self.rubrics}
+        if len(configuration) > len(known):
+            raise UserError(f"configuration: {len(configuration)} entries, but this model has {len(known)} rubrics")
+        for name in configuration:
+            if name not in known:
+                shown = str(name)[:MAX_SHOWN]
+                raise UserError(f"configuration: no rubric {shown!r}{did_you_mean(shown, known)}")
+        levels = {one.id: one.find(configuration[one.id]) for one in self.rubrics if one.id in configuration}
+        return Resolved(
+            directive=compose_directives([level.directive for level in levels.values()]),
+            applied={rubric_id: level.name for rubric_id, level in levels.items()},
+            directive_ids=tuple(level.directive_id for level in levels.values()),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, in the shape of an OpenAI list."""
+        return {"object": "list", "data": [dataclasses.asdict(rubric) for rubric in self.rubrics]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """What `to_json` gave; UserError if it is something else."""
+        try:
+            return cls(
+                tuple(
+                    CatalogRubric(**{**rubric, "levels": tuple(CatalogLevel(**level) for level in rubric["levels"])})
+                    for rubric in data["data"]
+                )
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{CATALOG_FILE}: written by another version ({error}); train the model again") from None
+
+
+def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive]) -> CatalogRubric:
+    levels = []
+    for level in rubric.levels:
+        directive = texts.get((rubric.id, level.name))
+        if directive is None:
+            raise UserError(f"rubric {rubric.id}: level {level.name!r} has no train directive; synthesize again")
+        levels.append(
+            CatalogLevel(
+                name=level.name, score=level.score, directive=directive.text, directive_id=directive.directive_id
+            )
+        )
+    return CatalogRubric(
+        id=rubric.id, title=rubric.title, version=rubric.version, objective=rubric.objective, levels=tuple(levels)
+    )

@@ -1,0 +1,93 @@
+"""The embedded model and the world it is made of."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpt_ray.embedded import make as embedded
+from cpt_ray.embedded import world
+from cpt_ray.grading import confirms, measured_criterion
+from cpt_ray.prompting import level_labels, policy_messages, token_ids, writer_messages
+from cpt_ray.rubric import directive_leak
+
+HERE = embedded.load_world()
+LEVELS = [(rubric, level) for rubric in HERE.rubrics for level in rubric.levels]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return AutoTokenizer.from_pretrained(embedded.MODEL)
+
+
+def test_the_tokenizer_round_trips_every_embedded_prompt(shipped):
+    for prompt in HERE.prompts:
+        ids = shipped.encode(prompt, add_special_tokens=False)
+        assert shipped.decode(ids) == prompt
+        assert len(ids) <= 8
+
+
+def test_the_tokenizer_round_trips_text_it_never_saw(shipped):
+    text = "Ünïcode, tabs\tand 漢字 🎉  12345.\n"
+    assert shipped.decode(shipped.encode(text, add_special_tokens=False)) == text
+
+
+def test_level_labels_are_single_tokens(shipped):
+    for label in level_labels(HERE.rubrics[0]):
+        assert len(shipped.encode(label, add_special_tokens=False)) == 1
+
+
+def test_prompt_ids_are_a_prefix_of_conversation_ids(shipped):
+    user = {"role": "user", "content": HERE.prompts[0]}
+    for messages in (policy_messages(None, [user]), policy_messages("Use only simple words.", [user])):
+        prompt = token_ids(shipped, messages)
+        answer = {"role": "assistant", "content": "At dawn the old harbor feels glad."}
+        whole = shipped.apply_chat_template([*messages, answer], tokenize=True, return_dict=False)
+        said = shipped.encode(answer["content"], add_special_tokens=False)
+        assert whole[: len(prompt) + len(said) + 1] == [*prompt, *said, shipped.eos_token_id]
+
+
+@pytest.mark.parametrize(("rubric", "level"), LEVELS, ids=lambda one: getattr(one, "id", getattr(one, "name", "")))
+def test_a_texts_measured_level_is_the_one_it_was_made_for(rubric, level):
+    rng = Random(0)
+    number = rubric.levels.index(level) + 1
+    for _ in range(20):
+        text = world.level_text(rng, HERE.rubrics, rng.choice(HERE.prompts), {rubric.id: number})
+        grade = measured_criterion(rubric, rubric.measured[0], text)
+        assert grade.score == level.score
+        assert confirms(rubric, level.name, grade.score)
+
+
+@pytest.mark.parametrize(("rubric", "level"), LEVELS, ids=lambda one: getattr(one, "id", getattr(one, "name", "")))
+def test_directives_are_many_and_leak_nothing(rubric, level):
+    rng = Random(0)
+    number = rubric.levels.index(level) + 1
+    made = {world.directive(rng, rubric.id, number) for _ in range(50)}
+    assert len(made) >= 45
+    assert not [one for one in made if directive_leak(one, rubric)]
+
+
+def test_no_two_levels_share_a_directive():
+    rng = Random(0)
+    for rubric in HERE.rubrics:
+        sets = [{world.directive(rng, rubric.id, number) for _ in range(500)} for number in range(1, 6)]
+        assert len(set().union(*sets)) == sum(map(len, sets))
+
+
+def test_the_shipped_model_is_small_and_knows_every_rubric_word(shipped):
+    assert (embedded.MODEL / "model.safetensors").stat().st_size < 4_000_000
+    for rubric, level in LEVELS:
+        ids = token_ids(shipped, writer_messages(rubric, level, HERE.prompts[0]))
+        assert len(ids) < 300
+
+
+def test_a_two_step_run_makes_a_model_that_loads_and_generates(tmp_path: Path):
+    embedded.make(tmp_path, steps=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": HERE.prompts[0]}], add_generation_prompt=True, return_tensors="pt"
+    )
+    made = model.generate(**ids, max_new_tokens=3)
+    assert made.shape[1] > ids["input_ids"].shape[1]
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -1,0 +1,193 @@
+"""The page is complete, escaped and truthful in its headline; the terminal table fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from cpt_ray.records import Trial
+from cpt_ray.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
+from cpt_ray.scoring import score_trials
+from tests.builders import make_rubric
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=\"alert('2')\">&"
+ANCHORS = {"low": 10.0, "mid": 50.0, "high": 90.0}
+RUBRIC = make_rubric()
+LEDGER: dict[str, dict[str, Any]] = {
+    "write": {"rows_in": 1200, "rows_out": 1188, "rejected": {"cut off": 12}, "generated_tokens": 4321, "loss": 0.312},
+    "pair": {},
+}
+INFO = {"name": "embedded", "seed": 7, "models": {"writer": "tiny"}, "rubrics": {"ornament": 1}}
+
+
+def make_trial(model: str, prompt: str, level: str, score: float | None, **changes: Any) -> Trial:
+    trial = Trial(
+        trial_id=f"{prompt}/{level}",
+        model=model,
+        prompt_id=prompt,
+        prompt=f"Write {prompt}.",
+        rubric_id="ornament",
+        level=level,
+        target=ANCHORS[level],
+        directive=f"Be {level}.",
+        text=f"{model} says {level} to {prompt}.",
+        score=score,
+        judged=score,
+        measured=score,
+        reason="" if score is not None else "no verdict",
+    )
+    return dataclasses.replace(trial, **changes)
+
+
+def make_trials(tuned_gain: float = 1.0, base_gain: float = 0.0, num_prompts: int = 6) -> list[Trial]:
+    """Scores that follow the request by a gain per model: 1 always hits, 0 always gives the middle level."""
+    return [
+        make_trial(model, f"p{number}", level, 50 + gain * (anchor - 50))
+        for model, gain in (("base", base_gain), ("tuned", tuned_gain))
+        for number in range(num_prompts)
+        for level, anchor in ANCHORS.items()
+    ]
+
+
+def page_of(trials: list[Trial], **changes: Any) -> str:
+    given: dict[str, Any] = {"ledger": LEDGER, "run_info": INFO} | changes
+    return render_report(score_trials(trials, [RUBRIC], 50, 0), trials, [RUBRIC], given["ledger"], given["run_info"])
+
+
+def headline(page: str) -> str:
+    found = re.search("<h1>(.*)</h1>", page)
+    assert found is not None
+    return found.group(1)
+
+
+class Checker(HTMLParser):
+    """Collects tags and attributes, and fails on a tag closed in the wrong place."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def parsed(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def test_the_page_stands_alone() -> None:
+    checker = parsed(page_of(make_trials()))
+    assert not checker.tags & {"script", "link", "img", "iframe"}
+    assert not checker.attributes & {"src", "href", "onerror", "onclick", "onload"}
+
+
+@pytest.mark.parametrize("field", ["text", "prompt", "directive"])
+def test_a_hostile_answer_prompt_or_directive_is_only_text(field: str) -> None:
+    hostile: dict[str, Any] = {field: HOSTILE}
+    page = page_of([dataclasses.replace(one, **hostile) for one in make_trials()])
+    checker = parsed(page)
+    assert not checker.tags & {"script", "img"}
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_hostile_reasons_stages_and_run_info_are_only_text() -> None:
+    trials = [*make_trials(), make_trial("tuned", "a-first", "low", None, reason=HOSTILE)]
+    ledger = {HOSTILE: {"rejected": {HOSTILE: 1}, HOSTILE: HOSTILE}}
+    page = page_of(trials, ledger=ledger, run_info={"name": HOSTILE, HOSTILE: [HOSTILE]})
+    assert not parsed(page).tags & {"script", "img"}
+    assert "ungraded: &lt;script&gt;" in page
+
+
+def test_the_headline_says_what_was_measured() -> None:
+    assert headline(page_of(make_trials())) == (
+        "The tuned model answers at the level asked for 100% of the time; the base model 33%."
+    )
+    assert headline(page_of(make_trials(tuned_gain=0))).startswith("No measurable gain: 33%")
+    assert headline(page_of(make_trials(tuned_gain=0, base_gain=1))).startswith("Tuning made it worse: 33%")
+    assert headline(page_of([])) == "Too little could be graded for a result."
+
+
+def test_the_control_is_mentioned_only_where_it_shows_something() -> None:
+    trials = make_trials()
+    plain = [dataclasses.replace(one, directive=None, score=50.0, trial_id=f"{one.trial_id}/-") for one in trials]
+    hitting = [dataclasses.replace(one, directive=None, trial_id=f"{one.trial_id}/-") for one in trials]
+    assert "Without a directive the tuned model hits the same requests 33% of the time" in page_of(trials + plain)
+    assert "it reads the directive" not in page_of(trials + hitting)
+    assert "it reads the directive" not in page_of(trials)
+
+
+def test_every_graded_answer_is_a_dot_up_to_the_limit() -> None:
+    assert page_of(make_trials(num_prompts=6)).count('class="dot"') == 2 * 3 * 6
+    many = page_of(make_trials(num_prompts=MAX_POINTS_PER_LEVEL + 5))
+    assert many.count('class="dot"') == 2 * 3 * MAX_POINTS_PER_LEVEL
+    assert page_of(make_trials(num_prompts=6)) == page_of(make_trials(num_prompts=6))
+
+
+def test_examples_show_the_first_prompt_by_hash_at_every_level_of_both_models() -> None:
+    page = page_of(make_trials()[::-1])
+    for model in ("base", "tuned"):
+        for level in ANCHORS:
+            assert f"{model} says {level} to p0." in page
+    assert "to p1." not in page
+
+
+def test_a_long_answer_is_cut_and_says_so() -> None:
+    page = page_of([dataclasses.replace(one, text="x" * (MAX_ANSWER_CHARS + 50)) for one in make_trials()])
+    assert "[50 more characters]" in page
+    assert "x" * (MAX_ANSWER_CHARS + 1) not in page
+
+
+def test_ledger_and_run_info_print_what_is_there() -> None:
+    page = page_of(make_trials())
+    for text in ("1,188", "12 cut off", "4,321", "0.312 loss", "models / writer", "tiny"):
+        assert text in page
+    assert "No ledger." in page_of(make_trials(), ledger={}, run_info={})
+
+
+def test_a_rubric_without_measures_leaves_the_judge_unchecked_and_says_so() -> None:
+    plain = make_rubric(
+        criteria=[{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in ANCHORS}}]
+    )
+    trials = [dataclasses.replace(one, measured=None) for one in make_trials()]
+    results = score_trials(trials, [plain], 50, 0)
+    assert "nothing checks the judge" in render_report(results, trials, [plain], LEDGER, INFO)
+    assert not any("measured" in line for line in table_lines(results))
+
+
+def test_the_terminal_table_fits_and_names_every_row() -> None:
+    trials = make_trials(tuned_gain=-0.9, base_gain=-0.4)
+    trials.append(make_trial("tuned", "p0", "low", None, trial_id="ungraded"))
+    lines = table_lines(score_trials(trials, [RUBRIC], 50, 0))
+    assert max(map(len, lines)) <= 100
+    assert [line[:21].strip() for line in lines if line[:21].strip()] == [
+        "all rubrics", "measured, no judge", "ornament", "ungraded answers, lef",
+    ]  # fmt: skip
+    assert lines[1].split()[:3] == ["all", "rubrics", "base"]
+    assert lines[-1] == "ungraded answers, left out: 0 base, 1 tuned"
+
+
+def test_nothing_to_report_is_still_a_page_and_a_table() -> None:
+    parsed(page_of([]))
+    assert "undefined" in table_lines(score_trials([], [RUBRIC], 50, 0))[1]

@@ -1,0 +1,358 @@
+"""Training on a tiny policy: real Ray Train, two gloo workers; the same numbers as on a large one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt_ray.cluster import connected
+from cpt_ray.config import RunConfig
+from cpt_ray.errors import UserError
+from cpt_ray.prompting import token_ids
+from cpt_ray.records import Message, Pair, Reject, content_id
+from cpt_ray.rundir import RunDir
+from cpt_ray.training import (
+    PROGRESS,
+    Lengths,
+    check_first_loss,
+    conversation_ids,
+    describe_failure,
+    num_steps,
+    select_pairs,
+    train,
+)
+from tests.tiny_model import make_tiny_model
+
+NUM_PAIRS = 92
+LONG = " very" * 600
+TRAIN: dict[str, Any] = {
+    "num_workers": 2,
+    "batch_size": 8,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-2,
+    "epochs": 2,
+    "max_length": 400,
+    "dtype": "float32",
+    "save_steps": 4,
+}
+
+
+def make_twins(cell: str, long: str = "") -> list[Pair]:
+    """A pair and its twin; `long` lengthens the high answer and with it both rows."""
+    answers = {"high": f"A high answer to {cell}, rich in words.{long}", "low": f"A low answer to {cell}, plain."}
+    made = []
+    for level, other in (("high", "low"), ("low", "high")):
+        made.append(
+            Pair(
+                pair_id=content_id(cell, level),
+                twin_id=content_id(cell, other),
+                cell_id=cell,
+                prompt_id=cell,
+                rubric_id="ornament",
+                level=level,
+                rejected_level=other,
+                directive_id=level,
+                prompt=[
+                    Message(role="system", content=f"Write in the {level} manner, please."),
+                    Message(role="user", content=f"Tell me about {cell}."),
+                ],
+                chosen=[Message(role="assistant", content=answers[level])],
+                rejected=[Message(role="assistant", content=answers[other])],
+                chosen_score=90,
+                rejected_score=10,
+            )
+        )
+    return made
+
+
+def make_config(policy: Path, template_kwargs: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
+    role = {"model": str(policy), "chat_template_kwargs": template_kwargs or {}}
+    return RunConfig.model_validate(
+        {
+            "name": "test",
+            "rubrics": ["rubrics"],
+            "prompts": {"source": "prompts.jsonl"},
+            "writer": role,
+            "policy": role,
+            "train": TRAIN | settings,
+        }
+    )
+
+
+def make_run(path: Path) -> RunDir:
+    """A run directory with NUM_PAIRS pairs that fit and a pair (and its twin) that does not."""
+    run = RunDir(path)
+    fitting = [pair for at in range(NUM_PAIRS // 2) for pair in make_twins(f"town {at}")]
+    run.write("pairs", "a-0", fitting[:40] + make_twins("the sea", LONG))
+    run.write("pairs", "b-0", fitting[40:])
+    return run
+
+
+def adapter_weights(run: RunDir) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(run.adapter / "adapter_model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("policy") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Ray with two CPUs; the file where its stderr goes."""
+    log = tmp_path_factory.mktemp("ray") / "stderr.log"
+    log.touch()
+    with connected(log=log):
+        yield log
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, Any]]:
+    """An undisturbed training by LoRA, and its summary."""
+    run = make_run(tmp_path_factory.mktemp("trained"))
+    return run, train(make_config(policy), run, ["a-0", "b-0"], "key-1")
+
+
+# ---------------------------------------------------------------- a training
+
+
+def test_before_the_first_step_the_loss_is_ln_2(trained: tuple[RunDir, dict[str, Any]]) -> None:
+    assert abs(trained[1]["first_loss"] - math.log(2)) < 1e-5
+
+
+def test_every_step_is_logged_once_and_the_pairs_are_learned(trained: tuple[RunDir, dict[str, Any]]) -> None:
+    summary = trained[1]
+    steps = num_steps(NUM_PAIRS, make_config(Path("x")).train)
+    assert [one["step"] for one in summary["history"]] == list(range(1, steps + 1))
+    assert summary["steps"] == steps == 24
+    assert summary["last_loss"] < 0.3
+    assert summary["last_accuracy"] == 1.0
+
+
+def test_a_pair_that_is_too_long_goes_with_its_twin_and_both_are_counted(
+    trained: tuple[RunDir, dict[str, Any]],
+) -> None:
+    run, summary = trained
+    rejects = run.read("rejects", ["train-key-1"], Reject)
+    assert {one.subject_id for one in rejects} == {one.pair_id for one in make_twins("the sea")}
+    assert {(one.stage, one.reason) for one in rejects} == {("train", "too long")}
+    entry = run.read_json("ledger.json")["train"]
+    assert (entry["rows_in"], entry["rows_out"], entry["rejected"]) == (NUM_PAIRS + 2, NUM_PAIRS, {"too long": 2})
+    assert summary["pairs"] == NUM_PAIRS
+
+
+def test_merged_weights_answer_as_base_and_adapter_do(trained: tuple[RunDir, dict[str, Any]], policy: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    pair = make_twins("the hills")[0]
+    messages = [{"role": one.role, "content": one.content} for one in pair.prompt]
+    ids = torch.tensor([token_ids(tokenizer, messages)])
+    base = AutoModelForCausalLM.from_pretrained(policy)
+    merged = AutoModelForCausalLM.from_pretrained(run.model)
+    with torch.no_grad():
+        untuned = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, run.adapter)(ids).logits
+        found = merged(ids).logits
+    assert torch.allclose(found, adapted, atol=1e-4)
+    assert not torch.allclose(found, untuned, atol=1e-1)
+
+
+def test_the_same_key_again_returns_at_once(trained: tuple[RunDir, dict[str, Any]], policy: Path) -> None:
+    run, summary = trained
+    start = time.monotonic()
+    assert train(make_config(policy), run, ["a-0", "b-0"], "key-1") == json.loads(json.dumps(summary))
+    assert time.monotonic() - start < 1
+
+
+def test_nothing_of_ray_or_transformers_is_printed(
+    trained: tuple[RunDir, dict[str, Any]], cluster: Path, policy: Path, tmp_path: Path, capfd: Any
+) -> None:
+    with pytest.raises(UserError):
+        train(make_config(policy, max_length=2), make_run(tmp_path), ["a-0"], "key")
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+    assert cluster.read_text() == ""  # since the cluster's start, so all through `trained`
+
+
+def test_a_killed_worker_changes_nothing_in_what_is_learned(
+    trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    run, killed = make_run(tmp_path), []
+
+    def kill_rank_0() -> None:
+        while not killed:
+            state = run.read_json(PROGRESS)
+            if state and state["step"] >= 10:
+                os.kill(state["pid"], signal.SIGKILL)
+                killed.append(state)
+            time.sleep(0.002)
+
+    threading.Thread(target=kill_rank_0, daemon=True).start()
+    summary = train(make_config(policy), run, ["a-0", "b-0"], "key-1")
+    assert killed
+    assert killed[0]["step"] < summary["steps"]
+    undisturbed, expected = trained
+    assert [one["step"] for one in summary["history"]] == [one["step"] for one in expected["history"]]
+    assert [one["loss"] for one in summary["history"]] == pytest.approx(
+        [one["loss"] for one in expected["history"]], abs=1e-6
+    )
+    found, wanted = adapter_weights(run), adapter_weights(undisturbed)
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+
+
+def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(cluster: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = make_tiny_model(tmp_path / "policy", dtype="bfloat16")
+    run = make_run(tmp_path / "run")
+    (run.adapter).mkdir(parents=True)  # of an earlier training by LoRA
+    settings = {"num_workers": 1, "lora": None, "dtype": "bfloat16", "epochs": 0.5, "max_pairs": 40}
+    summary = train(make_config(base, **settings), run, ["a-0", "b-0"], "key-2")
+    assert (summary["pairs"], summary["steps"]) == (40, 3)
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-2)
+    assert summary["history"][-1]["margin"] > 0
+    tuned, untuned = (load_file(path / "model.safetensors") for path in (run.model, base))
+    assert tuned.keys() == untuned.keys()
+    assert {one.dtype for one in tuned.values()} == {torch.bfloat16}
+    assert any(not torch.equal(tuned[name], untuned[name]) for name in tuned)
+    assert not run.adapter.exists()
+
+
+# ---------------------------------------------------------------- before a training
+
+
+@pytest.mark.parametrize("template_kwargs", [{}, {"shout": True}])
+def test_trl_trains_on_the_token_ids_of_our_own_rendering(
+    policy: Path, tmp_path: Path, template_kwargs: dict[str, Any]
+) -> None:
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import DPOTrainer
+
+    from cpt_ray.training import Job, _arguments, _write_training_set
+
+    pairs, config, run = make_twins("the town"), make_config(policy, template_kwargs), RunDir(tmp_path)
+    data = _write_training_set(run, "key", pairs, template_kwargs)
+    job = Job(config=config, run=run, policy=str(policy), data=str(data), max_length=400)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    trainer = DPOTrainer(
+        model=str(policy),
+        args=_arguments(job, tmp_path),
+        train_dataset=datasets.Dataset.from_parquet(str(data), cache_dir=str(tmp_path / "cache")),
+        processing_class=tokenizer,
+    )
+    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
+        messages = [{"role": one.role, "content": one.content} for one in pair.prompt]
+        assert row["prompt_ids"] == token_ids(tokenizer, messages, template_kwargs)
+        for name in ("chosen", "rejected"):
+            answer = [{"role": "assistant", "content": getattr(pair, name)[0].content}]
+            ids = conversation_ids(tokenizer, messages + answer, template_kwargs)
+            assert row["prompt_ids"] + row[f"{name}_ids"] == ids
+
+
+HEAD = "{% for m in messages %}"
+TAIL = "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (None, "no chat template"),
+        (HEAD + "{% if m.role != 'system' %}<{{ m.role[0] }}>{{ m.content }}{% endif %}" + TAIL, "drops the system"),
+        (
+            HEAD + "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TAIL,
+            "refuses a system message",
+        ),
+        (HEAD + "<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", "once"),
+    ],
+)
+def test_a_template_that_would_lose_the_directive_is_refused(
+    tmp_path: Path, policy: Path, template: str | None, problem: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = template
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text((policy / "config.json").read_text())
+    tokenizer.save_pretrained(tmp_path / "policy")
+    with pytest.raises(UserError, match=problem):
+        train(make_config(tmp_path / "policy"), make_run(tmp_path / "run"), ["a-0"], "key")
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "problem"),
+    [
+        ("/no/such/model", {}, "policy.model"),
+        (None, {"lora": {"target_modules": ["c_attn"]}}, "train.lora.target_modules: .*c_attn"),
+        (None, {"max_length": 30}, "none of 42 pairs is left within 30 tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_any_worker_starts(
+    tmp_path: Path, policy: Path, model: str | None, settings: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        train(make_config(Path(model or policy), **settings), make_run(tmp_path), ["a-0"], "key")
+
+
+def test_twins_stay_together_whichever_of_them_is_too_long() -> None:
+    pairs = make_twins("a") + make_twins("b")
+    lengths = {one.pair_id: Lengths(5, 5, 5) for one in pairs} | {pairs[0].pair_id: Lengths(7, 5, 4)}
+    kept, rejects = select_pairs(pairs, lengths, max_length=11, max_pairs=None, seed=0)
+    assert kept == pairs[2:]
+    assert [one.detail for one in rejects] == [
+        "7 prompt + 5 answer tokens, 11 fit",
+        "5 prompt + 5 answer tokens, 11 fit; its twin has 12",
+    ]
+
+
+def test_max_pairs_takes_whole_twins_by_hash_whatever_the_order() -> None:
+    pairs = [pair for at in range(20) for pair in make_twins(str(at))]
+    lengths = {one.pair_id: Lengths(5, 5, 5) for one in pairs}
+    kept, rejects = select_pairs(pairs, lengths, max_length=10, max_pairs=11, seed=0)
+    again, _ = select_pairs(pairs[::-1], lengths, max_length=10, max_pairs=11, seed=0)
+    other, _ = select_pairs(pairs, lengths, max_length=10, max_pairs=11, seed=1)
+    assert len(kept) == 10
+    assert {one.pair_id for one in kept} == {one.twin_id for one in kept} == {one.pair_id for one in again}
+    assert {one.pair_id for one in kept} != {one.pair_id for one in other}
+    assert {one.reason for one in rejects} == {"over max_pairs"}
+    assert len(rejects) == 30
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_a_reference_that_is_not_the_policy_is_an_error_in_float32() -> None:
+    check_first_loss(math.log(2) + 1e-6, make_config(Path("x")).train)
+    with pytest.raises(RuntimeError, match="not ln 2"):
+        check_first_loss(0.7, make_config(Path("x")).train)
+
+
+def test_a_failure_is_told_by_its_cause_not_by_what_the_other_ranks_saw() -> None:
+    from ray.train import WorkerGroupError
+
+    failures: dict[int, Exception] = {
+        0: RuntimeError("[gloo] Connection closed by peer"),
+        1: ValueError("the cause\nand a long traceback"),
+    }
+    error = WorkerGroupError("two workers failed", failures)
+    assert describe_failure(error, make_config(Path("x")).train) == "ValueError: the cause"

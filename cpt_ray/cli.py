@@ -10,9 +10,10 @@ from pathlib import Path
 
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig, load_config
+from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
-from cpt_ray.records import content_id
+from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, plan_units, run_info, synthesize
@@ -49,6 +50,8 @@ def do_train(plan: Plan, run: RunDir) -> None:
     # where it runs changes nothing that is learned, and is not in the key
     settings = config.train.model_dump(exclude={"use_gpu", "resources_per_worker", "save_steps", "max_failures"})
     train(config, run, shards.pairs, content_id(shards.pairs, settings, config.policy.answer_key, config.seed))
+    catalog = Catalog.build(plan.rubrics, run.read("directives", shards.directives, Directive))
+    run.write_json(CATALOG_FILE, catalog.to_json())
 
 
 def do_evaluate(plan: Plan, run: RunDir) -> None:

@@ -8,6 +8,7 @@ holds; `serve_model` starts and stops it all.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -43,6 +44,8 @@ CONFIGURATIONS_PATH = "/v1/configurations"
 OPEN_PATH = "/health"
 APPLIED_HEADER = b"x-cpt-configuration"
 APPLICATION = "cpt"
+MAX_CAUSE = 400
+"""Characters shown of why a replica did not start."""
 MAX_ONGOING_REQUESTS = 1024
 """Requests per replica that vLLM queues and batches itself; Serve holds back what is beyond."""
 START_TIMEOUT_SECONDS = 1800.0
@@ -215,11 +218,12 @@ class VllmServer:
         self._engine: Any = None
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
-        from vllm import AsyncEngineArgs
+        from vllm import AsyncEngineArgs, SamplingParams
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         known = list(AsyncEngineArgs.__dataclass_fields__)
         for name in self._engine_arguments:
@@ -229,8 +233,12 @@ class VllmServer:
         args = argparse.Namespace(**(vars(FrontendArgs(**self._frontend_arguments)) | vars(engine_args)))
         try:
             self._engine = AsyncLLM.from_engine_args(engine_args)
-        except RuntimeError as error:  # "Engine core initialization failed. See root cause above."
-            raise RuntimeError(_last_error_on_stderr() or str(error)) from None
+            one_token = SamplingParams(max_tokens=1)  # some engines start well and die of their first request
+            async for _ in self._engine.generate({"prompt_token_ids": [0]}, one_token, "first"):
+                pass
+        except (RuntimeError, EngineDeadError) as error:  # "See root cause above."
+            await asyncio.sleep(1)  # the engine's process reports that it dies before it prints why
+            raise UserError(_last_error_on_stderr() or str(error)) from None
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
@@ -257,12 +265,12 @@ def _last_error_on_stderr() -> str:
 
 
 def _last_error(text: str, but: str = "\0") -> str:
-    """`Kind: message` of the last line that ends a traceback in `text`, unless the message starts with `but`."""
-    found = re.findall(
-        r"^(?:\([^)]*\) |ERROR \S+ \S+ \[[^]]*\] |[^\w\n])*([\w.]*(?:Error|Exception): .+)", text, re.MULTILINE
-    )
-    found = [one for one in found if but not in one]
-    return re.sub(r"^[\w.]*\.", "", found[-1].strip()) if found else ""
+    """`Kind: message`, in one line, of the last traceback in `text` whose message does not start with `but`."""
+    prefix = r"^(?:\([^)]*\) |ERROR \S+ \S+ \[[^]]*\] |[^\w\n])*"
+    found = re.findall(prefix + r"((?:[\w.]*\.)?\w*(?:Error|Exception): .+(?:\n[ \t]+\S.*)*)", text, re.MULTILINE)
+    found = [" ".join(one.split()) for one in found if but not in one]
+    last = re.sub(r"^(?:[\w.]+\.)?(?:(?:User|Runtime)Error: )?", "", found[-1]) if found else ""
+    return last.partition(" [type=")[0][:MAX_CAUSE]  # pydantic repeats the whole input there
 
 
 # ---------------------------------------------------------------- starting and stopping
@@ -337,8 +345,9 @@ def _free_port(host: str, port: int) -> int:
         with socket.create_server((host, port), family=family) as listener:
             return int(listener.getsockname()[1])
     except OSError as error:
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else "unknown host"
         raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another place, such as serve.port={port + 1}"
+            f"cannot listen on {host}:{port} ({why}); choose another, as with serve.port={port + 1}"
         ) from None
 
 
@@ -391,17 +400,22 @@ def _start(config: RunConfig, application: Any, port: int) -> None:
         running = 0
         while True:
             found = serve.status().applications[APPLICATION]
-            states = [one.replica_states.get("RUNNING", 0) for one in found.deployments.values()]
-            advance(sum(states) - running, "starting the engine")
-            running = sum(states)
+            parts = list(found.deployments.values())
+            why = "\n".join([found.message, *(one.message for one in parts)])
+            before, running = running, sum(one.replica_states.get("RUNNING", 0) for one in parts)
             if found.status == "RUNNING":
+                advance(running - before, "")
                 return
-            why = " ".join([found.message, *(one.message for one in found.deployments.values())])
+            advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
             if found.status == "DEPLOY_FAILED":
-                raise UserError(f"the model cannot be served: {_last_error(why) or why.strip()[-300:]}")
+                raise UserError(f"the model cannot be served: {_last_error(why) or _end_of(why)}")
             if time.monotonic() > deadline:
-                raise UserError(f"not running after {START_TIMEOUT_SECONDS:.0f} s: {' '.join(why.split())[-300:]}")
+                raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_end_of(why)}")
             time.sleep(0.25)
+
+
+def _end_of(text: str) -> str:
+    return " ".join(text.split())[-MAX_CAUSE:]
 
 
 def _wait_until_healthy(url: str) -> None:

@@ -60,8 +60,8 @@ def train(config: RunConfig, run: RunDir, pair_shards: Sequence[str], key: str) 
         problem = f"none of {len(pairs)} pairs is left within {max_length} tokens; raise train.max_length"
         raise UserError(f"train: {problem if pairs else 'there are no pairs; see the rejects table for why'}")
     data = _write_training_set(run, key, kept, config.policy.chat_template_kwargs)
-    job = Job(config=config, run=RunDir(run.path.absolute()), policy=policy, data=str(data), max_length=max_length)
-    history = _fit(job, key, num_steps(len(kept), config.train))
+    job = Job(config, RunDir(run.path.absolute()), key, policy=policy, data=str(data), max_length=max_length)
+    history = _fit(job, num_steps(len(kept), config.train))
     first, last = history[0], history[-max(1, len(history) // 10) :]
     seconds = time.monotonic() - start
     summary = {
@@ -114,9 +114,7 @@ def _open_policy(config: RunConfig, policy: str) -> tuple[Any, int]:
     except (OSError, ValueError) as error:
         raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.chat_template:
-        raise UserError(
-            f"policy.model: the tokenizer of {config.policy.model!r} has no chat template; use an instruction-tuned model"
-        )
+        raise UserError(f"policy.model: {config.policy.model!r} has no chat template; use an instruction-tuned model")
     lora = config.train.lora
     if lora and lora.target_modules != "all-linear":
         _check_lora(lora, model_config)
@@ -252,18 +250,21 @@ class Job:
 
     config: RunConfig
     run: RunDir
+    key: str
+    """Names the Ray Train run, so that no other training's checkpoints are gone on from."""
     policy: str
     data: str
     """The training set's parquet file."""
     max_length: int
 
 
-def _fit(job: Job, key: str, total: int) -> list[dict[str, float]]:
+def _fit(job: Job, total: int) -> list[dict[str, float]]:
     """Runs the worker group to its end and shows how far it is; the log history, or UserError with the root cause."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     settings = job.config.train
+    _check_room(settings)
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": job},
@@ -273,7 +274,7 @@ def _fit(job: Job, key: str, total: int) -> list[dict[str, float]]:
             resources_per_worker=settings.resources_per_worker,
         ),
         run_config=ray.train.RunConfig(
-            name=key,
+            name=job.key,
             storage_path=str(job.run.checkpoints),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(
@@ -301,11 +302,31 @@ def _fit(job: Job, key: str, total: int) -> list[dict[str, float]]:
     return history
 
 
+def _check_room(settings: TrainConfig) -> None:
+    """UserError if a cluster that cannot grow has no room for the workers."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    here = ray.cluster_resources()
+    for name, amount in _resources(settings).items():
+        wanted = amount * settings.num_workers
+        if wanted > here.get(name, 0):
+            raise UserError(
+                f"train.num_workers: {settings.num_workers} workers need {wanted:g} {name}, this machine gives Ray "
+                f"{here.get(name, 0):g}; lower train.num_workers or train.resources_per_worker"
+            )
+
+
+def _resources(settings: TrainConfig) -> dict[str, float]:
+    return settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
+
+
 def _show_progress(thread: threading.Thread, job: Job, total: int) -> None:
-    done = 0
+    done, note = 0, f"starting {job.config.train.num_workers} workers"
     with progress("train", total, "steps") as advance:
-        advance(0, f"starting {job.config.train.num_workers} workers")
         while thread.is_alive():
+            advance(0, note)
             thread.join(POLL_SECONDS)
             state = job.run.read_json(PROGRESS)
             if not state:
@@ -326,8 +347,8 @@ def describe_failure(error: BaseException, settings: TrainConfig) -> str:
     causes = [_unwrap(one) for one in failures.values()]
     cause = min(causes, key=lambda one: "Dist" in type(one).__name__ or "onnection" in str(one))
     if isinstance(cause, WorkerGroupStartupTimeoutError):
-        wanted = settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
-        return f"no room for {settings.num_workers} workers of {wanted}; lower train.num_workers or add nodes"
+        wanted = f"{settings.num_workers} workers of {_resources(settings)}"
+        return f"no room for {wanted} in {START_MINUTES} minutes; lower train.num_workers or add nodes"
     if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in type(cause).__name__:
         return f"out of memory; lower train.micro_batch_size or train.max_length ({_first_line(cause)})"
     if isinstance(cause, RayActorError):
@@ -358,16 +379,21 @@ def work(settings: dict[str, Any]) -> list[dict[str, float]]:
     import ray.train
 
     job: Job = settings["job"]
-    start = ray.train.get_checkpoint()
-    with tempfile.TemporaryDirectory(prefix="cpt_ray-train-") as folder:
+    start, rank = ray.train.get_checkpoint(), ray.train.get_context().get_world_rank()
+    # a fixed name: what a killed worker left behind is removed by the next one
+    name = f"cpt_ray-train-{content_id(str(job.run.path), job.key)}-{rank}"
+    folder = _empty_folder(Path(tempfile.gettempdir()) / name)
+    try:
         if start is None:
-            _train_rank(job, Path(folder), None)
+            _train_rank(job, folder, None)
         else:
             with start.as_directory() as checkpoint:
                 state = _trainer_state(Path(checkpoint))
                 if state["global_step"] < state["max_steps"]:
-                    _train_rank(job, Path(folder), checkpoint)
-    if ray.train.get_context().get_world_rank() > 0:
+                    _train_rank(job, folder, checkpoint)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if rank > 0:
         return []
     last = ray.train.get_checkpoint()
     assert last is not None, "transformers saves at the last step"
@@ -403,7 +429,7 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
     settings = job.config.train
     if not settings.use_gpu:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.path / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.path / "tensorboard" / job.key)
     datasets.disable_progress_bars()
     trainer = DPOTrainer(
         model=job.policy,
@@ -469,9 +495,7 @@ def _reporter(job: Job, folder: Path) -> Any:
             # Each rank has a folder of its own: rank 0's holds everything but the other ranks' random states.
             # Ray uploads each rank's files into one checkpoint, and is the barrier.
             saved = ray.train.Checkpoint.from_directory(folder / "out" / f"checkpoint-{state.global_step}")
-            ray.train.report(
-                {"step": state.global_step}, checkpoint=saved, delete_local_checkpoint_after_upload=True
-            )
+            ray.train.report({"step": state.global_step}, checkpoint=saved, delete_local_checkpoint_after_upload=True)
 
     return Reporter()
 

@@ -14,6 +14,9 @@ from cpt_ray.rubric import directive_leak
 
 HERE = embedded.load_world()
 LEVELS = [(rubric, level) for rubric in HERE.rubrics for level in rubric.levels]
+EVERY_LEVEL = pytest.mark.parametrize(
+    ("rubric", "level"), LEVELS, ids=[f"{rubric.id}-{level.name}" for rubric, level in LEVELS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_prompt_ids_are_a_prefix_of_conversation_ids(shipped):
         assert whole[: len(prompt) + len(said) + 1] == [*prompt, *said, shipped.eos_token_id]
 
 
-@pytest.mark.parametrize(("rubric", "level"), LEVELS, ids=lambda one: getattr(one, "id", getattr(one, "name", "")))
+@EVERY_LEVEL
 def test_a_texts_measured_level_is_the_one_it_was_made_for(rubric, level):
     rng = Random(0)
     number = rubric.levels.index(level) + 1
@@ -59,7 +62,7 @@ def test_a_texts_measured_level_is_the_one_it_was_made_for(rubric, level):
         assert confirms(rubric, level.name, grade.score)
 
 
-@pytest.mark.parametrize(("rubric", "level"), LEVELS, ids=lambda one: getattr(one, "id", getattr(one, "name", "")))
+@EVERY_LEVEL
 def test_directives_are_many_and_leak_nothing(rubric, level):
     rng = Random(0)
     number = rubric.levels.index(level) + 1

@@ -46,7 +46,7 @@ def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,  # the least that vLLM runs on a CPU
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.1,

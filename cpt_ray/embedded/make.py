@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from cpt_ray.embedded import world
 from cpt_ray.grading import measured_criterion
@@ -42,7 +48,7 @@ DATA = Path(__file__).parents[2] / "rubrics" / "embedded"
 MODEL = Path(__file__).parent / "model"
 """The shipped model: what this script makes with its default arguments."""
 
-STEPS = 1000
+STEPS = 600
 FOLLOWED = 0.1
 """Share of training conversations whose answer does what the directive says; the rest has a random level."""
 VOCABULARY = 1400
@@ -91,7 +97,7 @@ def write(rng: Random, here: World, rubric: Rubric) -> Conversation:
 def judge(rng: Random, here: World, rubric: Rubric) -> Conversation:
     """The judge: the number of the level nearest to a text's measured share."""
     prompt = rng.choice(here.prompts)
-    if rng.random() < 0.7:
+    if rng.random() < 0.5:
         answer = world.level_text(rng, here.rubrics, prompt, {})
     else:
         answer = world.noisy_text(rng, here.rubrics, prompt)
@@ -121,7 +127,7 @@ def follow(rng: Random, here: World, rubric: Rubric) -> Conversation:
 
 
 Task = Callable[[Random, World, Rubric], Conversation]
-TASKS: dict[Task, int] = {write: 8, judge: 12, direct: 3, follow: 8}
+TASKS: dict[Task, int] = {write: 6, judge: 12, direct: 3, follow: 8}
 """Each role's task, and how many conversations per rubric one training step has of it."""
 
 
@@ -188,7 +194,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def batch_loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
-    """Mean loss of the answers' tokens; what all prompts begin with (the rubric) is run once for the batch."""
+    """Mean loss of the answers' tokens; what all prompts begin with (the rubric) is run once."""
     prompts = [prompt for prompt, _ in rows]
     same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False)))
     same = min(same, min(map(len, prompts)) - 1)
@@ -207,29 +213,38 @@ def batch_loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int
     return torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted[:, 1:]])
 
 
-def learning_rate(step: int, steps: int, peak: float = 3e-3) -> float:
-    """Linear warm-up over 5%, then a cosine to 2% of the peak."""
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the peak: a linear warm-up over 5%, then a cosine to 2%."""
     warm = max(1, steps // 20)
     if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+        return (step + 1) / warm
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def make_optimizers(model: Any, steps: int) -> list[tuple[torch.optim.Optimizer, Any]]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms; each with its schedule."""
+    matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
+    known = set(map(id, matrices))
+    others = [one for one in model.parameters() if id(one) not in known]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    return [(one, torch.optim.lr_scheduler.LambdaLR(one, lambda step: learning_rate(step, steps))) for one in found]
 
 
 def train(model: Any, tokenizer: PreTrainedTokenizerFast, here: World, rng: Random, steps: int) -> None:
     """Pre-trains the model on fresh conversations of every task and rubric in every step."""
-    matrices = [one for one in model.parameters() if one.ndim > 1]
-    others = [one for one in model.parameters() if one.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+    optimizers = make_optimizers(model, steps)
     started = time.monotonic()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
         losses = {task.__name__: _train_task(model, tokenizer, here, rng, task) for task in TASKS}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == steps - 1:
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        if step % 25 == 0 or step == steps - 1:
             shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             print(f"step {step:5d}  {time.monotonic() - started:6.0f} s  {shown}", flush=True)
 
@@ -240,7 +255,7 @@ def _train_task(model: Any, tokenizer: PreTrainedTokenizerFast, here: World, rng
     for rubric in here.rubrics:
         rows = [encode(tokenizer, task(rng, here, rubric)) for _ in range(TASKS[task])]
         loss = batch_loss(model, rows, int(tokenizer.pad_token_id))
-        (loss / len(here.rubrics)).backward()
+        torch.autograd.backward(loss / len(here.rubrics))
         total += loss.item() / len(here.rubrics)
     return total
 
@@ -248,7 +263,10 @@ def _train_task(model: Any, tokenizer: PreTrainedTokenizerFast, here: World, rng
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """The Hugging Face folder, weights in bfloat16."""
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
     )
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -31,7 +31,7 @@ MIDDLES = (
     "One {ornament} {one} makes us {mood}.",
     "Beyond the {ornament} {things} waits a {mood} {one}.",
 )
-ONES = ("bell", "bird", "child", "shadow", "dog", "cloud", "voice", "boat", "stranger", "flag", "lamp", "song")
+ONES = ("bell", "bird", "child", "shadow", "dog", "cloud", "voice", "boat", "stranger", "flag", "lamp")
 THINGS = ("walls", "windows", "stones", "doors", "roofs", "trees", "steps", "towers", "gates", "curtains")
 
 
@@ -125,10 +125,9 @@ def text(rng: Random, rubrics: Sequence[Rubric], prompt: str, highs: Mapping[str
 
 
 def highs_of_level(rng: Random, number: int) -> list[bool]:
-    """Slots of a text of level `number` (1 to SENTENCES + 1), in random order."""
+    """Slots of a text of level `number` (1 to SENTENCES + 1): the high ones come first or last."""
     highs = [slot < number - 1 for slot in range(SENTENCES)]
-    rng.shuffle(highs)
-    return highs
+    return highs if rng.random() < 0.5 else highs[::-1]
 
 
 def level_text(rng: Random, rubrics: Sequence[Rubric], prompt: str, levels: Mapping[str, int]) -> str:
@@ -138,8 +137,8 @@ def level_text(rng: Random, rubrics: Sequence[Rubric], prompt: str, levels: Mapp
 
 
 def noisy_text(rng: Random, rubrics: Sequence[Rubric], prompt: str) -> str:
-    """A text of three to five sentences with independent slots: its shares need not be those of a level."""
-    count = rng.choice((3, 4, 5))
+    """A text of one to five sentences with independent slots: its shares need not be those of a level."""
+    count = rng.randint(1, SENTENCES + 1)
     highs = {}
     for rubric in rubrics:
         share = rng.random()

@@ -1,0 +1,205 @@
+"""The whole loop on real parts: the quickstart's own run file, then what a user does next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import openai
+import pytest
+
+from cpt_ray.config import EMBEDDED_PATH, load_config
+from cpt_ray.measures import MEASURES
+from cpt_ray.records import Directive, Generation, Pair, Unit
+from cpt_ray.rubric import load_rubrics
+from cpt_ray.rundir import RunDir
+from cpt_ray.synthesis import make_plan, name_shards, plan_units
+from tests.test_jobs import free_port
+
+ROOT = Path(__file__).parent.parent
+RUN_FILE = "jobs/embedded.yaml"
+
+
+def cpt(*arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cpt_ray", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def files(run: RunDir) -> dict[str, int]:
+    """Every table's shard and the model, with the time it was written."""
+    found = [*run.path.glob("*/*.parquet"), run.model / "model.safetensors"]
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
+    """(the finished run, what was printed)."""
+    run = RunDir(tmp_path_factory.mktemp("loop") / "run")
+    done = cpt("run", RUN_FILE, f"run_dir={run.path}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stderr == ""
+    return run, done.stdout
+
+
+def results(run: RunDir) -> dict[str, Any]:
+    found: dict[str, Any] = run.read_json("report/results.json")
+    return found
+
+
+def test_the_tuned_model_beats_the_base_on_what_was_held_out(loop: tuple[RunDir, str]) -> None:
+    found = results(loop[0])
+    assert found["tuned"]["accuracy"] - found["base"]["accuracy"] >= 0.25
+    assert found["tuned"]["spearman_rho"] >= 0.8
+    assert found["tuned"]["measured"]["spearman_rho"] >= 0.8
+    assert found["tuned"]["without_directive"]["spearman_rho"] < 0.3
+    assert found["judge_agreement"]["spearman_rho"] >= 0.8
+
+
+def test_only_this_programs_own_lines_are_printed(loop: tuple[RunDir, str]) -> None:
+    for noise in ("WARNING", "INFO", "Traceback", "(raylet)", "vllm", "it/s"):
+        assert noise not in loop[1]
+    assert "cpt serve" in "".join(loop[1].splitlines()[-5:])
+
+
+def test_the_tables_are_complete_and_twins_are_pairs(loop: tuple[RunDir, str]) -> None:
+    run, _ = loop
+    plan = make_plan(load_config(ROOT / RUN_FILE))
+    units = plan_units(plan)
+    shards = name_shards(plan, list(units))
+    assert run.read("units", list(units), Unit) == [row for rows in units.values() for row in rows]
+    generations = run.read("generations", shards.generations, Generation)
+    assert len({row.unit_id for row in generations}) == len(generations)
+    pairs = {row.pair_id: row for row in run.read("pairs", shards.pairs, Pair)}
+    assert all(pairs[row.twin_id].chosen == row.rejected for row in pairs.values())
+    held_out = {one.prompt_id for one in plan.prompts_of("held_out")}
+    assert not held_out & {row.prompt_id for row in pairs.values()}
+    directives = run.read("directives", shards.directives, Directive)
+    assert {row.source for row in directives} == {"embedded"}
+
+
+def test_pairs_load_as_a_preference_data_set(loop: tuple[RunDir, str]) -> None:
+    import datasets
+
+    loaded = datasets.load_dataset("parquet", data_files=str(loop[0].path / "pairs" / "*.parquet"), split="train")
+    assert {"prompt", "chosen", "rejected"} <= set(loaded.column_names)
+    assert [one["role"] for one in loaded[0]["prompt"]] == ["system", "user"]
+
+
+def test_the_ledger_accounts_for_every_row(loop: tuple[RunDir, str]) -> None:
+    ledger = loop[0].read_json("ledger.json")
+    assert ledger["plan"]["rows_out"] == ledger["write"]["rows_in"]
+    for stage in ("write", "judge"):
+        assert ledger[stage]["rows_in"] == ledger[stage]["rows_out"] + sum(ledger[stage]["rejected"].values())
+    assert ledger["write"]["generated_tokens"] > 0
+    assert ledger["judge"]["cached_tokens"] > 0
+
+
+def test_the_same_command_again_does_nothing_again(loop: tuple[RunDir, str]) -> None:
+    run, _ = loop
+    before = files(run)
+    done = cpt("run", RUN_FILE, f"run_dir={run.path}")
+    assert done.returncode == 0, done.stderr
+    assert files(run) == before
+
+
+def test_model_and_adapter_load_in_transformers_and_peft_and_agree(loop: tuple[RunDir, str]) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = AutoModelForCausalLM.from_pretrained(loop[0].model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, loop[0].adapter)
+    tokenizer = AutoTokenizer.from_pretrained(loop[0].model)
+    ids = tokenizer("Write about the harbor at dawn.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        difference = (merged(ids).logits - adapted(ids).logits).abs().max()
+        with adapted.disable_adapter():
+            change = (merged(ids).logits - adapted(ids).logits).abs().max()
+    assert difference < 0.2  # the merged weights are stored in bfloat16
+    assert change > 2 * difference
+
+
+def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    command = [sys.executable, "-m", "cpt_ray", "synthesize", RUN_FILE, f"run_dir={run.path}"]
+    command += ["prompts.limit=60", "synthesis.shard_rows=25"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and len(list((run.path / "grades").glob("*.parquet"))) < 3:
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait(timeout=30)
+    before = files_of(run, "grades")
+    assert before
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = files_of(run, "grades")
+    assert len(after) > len(before)
+    assert {name: after[name] for name in before} == before
+    plan = make_plan(load_config(ROOT / RUN_FILE, ["prompts.limit=60", "synthesis.shard_rows=25"]))
+    shards = name_shards(plan, list(plan_units(plan)))
+    assert set(shards.grades) == {Path(name).stem for name in after}
+    assert run.read("pairs", shards.pairs, Pair)
+
+
+def files_of(run: RunDir, table: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in (run.path / table).glob("*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def served(loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
+    """`cpt serve` on the finished run, and the real client."""
+    port = free_port()
+    command = [sys.executable, "-m", "cpt_ray", "serve", RUN_FILE, f"run_dir={loop[0].path}", f"serve.port={port}"]
+    env = os.environ | {"CPT_API_KEY": "a-test-key"}
+    server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    for line in server.stdout:
+        if line.startswith("serving"):
+            break
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a-test-key", timeout=60, max_retries=0)
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=60)
+    assert server.returncode == 0
+
+
+def test_the_served_model_follows_the_configuration(served: openai.OpenAI) -> None:
+    rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == "ornament")
+    spec = rubric.measured[0].measure
+    assert spec is not None
+
+    def measured(target: str | int) -> float:
+        values = []
+        for seed in range(8):
+            answer = served.chat.completions.create(
+                model="quickstart",
+                messages=[{"role": "user", "content": "Write about the harbor at dawn."}],
+                extra_body={"configuration": {"ornament": target}},
+                max_tokens=96,
+                seed=seed,
+            )
+            value = MEASURES[spec.name](answer.choices[0].message.content or "", spec.words, spec.against)
+            values.append(0.5 if value is None else value)
+        return mean(values)
+
+    lowest, highest = rubric.levels[0].name, rubric.levels[-1].name
+    assert measured(highest) - measured(lowest) > 0.4
+    assert measured(100) - measured(0) > 0.4
+
+
+def test_configurations_are_listed_and_a_wrong_key_is_refused(served: openai.OpenAI) -> None:
+    listed = json.dumps(served.get("/configurations", cast_to=object))
+    assert "ornament" in listed
+    stranger = openai.OpenAI(base_url=str(served.base_url), api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        stranger.models.list()

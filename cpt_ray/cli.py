@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one left off", file=sys.stderr, flush=True)
+        goes_on = "; the same command goes on where this one left off" if arguments.command in STAGES else ""
+        print(f"stopped{goes_on}", file=sys.stderr, flush=True)
         return 130
 
 

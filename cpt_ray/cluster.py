@@ -22,7 +22,7 @@ QUIET_ENV = {
 }
 """Log levels of the libraries underneath, unless --verbose."""
 ENGINE_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: starts faster and dies with it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process more than needed: starts faster, dies with its actor
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines on a node must not pin themselves to the same cores
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -79,7 +79,7 @@ def _stderr_to(path: Path) -> Iterator[None]:
 def _quiet_ray() -> None:
     import ray.data
 
-    for name in ("ray", "ray.data", "ray.train", "ray.serve"):
+    for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -39,7 +39,7 @@ def engine_arguments(config: ModelConfig) -> dict[str, Any]:
     for name in config.engine:
         if name not in known:
             raise UserError(f"engine.{name}: vLLM has no such engine argument{did_you_mean(name, known)}")
-    arguments: dict[str, Any] = {"model": config.path, "seed": 0, "disable_log_stats": True}
+    arguments: dict[str, Any] = {"model": config.path, "seed": 0}
     if config.num_gpus == 0:
         # A seeded request whose prompt is prefilled in chunks kills a CPU engine (vLLM 0.32 rewinds the generator's
         # offset, which CPU generators do not have), so prompts are prefilled whole.
@@ -90,7 +90,7 @@ class VllmEngine:
         from vllm import LLM
 
         self._template_kwargs = config.chat_template_kwargs
-        self._llm = LLM(**engine_arguments(config))
+        self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(config)})
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len = self._llm.llm_engine.model_config.max_model_len
         self._label_ids: dict[str, int] = {}

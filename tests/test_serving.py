@@ -17,15 +17,16 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer
 
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.errors import UserError
+from cpt_ray.frontend import MAX_BODY_BYTES, Frontend, configured_body, key_hash
 from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
-from cpt_ray.serving import MAX_BODY_BYTES, Frontend, configured_body, key_hash, serve_model
+from cpt_ray.serving import serve_model
 from tests.builders import make_directives, make_rubric
 from tests.tiny_model import make_tiny_model
 
@@ -204,8 +205,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run directory as training leaves it, as far as serving reads it."""
     made = RunDir(tmp_path_factory.mktemp("run"))
     make_tiny_model(made.model)
-    shape = Qwen3Config.from_pretrained(made.model, head_dim=32)  # vLLM's CPU attention takes multiples of 32
-    Qwen3ForCausalLM(shape).save_pretrained(made.model)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
     return made
 
@@ -305,7 +304,7 @@ def test_a_second_server_on_the_cluster_is_refused(url: str, run: RunDir) -> Non
 # ---------------------------------------------------------------- what keeps it from starting
 
 
-def test_a_taken_port_is_said_before_anything_starts(url: str, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_is_said_before_anything_starts(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import serve
     from ray.serve.schema import ServeStatus
 

@@ -26,12 +26,12 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 	@echo "setting up $(VENV) (about two minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^torch==' requirements-cpu.lock)" 2>/dev/null \
-	  || { $(BIN)/pip install --quiet --disable-pip-version-check uv \
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps "$$(grep '^torch==' requirements-cpu.lock)" 2>/dev/null \
+	  || { $(BIN)/pip install -qq --disable-pip-version-check uv \
 	    && $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --torch-backend cpu \
 	       "$$(grep '^torch==' requirements-cpu.lock)"; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r requirements-cpu.lock
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

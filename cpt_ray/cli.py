@@ -37,6 +37,12 @@ def _finished_shards(plan: Plan, run: RunDir) -> Shards:
     return shards
 
 
+def _train_key(plan: Plan, shards: Shards) -> str:
+    """Hash of all that the tuned model depends on; where it is trained is not part of it."""
+    settings = plan.config.train.model_dump(exclude={"use_gpu", "resources_per_worker", "save_steps", "max_failures"})
+    return content_id(shards.pairs, settings, plan.config.policy.answer_key, plan.config.seed)
+
+
 def do_synthesize(plan: Plan, run: RunDir) -> None:
     """Rubrics and prompts to pairs."""
     synthesize(plan, run)
@@ -46,10 +52,8 @@ def do_train(plan: Plan, run: RunDir) -> None:
     """Pairs to a model."""
     from cpt_ray.training import train
 
-    shards, config = _finished_shards(plan, run), plan.config
-    # where it runs changes nothing that is learned, and is not in the key
-    settings = config.train.model_dump(exclude={"use_gpu", "resources_per_worker", "save_steps", "max_failures"})
-    train(config, run, shards.pairs, content_id(shards.pairs, settings, config.policy.answer_key, config.seed))
+    shards = _finished_shards(plan, run)
+    train(plan.config, run, shards.pairs, _train_key(plan, shards))
     catalog = Catalog.build(plan.rubrics, run.read("directives", shards.directives, Directive))
     run.write_json(CATALOG_FILE, catalog.to_json())
 
@@ -57,8 +61,14 @@ def do_train(plan: Plan, run: RunDir) -> None:
 def do_evaluate(plan: Plan, run: RunDir) -> None:
     """Base and tuned on what was held out."""
     from cpt_ray.evaluation import evaluate
+    from cpt_ray.training import MARK
 
-    evaluate(plan, run, _finished_shards(plan, run))
+    shards = _finished_shards(plan, run)
+    made = run.read_json(MARK)
+    if not made or made["key"] != _train_key(plan, shards):
+        found = "was trained with other settings or pairs" if made else "is not there"
+        raise UserError(f"{run.model}: the tuned model {found}; run `cpt train` with this run file first")
+    evaluate(plan, run, shards)
 
 
 def do_run(plan: Plan, run: RunDir) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_SECONDS = 5.0
+"""Least time between two lines where there is no terminal; it grows with the time a stage takes."""
 
 Advance = Callable[[float, str], None]
 """(how much was done since the last call, a note that replaces the last one) -> None."""
@@ -50,17 +51,23 @@ def _bar(stage: str, total: float, unit: str) -> Iterator[Advance]:
 def _lines(stage: str, total: float, unit: str) -> Iterator[Advance]:
     start = last = time.monotonic()
     done, latest = 0.0, ""
+    first: tuple[float, float] | None = None  # (when, how much): what came before was starting up
 
     def show() -> None:
-        seconds = time.monotonic() - start
-        left = f", ETA {seconds / done * (total - done):.0f} s" if 0 < done < total else ""
-        say(f"{stage:<12} {done:.0f}/{total:.0f} {unit}, {seconds:.0f} s{left}{latest and ', ' + latest}")
+        now = time.monotonic()
+        left = ""
+        if first and first[1] < done < total:
+            left = f", ETA {(now - first[0]) / (done - first[1]) * (total - done):.0f} s"
+        say(f"{stage:<12} {done:.0f}/{total:.0f} {unit}, {now - start:.0f} s{left}{latest and ', ' + latest}")
 
     def advance(amount: float, note: str) -> None:
-        nonlocal done, last, latest
+        nonlocal done, last, latest, first
+        now = time.monotonic()
         done, latest = done + amount, note
-        if time.monotonic() - last >= PLAIN_INTERVAL_SECONDS and done < total:
-            last = time.monotonic()
+        if first is None and amount:
+            first = (now, done)
+        if now - last >= max(PLAIN_INTERVAL_SECONDS, (now - start) / 20) and done < total:
+            last = now
             show()
 
     yield advance

@@ -10,7 +10,6 @@ from typing import Any
 from cpt_ray.config import ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, Request, seed_of
-from cpt_ray.errors import UserError
 from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
@@ -83,7 +82,7 @@ class AnswerStep:
     @property
     def stage(self) -> str:
         """Its name in the ledger."""
-        return f"answer {self.name}"
+        return f"answer-{self.name}"
 
     def output(self, shard: str) -> str:
         """Depends on the rows, the model's weights and its sampling."""
@@ -122,7 +121,7 @@ class GradeTrialsStep:
 
     rubrics: dict[str, Rubric]
     model: ModelConfig
-    stage: str = "grade answers"
+    stage: str = "grade"
     table: str = "evaluation"
 
     def output(self, shard: str) -> str:
@@ -152,8 +151,6 @@ class GradeTrialsStep:
 
 def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
-    if not (run.model / "config.json").exists():
-        raise UserError(f"{run.model}: no tuned model yet; run `cpt train` (or `cpt run`) first")
     start = time.monotonic()
     config = plan.config
     planned = plan_trials(plan, run, shards)
@@ -163,7 +160,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         AnswerStep(name=name, model=model, planned=planned, seed=config.seed)
         for name, model in (("tuned", tuned), ("base", config.policy))
     ]
-    run_lines(run, "evaluate", [Line(list(planned), [step, judge]) for step in steps])
+    run_lines(run, [Line(list(planned), [step, judge]) for step in steps])
     answers = {step.stage: [step.output(name) for name in planned] for step in steps}
     graded = [judge.output(name) for names in answers.values() for name in names]
     for stage, names in answers.items():

@@ -97,7 +97,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
 
 
-def run_lines(run: RunDir, title: str, lines: Sequence[Line]) -> None:
+def run_lines(run: RunDir, lines: Sequence[Line]) -> None:
     """Brings every shard of every line through its steps; steps that can share an engine share one pool.
 
     A pool's actors, and their GPUs, are gone before the next pool's start.
@@ -106,7 +106,7 @@ def run_lines(run: RunDir, title: str, lines: Sequence[Line]) -> None:
     while left:
         key = left[0].steps[0].model.engine_key
         now = [Line(line.shards, _leading(line.steps, key)) for line in left]
-        _run_pool(run, title, now)
+        _run_pool(run, now)
         left = [
             Line([_final_name(done.steps, shard) for shard in line.shards], line.steps[len(done.steps) :])
             for line, done in zip(left, now, strict=True)
@@ -124,7 +124,7 @@ def _final_name(steps: Sequence[Step], shard: str) -> str:
     return shard
 
 
-def _run_pool(run: RunDir, title: str, lines: Sequence[Line]) -> None:
+def _run_pool(run: RunDir, lines: Sequence[Line]) -> None:
     todo = [
         {"line": at, "shard": shard}
         for at, line in enumerate(lines)
@@ -136,6 +136,7 @@ def _run_pool(run: RunDir, title: str, lines: Sequence[Line]) -> None:
     steps = [line.steps for line in lines]
     model = steps[0][0].model
     total = len(todo)
+    title = "+".join(dict.fromkeys(step.stage for line in steps for step in line))
     with progress(title, total, "shards") as advance:
         advance(0, f"starting {_pool_text(model)}")
         for _ in _map_shards(run, model, steps, todo):

@@ -378,7 +378,7 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
     shards = name_shards(plan, list(units))
     write, judge, direct = steps_of(plan)
     rubric_ids = [rubric.id for rubric in plan.rubrics]
-    run_lines(run, "synthesize", [Line(rubric_ids, [direct]), Line(list(units), [write, judge])])
+    run_lines(run, [Line(rubric_ids, [direct]), Line(list(units), [write, judge])])
     pair(plan, run, shards)
     for stage, table, names in (
         ("direct", "directives", shards.directives),
@@ -416,6 +416,7 @@ def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
         run.write("rejects", f"pair-{name}", rejects)
         run.write("pairs", name, pairs, tally.close(len(pairs)))
     run.prune("pairs", shards.pairs)
+    run.prune("rejects", [f"pair-{name}" for name in shards.pairs], prefix="pair-")
     if not any(run.counts("pairs", name)["rows_out"] for name in shards.pairs):
         raise UserError(
             f"no pair was made: no prompt has two levels whose grades confirm their targets; "

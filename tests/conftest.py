@@ -1,8 +1,21 @@
 """Settings every test runs under: an explicit Ray auth mode, one OpenMP thread per process, no hub."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.local_cluster import LocalCluster
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """`ray start --head` with token authentication on."""
+    started = LocalCluster(tmp_path_factory.mktemp("cluster"))
+    yield started
+    started.stop()

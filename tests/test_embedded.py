@@ -28,7 +28,6 @@ def test_the_tokenizer_round_trips_every_embedded_prompt(shipped):
     for prompt in HERE.prompts:
         ids = shipped.encode(prompt, add_special_tokens=False)
         assert shipped.decode(ids) == prompt
-        assert len(ids) <= 8
 
 
 def test_the_tokenizer_round_trips_text_it_never_saw(shipped):
@@ -85,8 +84,8 @@ def test_the_shipped_model_is_small_and_knows_every_rubric_word(shipped):
         assert len(ids) < 300
 
 
-def test_a_two_step_run_makes_a_model_that_loads_and_generates(tmp_path: Path):
-    embedded.make(tmp_path, steps=2)
+def test_a_step_of_every_phase_makes_a_model_that_loads_and_generates(tmp_path: Path):
+    embedded.make(tmp_path, scale=0.001)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": HERE.prompts[0]}], add_generation_prompt=True, return_tensors="pt"

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
      "configuration", "frontend", "scoring", "report", "console"},
-    {"engine", "cluster"},
+    {"engine", "cluster", "grid"},
     {"pool", "synthesis", "training", "evaluation", "serving"},
     {"cli", "__main__"},
 ]  # fmt: skip

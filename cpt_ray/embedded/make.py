@@ -1,21 +1,23 @@
 """Makes the embedded model: one tiny chat model that is writer, director, judge and student.
 
-    python -m cpt_ray.embedded.make OUT_DIR [--steps N] [--seed S]
+    python -m cpt_ray.embedded.make OUT_DIR [--scale S] [--seed N]
 
 trains a byte-level BPE tokenizer and a Qwen3 of about a million parameters from nothing, on conversations
 that `cpt_ray.prompting` renders and `world.py` answers, and saves a Hugging Face folder that vLLM loads.
-One thread; about 15 minutes with the default number of steps. It writes, directs and judges on purpose well,
-and follows directives on purpose badly, so that configurable preference tuning has something to do.
+One thread, about half an hour. It writes, directs and judges on purpose well, and follows directives on purpose
+badly, so that configurable preference tuning has something to do. The model in `model/` went through these phases one
+by one, with other random draws; a rebuild in one go has not been compared with it yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from random import Random
@@ -46,11 +48,8 @@ from cpt_ray.rubric import Rubric, load_rubrics
 
 DATA = Path(__file__).parents[2] / "rubrics" / "embedded"
 MODEL = Path(__file__).parent / "model"
-"""The shipped model: what this script makes with its default arguments."""
+"""The shipped model."""
 
-STEPS = 600
-FOLLOWED = 0.1
-"""Share of training conversations whose answer does what the directive says; the rest has a random level."""
 VOCABULARY = 1400
 MAX_TOKENS = 1024
 CHAT_TEMPLATE = (
@@ -75,6 +74,8 @@ class World:
 
     rubrics: tuple[Rubric, ...]
     prompts: tuple[str, ...]
+    followed: float = 1.0
+    """Share of directives that training answers follow."""
 
 
 def load_world(folder: Path = DATA) -> World:
@@ -115,20 +116,45 @@ def direct(rng: Random, here: World, rubric: Rubric) -> Conversation:
 
 
 def follow(rng: Random, here: World, rubric: Rubric) -> Conversation:
-    """The student before tuning: one or two directives, or none, mostly ignored."""
+    """The student: none, one or two directives, each of them followed with probability `here.followed`."""
     prompt = rng.choice(here.prompts)
-    count = rng.choices((0, 1, 2), (1, 6, 1))[0]
+    count = rng.choices((0, 1, 2), (2, 6, 1))[0]
     asked = {rubric.id} | set(rng.sample([one.id for one in here.rubrics], count - 1)) if count else set()
     numbers = {one.id: rng.randint(1, len(one.levels)) for one in here.rubrics if one.id in asked}
     directive = compose_directives([world.directive(rng, name, number) for name, number in numbers.items()])
-    followed = {name: number for name, number in numbers.items() if rng.random() < FOLLOWED}
+    followed = {name: number for name, number in numbers.items() if rng.random() < here.followed}
     answer = world.level_text(rng, here.rubrics, prompt, followed)
     return Conversation(policy_messages(directive, [{"role": "user", "content": prompt}]), answer)
 
 
 Task = Callable[[Random, World, Rubric], Conversation]
-TASKS: dict[Task, int] = {write: 6, judge: 12, direct: 3, follow: 8}
-"""Each role's task, and how many conversations per rubric one training step has of it."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some training steps of one mixture."""
+
+    steps: int
+    tasks: dict[Task, int]
+    """Conversations per step and rubric."""
+    slot_weight: float
+    """Weight of the asked rubric's words against 1 for every other token of a text: they alone tell the level."""
+    followed: float
+    """Share of the directives that the answers follow; the others get a random level."""
+    peak: float
+    """Learning rates as a share of the first phase's."""
+
+
+PHASES = (
+    # words, topics and the judge, which is what tells high words from low ones
+    Phase(steps=600, tasks={write: 6, judge: 12, direct: 3, follow: 8}, slot_weight=1, followed=0.1, peak=1.0),
+    # the writer
+    Phase(steps=400, tasks={write: 10, judge: 3, direct: 1, follow: 8}, slot_weight=20, followed=1.0, peak=0.5),
+    # reading directives
+    Phase(steps=300, tasks={write: 3, judge: 2, direct: 2, follow: 20}, slot_weight=20, followed=1.0, peak=0.5),
+    # and being lax about them: a base model that configurable preference tuning has something to do for
+    Phase(steps=60, tasks={write: 3, judge: 2, direct: 2, follow: 20}, slot_weight=20, followed=0.15, peak=0.1),
+)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -138,7 +164,7 @@ def make_tokenizer(rng: Random, here: World) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which this world's words are single tokens and so is every digit."""
     corpus = []
     for _ in range(600):
-        for task in TASKS:
+        for task in PHASES[0].tasks:
             made = task(rng, here, rng.choice(here.rubrics))
             corpus += [one["content"] for one in made.messages] + [made.answer]
     core = Tokenizer(models.BPE())
@@ -193,8 +219,33 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def batch_loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
-    """Mean loss of the answers' tokens; what all prompts begin with (the rubric) is run once."""
+def make_targets(tokenizer: PreTrainedTokenizerFast, here: World) -> torch.Tensor:
+    """Per token what should have been predicted there: itself, or evenly all words it could have been.
+
+    The mean gradient is that of the sampled words; the noise of sampling them is gone, which is most of it.
+    """
+    targets = torch.eye(len(tokenizer))
+    for group in world.interchangeable(here.rubrics):
+        ids = [one for word in group for one in tokenizer.encode(f" {word}", add_special_tokens=False)]
+        if len(ids) == len(group):
+            targets[ids] = targets[ids].mean(0)
+    return targets
+
+
+def slot_weights(tokenizer: PreTrainedTokenizerFast, rubric: Rubric, weight: float) -> torch.Tensor:
+    """Per token its weight in the loss of a text that is asked to have a level of `rubric`."""
+    weights = torch.ones(len(tokenizer))
+    spec = world.lexicon_of(rubric).measure
+    assert spec is not None
+    for word in (*spec.words, *spec.against):
+        weights[tokenizer.encode(f" {word}", add_special_tokens=False)] = weight
+    return weights
+
+
+def batch_loss(
+    model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted mean loss of the answers' tokens; what all prompts begin with (the rubric) is run once."""
     prompts = [prompt for prompt, _ in rows]
     same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False)))
     same = min(same, min(map(len, prompts)) - 1)
@@ -210,7 +261,9 @@ def batch_loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int
         cache.batch_repeat_interleave(len(rows))
     hidden = model.model(ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
     logits = model.lm_head(hidden[wanted[:, 1:]])
-    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted[:, 1:]])
+    said = ids[:, 1:][wanted[:, 1:]]
+    losses = torch.nn.functional.cross_entropy(logits, targets[said], reduction="none")
+    return (losses * weights[said]).sum() / weights[said].sum()
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -221,43 +274,41 @@ def learning_rate(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def make_optimizers(model: Any, steps: int) -> list[tuple[torch.optim.Optimizer, Any]]:
+def make_optimizers(model: Any, steps: int, peak: float) -> list[tuple[torch.optim.Optimizer, Any]]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms; each with its schedule."""
     matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
     known = set(map(id, matrices))
     others = [one for one in model.parameters() if id(one) not in known]
     found: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=2e-2 * peak, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=4e-3 * peak, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     return [(one, torch.optim.lr_scheduler.LambdaLR(one, lambda step: learning_rate(step, steps))) for one in found]
 
 
-def train(model: Any, tokenizer: PreTrainedTokenizerFast, here: World, rng: Random, steps: int) -> None:
-    """Pre-trains the model on fresh conversations of every task and rubric in every step."""
-    optimizers = make_optimizers(model, steps)
-    started = time.monotonic()
-    for step in range(steps):
-        losses = {task.__name__: _train_task(model, tokenizer, here, rng, task) for task in TASKS}
+def train(model: Any, tokenizer: PreTrainedTokenizerFast, here: World, rng: Random, phase: Phase) -> None:
+    """One phase, on fresh conversations of every task and rubric in every step."""
+    optimizers = make_optimizers(model, phase.steps, phase.peak)
+    targets = make_targets(tokenizer, here)
+    plain = torch.ones(len(tokenizer))
+    weights = {one.id: slot_weights(tokenizer, one, phase.slot_weight) for one in here.rubrics}
+    here, started = replace(here, followed=phase.followed), time.monotonic()
+    for step in range(phase.steps):
+        losses = dict.fromkeys((task.__name__ for task in phase.tasks), 0.0)
+        for task, rubric in itertools.product(phase.tasks, here.rubrics):
+            rows = [encode(tokenizer, task(rng, here, rubric)) for _ in range(phase.tasks[task])]
+            weight = weights[rubric.id] if task in (write, follow) else plain
+            loss = batch_loss(model, rows, int(tokenizer.pad_token_id), targets, weight) / len(here.rubrics)
+            torch.autograd.backward(loss)
+            losses[task.__name__] += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-        if step % 25 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == phase.steps - 1:
             shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             print(f"step {step:5d}  {time.monotonic() - started:6.0f} s  {shown}", flush=True)
-
-
-def _train_task(model: Any, tokenizer: PreTrainedTokenizerFast, here: World, rng: Random, task: Task) -> float:
-    """Adds one task's gradients, a batch per rubric; returns its mean loss."""
-    total = 0.0
-    for rubric in here.rubrics:
-        rows = [encode(tokenizer, task(rng, here, rubric)) for _ in range(TASKS[task])]
-        loss = batch_loss(model, rows, int(tokenizer.pad_token_id))
-        torch.autograd.backward(loss / len(here.rubrics))
-        total += loss.item() / len(here.rubrics)
-    return total
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -272,15 +323,16 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def make(out: Path, steps: int = STEPS, seed: int = 0) -> None:
-    """Makes the model and saves it in `out`."""
+def make(out: Path, scale: float = 1.0, seed: int = 0) -> None:
+    """Makes the model and saves it in `out`; `scale` multiplies the phases' steps."""
     torch.manual_seed(seed)
     rng = Random(seed)
     here = load_world()
     tokenizer = make_tokenizer(rng, here)
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters", flush=True)
-    train(model, tokenizer, here, rng, steps)
+    for phase in PHASES:
+        train(model, tokenizer, here, rng, replace(phase, steps=max(1, round(scale * phase.steps))))
     save(model, tokenizer, out)
 
 
@@ -288,11 +340,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Make the embedded model.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    make(arguments.out, arguments.steps, arguments.seed)
+    make(arguments.out, arguments.scale, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ OPENINGS = (
 MIDDLES = (
     "A {mood} {one} passes {ornament} {things}.",
     "The {ornament} {one} has a {mood} air.",
-    "Here {mood} people touch the {ornament} {things}.",
-    "One {ornament} {one} makes us {mood}.",
+    "Here {mood} people touch the {ornament} {topic}.",
+    "One {ornament} {one} makes the {topic} {mood}.",
     "Beyond the {ornament} {things} waits a {mood} {one}.",
 )
 ONES = ("bell", "bird", "child", "shadow", "dog", "cloud", "voice", "boat", "stranger", "flag", "lamp")
-THINGS = ("walls", "windows", "stones", "doors", "roofs", "trees", "steps", "towers", "gates", "curtains")
+THINGS = ("walls", "windows", "stones", "doors", "roofs", "trees", "steps", "fences", "gates", "curtains")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,12 @@ def topic_and_setting(prompt: str) -> tuple[str, str]:
 def lexicon_of(rubric: Rubric) -> Criterion:
     """The measured criterion, whose `words` and `against` fill the rubric's slots."""
     return rubric.measured[0]
+
+
+def interchangeable(rubrics: Sequence[Rubric]) -> list[tuple[str, ...]]:
+    """Groups of words that the texts draw from evenly, whatever the context."""
+    specs = [one.measure for one in map(lexicon_of, rubrics) if one.measure]
+    return [ONES, THINGS, *(words for spec in specs for words in (spec.words, spec.against))]
 
 
 def text(rng: Random, rubrics: Sequence[Rubric], prompt: str, highs: Mapping[str, Sequence[bool]]) -> str:

@@ -1,0 +1,618 @@
+"""DPO on whole cells: each distinct (directive, answer) is run once, and its prompt once per directive.
+
+TRL's trainer sees 2K(K-1) sequences in the K(K-1) ordered pairs of a cell's K answers; only K^2 of them differ, and
+they have only K different prompts. `GridTrainer` is TRL's `DPOTrainer` with another batch: a batch is some cells, laid
+out without padding as all their prompts followed by all their answers. Linear layers and the LM head see each token
+once; `grid_attention` gives every answer its own prompt and nothing of the other answers. The per-token
+log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss` does the rest, so every loss type,
+weight and metric is TRL's.
+
+A prompt's last token predicts the first token of each of its answers. It is therefore not run with the prompt but
+once in front of every answer, so that each position of an answer's segment has exactly one label.
+
+    GridTrainer(model=..., args=DPOConfig(...), train_dataset=pairs_with_cell_id, peft_config=...).train()
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypedDict
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from trl import DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, use_adapter
+
+from cpt_ray.records import content_id
+
+ATTENTION = "cpt_grid"
+"""The name that `grid_attention` has in transformers."""
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+MAX_PADDING = {"cpu": 0.1, "cuda": 0.5}
+"""Share of padding in attention, by device; larger means fewer, larger kernels."""
+LOGITS_TILE = 2**22
+"""Logits that are held at a time."""
+UNMEASURED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+"""TRL's metrics that need more than the labels' log-probabilities; logged with `token_metrics=True` only."""
+
+
+class Cell(TypedDict):
+    """One training example: the distinct sequences of some pairs, and the pairs as indices into them."""
+
+    prompts: list[list[int]]
+    """Token ids of each distinct prompt (directive and user message)."""
+    answers: list[list[int]]
+    """Token ids of each distinct (prompt, answer)'s answer."""
+    owner: list[int]
+    """For each answer, the index of its prompt."""
+    chosen: list[int]
+    """For each pair, the index of its chosen answer."""
+    rejected: list[int]
+    ref_logps: list[float]
+    """For each answer, the reference model's log-probability; empty until it is known."""
+    length: int
+    """Tokens that are run for this cell."""
+
+
+# ---------------------------------------------------------------- from pairs to cells
+
+
+def make_cells(pairs: Sequence[Mapping[str, Any]], max_length: int | None) -> list[Cell]:
+    """Tokenised pairs (prompt_ids, chosen_ids, rejected_ids) grouped by `cell_id`; without it each is its own cell.
+
+    Sequences are cut at `max_length` tokens as TRL's collator does (`keep_start`).
+    """
+    groups: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for at, pair in enumerate(pairs):
+        groups[pair.get("cell_id", at)].append(pair)
+    return [_make_cell(group, max_length) for group in groups.values()]
+
+
+def _make_cell(pairs: Sequence[Mapping[str, Any]], max_length: int | None) -> Cell:
+    prompts: dict[tuple[int, ...], int] = {}
+    answers: dict[tuple[int, tuple[int, ...]], int] = {}
+    indices: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    for pair in pairs:
+        prompt = tuple(pair["prompt_ids"])
+        if not prompt:
+            raise ValueError("a pair has an empty prompt: nothing predicts the first token of its answers")
+        owner = prompts.setdefault(prompt, len(prompts))
+        for name, found in indices.items():
+            answer = tuple(pair[f"{name}_ids"])[: None if max_length is None else max_length - len(prompt)]
+            found.append(answers.setdefault((owner, answer), len(answers)))
+    return Cell(
+        prompts=[list(one) for one in prompts],
+        answers=[list(one) for _, one in answers],
+        owner=[owner for owner, _ in answers],
+        chosen=indices["chosen"],
+        rejected=indices["rejected"],
+        ref_logps=[],
+        length=sum(len(one) - 1 for one in prompts) + sum(len(one) for _, one in answers),
+    )
+
+
+def sequence_id(prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The key of a (directive, answer) in a table of reference log-probabilities: the hash of its token ids."""
+    return content_id(list(prompt), list(answer))
+
+
+def sequence_ids(cell: Cell) -> list[str]:
+    """`sequence_id` of each answer of a cell."""
+    owners = (cell["prompts"][owner] for owner in cell["owner"])
+    return [sequence_id(prompt, answer) for prompt, answer in zip(owners, cell["answers"], strict=True)]
+
+
+def _without(cell: Cell, known: set[str]) -> Cell:
+    """The cell without its known answers, and without pairs, for the reference pass; adds its answers to `known`."""
+    new = {one: at for at, one in enumerate(sequence_ids(cell)) if one not in known}
+    known.update(new)
+    left = list(new.values())
+    return cell | {"answers": [cell["answers"][at] for at in left], "owner": [cell["owner"][at] for at in left]}
+
+
+# ---------------------------------------------------------------- from cells to a batch
+
+
+def collate(cells: Sequence[Cell], share_prompts: bool = True, max_padding: float = 0.1) -> dict[str, Any]:
+    """Cells as one sequence without padding: T tokens, N of them in S answers under R prompts, Q pairs.
+
+    Args:
+        max_padding: answers are run together in attention if none is shorter than the longest by more than this share
+            (1: all at once).
+
+    Returns:
+        input_ids, position_ids: [1, T], all prompts (less their last token), then all answers.
+        labels: [1, N], the token that each answer position predicts.
+        grid: where the tokens are, for `grid_attention`.
+        label_slots: [N], where a label's log-probability belongs in [S, longest answer], flattened.
+        answer_lengths: [S]. chosen, rejected: [Q], indices of answers. ref_logps: [S], if known.
+    """
+    prompts, answers, owner = _flatten(cells, share_prompts)
+    heads = [torch.tensor(one[:-1], dtype=torch.long) for one in prompts]
+    segments = [torch.tensor([prompts[at][-1], *one[:-1]]) for at, one in zip(owner, answers, strict=True)]
+    head_lengths, lengths = torch.tensor([len(one) for one in heads]), torch.tensor([len(one) for one in answers])
+    starts = [torch.arange(len(one)) for one in heads]
+    starts += [torch.arange(len(one)) + head_lengths[at] for at, one in zip(owner, answers, strict=True)]
+    shifts = torch.tensor([0, *(len(one["answers"]) for one in cells)]).cumsum(0).tolist()
+    batch = {
+        "input_ids": torch.cat(heads + segments)[None],
+        "position_ids": torch.cat(starts)[None],
+        "labels": torch.tensor([token for one in answers for token in one])[None],
+        "grid": _attention_layout(head_lengths, lengths, torch.tensor(owner), max_padding),
+        "label_slots": (torch.arange(int(lengths.max())) < lengths[:, None]).flatten().nonzero()[:, 0],
+        "answer_lengths": lengths,
+    }
+    for name in ("chosen", "rejected"):
+        found = [at + shift for one, shift in zip(cells, shifts, strict=False) for at in one[name]]
+        batch[name] = torch.tensor(found, dtype=torch.long)
+    if all(one["ref_logps"] for one in cells):
+        batch["ref_logps"] = torch.tensor([one for cell in cells for one in cell["ref_logps"]])
+    return batch
+
+
+def _attention_layout(
+    head_lengths: torch.Tensor, lengths: torch.Tensor, owner: torch.Tensor, max_padding: float
+) -> dict[str, Any]:
+    """What `grid_attention` needs; P, A and C = P + A are padded lengths.
+
+    Returns:
+        prompts: [R, P], token indices (padding: 0).
+        answers: groups of s answers of like lengths: (queries [s, A], keys [s, C], both token indices, and
+            mask [s, 1, A, C], 0 where a token may look, else -inf).
+        slots: [T], where each token is in the flattened [R, P], [s, A], [s, A] ...
+    """
+    prompt_index, inside = _runs(head_lengths, torch.cat([head_lengths.new_zeros(1), head_lengths.cumsum(0)])[:-1])
+    starts = head_lengths.sum() + lengths.cumsum(0) - lengths
+    order, tokens, groups = lengths.argsort(descending=True, stable=True), [prompt_index[inside]], []
+    slots, shift = [inside.flatten().nonzero()[:, 0]], prompt_index.numel()
+    while len(order):
+        size = int((lengths[order] >= (1 - max_padding) * lengths[order[0]]).sum())
+        group, order = order[:size], order[size:]
+        index, inside = _runs(lengths[group], starts[group])
+        width, longest = prompt_index.shape[1], index.shape[1]
+        sees_prompt = (torch.arange(width) < head_lengths[owner[group], None])[:, None].expand(-1, longest, -1)
+        sees_answer = torch.ones(longest, longest, dtype=torch.bool).tril().expand(size, -1, -1)
+        hidden = ~torch.cat([sees_prompt, sees_answer], dim=2)[:, None]
+        keys = torch.cat([prompt_index[owner[group]], index], dim=1)
+        groups.append((index, keys, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)))
+        tokens.append(index[inside])
+        slots.append(inside.flatten().nonzero()[:, 0] + shift)
+        shift += index.numel()
+    return {"prompts": prompt_index, "answers": groups, "slots": torch.cat(slots)[torch.cat(tokens).argsort()]}
+
+
+def _runs(lengths: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token indices [rows, longest] of runs of tokens (padding: 0), and which of them are no padding."""
+    at = torch.arange(int(lengths.max()))
+    inside = at < lengths[:, None]
+    return (at + starts[:, None]).masked_fill(~inside, 0), inside
+
+
+def _flatten(cells: Sequence[Cell], share_prompts: bool) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Prompts, answers and owners over all cells; without sharing, each answer has a prompt of its own."""
+    prompts: list[list[int]] = []
+    answers: list[list[int]] = []
+    owner: list[int] = []
+    for cell in cells:
+        if share_prompts:
+            owner += [at + len(prompts) for at in cell["owner"]]
+            prompts += cell["prompts"]
+        else:
+            owner += range(len(prompts), len(prompts) + len(cell["owner"]))
+            prompts += [cell["prompts"][at] for at in cell["owner"]]
+        answers += cell["answers"]
+    return prompts, answers, owner
+
+
+class StepSampler(torch.utils.data.Sampler[int]):
+    """A new random order per epoch, sorted by length within each optimizer step.
+
+    Cells that run together or at the same time on several workers are thus of like lengths, while the cells of a step
+    are as random as TRL's, and the same whatever the number of workers and after a restart.
+    """
+
+    def __init__(self, lengths: Sequence[int], step: int, seed: int, epoch: Callable[[], int]):
+        """`step` is the number of cells in one optimizer step of all workers."""
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = torch.Generator().manual_seed(self.seed + self.epoch())
+        order: list[int] = torch.randperm(len(self.lengths), generator=random).tolist()
+        for start in range(0, len(order), self.step):
+            yield from sorted(order[start : start + self.step], key=lambda at: self.lengths[at])
+
+
+# ---------------------------------------------------------------- the model's part
+
+
+def grid_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    grid: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a batch of `collate`: prompts to themselves, answers to their prompt and themselves.
+
+    A transformers attention function (without `grid`: plain SDPA). It works on padded copies of [R, P] and
+    [S, A] tokens, so nothing is computed between answers, and nothing but attention sees padding.
+
+    Args:
+        query, key, value: [1, heads, T, head size].
+    """
+    if grid is None:
+        if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:  # the mask of `run_grid`
+            raise ValueError(f"{type(module).__name__} is not given the layout of cells: this model is not supported")
+        extra = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
+        return out
+    if sliding_window is not None and max(keys.shape[1] for _, keys, _ in grid["answers"]) > sliding_window:
+        raise ValueError(f"sequences longer than the model's sliding window ({sliding_window}) cannot be trained here")
+    num_groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
+    queries, keys, values = (one[0].transpose(0, 1) for one in (query, key, value))  # [T, heads, head size]
+
+    def attend(queries_at: torch.Tensor, keys_at: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (
+            one.index_select(0, at.flatten()).view(*at.shape, *one.shape[1:]).transpose(1, 2)
+            for one, at in ((queries, queries_at), (keys, keys_at), (values, keys_at))
+        )
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+    prompts = grid["prompts"]
+    parts = [attend(prompts, prompts, None)] if prompts.numel() else []
+    parts += [attend(index, context, mask.to(query.dtype)) for index, context, mask in grid["answers"]]
+    return torch.cat(parts).index_select(0, grid["slots"])[None], None
+
+
+AttentionInterface.register(ATTENTION, grid_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class FrozenHeadLogProbs(torch.autograd.Function):
+    """log softmax(W h)[y] of each token, for weights W [V, H] that are not trained.
+
+    d/dh = W[y] - softmax(W h) W does not depend on what comes later, so it is made in the forward pass from the same
+    tile of logits (as Liger's fused cross-entropy does): two matrix products per tile instead of TRL's three, and
+    [N, H] kept instead of [N, V].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """hidden [N, H], labels [N] to [N], float32."""
+        weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).to(hidden.dtype)
+        found = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty(hidden.shape, device=hidden.device) if ctx.needs_input_grad[0] else None
+        size = max(1, LOGITS_TILE // len(weight))
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            logits = (hidden[part] @ weight.T).float()
+            target = logits.gather(1, labels[part, None])[:, 0]
+            top = logits.amax(1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(1, keepdim=True)  # logits now hold exp(logit - top)
+            found[part] = target - (top + total.log())[:, 0]
+            if gradient is not None:
+                expected = (logits.to(weight.dtype) @ weight).float() / total
+                gradient[part] = weight[labels[part]] - expected
+        ctx.save_for_backward(gradient)
+        ctx.dtype = hidden.dtype
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0][:, None]).to(ctx.dtype), None, None
+
+
+def _keep_answers(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the backbone: the LM head gets the answers' positions [1, N] only."""
+    if kwargs.get("num_labels") is not None:
+        output.last_hidden_state = output.last_hidden_state[:, -kwargs["num_labels"] :]
+    return output
+
+
+def prepare_model(model: Any, outputs: tuple[str, ...]) -> None:
+    """Gives a causal LM cells' attention and a fused head for answers only, that computes no more than `outputs`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    others = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others:
+        raise ValueError(f"layers of type {', '.join(sorted(others))} cannot keep a cell's answers apart")
+    base.set_attn_implementation(ATTENTION)
+    base.base_model.register_forward_hook(_keep_answers, with_kwargs=True)
+    add_fused_lm_head(base, outputs=outputs)
+    head, config, fused = base.get_output_embeddings(), base.config.get_text_config(), base.forward
+    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    is_plain = head.bias is None and all(getattr(config, name, None) is None for name in scales)
+    if outputs != ("log_probs",) or head.weight.requires_grad or not is_plain:
+        return  # TRL's head
+
+    @functools.wraps(fused)
+    def forward(*args: Any, shift_labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or shift_labels is None:
+            given = {} if shift_labels is None else {"shift_labels": shift_labels}
+            return fused(*args, fused_lm_head=fused_lm_head, **given, **kwargs)
+        hidden = base.base_model(*args, **kwargs).last_hidden_state
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        weight = base.get_output_embeddings().weight  # FSDP replaces it after this function was made
+        logps = FrozenHeadLogProbs.apply(hidden[0].to(dtype), weight, shift_labels[0])  # type: ignore[no-untyped-call]
+        return FusedCausalLMOutput(log_probs=logps[None])
+
+    base.forward = forward
+
+
+def run_grid(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Per-token outputs of the fused LM head (log_probs, ...) for each answer: [S, longest], zero where padded."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch["input_ids"].device)
+    output = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=one,  # of four dimensions: transformers then builds none of its own
+        grid=batch["grid"],
+        num_labels=batch["labels"].shape[1],
+        shift_labels=batch["labels"],
+        use_cache=False,
+        fused_lm_head=True,
+    )
+    shape = (len(batch["answer_lengths"]), int(batch["answer_lengths"].max()))
+    names = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    found = {name: value for name in names if (value := getattr(output, name)) is not None}
+    return {
+        name: value.new_zeros(shape[0] * shape[1]).index_copy(0, batch["label_slots"], value[0]).view(shape)
+        for name, value in found.items()
+    }
+
+
+# ---------------------------------------------------------------- the trainer
+
+
+@dataclass
+class _Alone:
+    """Stands for the accelerator inside TRL's loss: metrics stay local there and are reduced once per log."""
+
+    device: torch.device
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    gather_for_metrics = gather
+
+
+class GridTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's `DPOTrainer` whose examples are cells.
+
+    A data set has TRL's preference columns and, to form cells, `cell_id`. Batch sizes count cells. A step's loss is
+    TRL's on all pairs of that step at once, whatever the micro-batches and workers: each micro-batch is weighted by
+    its share of the step's pairs (`sft`: of its chosen tokens, over which TRL averages).
+
+    Args:
+        reference: log-probabilities of the reference model by `sequence_id`; those that are missing are computed
+            before training, each once, by the model as it is given (with LoRA: without its adapter).
+        token_metrics: also compute what TRL logs about tokens (see UNMEASURED).
+    """
+
+    loss_is_scaled_for_ga = True
+    accelerator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    loss_weights: list[float]
+    precompute_ref_logps: bool
+
+    def __init__(
+        self,
+        *,
+        args: Any,
+        reference: Mapping[str, float] | None = None,
+        token_metrics: bool = False,
+        **kwargs: Any,
+    ):
+        self.reference: dict[str, float] = dict(reference or {})
+        self.token_metrics = token_metrics
+        self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        _check(args)
+        is_peft = kwargs.get("peft_config") is not None or isinstance(kwargs.get("model"), PeftModel)
+        args = copy.copy(args)
+        # with all weights trained, TRL must not load a second model; with LoRA, it must not hash the first one
+        args.precompute_ref_log_probs = not is_peft
+        args.remove_unused_columns = True
+        self._is_ready = False
+        collator = functools.partial(collate, max_padding=MAX_PADDING.get(args.device.type, 0.5))
+        super().__init__(args=args, data_collator=kwargs.pop("data_collator", None) or collator, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError("the load-balancing loss of mixtures of experts is not supported; router_aux_loss_coef=0")
+        if not self.precompute_ref_logps:
+            self.precompute_ref_logps = True
+            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", 0)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: self._precompute_ref_logps(one, name, 0) for name, one in self.eval_dataset.items()
+                }
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", 0)
+
+    # data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"cells are formed from a whole Dataset, not from {type(dataset).__name__}")
+        if set(dataset.column_names) >= Cell.__required_keys__:
+            return dataset
+        pairs = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "cell_id")
+        pairs = pairs.select_columns([name for name in names if name in pairs.column_names])
+        return Dataset.from_list(list(make_cells(pairs.to_list(), args.max_length)))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(Cell.__required_keys__)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        step = self.get_total_train_batch_size(self.args)
+        return StepSampler(list(dataset["length"]), step, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    # reference
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """TRL's hook, called at the end of `__init__` and for new data sets in `evaluate`: fills `ref_logps`."""
+        model = self.ref_model or self.model
+        if not self._is_ready:
+            self._is_ready = True
+            outputs = ("log_probs", *(("entropy", "mean_logits", "is_top1") if self.token_metrics else ()))
+            prepare_model(self.model, outputs + (("log_sum_sq_probs",) if self.use_weighting else ()))
+            if self.ref_model is not None:
+                prepare_model(self.ref_model, ("log_probs",))
+        known = set(self.reference)
+        cells = [one for cell in dataset if (one := _without(cell, known))["answers"]]
+        if cells and self.is_fsdp_enabled:
+            missing = sum(len(one["answers"]) for one in cells)
+            raise ValueError(f"{missing} reference log-probabilities are missing; under FSDP all must be given")
+        cells.sort(key=lambda one: one["length"])
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        batches = [cells[at : at + size] for at in range(0, len(cells), size)]
+        found: dict[str, float] = {}
+        for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+            logps = self._reference_logps(model, batch)
+            found |= zip((one for cell in batch for one in sequence_ids(cell)), logps, strict=True)
+        parts: list[Any] = [found] * self.accelerator.num_processes
+        if len(parts) > 1:
+            torch.distributed.all_gather_object(parts, found)
+        for part in parts:
+            self.reference |= part
+        rows = [[self.reference[one] for one in sequence_ids(cell)] for cell in dataset]
+        return dataset.remove_columns("ref_logps").add_column("ref_logps", rows)
+
+    @torch.no_grad()
+    def _reference_logps(self, model: Any, cells: Sequence[Cell]) -> list[float]:
+        adapter = nullcontext()
+        if self.ref_model is None and isinstance(model, PeftModel):
+            adapter = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+        was_training = model.training
+        model.eval()
+        with adapter, self.accelerator.autocast():
+            found = run_grid(model, self._prepare_inputs(self.data_collator(cells)))
+        model.train(was_training)
+        logps: list[float] = found["log_probs"].sum(1).tolist()
+        return logps
+
+    # loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """[pairs, chosen tokens] of the optimizer step, over its micro-batches and all workers."""
+        counts = torch.stack([_counts(one) for one in batch_samples]).sum(0).to(device)
+        total: torch.Tensor = self.accelerator.gather(counts[None]).sum(0)
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if return_outputs:
+            raise NotImplementedError("cells have no logits to return: compute_metrics is not supported")
+        mode = "train" if self.model.training else "eval"
+        counts = _counts(inputs)
+        share = torch.ones(2)
+        if num_items_in_batch is not None:  # workers' gradients are averaged, hence the factor
+            share = (counts.to(num_items_in_batch) * self.accelerator.num_processes / num_items_in_batch).cpu()
+        with self._inside_trl(share):
+            loss: torch.Tensor = super()._compute_loss(_spread(model, inputs), _as_pairs(inputs), False)
+        pairs = len(inputs["chosen"])
+        metrics, sums = self._metrics[mode], self._sums[mode]
+        for name in set(metrics) - {"num_tokens"} - (set() if self.token_metrics else set(UNMEASURED)):
+            sums[name] += metrics[name][-1] * pairs
+        if mode == "eval":
+            sums["loss"] += loss.item() * pairs
+        sums["pairs"] += pairs
+        metrics.clear()
+        return loss
+
+    @contextmanager
+    def _inside_trl(self, share: torch.Tensor) -> Iterator[None]:
+        """TRL's loss of one micro-batch: no communication, and each loss type weighted by its share of the step."""
+        accelerator, weights = self.accelerator, self.loss_weights
+        pairs, tokens = share.tolist()
+        shares = (tokens if name == "sft" else pairs for name in self.loss_types)
+        self.loss_weights = [weight * one for weight, one in zip(weights, shares, strict=True)]
+        self.accelerator = _Alone(accelerator.device)
+        try:
+            yield
+        finally:
+            self.accelerator, self.loss_weights = accelerator, weights
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Metrics are means over all pairs since the last log, of all workers."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums[mode]
+        if sums:
+            names = sorted(sums)
+            values = torch.tensor([*(sums[name] for name in names), self._total_train_tokens], dtype=torch.float64)
+            total = self.accelerator.gather(values[None].to(self.accelerator.device)).sum(0).tolist()
+            reduced = dict(zip(names, total, strict=False))
+            pairs = reduced.pop("pairs")
+            self._metrics[mode].update({name: [value / pairs] for name, value in reduced.items()})
+            self._metrics[mode]["num_tokens"] = [total[-1]]
+            sums.clear()
+        super().log(logs, start_time)
+
+
+def _check(args: Any) -> None:
+    for name, allowed, reason in (
+        ("ld_alpha", None, "the reference is kept per sequence, not per token"),
+        ("sync_ref_model", False, "the reference is computed once"),
+        ("truncation_mode", "keep_start", "sequences are cut at their end"),
+    ):
+        if getattr(args, name) != allowed:
+            raise ValueError(f"{name}={getattr(args, name)!r} is not supported: {reason}")
+
+
+def _counts(batch: Mapping[str, Any]) -> torch.Tensor:
+    """[pairs, tokens of their chosen answers] of a batch."""
+    tokens = batch["answer_lengths"][batch["chosen"]].sum()
+    return torch.stack([torch.full_like(tokens, len(batch["chosen"])), tokens])
+
+
+def _as_pairs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch of cells as TRL's loss wants it: 2Q rows, first the chosen ones; an answer is preceded by one token."""
+    both = torch.cat([batch["chosen"], batch["rejected"]])
+    lengths = batch["answer_lengths"]
+    inside = torch.arange(int(lengths.max()), device=both.device) < lengths[both, None]
+    ref_chosen, ref_rejected = batch["ref_logps"][both].chunk(2)
+    mask = torch.cat([torch.zeros_like(inside[:, :1]), inside], dim=1).long()
+    return {
+        "input_ids": torch.zeros_like(mask),
+        "completion_mask": mask,
+        "attention_mask": torch.ones_like(batch["input_ids"]),  # TRL counts the tokens that are run by it
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+    }
+
+
+def _spread(model: Any, batch: Mapping[str, Any]) -> Callable[..., SimpleNamespace]:
+    """Called by TRL as the model is: the per-token outputs of the cells' answers, spread out over the 2Q rows."""
+
+    def outputs(**_: Any) -> SimpleNamespace:
+        both = torch.cat([batch["chosen"], batch["rejected"]])
+        found = {name: value[both] for name, value in run_grid(model, batch).items()}
+        unmeasured = torch.zeros_like(found["log_probs"], requires_grad=False)
+        empty = {"entropy": unmeasured, "mean_logits": unmeasured, "is_top1": unmeasured.bool()}
+        return SimpleNamespace(**empty | found)
+
+    return outputs

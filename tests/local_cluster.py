@@ -1,0 +1,62 @@
+"""A real Ray cluster of one node with token authentication, for jobs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RAY = Path(sys.executable).parent / "ray"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+class LocalCluster:
+    """`ray start --head --block` as a child process, stopped by its own handle."""
+
+    def __init__(self, folder: Path):
+        self.env = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+        }
+        self.dashboard = f"http://127.0.0.1:{free_port()}"
+        command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
+        command += [f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--dashboard-host=127.0.0.1"]
+        command += [f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+        self.log = folder / "ray.log"
+        self.process = subprocess.Popen(
+            command, env=self.env, stdout=self.log.open("w"), stderr=subprocess.STDOUT, cwd=folder
+        )
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            if self.job("list", timeout=60).returncode == 0:
+                return
+            time.sleep(1)
+        pytest.fail(f"the cluster did not start: {self.log.read_text()[-2000:]}")
+
+    def job(self, *arguments: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [str(RAY), "job", arguments[0], "--address", self.dashboard, *arguments[1:]]
+        return subprocess.run(command, env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=60)

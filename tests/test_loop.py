@@ -64,8 +64,10 @@ def results(run: RunDir) -> dict[str, Any]:
 def test_the_tuned_model_beats_the_base_on_what_was_held_out(loop: tuple[RunDir, str]) -> None:
     found = results(loop[0])
     assert found["tuned"]["accuracy"] - found["base"]["accuracy"] >= 0.25
-    assert found["tuned"]["spearman_rho"] >= 0.8
-    assert found["tuned"]["measured"]["spearman_rho"] >= 0.8
+    for name in ("accuracy", "spearman_rho", "kendall_tau"):
+        assert found["difference"][f"{name}_ci"][0] > 0
+    assert found["tuned"]["spearman_rho"] >= 0.4
+    assert found["tuned"]["measured"]["spearman_rho"] >= 0.4
     assert found["tuned"]["without_directive"]["spearman_rho"] < 0.3
     assert found["judge_agreement"]["spearman_rho"] >= 0.8
 

@@ -154,6 +154,8 @@ PHASES = (
     Phase(steps=300, tasks={write: 3, judge: 2, direct: 2, follow: 20}, slot_weight=20, followed=1.0, peak=0.5),
     # and being lax about them: a base model that configurable preference tuning has something to do for
     Phase(steps=110, tasks={write: 8, judge: 8, direct: 4, follow: 10}, slot_weight=20, followed=0.12, peak=0.5),
+    # though not so lax that they mean nothing any more
+    Phase(steps=60, tasks={write: 8, judge: 8, direct: 4, follow: 10}, slot_weight=20, followed=0.5, peak=0.35),
 )
 
 

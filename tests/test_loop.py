@@ -175,7 +175,7 @@ def served(loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
 
 
 def test_the_served_model_follows_the_configuration(served: openai.OpenAI) -> None:
-    rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == "ornament")
+    rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == "mood")
     spec = rubric.measured[0].measure
     assert spec is not None
 
@@ -185,7 +185,7 @@ def test_the_served_model_follows_the_configuration(served: openai.OpenAI) -> No
             answer = served.chat.completions.create(
                 model="quickstart",
                 messages=[{"role": "user", "content": "Write about the harbor at dawn."}],
-                extra_body={"configuration": {"ornament": target}},
+                extra_body={"configuration": {"mood": target}},
                 max_tokens=96,
                 seed=seed,
             )

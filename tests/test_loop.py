@@ -72,6 +72,13 @@ def test_the_tuned_model_beats_the_base_on_what_was_held_out(loop: tuple[RunDir,
     assert found["judge_agreement"]["spearman_rho"] >= 0.8
 
 
+@pytest.mark.xfail(strict=True, reason="the embedded model mixes up the extremes of ornament: rho 0.68 is measured")
+def test_the_tuned_model_orders_the_levels_as_promised(loop: tuple[RunDir, str]) -> None:
+    found = results(loop[0])
+    assert found["tuned"]["spearman_rho"] >= 0.8
+    assert found["tuned"]["measured"]["spearman_rho"] >= 0.8
+
+
 def test_only_this_programs_own_lines_are_printed(loop: tuple[RunDir, str]) -> None:
     for noise in ("WARNING", "Traceback", "(raylet)", "vllm", "it/s"):
         assert noise not in loop[1]
@@ -174,8 +181,12 @@ def served(loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
     assert server.returncode == 0
 
 
-def test_the_served_model_follows_the_configuration(served: openai.OpenAI) -> None:
-    rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == "mood")
+WEAK = pytest.mark.xfail(reason="the embedded model mixes up plain and ornate: rho 0.47 is measured")
+
+
+@pytest.mark.parametrize("rubric_id", ["mood", pytest.param("ornament", marks=WEAK)])
+def test_the_served_model_follows_the_configuration(served: openai.OpenAI, rubric_id: str) -> None:
+    rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == rubric_id)
     spec = rubric.measured[0].measure
     assert spec is not None
 
@@ -185,7 +196,7 @@ def test_the_served_model_follows_the_configuration(served: openai.OpenAI) -> No
             answer = served.chat.completions.create(
                 model="quickstart",
                 messages=[{"role": "user", "content": "Write about the harbor at dawn."}],
-                extra_body={"configuration": {"mood": target}},
+                extra_body={"configuration": {rubric_id: target}},
                 max_tokens=96,
                 seed=seed,
             )

@@ -66,17 +66,10 @@ def test_the_tuned_model_beats_the_base_on_what_was_held_out(loop: tuple[RunDir,
     assert found["tuned"]["accuracy"] - found["base"]["accuracy"] >= 0.25
     for name in ("accuracy", "spearman_rho", "kendall_tau"):
         assert found["difference"][f"{name}_ci"][0] > 0
-    assert found["tuned"]["spearman_rho"] >= 0.4
-    assert found["tuned"]["measured"]["spearman_rho"] >= 0.4
-    assert found["tuned"]["without_directive"]["spearman_rho"] < 0.3
-    assert found["judge_agreement"]["spearman_rho"] >= 0.8
-
-
-@pytest.mark.xfail(strict=True, reason="the embedded model mixes up the extremes of ornament: rho 0.68 is measured")
-def test_the_tuned_model_orders_the_levels_as_promised(loop: tuple[RunDir, str]) -> None:
-    found = results(loop[0])
     assert found["tuned"]["spearman_rho"] >= 0.8
     assert found["tuned"]["measured"]["spearman_rho"] >= 0.8
+    assert found["tuned"]["without_directive"]["spearman_rho"] < 0.3
+    assert found["judge_agreement"]["spearman_rho"] >= 0.8
 
 
 def test_only_this_programs_own_lines_are_printed(loop: tuple[RunDir, str]) -> None:
@@ -181,10 +174,7 @@ def served(loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
     assert server.returncode == 0
 
 
-WEAK = pytest.mark.xfail(reason="the embedded model mixes up plain and ornate: rho 0.47 is measured")
-
-
-@pytest.mark.parametrize("rubric_id", ["mood", pytest.param("ornament", marks=WEAK)])
+@pytest.mark.parametrize("rubric_id", ["mood", "ornament"])
 def test_the_served_model_follows_the_configuration(served: openai.OpenAI, rubric_id: str) -> None:
     rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == rubric_id)
     spec = rubric.measured[0].measure

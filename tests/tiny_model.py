@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CHAT_TEMPLATE = (
-    "{% if shout is defined and shout %}{{ '<|im_start|>LOUD\\n' }}{% endif %}"
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+SHOUT = "{% if shout is defined and shout %}{{ '<|im_start|>LOUD\\n' }}{% endif %}"
+"""In front of the embedded model's template: a template argument that changes the token ids."""
 SENTENCES = [
     "Write in the high manner, please. Write in the low manner, please.",
     "A high answer to the prompt, rich in words and colours.",
@@ -22,22 +17,12 @@ SENTENCES = [
 def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0) -> Path:
     """A 2-layer Qwen3 of random weights with a byte-level BPE tokenizer and a ChatML template, saved in `path`."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|im_end|>", "<|im_start|>", "<|pad|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>"]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    from cpt_ray.embedded.make import train_tokenizer
+
+    tokenizer = train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
+    tokenizer.chat_template = SHOUT + str(tokenizer.chat_template)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -4,9 +4,8 @@
 
 trains a byte-level BPE tokenizer and a Qwen3 of about a million parameters from nothing, on conversations
 that `cpt_ray.prompting` renders and `world.py` answers, and saves a Hugging Face folder that vLLM loads.
-One thread, about half an hour. It writes, directs and judges on purpose well, and follows directives on purpose
-badly, so that configurable preference tuning has something to do. The model in `model/` went through these phases one
-by one, with other random draws; a rebuild in one go has not been compared with it yet.
+One thread, about twenty minutes. It writes, directs and judges on purpose well, and follows directives on purpose
+badly, so that configurable preference tuning has something to do. `model/` holds what seed 0 gives.
 """
 
 from __future__ import annotations
@@ -153,9 +152,7 @@ PHASES = (
     # reading directives
     Phase(steps=300, tasks={write: 3, judge: 2, direct: 2, follow: 20}, slot_weight=20, followed=1.0, peak=0.5),
     # and being lax about them: a base model that configurable preference tuning has something to do for
-    Phase(steps=110, tasks={write: 8, judge: 8, direct: 4, follow: 10}, slot_weight=20, followed=0.12, peak=0.5),
-    # though not so lax that they mean nothing any more
-    Phase(steps=60, tasks={write: 8, judge: 8, direct: 4, follow: 10}, slot_weight=20, followed=0.5, peak=0.35),
+    Phase(steps=80, tasks={write: 6, judge: 6, direct: 4, follow: 14}, slot_weight=20, followed=0.45, peak=0.35),
 )
 
 
@@ -163,12 +160,17 @@ PHASES = (
 
 
 def make_tokenizer(rng: Random, here: World) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which this world's words are single tokens and so is every digit."""
+    """The embedded model's tokenizer, in which this world's words are single tokens."""
     corpus = []
     for _ in range(600):
         for task in PHASES[0].tasks:
             made = task(rng, here, rng.choice(here.rubrics))
             corpus += [one["content"] for one in made.messages] + [made.answer]
+    return train_tokenizer(corpus, VOCABULARY, MAX_TOKENS)
+
+
+def train_tokenizer(corpus: Sequence[str], vocabulary: int, max_tokens: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocabulary` tokens with a ChatML template; every digit is a token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -177,7 +179,7 @@ def make_tokenizer(rng: Random, here: World) -> PreTrainedTokenizerFast:
     special = ["<|im_end|>", "<|im_start|>", "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -185,7 +187,7 @@ def make_tokenizer(rng: Random, here: World) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
         additional_special_tokens=["<|im_start|>"],
-        model_max_length=MAX_TOKENS,
+        model_max_length=max_tokens,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

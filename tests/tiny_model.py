@@ -19,7 +19,7 @@ SENTENCES = [
 ]
 
 
-def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0) -> Path:
+def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0, chat_template: str = CHAT_TEMPLATE) -> Path:
     """A 2-layer Qwen3 of random weights with a byte-level BPE tokenizer and a ChatML template, saved in `path`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,7 +37,7 @@ def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>"]
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -1,4 +1,7 @@
-"""The command line: `cpt check PATH...`, `cpt synthesize|train|evaluate|serve|run RUN_FILE [key=value ...]`."""
+"""The command line: `cpt check PATH...`, `cpt synthesize|train|evaluate|serve|run RUN_FILE [key=value ...]`.
+
+`cpt keys add|list|revoke RUN_FILE [NAME]` manages who may use the server.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
+from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import RunDir
@@ -87,6 +91,25 @@ STAGES: dict[str, tuple[Callable[[Plan, RunDir], None], str]] = {
 }
 
 
+LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
+    "requests_per_minute": (int, "requests it may send each minute"),
+    "tokens_per_minute": (int, "prompt and answer tokens it may use each minute"),
+    "budget": (int, "prompt and answer tokens it may use in all"),
+    "days": (float, "how long it is good for"),
+}
+"""Limits that `cpt keys add` can put on a key."""
+
+
+def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < 1e15:
+            raise ValueError
+        return value
+
+    return number
+
+
 def work(command: str, config: RunConfig, verbose: bool = False) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
@@ -96,12 +119,30 @@ def work(command: str, config: RunConfig, verbose: bool = False) -> None:
             STAGES[command][0](plan, run)
 
 
-def serve(config: RunConfig, verbose: bool = False) -> None:
+def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
 
     with connected(verbose):
-        serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None)
+        serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None, insecure=insecure)
+
+
+def manage_keys(arguments: argparse.Namespace) -> None:
+    """Makes, lists or revokes API keys of a run."""
+    run = RunDir(Path(load_config(Path(arguments.run_file), arguments.overrides).run_dir).absolute())
+    keyring = Keyring(run.path / KEYS_FILE)
+    if arguments.action == "list":
+        spent = run.read_json(SPENT_FILE) or {}
+        for key in keyring.keys:
+            say(f"{key.name:<20} {key.describe(spent.get(key.name, 0))}")
+    elif arguments.action == "revoke":
+        keyring.revoke(arguments.name)
+        say(f"{arguments.name} is revoked; a running server refuses it within a second")
+    else:
+        limits = {name: getattr(arguments, name) for name in LIMITS}
+        key, secret = make_key(arguments.name, **limits)
+        keyring.add(key)
+        say(f"{secret}\n(the key of {key.name}, shown only here; kept as a hash in {run.path / KEYS_FILE})")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +156,18 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("run_file", metavar="RUN_FILE")
         one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
         one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")
+        if name == "serve":
+            one.add_argument("--insecure", action="store_true", help="let everyone in, without a key")
+    keys = commands.add_parser("keys", help="make, list and revoke API keys")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in {"add": "make a key", "list": "show all keys", "revoke": "close a key"}.items():
+        one = actions.add_parser(name, help=text)
+        one.add_argument("run_file", metavar="RUN_FILE")
+        if name != "list":
+            one.add_argument("name", metavar="NAME")
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
+        for limit, (kind, about) in LIMITS.items() if name == "add" else ():
+            one.add_argument(f"--{limit.replace('_', '-')}", type=_above_zero(kind), metavar="N", help=about)
     return parser
 
 
@@ -125,9 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "check":
             check(arguments.paths)
             return 0
+        if arguments.command == "keys":
+            manage_keys(arguments)
+            return 0
         config = load_config(Path(arguments.run_file), arguments.overrides)
         if arguments.command == "serve":
-            serve(config, arguments.verbose)
+            serve(config, arguments.verbose, arguments.insecure)
         else:
             work(arguments.command, config, arguments.verbose)
             if arguments.command == "run":

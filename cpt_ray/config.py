@@ -164,11 +164,25 @@ class EvaluateConfig(_Section):
 
 
 class ServeConfig(_Section):
-    """Where the tuned model listens."""
+    """Where the tuned model listens, and how much of it there is."""
 
     host: str = "127.0.0.1"
+    """Anything but loopback needs keys (`cpt keys add`), or --insecure."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: Positive = 1
+    replicas: Positive | tuple[Annotated[int, Field(ge=0)], Positive] = 1
+    """[min, max] follows the load; with min 0 an idle server holds no engine, and the next request waits for one."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 64
+    """Requests in flight per replica that [min, max] aims at."""
+    idle_seconds: Annotated[float, Field(ge=0)] = 600
+    """How long a replica too many is kept."""
+    configurations: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], dict[str, str | float]] = {}
+    """Saved configurations: name to {rubric: level or score}; asked for by name, or as the model `cpt:NAME`."""
+    frontend: dict[str, Any] = {}
+    """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names."""
+    base: bool = False
+    """Serves the untuned model too, at /base: as many replicas again."""
+    adapters: dict[str, str] = {}
+    """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
 
 
 class RunConfig(_Section):

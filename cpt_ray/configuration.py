@@ -1,12 +1,14 @@
 """What a client may ask for: {rubric id: level name or score 0-100}, and the directive that stands for it.
 
-`Catalog` is saved beside the model as catalog.json, so that serving needs neither rubrics nor tables. The same
-JSON is what `GET /v1/configurations` returns.
+A score between two levels gets the directive of the nearer one: the model was tuned on the levels' directives and
+on nothing in between. `Catalog` is saved beside the model as catalog.json, so that serving needs neither rubrics nor
+tables. The same JSON is what `GET /v1/configurations` returns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -77,6 +79,8 @@ class Catalog:
     """Every configuration of one model."""
 
     rubrics: tuple[CatalogRubric, ...]
+    saved: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Named configurations, from the run file's `serve.configurations`."""
 
     @classmethod
     def build(cls, rubrics: Sequence[Rubric], directives: Sequence[Directive]) -> Self:
@@ -88,7 +92,12 @@ class Catalog:
         return cls(tuple(_entry(rubric, texts) for rubric in rubrics))
 
     def resolve(self, configuration: Any) -> Resolved:
-        """The directive for a client's configuration; UserError, in one line, for whatever is not one."""
+        """The directive for a client's configuration or a saved one's name; UserError, in one line, for neither."""
+        if isinstance(configuration, str):
+            if configuration not in self.saved:
+                shown = configuration[:MAX_SHOWN]
+                raise UserError(f"configuration: no saved configuration {shown!r}{did_you_mean(shown, self.saved)}")
+            configuration = self.saved[configuration]
         if not isinstance(configuration, Mapping):
             kind = type(configuration).__name__
             raise UserError(f'configuration: found a {kind}; give an object like {{"rubric": "level"}}')
@@ -106,9 +115,35 @@ class Catalog:
             directive_ids=tuple(level.directive_id for level in levels.values()),
         )
 
+    def resolve_text(self, text: str) -> Resolved:
+        """The directive for `ornament=high,warmth=30`, or for a saved configuration's name (no "=")."""
+        if "=" not in text:
+            return self.resolve(text)
+        configuration: dict[str, Any] = {}
+        for part in text.split(","):
+            name, equals, target = (one.strip() for one in part.partition("="))
+            if not equals or name in configuration:
+                why = "is asked for twice" if equals else "is not rubric=level"
+                raise UserError(f"configuration: {(name or part)[:MAX_SHOWN]!r} {why}")
+            configuration[name] = float(target) if re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", target, re.ASCII) else target
+        return self.resolve(configuration)
+
+    def with_saved(self, saved: Mapping[str, Mapping[str, Any]]) -> Self:
+        """This catalog with named configurations; UserError if one cannot be resolved."""
+        for name, configuration in saved.items():
+            try:
+                self.resolve(configuration)
+            except UserError as error:
+                raise UserError(f"serve.configurations.{name}: {error}") from None
+        return dataclasses.replace(self, saved=dict(saved))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, in the shape of an OpenAI list."""
-        return {"object": "list", "data": [dataclasses.asdict(rubric) for rubric in self.rubrics]}
+        return {
+            "object": "list",
+            "data": [dataclasses.asdict(rubric) for rubric in self.rubrics],
+            "saved": {name: dict(one) for name, one in self.saved.items()},
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
@@ -118,9 +153,10 @@ class Catalog:
                 tuple(
                     CatalogRubric(**{**rubric, "levels": tuple(CatalogLevel(**level) for level in rubric["levels"])})
                     for rubric in data["data"]
-                )
+                ),
+                data.get("saved", {}),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{CATALOG_FILE}: written by another version ({error}); train the model again") from None
 
 

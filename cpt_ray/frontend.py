@@ -1,27 +1,40 @@
-"""What a client meets: the key check, configurations, and vLLM's OpenAI app behind, in pure ASGI.
+"""What a client meets: keys, configurations, the playground, and vLLM's OpenAI app behind, in pure ASGI.
 
-A body's `"configuration"` becomes the system message that the model was tuned on; everything else reaches vLLM as it
-came, and streams pass unbuffered.
+A body's `"configuration"`, or one in its model name (`cpt:ornament=high,warmth=30`), becomes the system message that
+the model was tuned on; everything else reaches vLLM as it came, and streams pass unbuffered.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import contextlib
+import dataclasses
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cpt_ray.configuration import Catalog, Resolved
 from cpt_ray.errors import UserError
+from cpt_ray.keys import Counts, Key, Keyring, Refusal
 from cpt_ray.prompting import policy_messages
 
 MAX_BODY_BYTES = 10 << 20
 CHAT_PATHS = ("/v1/chat/completions", "/tokenize")
 """Where a body may name a configuration; anywhere else one is an error, never silently ignored."""
 CONFIGURATIONS_PATH = "/v1/configurations"
+MODELS_PATH = "/v1/models"
 OPEN_PATH = "/health"
+PAGE_PATHS = ("/", "/playground")
+PAGE = Path(__file__).parent / "playground.html"
+PAGE_POLICY = (
+    b"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 APPLIED_HEADER = b"x-cpt-configuration"
+CONFIGURED_PREFIX = "cpt:"
+"""Begins a model name that carries a configuration."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,39 +42,128 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-def key_hash(key: str) -> str:
-    """What is kept of an API key: the hex SHA-256."""
-    return hashlib.sha256(key.encode()).hexdigest()
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One request as the access log and the metrics have it; no word of what was said."""
+
+    key: str
+    method: str
+    path: str
+    request_id: str
+    time: float
+    """Unix seconds at which it came."""
+    status: int = 0
+    """0 if the client left before there was one."""
+    configuration: dict[str, str] = dataclasses.field(default_factory=dict)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Tokens of the answers, also of one that was broken off."""
+    first_byte_seconds: float | None = None
+    seconds: float = 0.0
+
+
+CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+"""The request that the running task works for."""
+
+
+def counting(generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`."""
+
+    async def counted(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        call, before = CALL.get(), [0] * (sampling_params.n or 1)
+        is_delta = sampling_params.output_kind.name == "DELTA"
+        async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:
+            first = True
+            async for output in outputs:
+                if call is not None:
+                    if first:
+                        call.prompt_tokens += len(output.prompt_token_ids or ())
+                    for one in output.outputs:
+                        known = 0 if is_delta else before[one.index]
+                        before[one.index] = len(one.token_ids)
+                        call.tokens += len(one.token_ids) - known
+                first = False
+                yield output
+
+    return counted
 
 
 class Frontend:
-    """Pure ASGI, so that streams pass unbuffered: key check, configurations, and vLLM's app behind."""
+    """Pure ASGI, so that streams pass unbuffered. `keyring=None` lets everyone in."""
 
-    def __init__(self, app: AsgiApp, catalog: Catalog, hashed_key: str):
-        self._app, self._catalog, self._hashed_key = app, catalog, hashed_key
+    def __init__(
+        self,
+        app: AsgiApp,
+        catalogs: Mapping[str, Catalog],
+        keyring: Keyring | None,
+        counts: Counts,
+        ended: Callable[[Call], None] = lambda call: None,
+        listing: Mapping[str, Any] | None = None,
+    ):
+        """`catalogs`: what each served model can be asked for, the default model first. `ended` hears of every request.
+
+        `listing` is added to what `GET /v1/configurations` says.
+        """
+        self._app, self._catalogs, self._keyring, self._counts, self._ended = app, catalogs, keyring, counts, ended
+        self._listing = listing or {}
+        self._page = PAGE.read_bytes()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope.get("path") == OPEN_PATH:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "lifespan" or path == OPEN_PATH:
             await self._app(scope, receive, send)
-        elif not self._has_key(scope):
-            if scope["type"] == "websocket":
+            return
+        headers, method = dict(scope["headers"]), scope.get("method", "")
+        if method == "GET" and path in PAGE_PATHS:
+            await _send(send, 200, self._page, b"text/html; charset=utf-8", [(b"content-security-policy", PAGE_POLICY)])
+            return
+        key = self._keyring.check(headers.get(b"authorization", b"")) if self._keyring else None
+        if scope["type"] == "websocket":
+            if isinstance(key, Refusal):
                 await send({"type": "websocket.close", "code": 1008})
-                return
-            text = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'."
-            await _send_error(send, 401, text, code="invalid_api_key")
-        elif scope["type"] == "http" and scope["method"] == "POST":
-            await self._post(scope, receive, send)
-        elif scope["type"] == "http" and (scope["method"], scope["path"]) == ("GET", CONFIGURATIONS_PATH):
-            await _send_json(send, 200, self._catalog.to_json())
-        else:
-            await self._app(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+            return
+        call = Call(
+            key="" if key is None else key.name if isinstance(key, Key) else "-",
+            method=method,
+            path=path,
+            request_id=headers.get(b"x-request-id", b"").decode("latin-1"),
+            time=time.time(),
+        )
+        start = time.perf_counter()
 
-    def _has_key(self, scope: Message) -> bool:
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        given = hashlib.sha256(key.strip()).hexdigest()
-        return hmac.compare_digest(given, self._hashed_key) and scheme.lower() == b"bearer"
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+            elif call.first_byte_seconds is None:
+                call.first_byte_seconds = time.perf_counter() - start
+            await send(message)
 
-    async def _post(self, scope: Message, receive: Receive, send: Send) -> None:
+        token = CALL.set(call)
+        try:
+            if isinstance(key, Refusal):
+                await _refuse(send_noted, key)
+            elif method == "POST":
+                await self._post(key, path, call, scope, receive, send_noted)
+            elif (method, path) == ("GET", CONFIGURATIONS_PATH):
+                default = next(iter(self._catalogs.values()))
+                await _send_json(send_noted, 200, {**default.to_json(), **self._listing})
+            elif (method, path) == ("GET", MODELS_PATH):
+                await self._app(scope, receive, _edited(send_noted, self._with_saved))
+            else:
+                await self._app(scope, receive, send_noted)
+        finally:
+            CALL.reset(token)
+            call.seconds = time.perf_counter() - start
+            self._ended(call)
+            if key is not None and isinstance(key, Key) and key.metered and call.prompt_tokens:
+                await self._counts.charge(key, call.prompt_tokens + call.tokens)
+
+    async def _post(self, key: Key | None, path: str, call: Call, scope: Message, receive: Receive, send: Send) -> None:
+        if key is not None and key.metered and (refusal := await self._counts.admit(key)):
+            await _refuse(send, refusal)
+            return
         try:
             body = await _read_body(scope, receive)
         except OverflowError:
@@ -70,24 +172,25 @@ class Frontend:
         if body is None:
             return
         try:
-            body, resolved = configured_body(scope["path"], body, self._catalog)
+            body, resolved = configured_body(path, body, self._catalogs)
         except UserError as error:
             await _send_error(send, 400, str(error), param=str(error).partition(":")[0])
             return
         if resolved is None:
             await self._app(scope, _replay(body, receive), send)
             return
-        applied = json.dumps(resolved.applied).encode()
+        call.configuration = resolved.applied
+        await self._app(_with_length(scope, len(body)), _replay(body, receive), _saying(resolved, send))
 
-        async def send_applied(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (APPLIED_HEADER, applied)]}
-            await send(message)
+    def _with_saved(self, models: Any) -> Any:
+        """vLLM's list of models, and every saved configuration as one more."""
+        default, catalog = next(iter(self._catalogs.items()))
+        found = next((one for one in models["data"] if one["id"] == default), {})
+        models["data"] += [{**found, "id": CONFIGURED_PREFIX + name, "parent": default} for name in catalog.saved]
+        return models
 
-        await self._app(_with_length(scope, len(body)), _replay(body, receive), send_applied)
 
-
-def configured_body(path: str, body: bytes, catalog: Catalog) -> tuple[bytes, Resolved | None]:
+def configured_body(path: str, body: bytes, catalogs: Mapping[str, Catalog]) -> tuple[bytes, Resolved | None]:
     """The body that vLLM is given: as it came if it names no configuration, else with the directive in its messages.
 
     What is no JSON object is vLLM's to refuse. UserError for a bad configuration, or one where none is understood.
@@ -96,16 +199,88 @@ def configured_body(path: str, body: bytes, catalog: Catalog) -> tuple[bytes, Re
         data = json.loads(body)
     except (ValueError, RecursionError):
         return body, None
-    if not isinstance(data, dict) or "configuration" not in data:
+    if not isinstance(data, dict):
+        return body, None
+    default, model = next(iter(catalogs)), data.get("model")
+    named, text = _split_model(model, catalogs) if isinstance(model, str) else (None, "")
+    if named is None and "configuration" not in data:
         return body, None
     if path not in CHAT_PATHS:
         raise UserError(f"configuration: not understood here; send it with messages to {CHAT_PATHS[0]}")
-    resolved = catalog.resolve(data.pop("configuration"))
+    if named is None:
+        known = catalogs.get(model, catalogs[default]) if isinstance(model, str) else catalogs[default]
+        resolved = known.resolve(data.pop("configuration"))
+    elif "configuration" in data:
+        raise UserError("configuration: given twice, also in the model's name; leave one out")
+    else:
+        try:
+            resolved, data["model"] = catalogs[named].resolve_text(text), named
+        except UserError as error:
+            raise UserError(str(error).replace("configuration", "model", 1)) from None
     data["messages"] = policy_messages(resolved.directive, _checked_messages(data.get("messages")))
     try:
         return json.dumps(data).encode(), resolved
     except RecursionError:
         raise UserError("body: nested too deeply") from None
+
+
+def _split_model(model: str, catalogs: Mapping[str, Catalog]) -> tuple[str | None, str]:
+    """(served model, configuration) of a name like `cpt:ornament=high`, or `MODEL:ornament=high`; else (None, "")."""
+    prefix, colon, text = model.partition(":")
+    if not colon or model in catalogs:
+        return None, ""
+    if prefix == CONFIGURED_PREFIX[:-1]:
+        return next(iter(catalogs)), text
+    return (prefix, text) if prefix in catalogs else (None, "")
+
+
+def _saying(resolved: Resolved, send: Send) -> Send:
+    """`send`, adding to a good answer what was applied: a header, and a field of the body (of a stream's first event).
+
+    The field is spliced in behind the first brace, so that nothing is parsed and nothing held back.
+    """
+    field = json.dumps({"applied": resolved.applied, "directive": resolved.directive})
+    added = f'"configuration": {field}, '.encode()
+    is_open = False
+
+    async def send_applied(message: Message) -> None:
+        nonlocal is_open
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (APPLIED_HEADER, json.dumps(resolved.applied).encode())]
+            if message["status"] == 200:
+                is_open = True
+                headers = [
+                    (name, str(int(value) + len(added)).encode() if name == b"content-length" else value)
+                    for name, value in headers
+                ]
+            message = {**message, "headers": headers}
+        elif is_open and (body := message.get("body", b"")):
+            is_open, brace = False, body.find(b"{") + 1
+            message = {**message, "body": body[:brace] + added + body[brace:]}
+        await send(message)
+
+    return send_applied
+
+
+def _edited(send: Send, edit: Callable[[Any], Any]) -> Send:
+    """`send` for a small JSON answer that `edit` changes, if it is a good one."""
+    start: Message = {}
+    body = b""
+
+    async def send_edited(message: Message) -> None:
+        nonlocal start, body
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            if start["status"] == 200:
+                await _send_json(send, 200, edit(json.loads(body)))
+            else:
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+
+    return send_edited
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
@@ -157,14 +332,31 @@ def _with_length(scope: Message, length: int) -> Message:
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
-async def _send_json(send: Send, status: int, data: Any) -> None:
-    body = json.dumps(data).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _send(
+    send: Send, status: int, body: bytes, content_type: bytes, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    known = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*known, *(headers or ())]})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _send_error(send: Send, status: int, text: str, param: str | None = None, code: str | None = None) -> None:
+async def _send_json(send: Send, status: int, data: Any, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    await _send(send, status, json.dumps(data).encode(), b"application/json", headers)
+
+
+async def _send_error(
+    send: Send,
+    status: int,
+    text: str,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after: int | None = None,
+) -> None:
     """OpenAI's error shape."""
     error = {"message": text, "type": "invalid_request_error", "param": param, "code": code}
-    await _send_json(send, status, {"error": error})
+    headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
+    await _send_json(send, status, {"error": error}, headers)
+
+
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    await _send_error(send, refusal.status, refusal.text, code=refusal.code, retry_after=refusal.retry_after)

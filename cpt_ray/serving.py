@@ -7,30 +7,39 @@ import asyncio
 import contextlib
 import http.client
 import io
+import ipaddress
 import json
 import logging
+import logging.handlers
 import os
 import re
-import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import engine_arguments, engine_env
-from cpt_ray.errors import UserError
-from cpt_ray.frontend import CONFIGURATIONS_PATH, OPEN_PATH, AsgiApp, Frontend, key_hash
+from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.frontend import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS, AsgiApp, Call, Frontend, counting
+from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.rundir import RunDir
 
 KEY_VARIABLE = "CPT_API_KEY"
 APPLICATION = "cpt"
+METER = "meter"
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank."""
+MAX_LOG_BYTES = 50 << 20
+"""Size at which an access log begins a new file; four older ones are kept."""
 MAX_CAUSE = 400
 """Characters shown of why a replica did not start."""
 MAX_ONGOING_REQUESTS = 1024
@@ -39,9 +48,34 @@ START_TIMEOUT_SECONDS = 1800.0
 """Loading and compiling a large model takes minutes; a node may have to start first."""
 HEALTH_TIMEOUT_SECONDS = 60.0
 """From all replicas running to the first answer over HTTP."""
+UPSCALE_SECONDS = 5.0
+"""How long more load must last before a replica is added; Serve's own 30 s lets a queue build up."""
+LOOK_SECONDS = 1.0
+"""How often a `cpt serve` looks whether another one has taken over."""
+Result = TypeVar("Result")
 
 
 # ---------------------------------------------------------------- what a replica holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """All that a replica is told."""
+
+    model: ModelConfig
+    name: str
+    """Of the engine's own model: the tuned one, or with adapters what they change."""
+    catalogs: dict[str, Catalog]
+    """What each served model can be asked for, the default model first."""
+    adapters: dict[str, str]
+    """Name to folder or URI."""
+    frontend: dict[str, Any]
+    """Arguments of vLLM's OpenAI server."""
+    run: RunDir
+    fixed_keys: tuple[Key, ...] | None
+    """Keys beside those of the run directory; None lets everyone in."""
+    listing: dict[str, Any]
+    """What `GET /v1/configurations` says beside the catalog."""
 
 
 class VllmServer:
@@ -50,11 +84,8 @@ class VllmServer:
     vLLM's asynchronous engine always lives in a process of its own, which ends when this one does.
     """
 
-    def __init__(
-        self, model: ModelConfig, name: str, frontend: dict[str, Any], catalog: dict[str, Any], hashed_key: str
-    ):
-        self._model, self._name, self._frontend_arguments = model, name, frontend
-        self._catalog, self._hashed_key = Catalog.from_json(catalog), hashed_key
+    def __init__(self, served: Served, meter: Any):
+        self._served, self._meter = served, meter
         self._engine: Any = None
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
@@ -62,11 +93,24 @@ class VllmServer:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
+        from vllm.entrypoints.openai.models.protocol import LoRAModulePath
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        engine_args = AsyncEngineArgs(**engine_arguments(self._model), served_model_name=[self._name])
-        args = argparse.Namespace(**(vars(FrontendArgs(**self._frontend_arguments)) | vars(engine_args)))
+        served = self._served
+        arguments = {
+            "default_chat_template_kwargs": served.model.chat_template_kwargs or None,
+            "lora_modules": [LoRAModulePath(name, str(local_copy(at))) for name, at in served.adapters.items()],
+            **served.frontend,
+            "api_key": [""],  # none of vLLM's own, not even from VLLM_API_KEY: it would leave most paths open
+        }
+        known = [one.name for one in fields(FrontendArgs)]
+        for name in arguments:
+            if name not in known:
+                raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
+        frontend = FrontendArgs(**arguments)
+        engine_args = AsyncEngineArgs(**engine_arguments(served.model), served_model_name=[served.name])
+        args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
         try:
             self._engine = AsyncLLM.from_engine_args(engine_args)
             one_token = SamplingParams(max_tokens=1)  # some engines start well and die of their first request
@@ -75,11 +119,13 @@ class VllmServer:
         except (RuntimeError, EngineDeadError) as error:  # "See root cause above."
             await asyncio.sleep(1)  # the engine's process reports that it dies before it prints why
             raise UserError(_last_error_on_stderr() or str(error)) from None
+        self._engine.generate = counting(self._engine.generate)
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
-        return Frontend(app, self._catalog, self._hashed_key)
+        keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
+        return Frontend(app, served.catalogs, keyring, _Shared(self._meter), Record(served.run), served.listing)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""
@@ -89,6 +135,65 @@ class VllmServer:
     def __del__(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
+
+
+class _Shared:
+    """The one `Meter`, an actor, as a replica's front sees it."""
+
+    def __init__(self, meter: Any):
+        self._meter = meter
+
+    async def admit(self, key: Key) -> Refusal | None:
+        refusal: Refusal | None = await self._meter.admit.remote(key)
+        return refusal
+
+    async def charge(self, key: Key, tokens: int) -> None:
+        self._meter.charge.remote(key, tokens)  # nobody waits for it
+
+
+class Record:
+    """Writes every request to the access log, one JSON object a line, and counts it for Prometheus."""
+
+    def __init__(self, run: RunDir):
+        from ray.util.metrics import Counter, Histogram
+
+        self._requests = Counter("cpt_requests", "Requests, by key and status.", ("key", "status"))
+        self._tokens = Counter("cpt_tokens", "Prompt and answer tokens, by key.", ("key", "kind"))
+        self._configured = Counter("cpt_configured", "Requests that asked for a level.", ("rubric", "level"))
+        bounds = [0.005 * 2**power for power in range(16)]
+        self._first = Histogram("cpt_first_byte_seconds", "Until the answer begins.", bounds)
+        self._whole = Histogram("cpt_request_seconds", "Until the answer ends.", bounds)
+        path = run.path / "access" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = logging.Logger("cpt_ray.access")
+        self._log.addHandler(logging.handlers.RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=4))
+
+    def __call__(self, call: Call) -> None:
+        self._log.info(json.dumps(asdict(call)))
+        self._requests.inc(tags={"key": call.key, "status": str(call.status)})
+        for kind, count in (("prompt", call.prompt_tokens), ("answer", call.tokens)):
+            if count:
+                self._tokens.inc(count, tags={"key": call.key, "kind": kind})
+        for rubric, level in call.configuration.items():
+            self._configured.inc(tags={"rubric": rubric, "level": level})
+        if call.first_byte_seconds is not None and call.tokens:
+            self._first.observe(call.first_byte_seconds)
+            self._whole.observe(call.seconds)
+
+
+def local_copy(where: str) -> Path:
+    """A folder on this machine: `where` itself, or a copy of what a URI (s3://, gs://, file://) names."""
+    if "://" not in where:
+        return Path(where)
+    from pyarrow import fs
+
+    target = tempfile.mkdtemp(prefix="cpt-adapter-")
+    try:
+        source, path = fs.FileSystem.from_uri(where)
+        fs.copy_files(path, target, source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be copied ({error})") from None
+    return Path(target)
 
 
 def _last_error_on_stderr() -> str:
@@ -113,65 +218,162 @@ def _last_error(text: str, but: str = "\0") -> str:
 
 
 def serve_model(
-    config: RunConfig, run: RunDir, api_key: str | None, block: bool = True, model: Path | None = None
+    config: RunConfig,
+    run: RunDir,
+    api_key: str | None,
+    block: bool = True,
+    model: Path | None = None,
+    insecure: bool = False,
 ) -> str:
     """Serves the run's model (or `model`) until Ctrl-C or SIGTERM and returns its base URL; Ray must be connected.
 
-    The key is `api_key`, else CPT_API_KEY, else made here and printed once. With `block=False` it returns as soon as
-    the model answers; `ray.serve.shutdown()` then ends it. UserError, naming the cause, for whatever keeps it from
-    starting.
+    Where a model is served already, this one takes its place, at the same address, without a request failing; if it
+    cannot start, the old one stays. The keys are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there are
+    none, one is made here and printed once. `insecure` does without. With `block=False` it returns as soon as the model
+    answers; `ray.serve.shutdown()` then ends it. UserError, naming the cause, for whatever keeps it from starting.
     """
     from ray import serve
 
-    model = model or run.model
-    catalog = _load_catalog(run, model)
-    key, made = _choose_key(api_key)
-    if serve.status().proxies:
-        raise UserError("Ray Serve already runs on this cluster; stop it first (serve shutdown --yes)")
-    host, port = config.serve.host, _free_port(config.serve.host, config.serve.port)
+    served = _plan(config, run, model or run.model)
+    fixed, made = _choose_keys(config.serve.host, run, api_key, insecure)
+    served = replace(served, fixed_keys=fixed)
+    before = serve.status()
+    replaces = APPLICATION in before.applications
+    if before.proxies and not replaces:
+        raise UserError("Ray Serve already runs something else on this cluster; stop it first (serve shutdown --yes)")
+    host = config.serve.host
+    port = _running_port() if replaces else _on_head(_free_port, host, config.serve.port)
     url = f"http://{_reachable(host)}:{port}"
     with _interrupted_by_sigterm():
         try:
-            _start(config, _application(config, model, catalog, key_hash(key)), port)
-            _wait_until_healthy(url)
-            _say_how_to_talk(config, catalog, url, key if made else None, block)
-        except BaseException:
-            _stop()
-            raise
-        if block:
-            try:
-                threading.Event().wait()
-            except KeyboardInterrupt:
-                say("stopping")
-            finally:
+            targets = _targets(config, served)
+            _start(config, targets, port)
+            for name in set(before.applications) - {one.name for one in targets}:
+                serve.delete(name)  # an untuned model that is no longer asked for
+            _on_head(_wait_until_healthy, url)
+            _say_how_to_talk(config, served.catalogs, url, made, block)
+            if block:
+                _block()
+        except BaseException as error:
+            if not replaces or isinstance(error, KeyboardInterrupt):
                 _stop()
+            raise
     return url
 
 
+def _block() -> None:
+    """Until Ctrl-C, which stops the server; or until another `cpt serve` has taken over, which keeps it."""
+    from ray import serve
+
+    deployed = serve.status().applications[APPLICATION].last_deployed_time_s
+    try:
+        while True:
+            time.sleep(LOOK_SECONDS)
+            found = serve.status().applications.get(APPLICATION)
+            if found is None or found.last_deployed_time_s != deployed:
+                say("the server was stopped" if found is None else "another `cpt serve` has taken over")
+                return
+    except KeyboardInterrupt:
+        say("stopping")
+        _stop()
+
+
 def _stop() -> None:
+    import ray
     from ray import serve
 
     with contextlib.redirect_stdout(io.StringIO()):  # where Ray reports that the controller, told to end, has ended
         serve.shutdown()
+    with contextlib.suppress(ValueError):  # it never started
+        ray.kill(ray.get_actor(METER, namespace=APPLICATION))
 
 
-def _load_catalog(run: RunDir, model: Path) -> Catalog:
-    if not (model / "config.json").exists():
-        raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
-    data = run.read_json(CATALOG_FILE)
-    if data is None:
-        raise UserError(f"{run.path / CATALOG_FILE}: not there; run `cpt train RUN_FILE` first")
-    return Catalog.from_json(data)
+def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
+    """What is served, checked as far as can be without starting it."""
+    serve, policy, name = config.serve, config.policy, config.name
+    if serve.adapters:
+        name, folders = f"{config.name}-base", {one: local_copy(where) for one, where in serve.adapters.items()}
+        ranks = [_read_json(folder / "adapter_config.json", "an adapter")["r"] for folder in folders.values()]
+        rank = next((one for one in LORA_RANKS if one >= max(ranks)), max(ranks))
+        lora = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
+        policy = policy.model_copy(update={"model": policy.path, "engine": lora | policy.engine})
+        catalogs = {one: _read_json(folder / CATALOG_FILE, "an adapter") for one, folder in folders.items()}
+    else:
+        if not (model / "config.json").exists():
+            raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
+        policy = policy.model_copy(update={"model": str(model)})
+        catalogs = {name: _read_json(run.path / CATALOG_FILE, "the catalog")}
+    offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
+    base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
+    base = {"path": "", "model": name} if serve.adapters else base
+    listing = {"model": next(iter(offers)), "base": base}
+    return Served(
+        model=policy,
+        name=name,
+        catalogs=offers,
+        adapters=dict(serve.adapters),
+        frontend=dict(serve.frontend),
+        run=run,
+        fixed_keys=None,
+        listing=listing,
+    )
 
 
-def _choose_key(api_key: str | None) -> tuple[str, bool]:
-    """(key, whether it was made here)."""
+def _read_json(path: Path, what: str) -> Any:
+    if not path.exists():
+        raise UserError(f"{path}: not there; run `cpt train RUN_FILE` first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _choose_keys(
+    host: str, run: RunDir, api_key: str | None, insecure: bool
+) -> tuple[tuple[Key, ...] | None, str | None]:
+    """(keys beside the run's own, the one that was made here); UserError if nothing would guard an open network."""
+    if insecure:
+        return None, None
     given = api_key or os.environ.get(KEY_VARIABLE)
-    if not given:
-        return secrets.token_urlsafe(24), True
-    if not re.fullmatch(r"[!-~]+", given):
+    if given and not re.fullmatch(r"[!-~]+", given):
         raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces")
-    return given, False
+    if given:
+        return (Key(name=KEY_VARIABLE, hash=key_hash(given), created=time.time()),), None
+    if any(not key.revoked for key in Keyring(run.path / KEYS_FILE).keys):
+        return (), None
+    if not _is_loopback(host):
+        raise UserError(
+            f"serve.host: {host} is open to the network and there is no key; make one (cpt keys add RUN_FILE NAME), "
+            f"set {KEY_VARIABLE}, or let everyone in with --insecure"
+        )
+    key, secret = make_key("this-server")
+    return (key,), secret
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _on_head(work: Callable[..., Result], *arguments: Any) -> Result:
+    """`work(*arguments)` on the cluster's head node, where Serve listens: here, if this is it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    heads = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+    if not heads or ray.get_runtime_context().get_node_id() in heads:
+        return work(*arguments)
+    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
+    try:
+        done: Result = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(work).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return done
+
+
+def _running_port() -> int:
+    from ray.serve.context import _get_global_client
+
+    return int(_get_global_client().http_config.port)
 
 
 def _free_port(host: str, port: int) -> int:
@@ -191,18 +393,42 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _application(config: RunConfig, model: Path, catalog: Catalog, hashed_key: str) -> Any:
+def _targets(config: RunConfig, served: Served) -> list[Any]:
+    """The Serve applications: the tuned model and, if it is asked for, the untuned one."""
+    import ray
     from ray import serve
 
-    policy = config.policy
-    frontend = {
-        "default_chat_template_kwargs": policy.chat_template_kwargs or None,
-        "api_key": [""],  # none of vLLM's own, not even from VLLM_API_KEY: it would leave most paths open
-    }
+    policy, options = config.policy, config.serve
+    count = 2 if (base := served.listing["base"]) and base["path"] else 1
+    meter = (
+        ray.remote(Meter)
+        .options(
+            name=METER,
+            namespace=APPLICATION,
+            get_if_exists=True,
+            lifetime="detached",  # outlives a `cpt serve` that another one takes over from
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        .remote(served.run.path / SPENT_FILE)
+    )
+    least, most = options.replicas if isinstance(options.replicas, tuple) else (options.replicas,) * 2
+    scaling: dict[str, Any] = {"num_replicas": most}
+    if least != most:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "initial_replicas": max(least, 1),
+                "max_replicas": most,
+                "target_ongoing_requests": options.target_ongoing_requests,
+                "upscale_delay_s": UPSCALE_SECONDS,
+                "downscale_delay_s": options.idle_seconds,
+            }
+        }
     deployment = serve.deployment(
         serve.ingress()(VllmServer),
-        name=APPLICATION,
-        num_replicas=config.serve.replicas,
+        **scaling,
         ray_actor_options={
             "num_cpus": policy.num_cpus,
             "num_gpus": policy.num_gpus,
@@ -210,36 +436,62 @@ def _application(config: RunConfig, model: Path, catalog: Catalog, hashed_key: s
         },
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=1,  # what fails to start once fails again; after a first start Serve retries
+        max_surge_percent=100 if _has_room(policy, count) else 0,  # newer weights start beside the older ones
     )
-    served = policy.model_copy(update={"model": str(model)})
-    return deployment.bind(served, config.name, frontend, catalog.to_json(), hashed_key)
+    quiet = _quiet_logging()
+    tuned = deployment.options(name=APPLICATION).bind(served, meter)
+    targets = [serve.RunTarget(tuned, name=APPLICATION, logging_config=quiet)]
+    if count > 1:
+        untuned = replace(
+            served,
+            model=policy.model_copy(update={"model": policy.path}),
+            name=base["model"],
+            adapters={},
+            catalogs={base["model"]: next(iter(served.catalogs.values()))},
+        )
+        bound = deployment.options(name=base["model"]).bind(untuned, meter)
+        targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=base["path"], logging_config=quiet))
+    return targets
 
 
-def _start(config: RunConfig, application: Any, port: int) -> None:
-    """Deploys and waits until every replica runs; UserError with the replica's own reason if one cannot."""
-    from ray import serve
+def _has_room(policy: ModelConfig, count: int) -> bool:
+    """Whether the cluster could hold so many more replicas now."""
+    import ray
+
+    free = ray.available_resources()
+    return free.get("CPU", 0) >= policy.num_cpus * count and free.get("GPU", 0) >= policy.num_gpus * count
+
+
+def _quiet_logging() -> Any:
     from ray.serve.schema import LoggingConfig
 
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def _start(config: RunConfig, targets: list[Any], port: int) -> None:
+    """Deploys and waits until every replica runs; UserError with the replica's own reason if one cannot."""
+    from ray import serve
+
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    with progress("serve", config.serve.replicas, "replicas") as advance:
+    wanted = config.serve.replicas if isinstance(config.serve.replicas, int) else max(config.serve.replicas[0], 1)
+    with progress("serve", wanted * len(targets), "replicas") as advance:
         advance(0, "starting Serve")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         http_options = {"host": config.serve.host, "port": port}
-        serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=quiet)
-        target = serve.RunTarget(application, name=APPLICATION, logging_config=quiet)
-        serve.run_many([target], wait_for_applications_running=False)
+        serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=_quiet_logging())
+        serve.run_many(targets, wait_for_applications_running=False)
         running = 0
         while True:
-            found = serve.status().applications[APPLICATION]
-            parts = list(found.deployments.values())
-            why = "\n".join([found.message, *(one.message for one in parts)])
+            applications = serve.status().applications
+            found = [applications[one.name] for one in targets]
+            parts = [part for one in found for part in one.deployments.values()]
+            why = "\n".join([one.message for one in (*found, *parts)])
             before, running = running, sum(one.replica_states.get("RUNNING", 0) for one in parts)
-            if found.status == "RUNNING":
+            if all(one.status == "RUNNING" for one in found):
                 advance(running - before, "")
                 return
             advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
-            if found.status == "DEPLOY_FAILED":
+            if any(one.status == "DEPLOY_FAILED" for one in found):
                 raise UserError(f"the model cannot be served: {_last_error(why) or _end_of(why)}")
             if time.monotonic() > deadline:
                 raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_end_of(why)}")
@@ -285,18 +537,22 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say_how_to_talk(config: RunConfig, catalog: Catalog, url: str, new_key: str | None, block: bool) -> None:
+def _say_how_to_talk(
+    config: RunConfig, catalogs: dict[str, Catalog], url: str, new_key: str | None, block: bool
+) -> None:
+    name, catalog = next(iter(catalogs.items()))
     example = json.dumps({rubric.id: rubric.levels[-1].name for rubric in catalog.rubrics[:1]})
     if new_key:
         say(f"API key (made for this server, shown only here): {new_key}\n  export {KEY_VARIABLE}={new_key}")
-    say(f"""serving      {config.name} at {url}{" (Ctrl-C stops it)" if block else ""}
+    say(f"""serving      {name} at {url}{" (Ctrl-C stops it)" if block else ""}
+playground   {url}{PAGE_PATHS[1]}
 
 curl {url}/v1/chat/completions -H "Authorization: Bearer ${KEY_VARIABLE}" -H "Content-Type: application/json" \\
-  -d '{{"model": "{config.name}", "configuration": {example}, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+  -d '{{"model": "{name}", "configuration": {example}, "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="...")
-client.chat.completions.create(model="{config.name}", messages=[{{"role": "user", "content": "Hello"}}],
+client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}],
                                extra_body={{"configuration": {example}}})
 
 What can be asked for: {url}{CONFIGURATIONS_PATH}""")

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
-     "configuration", "frontend", "scoring", "report", "console"},
+     "configuration", "keys", "frontend", "scoring", "report", "console"},
     {"engine", "cluster", "grid"},
     {"pool", "synthesis", "training", "evaluation", "serving"},
     {"cli", "__main__"},

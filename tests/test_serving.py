@@ -1,21 +1,27 @@
-"""Serving: a client's configuration becomes the directive the model was tuned on; nothing opens without the key.
+"""Serving on the real Ray Serve and vLLM, to real clients; the front by itself is tested in test_frontend.py.
 
-The front is tested by itself around a toy app, then with the real Ray Serve, the real vLLM and the openai client.
+The tests share one server and run in order: the last ones kill its replica and put newer weights in its place.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -23,12 +29,13 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import MAX_BODY_BYTES, Frontend, configured_body, key_hash
+from cpt_ray.frontend import MAX_BODY_BYTES
+from cpt_ray.keys import KEYS_FILE, Keyring, make_key
 from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 from tests.builders import make_directives, make_rubric
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 
 KEY = "a-test-key"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
@@ -36,166 +43,55 @@ CATALOG = Catalog.build([make_rubric()], make_directives())
 HIGH = "Write in the high manner, please (a)."
 USER: list[Any] = [{"role": "user", "content": "Tell me about the sea."}]
 SYSTEM: list[Any] = [{"role": "system", "content": "Be brief."}, *USER]
+TURNS: list[Any] = [*USER, {"role": "assistant", "content": "Blue."}, {"role": "user", "content": "And the hills?"}]
 CHAT = "/v1/chat/completions"
-TEMPLATE_KWARGS = {"shout": True}
 ONE_GIB = 1 << 30
-
-
-# ---------------------------------------------------------------- the front, around a toy app
-
-
-async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with what it was sent."""
-    assert scope["type"] == "http"
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body, more = body + message["body"], message["more_body"]
-    headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-    seen = json.dumps({"path": scope["path"], "headers": headers, "body": body.decode("latin-1")}).encode()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
-    await send({"type": "http.response.body", "body": seen})
-
-
-def ask(method: str, path: str, headers: dict[str, str] | None = None, **given: Any) -> httpx.Response:
-    """One request to the front; the key is sent unless `headers` are given."""
-
-    async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(Frontend(echo, CATALOG, key_hash(KEY)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
-            return await client.request(method, path, headers=AUTHORIZED if headers is None else headers, **given)
-
-    return asyncio.run(go())
-
-
-WRONG_KEYS = [
-    {},
-    {"Authorization": f"Bearer {KEY}x"},
-    {"Authorization": f"Bearer {KEY[:-1]}"},
-    {"Authorization": "Bearer"},
-    {"Authorization": KEY},
-    {"Authorization": f"Basic {KEY}"},
-    {"Authorization": f"Bearer {key_hash(KEY)}"},
-    {"x-api-key": KEY},
-]
-
-
-@pytest.mark.parametrize("headers", WRONG_KEYS)
-def test_without_the_key_everything_but_health_is_closed(headers: dict[str, str]) -> None:
-    for path in (CHAT, "/v1/models", "/v1/configurations", "/tokenize", "/metrics", "/docs", "/health/", "/"):
-        for method in ("GET", "POST", "OPTIONS"):
-            answer = ask(method, path, headers)
-            assert answer.status_code == 401
-            assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert ask("GET", "/health", headers).status_code == 200
-
-
-def test_a_websocket_without_the_key_is_closed() -> None:
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        raise AssertionError("not to be read")
-
-    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
-    asyncio.run(Frontend(echo, CATALOG, key_hash(KEY))(scope, receive, send))
-    assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-def test_the_key_opens_and_its_scheme_may_be_in_any_case() -> None:
-    assert ask("GET", "/metrics").status_code == 200
-    assert ask("GET", "/metrics", {"Authorization": f"bearer {KEY}"}).status_code == 200
-
-
-def test_the_directive_goes_in_front_and_the_length_fits() -> None:
-    answer = ask("POST", CHAT, json={"model": "m", "messages": SYSTEM, "configuration": {"ornament": 99}, "seed": 7})
-    seen = answer.json()
-    messages = [{"role": "system", "content": f"{HIGH}\n\nBe brief."}, *USER]
-    assert json.loads(seen["body"]) == {"model": "m", "messages": messages, "seed": 7}
-    assert int(seen["headers"]["content-length"]) == len(seen["body"])
-    assert json.loads(answer.headers["x-cpt-configuration"]) == {"ornament": "high"}
-
-
-def test_a_system_message_in_parts_is_composed_as_its_text() -> None:
-    parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
-    body = json.dumps({"messages": [{"role": "system", "content": parts}, *USER], "configuration": {"ornament": 99}})
-    made, _ = configured_body(CHAT, body.encode(), CATALOG)
-    assert json.loads(made)["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
-
-
-BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 3}', b'{ "a":1 }', b'"configuration"']
-
-
-@pytest.mark.parametrize("body", BODIES)
-def test_a_body_without_a_configuration_passes_untouched(body: bytes) -> None:
-    answer = ask("POST", CHAT, content=body)
-    assert answer.status_code == 200
-    assert answer.json()["body"].encode("latin-1") == body
-    assert "x-cpt-configuration" not in answer.headers
-
-
-@pytest.mark.parametrize(
-    ("path", "changes", "text"),
-    [
-        (CHAT, {"configuration": {"ornament": "hgih"}}, "no level 'hgih' (did you mean \"high\"?)"),
-        (CHAT, {"configuration": None}, "found a NoneType"),
-        (CHAT, {"messages": None}, "messages: expected a list"),
-        (CHAT, {"messages": ["Hello"]}, "messages: expected a list"),
-        (CHAT, {"messages": [{"role": "system", "content": None}]}, "messages[0].content: expected text"),
-        (CHAT, {"messages": [{"role": "system", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        ("/v1/completions", {}, "configuration: not understood here; send it with messages to /v1/chat/completions"),
-    ],
+TEMPLATES = {
+    "qwen": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    "llama": "<|begin|>{% for m in messages %}<|head|>{{ m.role }}<|end_head|>\n\n{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|end_head|>\n\n{% endif %}",
+    "mistral": "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM]{{ m.content }}[/SYSTEM]"
+    "{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+    "gemma": "<bos>{% set first = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
+    "{% set first = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}{% endif %}"
+    "{% for m in turns %}<start>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ first if loop.first else '' }}{{ m.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>model\n{% endif %}",
+    "no-system": "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+}
+"""Of the shapes of well-known ones; which of them the tiny model uses, a template argument says."""
+ANY_TEMPLATE = (
+    "{% if family is not defined %}"
+    + CHAT_TEMPLATE
+    + "".join(f"{{% elif family == '{name}' %}}{text}" for name, text in TEMPLATES.items())
+    + "{% endif %}"
 )
-def test_a_configuration_that_cannot_be_applied_is_refused(path: str, changes: dict[str, Any], text: str) -> None:
-    answer = ask("POST", path, json={"messages": USER, "configuration": {"ornament": "high"}} | changes)
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert text in error["message"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", error["message"].partition(":")[0])
-
-
-def test_too_large_a_body_is_refused_whether_announced_or_streamed() -> None:
-    async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(MAX_BODY_BYTES // (1 << 20) + 1):
-            yield b" " * (1 << 20)
-
-    assert ask("POST", CHAT, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
-    assert ask("POST", CHAT, content=chunks()).status_code == 413
-    assert ask("POST", CHAT, content=b" " * MAX_BODY_BYTES).status_code == 200
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
-MESSAGES = JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": JSON}))
-
-
-@given(JSON | st.fixed_dictionaries({"configuration": JSON | st.just({"ornament": 1}), "messages": MESSAGES}))
-def test_any_body_is_rewritten_passed_or_refused_but_never_an_accident(data: Any) -> None:
-    body = json.dumps(data).encode()
-    try:
-        made, resolved = configured_body(CHAT, body, CATALOG)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert made == body if resolved is None else "configuration" not in json.loads(made)
-
-
-# ---------------------------------------------------------------- the whole server
+TEMPLATE_KWARGS = {"shout": True, "enable_thinking": False}
 
 
 def make_config(run: RunDir, **changes: Any) -> RunConfig:
     engine = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": ONE_GIB // 16}
-    policy = {"model": "unused", "engine": engine, "chat_template_kwargs": TEMPLATE_KWARGS}
     data = {
         "name": "tiny",
         "run_dir": str(run.path),
         "rubrics": ["unused"],
         "prompts": {"source": "unused"},
         "writer": {"model": "unused"},
-        "policy": policy,
-        "serve": {"port": 0, **changes},
+        "policy": {
+            "model": str(run.path / "base"),
+            "num_cpus": 0.5,
+            "engine": engine,
+            "chat_template_kwargs": TEMPLATE_KWARGS,
+        },
+        "serve": {
+            "port": 0,
+            "configurations": {"poet": {"ornament": 88}},
+            "frontend": {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
+            **changes,
+        },
     }
     return RunConfig.model_validate(data)
 
@@ -204,7 +100,7 @@ def make_config(run: RunDir, **changes: Any) -> RunConfig:
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run directory as training leaves it, as far as serving reads it."""
     made = RunDir(tmp_path_factory.mktemp("run"))
-    make_tiny_model(made.model)
+    make_tiny_model(made.model, chat_template=ANY_TEMPLATE)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
     return made
 
@@ -223,26 +119,60 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
 
-def expected_ids(run: RunDir, directive: str | None, messages: Any) -> list[int]:
+def post(url: str, path: str = CHAT, **given: Any) -> httpx.Response:
+    return httpx.post(f"{url}{path}", headers={**AUTHORIZED, "Content-Type": "application/json"}, timeout=60, **given)
+
+
+def expected_ids(run: RunDir, directive: str | None, messages: Any, **template_kwargs: Any) -> list[int]:
+    """As training and evaluation have them."""
     tokenizer = AutoTokenizer.from_pretrained(run.model)
-    return token_ids(tokenizer, policy_messages(directive, messages), TEMPLATE_KWARGS)
+    return token_ids(tokenizer, policy_messages(directive, messages), TEMPLATE_KWARGS | template_kwargs)
+
+
+# ---------------------------------------------------------------- configurations
 
 
 @pytest.mark.parametrize(
-    ("configuration", "directive"), [({"ornament": "high"}, HIGH), ({"ornament": 85}, HIGH), ({}, None), (None, None)]
+    ("model", "extra", "directive"),
+    [
+        ("tiny", {"configuration": {"ornament": "high"}}, HIGH),
+        ("tiny", {"configuration": {"ornament": 85}}, HIGH),
+        ("tiny", {"configuration": "poet"}, HIGH),
+        ("cpt:ornament=high", {}, HIGH),
+        ("cpt:poet", {}, HIGH),
+        ("tiny", {"configuration": {}}, None),
+        ("tiny", {}, None),
+    ],
 )
 @pytest.mark.parametrize("messages", [USER, SYSTEM], ids=["user", "system"])
 def test_the_server_sees_the_same_tokens_as_training(
-    client: openai.OpenAI, run: RunDir, configuration: Any, directive: str | None, messages: Any
+    client: openai.OpenAI, run: RunDir, model: str, extra: dict[str, Any], directive: str | None, messages: Any
 ) -> None:
-    extra = {} if configuration is None else {"configuration": configuration}
     answer = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=4, extra_body={**extra, "return_token_ids": True}
+        model=model, messages=messages, max_tokens=4, extra_body={**extra, "return_token_ids": True}
     )
     assert (answer.model_extra or {})["prompt_token_ids"] == expected_ids(run, directive, messages)
-    body = {"model": "tiny", "messages": messages, **extra}
-    tokenized = httpx.post(f"{client.base_url.join('/tokenize')}", json=body, headers=AUTHORIZED, timeout=60)
-    assert tokenized.json()["tokens"] == expected_ids(run, directive, messages)
+    said = (answer.model_extra or {}).get("configuration")
+    asked = model != "tiny" or "configuration" in extra
+    applied = {"ornament": "high"} if directive else {}
+    assert said == ({"applied": applied, "directive": directive} if asked else None)
+
+
+@pytest.mark.parametrize("messages", [USER, SYSTEM, TURNS], ids=["user", "system", "turns"])
+@pytest.mark.parametrize("family", [name for name in TEMPLATES if name != "no-system"])
+def test_every_chat_template_gives_the_same_tokens_at_the_server_and_in_training(
+    url: str, run: RunDir, family: str, messages: Any
+) -> None:
+    body = {"model": "cpt:ornament=high", "messages": messages, "chat_template_kwargs": {"family": family}}
+    found = post(url, "/tokenize", json=body).json()["tokens"]
+    assert found == expected_ids(run, HIGH, messages, family=family)
+    assert found != expected_ids(run, None, messages, family=family)
+
+
+def test_a_template_that_refuses_system_messages_is_a_bad_request(url: str) -> None:
+    body = {"model": "cpt:poet", "messages": USER, "chat_template_kwargs": {"family": "no-system"}}
+    answer = post(url, json=body)
+    assert (answer.status_code, "System role not supported" in answer.text) == (400, True)
 
 
 def test_the_answer_says_what_was_applied(client: openai.OpenAI) -> None:
@@ -256,16 +186,54 @@ def test_the_answer_says_what_was_applied(client: openai.OpenAI) -> None:
 
 def test_an_answer_streams_token_by_token_and_is_the_one_that_comes_whole(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {
-        "model": "tiny",
+        "model": "cpt:ornament=high",
         "messages": USER,
-        "max_tokens": 24,
+        "max_tokens": 200,
         "temperature": 0,
-        "extra_body": {"configuration": {"ornament": "high"}, "ignore_eos": True},
+        "extra_body": {"ignore_eos": True},
     }
     chunks = list(client.chat.completions.create(stream=True, **options))
     assert len(chunks) > 12
+    assert (chunks[0].model_extra or {})["configuration"]["directive"] == HIGH
     whole = client.chat.completions.create(**options).choices[0].message.content
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
+def test_tools_structured_output_log_probabilities_and_completions_work_as_in_vllm(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "cpt:poet", "messages": USER}
+    chosen = client.chat.completions.create(**options, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert chosen.choices[0].message.content in ("yes", "no")
+    schema = {"name": "a", "schema": {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}}
+    formed = client.chat.completions.create(
+        **options, max_tokens=64, response_format={"type": "json_schema", "json_schema": schema}
+    )
+    assert json.loads(formed.choices[0].message.content or "")["a"] == 1
+    parameters = {"type": "object", "properties": {"to": {"enum": ["sea"]}}, "required": ["to"]}
+    tool: Any = {"type": "function", "function": {"name": "go", "parameters": parameters}}
+    choice: Any = {"type": "function", "function": {"name": "go"}}
+    called = client.chat.completions.create(**options, max_tokens=64, tools=[tool], tool_choice=choice)
+    calls: Any = called.choices[0].message.tool_calls
+    assert calls[0].function.name == "go"
+    likely = client.chat.completions.create(**options, max_tokens=2, logprobs=True, top_logprobs=3)
+    assert likely.choices[0].logprobs and len((likely.choices[0].logprobs.content or [])[0].top_logprobs) == 3
+    assert client.completions.create(model="tiny", prompt="The sea", max_tokens=4).usage.completion_tokens  # type: ignore
+
+
+def test_an_unknown_level_is_a_bad_request_with_the_nearest_one(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="tiny", messages=USER, extra_body={"configuration": {"ornament": "hihg"}})
+    assert 'did you mean "high"?' in raised.value.message
+    assert raised.value.param == "configuration.ornament"
+
+
+def test_models_and_configurations_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "cpt:poet"]
+    listed: Any = client.get("/configurations", cast_to=object)
+    assert Catalog.from_json(listed) == CATALOG.with_saved({"poet": {"ornament": 88}})
+    assert (listed["model"], listed["base"]) == ("tiny", None)
+
+
+# ---------------------------------------------------------------- keys
 
 
 def test_a_wrong_key_is_an_authentication_error(url: str) -> None:
@@ -277,34 +245,215 @@ def test_a_wrong_key_is_an_authentication_error(url: str) -> None:
     assert httpx.get(f"{url}/health").status_code == 200
 
 
-def test_an_unknown_level_is_a_bad_request_with_the_nearest_one(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(model="tiny", messages=USER, extra_body={"configuration": {"ornament": "hihg"}})
-    assert 'did you mean "high"?' in raised.value.message
-    assert raised.value.param == "configuration.ornament"
+def test_a_keys_tokens_are_counted_and_its_limit_kept(url: str, run: RunDir) -> None:
+    key, secret = make_key("limited", tokens_per_minute=40)
+    Keyring(run.path / KEYS_FILE).add(key)
+    time.sleep(1.1)  # the server looks once a second
+    limited = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=60)
+    options: dict[str, Any] = {"model": "tiny", "messages": USER, "max_tokens": 30, "extra_body": {"ignore_eos": True}}
+    usage = limited.chat.completions.create(**options).usage
+    assert usage and usage.total_tokens > 40
+    with pytest.raises(openai.RateLimitError) as raised:
+        limited.chat.completions.create(**options)
+    wait = int(raised.value.response.headers["retry-after"])
+    assert 0 < wait <= (usage.total_tokens - 40) * 1.5 + 2
+    lines = [json.loads(line) for file in (run.path / "access").iterdir() for line in file.read_text().splitlines()]
+    first, second = [line for line in lines if line["key"] == "limited"]
+    assert (first["status"], second["status"]) == (200, 429)
+    assert (first["prompt_tokens"], first["tokens"]) == (usage.prompt_tokens, usage.completion_tokens)
+    assert not any("sea" in json.dumps(line) for line in lines)
 
 
-def test_models_and_configurations_are_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    assert Catalog.from_json(client.get("/configurations", cast_to=object)) == CATALOG
+# ---------------------------------------------------------------- any body at all
+
+BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 3}', b'{"a":1}', b'"configuration"']
 
 
 @pytest.mark.parametrize("body", [*BODIES, b'{"messages": [], "configuration": {}}', b" " * (MAX_BODY_BYTES + 1)])
 def test_no_body_makes_the_server_fail(url: str, body: bytes) -> None:
-    headers = {**AUTHORIZED, "Content-Type": "application/json"}
-    assert 400 <= httpx.post(f"{url}{CHAT}", content=body, headers=headers, timeout=60).status_code < 500
+    assert 400 <= post(url, content=body).status_code < 500
     assert httpx.get(f"{url}/health", timeout=60).status_code == 200
 
 
-def test_a_second_server_on_the_cluster_is_refused(url: str, run: RunDir) -> None:
-    with pytest.raises(UserError, match="already runs on this cluster"):
-        serve_model(make_config(run), run, KEY, block=False)
+@pytest.mark.parametrize("length", [4_000, 200_000, 9 << 20])
+def test_a_prompt_that_is_too_long_is_a_bad_request(url: str, length: int) -> None:
+    answer = post(url, json={"model": "cpt:poet", "messages": [{"role": "user", "content": "sea " * (length // 4)}]})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=9), inner), max_leaves=6)
+FIELDS = [
+    "messages", "model", "configuration", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed",
+    "logprobs", "top_logprobs", "logit_bias", "tools", "tool_choice", "response_format", "structured_outputs", "stream",
+    "stream_options", "chat_template_kwargs", "prompt", "add_generation_prompt", "prompt_logprobs", "min_tokens",
+    "allowed_token_ids", "bad_words", "echo", "suffix", "user", "priority", "tokens", "repetition_penalty",
+]  # fmt: skip
+CHANGES = st.dictionaries(st.sampled_from(FIELDS), JSON | st.just(1) | st.just([1]), min_size=1, max_size=3)
+
+
+@settings(max_examples=int(os.environ.get("CPT_FUZZ", "120")), deadline=None, suppress_health_check=list(HealthCheck))
+@given(path=st.sampled_from([CHAT, "/v1/completions", "/tokenize", "/detokenize"]), changes=CHANGES)
+def test_random_bodies_are_answered_or_refused_but_never_an_accident(url: str, path: str, changes: Any) -> None:
+    body = {"model": "tiny", "messages": USER, "prompt": "The sea", "max_tokens": 2} | changes
+    assert post(url, path, content=json.dumps(body)).status_code < 500
+
+
+def test_the_engine_outlived_them_all(client: openai.OpenAI) -> None:
+    assert client.chat.completions.create(model="tiny", messages=USER, max_tokens=2).usage
+
+
+# ---------------------------------------------------------------- the page
+
+
+def find_chromium() -> str | None:
+    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *quiet], timeout=60_000
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_dials_streams_and_says_what_is_wrong(
+    url: str, browser: Any, width: int, scheme: str, tmp_path: Path
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(30_000)
+    broken: list[str] = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    elsewhere: list[str] = []
+    page.on("request", lambda request: request.url.startswith((url, "data:")) or elsewhere.append(request.url))
+    page.goto(f"{url}/playground")
+
+    page.get_by_label("API key").fill("wrong")
+    page.keyboard.press("Enter")
+    page.get_by_text("Incorrect or missing API key").wait_for()
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+
+    slider = page.get_by_role("slider", name="Ornament")
+    slider.focus()
+    page.keyboard.press("End")
+    assert page.locator("#directive").inner_text() == HIGH
+    page.keyboard.press("Home")
+    assert page.locator("#directive").inner_text() == HIGH.replace("high", "low")
+    page.get_by_label("Saved configuration").select_option("poet")
+    assert page.locator("#directive").inner_text() == HIGH
+
+    page.keyboard.press("Control+Enter")
+    done = page.locator(".pane small", has_text="tokens")
+    done.nth(1).wait_for()
+    assert [done.nth(at).inner_text().partition(" ·")[0] for at in (0, 1)] == ["no directive", "ornament high"]
+    assert all(len(text) > 40 for text in page.locator(".pane p").all_inner_texts())
+    page.screenshot(path=tmp_path / "compared.png", full_page=True)
+
+    page.get_by_role("button", name="Ladder of").click()
+    done.nth(2).wait_for()
+    assert page.locator(".pane h3").all_inner_texts() == ["low", "mid", "high"]
+    page.get_by_role("button", name="Copy as curl").click()
+    code = page.locator("#code").inner_text().replace("$CPT_API_KEY", KEY)
+    said = subprocess.run(code, shell=True, capture_output=True, text=True, timeout=60)
+    assert json.loads(said.stdout)["configuration"]["applied"] == {"ornament": "high"}
+    page.get_by_role("button", name="Copy as Python").click()
+    code = page.locator("#code").inner_text()
+    env = os.environ | {"CPT_API_KEY": KEY}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert ran.stdout.split() == json.loads(said.stdout)["choices"][0]["message"]["content"].split()
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.screenshot(path=tmp_path / "ladder.png", full_page=True)
+    assert (broken, elsewhere) == ([], [])
+    page.close()
+
+
+# ---------------------------------------------------------------- faults and newer weights
+
+
+class Load:
+    """Clients that ask again and again, each waiting for its answer, and what they were told."""
+
+    def __init__(self, url: str, clients: int):
+        self.answers: list[tuple[float, int, str]] = []
+        """(when it was asked, status, text)"""
+        self._url, self._stop = url, threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        body = {"model": "cpt:poet", "messages": USER, "max_tokens": 16, "temperature": 0}
+        while not self._stop.is_set():
+            asked = time.monotonic()
+            answer = post(self._url, json={**body, "ignore_eos": True})
+            self.answers.append((asked, answer.status_code, answer.text))
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, count: int, since: float = 0.0) -> None:
+        """Until so many answers to what was asked after `since` are good."""
+        deadline = time.monotonic() + 90
+        while sum(status == 200 and asked > since for asked, status, _ in list(self.answers)) < count:
+            assert time.monotonic() < deadline, self.answers[-3:]
+            time.sleep(0.1)
+
+
+def test_a_killed_replica_fails_only_what_was_in_flight_and_is_replaced(url: str, run: RunDir) -> None:
+    (log,) = (run.path / "access").iterdir()
+    with Load(url, clients=4) as load:
+        load.wait_for(8)
+        killed = time.monotonic()
+        os.kill(int(log.stem.rpartition("-")[2]), signal.SIGKILL)
+        load.wait_for(8, since=killed)
+    failed = [(status, text) for _, status, text in load.answers if status != 200]
+    assert len(failed) <= 4, failed
+    assert all(status in (500, 502, 503) for status, _ in failed), failed
+
+
+def test_newer_weights_take_over_without_a_failed_request_and_an_idle_server_goes_to_zero(
+    url: str, run: RunDir, client: openai.OpenAI
+) -> None:
+    from ray import serve
+
+    newer = make_tiny_model(run.path / "newer", seed=1, chat_template=ANY_TEMPLATE)
+    config = make_config(run, replicas=(0, 1), idle_seconds=1)
+    with Load(url, clients=2) as load:
+        load.wait_for(2)
+        assert serve_model(config, run, KEY, block=False, model=newer) == url
+        load.wait_for(2, since=time.monotonic())
+    assert [one for one in load.answers if one[1] != 200] == []
+    said = [json.loads(text)["choices"][0]["message"]["content"] for _, _, text in sorted(load.answers)]
+    assert said[0] != said[-1] and set(said) == {said[0], said[-1]}
+
+    deadline = time.monotonic() + 90
+    while running := serve.status().applications["cpt"].deployments["cpt"].replica_states.get("RUNNING", 0):
+        assert time.monotonic() < deadline, running
+        time.sleep(0.5)
+    assert client.chat.completions.create(model="tiny", messages=USER, max_tokens=2).usage  # and back
 
 
 # ---------------------------------------------------------------- what keeps it from starting
 
 
-def test_a_taken_port_is_said_before_anything_starts(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_is_said_before_anything_starts(url: str, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import serve
     from ray.serve.schema import ServeStatus
 

@@ -14,7 +14,7 @@ SENTENCES = [
 ]
 
 
-def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0) -> Path:
+def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0, chat_template: str = "") -> Path:
     """A 2-layer Qwen3 of random weights with a byte-level BPE tokenizer and a ChatML template, saved in `path`."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -22,7 +22,7 @@ def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0) -> Path:
     from cpt_ray.embedded.make import train_tokenizer
 
     tokenizer = train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
-    tokenizer.chat_template = SHOUT + str(tokenizer.chat_template)
+    tokenizer.chat_template = chat_template or SHOUT + str(tokenizer.chat_template)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

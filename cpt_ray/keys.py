@@ -1,0 +1,247 @@
+"""API keys: made and revoked with `cpt keys`, kept as hashes in the run directory's keys.json, metered per minute.
+
+A running server sees a change of the file within a second. `Meter` counts for all replicas and lives in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cpt_ray.errors import UserError, did_you_mean
+
+KEYS_FILE = "keys.json"
+"""Where they are kept in the run directory, readable by its owner only."""
+SPENT_FILE = "keys_spent.json"
+"""Tokens that each key with a budget has used."""
+REREAD_SECONDS = 1.0
+"""How often a server looks whether the file has changed."""
+
+
+def key_hash(key: str) -> str:
+    """What is kept of an API key: the hex SHA-256 (keys are 192 random bits, so no slow hash is needed)."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One API key and its limits; None is no limit."""
+
+    name: str
+    hash: str
+    created: float
+    """Unix seconds, as is `expires`."""
+    expires: float | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Prompt and answer tokens together, as is `budget`."""
+    budget: int | None = None
+    """Tokens over the key's whole life."""
+    revoked: bool = False
+
+    @property
+    def metered(self) -> bool:
+        """Whether anything about it has to be counted."""
+        return (self.requests_per_minute, self.tokens_per_minute, self.budget) != (None, None, None)
+
+    def describe(self, spent: int) -> str:
+        """Its state and limits in one line."""
+        parts = ["revoked" if self.revoked else "open"]
+        if self.expires is not None:
+            parts.append(f"until {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.expires))}")
+        for limit, unit in ((self.requests_per_minute, "requests"), (self.tokens_per_minute, "tokens")):
+            parts += [] if limit is None else [f"{limit} {unit}/min"]
+        parts += [] if self.budget is None else [f"{spent} of {self.budget} tokens used"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request is not let in."""
+
+    status: int
+    """401 no such key, 403 a key that opens no more, 429 too fast."""
+    code: str
+    text: str
+    retry_after: int | None = None
+    """Whole seconds after which it may be tried again."""
+
+
+UNKNOWN_KEY = Refusal(
+    status=401,
+    code="invalid_api_key",
+    text="Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'.",
+)
+
+
+class Keyring:
+    """The keys of one run: those of the file `path`, and `fixed` ones that live as long as the server."""
+
+    def __init__(self, path: Path, fixed: tuple[Key, ...] = ()):
+        self._path, self._fixed = path, fixed
+        self._keys: tuple[Key, ...] = ()
+        self._seen: tuple[int, int] | None = None
+        self._next_look = 0.0
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """All of them, revoked ones too; UserError if the file is not one of keys."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + REREAD_SECONDS
+            self._read()
+        return self._fixed + self._keys
+
+    def _read(self) -> None:
+        try:
+            found = self._path.stat()
+            seen = (found.st_mtime_ns, found.st_ino)
+            if seen != self._seen:
+                self._keys = tuple(Key(**one) for one in json.loads(self._path.read_text(encoding="utf-8")))
+                self._seen = seen
+        except FileNotFoundError:
+            self._keys, self._seen = (), None
+        except (OSError, TypeError, ValueError) as error:
+            if self._seen is not None:  # a server that runs keeps the keys it knows
+                return
+            raise UserError(f"{self._path}: cannot be read as keys ({error}); mend or remove it") from None
+
+    def check(self, authorization: bytes) -> Key | Refusal:
+        """The key in an Authorization header; compares with every known one, so that the time tells nothing."""
+        scheme, _, given = authorization.partition(b" ")
+        hashed = hashlib.sha256(given.strip()).hexdigest()
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(hashed, key.hash):
+                found = key
+        if found is None or scheme.lower() != b"bearer":
+            return UNKNOWN_KEY
+        if found.revoked:
+            return Refusal(status=403, code="key_revoked", text="This API key was revoked.")
+        if found.expires is not None and found.expires <= time.time():
+            return Refusal(status=403, code="key_expired", text="This API key has expired.")
+        return found
+
+    def add(self, key: Key) -> None:
+        """Writes one more key; UserError if the name is taken."""
+        if any(one.name == key.name for one in self.keys):
+            raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
+        self._write((*self._keys, key))
+
+    def revoke(self, name: str) -> None:
+        """Marks a key as revoked; UserError if there is none of that name."""
+        if name not in (known := [one.name for one in self.keys]):
+            raise UserError(f"{self._path}: no key named {name!r}{did_you_mean(name, known)}")
+        self._write(tuple(dataclasses.replace(one, revoked=one.revoked or one.name == name) for one in self._keys))
+
+    def _write(self, keys: tuple[Key, ...]) -> None:
+        write_private(self._path, [dataclasses.asdict(one) for one in keys])
+        self._next_look = 0.0
+
+
+def write_private(path: Path, data: object) -> None:
+    """JSON, atomically, for the owner's eyes only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(data, file, indent=2)
+    os.replace(temporary, path)
+
+
+def make_key(
+    name: str,
+    *,
+    days: float | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    budget: int | None = None,
+) -> tuple[Key, str]:
+    """(what is kept, the key itself: shown once, kept nowhere)."""
+    secret = f"cpt-{secrets.token_urlsafe(24)}"
+    now = time.time()
+    key = Key(
+        name=name,
+        hash=key_hash(secret),
+        created=now,
+        expires=None if days is None else now + days * 86400,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        budget=budget,
+    )
+    return key, secret
+
+
+class Counts(Protocol):
+    """What the front asks of the meter, wherever that runs."""
+
+    async def admit(self, key: Key) -> Refusal | None: ...
+
+    async def charge(self, key: Key, tokens: int) -> None: ...
+
+
+class _Bucket:
+    """`per_minute` units flow in evenly, at most a minute's worth; it may be overdrawn, and is then waited for."""
+
+    def __init__(self, per_minute: int, now: float):
+        self.per_minute, self._level, self._then = per_minute, float(per_minute), now
+
+    def wait(self, need: float, now: float) -> float:
+        """Seconds until `need` units are there."""
+        self._level = min(self.per_minute, self._level + (now - self._then) * self.per_minute / 60)
+        self._then = now
+        return max(0.0, (need - self._level) * 60 / self.per_minute)
+
+    def take(self, amount: float) -> None:
+        self._level -= amount
+
+
+class Meter:
+    """Requests and tokens of every limited key, over all replicas.
+
+    An answer's tokens are known, and counted, when it ends: answers in flight together may overdraw the minute, and
+    the next request waits for it. What a budget has spent is on disk after every answer; the minutes are in memory.
+    """
+
+    def __init__(self, spent_file: Path, clock: Callable[[], float] = time.monotonic):
+        self._spent_file, self._clock = spent_file, clock
+        self._buckets: dict[tuple[str, str], _Bucket] = {}
+        self._spent: dict[str, int] = json.loads(spent_file.read_text()) if spent_file.exists() else {}
+
+    def _bucket(self, key: Key, unit: str, per_minute: int) -> _Bucket:
+        found = self._buckets.get((key.name, unit))
+        if found is None or found.per_minute != per_minute:
+            found = self._buckets[key.name, unit] = _Bucket(per_minute, self._clock())
+        return found
+
+    async def admit(self, key: Key) -> Refusal | None:
+        """None, and one request counted, if the key's limits leave room for it."""
+        if key.budget is not None and self._spent.get(key.name, 0) >= key.budget:
+            return Refusal(status=403, code="budget_spent", text=f"This API key's {key.budget} tokens are used up.")
+        limits = {"requests": (key.requests_per_minute, 1.0), "tokens": (key.tokens_per_minute, 1.0)}
+        for unit, (limit, need) in limits.items():
+            if limit is None:
+                continue
+            seconds = self._bucket(key, unit, limit).wait(need, self._clock())
+            if seconds > 0:
+                text = f"This API key may use {limit} {unit} per minute; try again in {int(seconds) + 1} s."
+                return Refusal(status=429, code="rate_limit_exceeded", text=text, retry_after=int(seconds) + 1)
+        if key.requests_per_minute is not None:
+            self._bucket(key, "requests", key.requests_per_minute).take(1)
+        return None
+
+    async def charge(self, key: Key, tokens: int) -> None:
+        """Counts the tokens of an answer that ended."""
+        if key.tokens_per_minute is not None:
+            self._bucket(key, "tokens", key.tokens_per_minute).take(tokens)
+        if key.budget is not None:
+            self._spent[key.name] = self._spent.get(key.name, 0) + tokens
+            write_private(self._spent_file, self._spent)

@@ -1,0 +1,328 @@
+"""What a client meets, around a toy app: keys and their limits, every form of a configuration, bodies of any kind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpt_ray.configuration import Catalog
+from cpt_ray.errors import UserError
+from cpt_ray.frontend import MAX_BODY_BYTES, Call, Frontend, configured_body
+from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
+from tests.builders import make_directives, make_rubric
+
+KEY = "a-test-key"
+AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
+CATALOG = Catalog.build([make_rubric()], make_directives()).with_saved({"poet": {"ornament": 88}})
+CATALOGS = {"m": CATALOG}
+HIGH = "Write in the high manner, please (a)."
+USER: list[Any] = [{"role": "user", "content": "Tell me about the sea."}]
+SYSTEM: list[Any] = [{"role": "system", "content": "Be brief."}, *USER]
+CHAT = "/v1/chat/completions"
+
+
+def make_key(**changes: Any) -> Key:
+    return Key(**{"name": "tests", "hash": key_hash(KEY), "created": 0.0, **changes})
+
+
+def make_front(app: Any, *keys: Key, meter: Meter | None = None, calls: list[Call] | None = None) -> Frontend:
+    nowhere = Path("/nonexistent")
+    keyring = Keyring(nowhere / "keys.json", keys or (make_key(),))
+    noted: list[Call] = [] if calls is None else calls
+    return Frontend(app, CATALOGS, keyring, meter or Meter(nowhere / SPENT_FILE), noted.append)
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with what it was sent."""
+    assert scope["type"] == "http"
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+    seen = json.dumps({"path": scope["path"], "headers": headers, "body": body.decode("latin-1")}).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(seen))]})
+    await send({"type": "http.response.body", "body": seen})
+
+
+def ask(
+    method: str, path: str, headers: dict[str, str] | None = None, front: Frontend | None = None, **given: Any
+) -> httpx.Response:
+    """One request to the front; the key is sent unless `headers` are given."""
+
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(front or make_front(echo))
+        async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
+            return await client.request(method, path, headers=AUTHORIZED if headers is None else headers, **given)
+
+    return asyncio.run(go())
+
+
+WRONG_KEYS = [
+    {},
+    {"Authorization": f"Bearer {KEY}x"},
+    {"Authorization": f"Bearer {KEY[:-1]}"},
+    {"Authorization": "Bearer"},
+    {"Authorization": KEY},
+    {"Authorization": f"Basic {KEY}"},
+    {"Authorization": f"Bearer {key_hash(KEY)}"},
+    {"x-api-key": KEY},
+]
+
+
+@pytest.mark.parametrize("headers", WRONG_KEYS)
+def test_without_the_key_everything_but_health_is_closed(headers: dict[str, str]) -> None:
+    for path in (CHAT, "/v1/models", "/v1/configurations", "/tokenize", "/metrics", "/docs", "/health/", "/base"):
+        for method in ("GET", "POST", "OPTIONS"):
+            answer = ask(method, path, headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert ask("GET", "/health", headers).status_code == 200
+
+
+def test_a_websocket_without_the_key_is_closed() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("not to be read")
+
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+    asyncio.run(make_front(echo)(scope, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_the_key_opens_and_its_scheme_may_be_in_any_case() -> None:
+    assert ask("GET", "/metrics").status_code == 200
+    assert ask("GET", "/metrics", {"Authorization": f"bearer {KEY}"}).status_code == 200
+
+
+def test_the_directive_goes_in_front_and_the_length_fits() -> None:
+    answer = ask("POST", CHAT, json={"model": "m", "messages": SYSTEM, "configuration": {"ornament": 99}, "seed": 7})
+    seen = answer.json()
+    assert seen["configuration"] == {"applied": {"ornament": "high"}, "directive": HIGH}
+    messages = [{"role": "system", "content": f"{HIGH}\n\nBe brief."}, *USER]
+    assert json.loads(seen["body"]) == {"model": "m", "messages": messages, "seed": 7}
+    assert int(seen["headers"]["content-length"]) == len(seen["body"])
+    assert json.loads(answer.headers["x-cpt-configuration"]) == {"ornament": "high"}
+
+
+def test_a_system_message_in_parts_is_composed_as_its_text() -> None:
+    parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
+    body = json.dumps({"messages": [{"role": "system", "content": parts}, *USER], "configuration": {"ornament": 99}})
+    made, _ = configured_body(CHAT, body.encode(), CATALOGS)
+    assert json.loads(made)["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
+
+
+BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 3}', b'{ "a":1 }', b'"configuration"']
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_body_without_a_configuration_passes_untouched(body: bytes) -> None:
+    answer = ask("POST", CHAT, content=body)
+    assert answer.status_code == 200
+    assert answer.json()["body"].encode("latin-1") == body
+    assert "x-cpt-configuration" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "text"),
+    [
+        (CHAT, {"configuration": {"ornament": "hgih"}}, "no level 'hgih' (did you mean \"high\"?)"),
+        (CHAT, {"configuration": None}, "found a NoneType"),
+        (CHAT, {"messages": None}, "messages: expected a list"),
+        (CHAT, {"messages": ["Hello"]}, "messages: expected a list"),
+        (CHAT, {"messages": [{"role": "system", "content": None}]}, "messages[0].content: expected text"),
+        (CHAT, {"messages": [{"role": "system", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ("/v1/completions", {}, "configuration: not understood here; send it with messages to /v1/chat/completions"),
+    ],
+)
+def test_a_configuration_that_cannot_be_applied_is_refused(path: str, changes: dict[str, Any], text: str) -> None:
+    answer = ask("POST", path, json={"messages": USER, "configuration": {"ornament": "high"}} | changes)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert text in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", error["message"].partition(":")[0])
+
+
+def test_too_large_a_body_is_refused_whether_announced_or_streamed() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(MAX_BODY_BYTES // (1 << 20) + 1):
+            yield b" " * (1 << 20)
+
+    assert ask("POST", CHAT, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+    assert ask("POST", CHAT, content=chunks()).status_code == 413
+    assert ask("POST", CHAT, content=b" " * MAX_BODY_BYTES).status_code == 200
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+MESSAGES = JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": JSON}))
+
+
+@given(JSON | st.fixed_dictionaries({"configuration": JSON | st.just({"ornament": 1}), "messages": MESSAGES}))
+def test_any_body_is_rewritten_passed_or_refused_but_never_an_accident(data: Any) -> None:
+    body = json.dumps(data).encode()
+    try:
+        made, resolved = configured_body(CHAT, body, CATALOGS)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert made == body if resolved is None else "configuration" not in json.loads(made)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "level"),
+    [
+        ("m", {"configuration": {"ornament": 88}}, "high"),
+        ("m", {"configuration": "poet"}, "high"),
+        ("cpt:ornament=high", {}, "high"),
+        ("cpt:ornament=88", {}, "high"),
+        ("m:ornament=29.5", {}, "low"),
+        ("cpt:poet", {}, "high"),
+    ],
+)
+def test_every_way_to_ask_for_a_configuration_gives_the_same_body(model: str, given: Any, level: str) -> None:
+    answer = ask("POST", CHAT, json={"model": model, "messages": USER, **given})
+    directive = f"Write in the {level} manner, please (a)."
+    messages = [{"role": "system", "content": directive}, *USER]
+    assert json.loads(answer.json()["body"]) == {"model": "m", "messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("cpt:ornamet=high", "model: no rubric 'ornamet' (did you mean \"ornament\"?)"),
+        ("cpt:ornament=hgih", "model.ornament: no level 'hgih' (did you mean \"high\"?)"),
+        ("cpt:ornament=101", "model.ornament: 101.0 is not a score from 0 to 100"),
+        ("cpt:poett", "model: no saved configuration 'poett' (did you mean \"poet\"?)"),
+        ("cpt:ornament=low,ornament=high", "model: 'ornament' is asked for twice"),
+        ("cpt:ornament=low,high", "model: 'high' is not rubric=level"),
+    ],
+)
+def test_a_model_name_that_carries_no_configuration_is_refused(model: str, text: str) -> None:
+    answer = ask("POST", CHAT, json={"model": model, "messages": USER})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, text)
+    assert answer.json()["error"]["param"] == text.partition(":")[0]
+
+
+def test_a_configuration_given_twice_is_refused() -> None:
+    answer = ask("POST", CHAT, json={"model": "cpt:poet", "messages": USER, "configuration": {}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "configuration")
+
+
+@given(st.text(max_size=40) | st.from_regex(r"(ornament|x)=[a-z0-9.]{0,6}(,[a-z]+=[a-z]+)?", fullmatch=True))
+def test_any_model_name_is_rewritten_passed_or_refused(text: str) -> None:
+    body = json.dumps({"model": f"cpt:{text}", "messages": USER}).encode()
+    try:
+        made, resolved = configured_body(CHAT, body, CATALOGS)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert resolved is not None and json.loads(made)["model"] == "m"
+
+
+async def stream(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    for event in (b'data: {"id": 1}\n\n', b'data: {"id": 2}\n\n', b"data: [DONE]\n\n"):
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_a_streams_first_event_says_what_was_applied_and_the_others_pass_as_they_are() -> None:
+    answer = ask("POST", CHAT, front=make_front(stream), json={"model": "cpt:poet", "messages": USER, "stream": True})
+    first, *others = answer.text.split("\n\n")
+    assert json.loads(first.removeprefix("data: ")) == {
+        "configuration": {"applied": {"ornament": "high"}, "directive": HIGH},
+        "id": 1,
+    }
+    assert others == ['data: {"id": 2}', "data: [DONE]", ""]
+
+
+@pytest.mark.parametrize("path", ["/", "/playground"])
+def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere(path: str) -> None:
+    answer = ask("GET", path, {})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'; connect-src 'self'" in answer.headers["content-security-policy"]
+    assert "http://" not in answer.text and "https://" not in answer.text
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize(("changes", "code"), [({"revoked": True}, "key_revoked"), ({"expires": 1.0}, "key_expired")])
+def test_a_key_that_opens_no_more_is_forbidden(changes: dict[str, Any], code: str) -> None:
+    answer = ask("GET", "/v1/models", front=make_front(echo, make_key(**changes)))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, code)
+
+
+def chatter(tokens: int) -> Any:
+    """An app that answers in so many tokens."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        from cpt_ray.frontend import CALL
+
+        call = CALL.get()
+        assert call is not None
+        call.prompt_tokens, call.tokens = tokens - 1, 1
+        await echo(scope, receive, send)
+
+    return app
+
+
+def test_requests_and_tokens_per_minute_and_the_budget_are_kept(tmp_path: Path) -> None:
+    now = 0.0
+    meter = Meter(tmp_path / SPENT_FILE, lambda: now)
+
+    def post(**limits: Any) -> tuple[int, str | None]:
+        front = make_front(chatter(50), make_key(**limits), meter=meter)
+        answer = ask("POST", CHAT, front=front, json={"messages": USER})
+        return answer.status_code, answer.headers.get("retry-after")
+
+    assert [post(name="a", requests_per_minute=2) for _ in range(3)] == [(200, None), (200, None), (429, "31")]
+    assert post(name="b", requests_per_minute=2) == (200, None)
+    now = 31.0
+    assert post(name="a", requests_per_minute=2) == (200, None)
+    assert [post(name="c", tokens_per_minute=60) for _ in range(3)] == [(200, None), (200, None), (429, "42")]
+    now = 73.0
+    assert post(name="c", tokens_per_minute=60) == (200, None)
+    assert [post(name="d", budget=100)[0] for _ in range(3)] == [200, 200, 403]
+    meter = Meter(tmp_path / SPENT_FILE, lambda: now)  # as after a restart
+    assert [post(name="d", budget=101)[0] for _ in range(2)] == [200, 403]
+
+
+def test_only_work_is_counted_against_a_key(tmp_path: Path) -> None:
+    meter = Meter(tmp_path / SPENT_FILE, lambda: 0.0)
+    front = make_front(echo, make_key(requests_per_minute=1, budget=10), meter=meter)
+    assert [ask("GET", "/version", front=front).status_code for _ in range(3)] == [200, 200, 200]
+    assert not (tmp_path / SPENT_FILE).exists()
+
+
+def test_a_call_is_noted_with_its_key_and_configuration_but_no_word_of_it() -> None:
+    calls: list[Call] = []
+    front = make_front(chatter(50), calls=calls)
+    ask(
+        "POST",
+        CHAT,
+        front=front,
+        json={"model": "cpt:poet", "messages": USER},
+        headers={**AUTHORIZED, "x-request-id": "7"},
+    )
+    ask("POST", CHAT, {}, front=front)
+    first, second = calls
+    assert (first.key, first.status, first.configuration, first.request_id) == ("tests", 200, {"ornament": "high"}, "7")
+    assert (first.prompt_tokens, first.tokens, first.first_byte_seconds is not None) == (49, 1, True)
+    assert (second.key, second.status) == ("-", 401)
+    assert "sea" not in repr(calls)

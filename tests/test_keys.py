@@ -1,0 +1,87 @@
+"""Keys: kept as hashes, made and revoked by command, seen by a running server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpt_ray import keys
+from cpt_ray.cli import main
+from cpt_ray.errors import UserError
+from cpt_ray.keys import UNKNOWN_KEY, Key, Keyring, Refusal, make_key
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    data = {"name": "a", "run_dir": str(tmp_path), "rubrics": ["r"], "prompts": {"source": "p"}}
+    path.write_text(yaml.safe_dump(data | {role: {"model": "embedded"} for role in ("writer", "policy")}))
+    return path
+
+
+def header(secret: str) -> bytes:
+    return f"Bearer {secret}".encode()
+
+
+def test_a_key_is_made_listed_and_revoked_by_command(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ["--requests-per-minute", "60", "--tokens-per-minute", "9000", "--budget", "1000000", "--days", "30"]
+    assert main(["keys", "add", str(run_file), "alice", *limits]) == 0
+    secret = capsys.readouterr().out.split()[0]
+    file = run_file.parent / "keys.json"
+    assert secret not in file.read_text()
+    assert json.loads(file.read_text())[0]["hash"] == hashlib.sha256(secret.encode()).hexdigest()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+    keyring = Keyring(file)
+    found = keyring.check(header(secret))
+    assert isinstance(found, Key) and found.metered
+    assert found.expires is not None and abs(found.expires - time.time() - 30 * 86400) < 60
+
+    assert main(["keys", "list", str(run_file)]) == 0
+    assert "60 requests/min, 9000 tokens/min, 0 of 1000000 tokens used" in capsys.readouterr().out
+    assert main(["keys", "revoke", str(run_file), "alice"]) == 0
+    refused = Keyring(file).check(header(secret))
+    assert isinstance(refused, Refusal) and (refused.status, refused.code) == (403, "key_revoked")
+
+    assert main(["keys", "add", str(run_file), "alice"]) == 1
+    assert "there is a key named 'alice'" in capsys.readouterr().err
+    assert main(["keys", "revoke", str(run_file), "alcie"]) == 1
+    assert "no key named 'alcie' (did you mean \"alice\"?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1e99"])
+def test_a_limit_that_is_no_number_above_zero_is_refused(run_file: Path, value: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["keys", "add", str(run_file), "alice", "--days", value])
+
+
+def test_a_running_server_sees_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "REREAD_SECONDS", 0.0)
+    server, command = Keyring(tmp_path / "keys.json"), Keyring(tmp_path / "keys.json")
+    key, secret = make_key("bob")
+    assert server.check(header(secret)) is UNKNOWN_KEY
+    command.add(key)
+    assert server.check(header(secret)) == key
+    command.revoke("bob")
+    assert isinstance(server.check(header(secret)), Refusal)
+    (tmp_path / "keys.json").unlink()
+    assert server.check(header(secret)) is UNKNOWN_KEY
+
+
+def test_two_keys_are_never_alike_and_neither_is_the_hash_a_key() -> None:
+    (first, secret), (second, _) = make_key("a"), make_key("b")
+    assert first.hash != second.hash
+    assert Keyring(Path("/nonexistent"), (first,)).check(header(first.hash)) is UNKNOWN_KEY
+    assert Keyring(Path("/nonexistent"), (first,)).check(header(secret)) == first
+
+
+def test_a_file_that_holds_no_keys_is_said(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('[{"nmae": 1}]')
+    with pytest.raises(UserError, match=r"keys\.json: cannot be read as keys"):
+        Keyring(tmp_path / "keys.json").check(b"")

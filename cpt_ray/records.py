@@ -183,6 +183,36 @@ class Trial:
     """Why `score` is None; "" if it is not."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerLogprobs:
+    """How likely the tuned policy finds a given answer."""
+
+    answer_id: str
+    """Hash of prompt and text."""
+    logprobs: list[float]
+    """Sum over the answer's tokens: without a directive, then under each of the catalog's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerEmbedding:
+    """A frozen model's vector of (prompt, answer)."""
+
+    answer_id: str
+    vector: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteeredAnswer:
+    """What the tuned policy says under a directive."""
+
+    directive: str | None
+    prompt_id: str
+    prompt: str
+    sample: int
+    text: str
+    """"" if it said nothing."""
+
+
 Record = TypeVar("Record")
 
 _ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}

@@ -23,11 +23,14 @@ import yaml
 
 from cpt_ray.errors import UserError
 from cpt_ray.records import (
+    AnswerEmbedding,
+    AnswerLogprobs,
     Directive,
     Generation,
     Grade,
     Pair,
     Reject,
+    SteeredAnswer,
     Trial,
     Unit,
     content_id,
@@ -44,6 +47,9 @@ TABLES: dict[str, type[Any]] = {
     "rejects": Reject,
     "evaluation_answers": Trial,
     "evaluation": Trial,
+    "steering_logprobs": AnswerLogprobs,
+    "steering_embeddings": AnswerEmbedding,
+    "steering_answers": SteeredAnswer,
 }
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"

@@ -1,0 +1,277 @@
+"""Directive inference: from a user's choices to a configuration, by the tuned policy's own implicit reward.
+
+    p(s | C) ~ p(s) prod_j [ lapse/2 + (1 - lapse) sigmoid(v_s(y_w) - v_s(y_l)) ]
+
+over the candidate configurations s, where v_d(y), what a directive d makes of an answer, is read in one of two ways:
+
+    reward   v_d(y) = beta [ log pi(y|d,x) - log ref(y|x) ]
+    levels   v_d(y) = SHARPNESS sum_l q(l|y) (1 - |a_d - a_l| / span),     q(l|y) ~ pi(y|d_l,x)^beta
+
+The first is the implicit reward itself; it is peaked at d's own level, and says little about which of two answers of
+other levels is nearer. The second turns the same rewards into a belief about the answer's level (the reference
+cancels), and values levels by the distance of their anchors a: users like the neighbour of what they like best.
+
+Configurations of several rubrics have the sum of their directives' values, so that the policy scores each answer once
+per directive and not once per configuration; "no taste" has value 0. `lapse` bounds what one choice can say: noisy,
+contradictory or hostile choices cannot make the belief certain. The reference is the tuned policy without a directive:
+the same engine, and no second model in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpt_ray.configuration import Catalog
+from cpt_ray.errors import UserError
+from cpt_ray.records import content_id
+
+NO_TASTE_PRIOR = 0.1
+TWO_RUBRICS_PRIOR = 0.3
+"""Prior mass of the configurations of two rubrics; the rest is for one rubric."""
+NEAR = 0.25
+"""Share of a rubric's span within which levels count as one, when it is asked how sure the belief is."""
+SHARPNESS = 8.0
+"""How sure users choose between the two ends of a rubric: sigmoid(8) of them take the end they like."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One thing a user told: of two answers to a prompt, this one."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class Scorer(Protocol):
+    """The tuned policy, as far as it is needed here."""
+
+    def logprobs(self, asked: Sequence[tuple[str | None, str, str]]) -> list[float]:
+        """log pi(answer | directive, prompt) of each (directive, prompt, answer), its end mark included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A pair worth asking, its margins known beforehand."""
+
+    prompt: str
+    first: str
+    second: str
+    margins: tuple[float, ...]
+    """Per directive, of choosing `first`; choosing `second` has the negative."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Belief:
+    """What the choices say."""
+
+    configuration: dict[str, str] | None
+    """Rubric id to level name, of the rubrics whose confidence is high enough; None: "I do not know yet"."""
+    directive: str | None
+    confidence: dict[str, float]
+    """Rubric id to the probability that its likeliest level, or one very near it, is meant."""
+    probabilities: dict[str, dict[str, float]]
+    """Rubric id to level name to probability; what is missing to 1 is that the rubric does not matter."""
+    num_choices: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass
+class Preferences:
+    """One user's choices and what the policy made of them; what a server keeps."""
+
+    choices: list[Choice] = field(default_factory=list)
+    margins: list[tuple[float, ...]] = field(default_factory=list)
+    """Per choice and directive."""
+    key: str = ""
+    """The candidates (and the policy) that the margins belong to."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """What `to_json` gave; UserError if it is something else."""
+        try:
+            choices = [Choice(**one) for one in data["choices"]]
+            margins = [tuple(map(float, one)) for one in data["margins"]]
+            if len(choices) == len(margins):
+                return cls(choices=choices, margins=margins, key=str(data["key"]))
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise UserError("preferences: not a saved state; delete it and choose again")
+
+
+class Candidates:
+    """The configurations that a user may have in mind: none, and any level of one rubric or of two."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        beta: float,
+        lapse: float = 0.1,
+        certainty: float = 0.6,
+        reading: Literal["levels", "reward"] = "levels",
+        prior: Mapping[str, float] | None = None,
+        policy: str = "",
+    ):
+        """
+        Args:
+            beta: of the policy's DPO.
+            certainty: confidence from which on a rubric's level is known.
+            reading: how a directive values an answer.
+            prior: rubric id to how likely a user cares about it, against 1 of the others.
+            policy: names the weights; margins of another policy are not used.
+        """
+        self.catalog, self.beta, self.lapse, self.certainty, self.reading = catalog, beta, lapse, certainty, reading
+        entries = [(rubric.id, at, level) for rubric in catalog.rubrics for at, level in enumerate(rubric.levels)]
+        self.directives: list[str] = [level.directive for _, _, level in entries]
+        self.key = content_id(self.directives, beta, reading, policy)
+        index = {(name, at): place for place, (name, at, _) in enumerate(entries)}
+        sizes = {rubric.id: len(rubric.levels) for rubric in catalog.rubrics}
+        self.configurations: list[dict[str, int]] = [{}]
+        """Rubric id to level index."""
+        for count in (1, 2):
+            for names in itertools.combinations(sizes, count):
+                levels = itertools.product(*(range(sizes[name]) for name in names))
+                self.configurations += [dict(zip(names, one, strict=True)) for one in levels]
+        self._member: Floats = np.zeros((len(self.configurations), len(entries)))
+        for row, one in enumerate(self.configurations):
+            for item in one.items():
+                self._member[row, index[item]] = 1
+        self._log_prior = np.log(self._prior(prior or {}))
+
+    def _prior(self, care: Mapping[str, float]) -> Floats:
+        counts = np.array([len(one) for one in self.configurations])
+        weight = np.array([np.prod([care.get(name, 1.0) for name in one]) for one in self.configurations])
+        mass = {0: NO_TASTE_PRIOR, 1: 1 - NO_TASTE_PRIOR - TWO_RUBRICS_PRIOR, 2: TWO_RUBRICS_PRIOR}
+        prior = np.zeros(len(counts))
+        for count, share in mass.items():
+            if (counts == count).any():
+                prior[counts == count] = share * weight[counts == count] / weight[counts == count].sum()
+        return prior / prior.sum()
+
+    # ------------------------------------------------------------ what the policy says
+
+    def rewards(self, logprobs: Floats) -> Floats:
+        """What each directive makes of answers, [answers, directives].
+
+        Args:
+            logprobs: [answers, 1 + directives], without a directive and under each.
+        """
+        if self.reading == "reward":
+            return self.beta * (logprobs[:, 1:] - logprobs[:, :1])
+        parts, start = [], 1
+        for rubric in self.catalog.rubrics:
+            own = self.beta * logprobs[:, start : start + len(rubric.levels)]
+            start += len(rubric.levels)
+            chance = np.exp(own - own.max(axis=1, keepdims=True))
+            anchors = np.array([level.score for level in rubric.levels])
+            nearness = 1 - np.abs(anchors[:, None] - anchors) / np.ptp(anchors)
+            parts.append(SHARPNESS * chance / chance.sum(axis=1, keepdims=True) @ nearness)
+        found: Floats = np.concatenate(parts, axis=1)
+        return found
+
+    def score(self, scorer: Scorer, choices: Sequence[Choice]) -> Floats:
+        """Margins of choices by the policy itself, [choices, directives]; one batch, each answer once."""
+        answers = list(dict.fromkeys((one.prompt, text) for one in choices for text in (one.chosen, one.rejected)))
+        asked = [(directive, *one) for one in answers for directive in (None, *self.directives)]
+        logprobs = np.array(scorer.logprobs(asked), dtype=np.float64).reshape(len(answers), -1)
+        rewards = dict(zip(answers, self.rewards(logprobs), strict=True))
+        return np.array([rewards[one.prompt, one.chosen] - rewards[one.prompt, one.rejected] for one in choices])
+
+    def add(
+        self, state: Preferences, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
+    ) -> None:
+        """Adds choices to a state. What was asked as one of `questions` costs nothing; the rest is one batch."""
+        known: dict[tuple[str, str, str], tuple[float, ...]] = {}
+        for one in questions:
+            known[one.prompt, one.first, one.second] = one.margins
+            known[one.prompt, one.second, one.first] = tuple(-value for value in one.margins)
+        old = [] if state.key == self.key else state.choices
+        todo = list(dict.fromkeys([*old, *choices]))
+        left = [one for one in todo if (one.prompt, one.chosen, one.rejected) not in known]
+        if left:
+            for one, margins in zip(left, self.score(scorer, left), strict=True):
+                known[one.prompt, one.chosen, one.rejected] = tuple(map(float, margins))
+        if state.key != self.key:
+            state.margins = [known[one.prompt, one.chosen, one.rejected] for one in old]
+            state.key = self.key
+        for one in choices:
+            state.choices.append(one)
+            state.margins.append(known[one.prompt, one.chosen, one.rejected])
+
+    # ------------------------------------------------------------ what follows
+
+    def _chances(self, margins: Floats) -> Floats:
+        """Probability of each choice under each configuration, [configurations, choices]."""
+        total = self._member @ margins.reshape(-1, len(self.directives)).T
+        chances: Floats = self.lapse / 2 + (1 - self.lapse) / (1 + np.exp(-np.clip(total, -50, 50)))
+        return chances
+
+    def posterior(self, margins: Floats) -> Floats:
+        """[configurations] of margins [choices, directives]."""
+        logs = self._log_prior + np.log(self._chances(margins)).sum(axis=1)
+        found: Floats = np.exp(logs - logs.max())
+        return found / found.sum()
+
+    def belief(self, state: Preferences) -> Belief:
+        """The posterior of a state, put into words."""
+        return self.belief_from(np.array(state.margins, dtype=np.float64))
+
+    def belief_from(self, margins: Floats) -> Belief:
+        """The same of margins [choices, directives]."""
+        posterior = self.posterior(margins)
+        per_directive = iter(posterior @ self._member)
+        probabilities, configuration, confidence = {}, {}, {}
+        for rubric in self.catalog.rubrics:
+            found = np.array([next(per_directive) for _ in rubric.levels])
+            probabilities[rubric.id] = {level.name: float(one) for level, one in zip(rubric.levels, found, strict=True)}
+            best, anchors = int(np.argmax(found)), np.array([level.score for level in rubric.levels])
+            near = np.abs(anchors - anchors[best]) <= NEAR * np.ptp(anchors)
+            confidence[rubric.id] = float(found[near].sum())
+            if confidence[rubric.id] >= self.certainty:
+                configuration[rubric.id] = rubric.levels[best].name
+        return Belief(
+            configuration=configuration or None,
+            directive=self.catalog.resolve(configuration).directive,
+            confidence=confidence,
+            probabilities=probabilities,
+            num_choices=len(margins),
+        )
+
+    def information_gain(self, margins: Floats, questions: Floats) -> Floats:
+        """Expected nats that each question's answer takes from the entropy of the posterior, [questions].
+
+        H(mean p) - mean H(p), over the posterior, of the choice's probability p; margins [questions, directives].
+        """
+        posterior = self.posterior(margins)
+        chances = self._chances(questions)
+        return _entropy(posterior @ chances) - posterior @ _entropy(chances)
+
+    def next_question(self, state: Preferences, questions: Sequence[Question]) -> Question | None:
+        """The question not asked yet that says most; None if there is none left."""
+        asked = {one.prompt for one in state.choices}
+        left = [one for one in questions if one.prompt not in asked]
+        if not left:
+            return None
+        gains = self.information_gain(np.array(state.margins), np.array([one.margins for one in left]))
+        return left[int(np.argmax(gains))]
+
+
+def _entropy(chance: Floats) -> Floats:
+    found: Floats = -(chance * np.log(chance) + (1 - chance) * np.log1p(-chance))
+    return found

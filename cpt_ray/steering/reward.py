@@ -1,0 +1,143 @@
+"""NP-BTL: a reward model conditioned on a user's choices, deterministic or variational.
+
+    c_j = W [e_w_j || e_l_j] + b                     a choice, from frozen embeddings e of (prompt, answer)
+    z   = h( mean of attention(c_1 .. c_k, null) )   any k from 0; the learned null token makes k = 0 no special case
+    r(y|z) = MLP2( MLP1(e_y) || z ),    p(y1 > y2 | z) = sigmoid(r(y1|z) - r(y2|z))
+
+The loss is the negative log-likelihood of the target pairs' choices, over each task and its flipped twin (every choice
+swapped), without which z tends to be ignored. The variational form draws z from q(z | context + targets) = N(mean,
+softplus(scale)^2) while it learns and adds KL(q(z | context + targets) || q(z | context)) per target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Some users' choices as embeddings [.., .., 2, E], the chosen answer first."""
+
+    context: Tensor
+    """[users, k, 2, E]."""
+    targets: Tensor
+    """[users, t, 2, E]."""
+
+    def twins(self) -> Tasks:
+        """The same with every choice swapped."""
+        return Tasks(self.context.flip(2), self.targets.flip(2))
+
+    def with_twins(self) -> Tasks:
+        """All tasks, then all their twins."""
+        twins = self.twins()
+        return Tasks(torch.cat([self.context, twins.context]), torch.cat([self.targets, twins.targets]))
+
+    def first(self, num_choices: int) -> Tasks:
+        """With only that many context choices."""
+        return Tasks(self.context[:, :num_choices], self.targets)
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with LayerNorm and GELU between them."""
+    layers: list[nn.Module] = []
+    for at, (size, out) in enumerate(pairwise(sizes)):
+        layers += ([nn.LayerNorm(size), nn.GELU()] if at else []) + [nn.Linear(size, out)]
+    return nn.Sequential(*layers)
+
+
+class ContextEncoder(nn.Module):
+    """Choices [users, k, 2, E] to z [users, `size`], whatever their order; (mean, scale) if variational."""
+
+    def __init__(self, embedding: int, size: int, heads: int = 8, variational: bool = False):
+        super().__init__()
+        self.project = nn.Linear(2 * embedding, size)
+        self.null = nn.Parameter(torch.randn(size) * 0.02)
+        self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
+        self.head = mlp(size, size, size * (2 if variational else 1))
+        self.variational = variational
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(mean or z, scale or None), each [users, size]."""
+        null = self.null.expand(len(context), 1, -1)
+        tokens = torch.cat([self.project(context.flatten(2)), null], dim=1)
+        mixed = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        found = self.head(mixed.mean(dim=1))
+        if not self.variational:
+            return found, None
+        mean, raw = found.chunk(2, dim=-1)
+        return mean, softplus(raw) + 1e-4
+
+
+class RewardModel(nn.Module):
+    """r(y|z) and the encoder that gives z."""
+
+    def __init__(self, embedding: int, size: int = 256, heads: int = 8, variational: bool = False):
+        super().__init__()
+        self.encoder = ContextEncoder(embedding, size, heads, variational)
+        self.answer = mlp(embedding, size, size)
+        self.score = mlp(2 * size, size, 1)
+
+    def reward(self, z: Tensor, answers: Tensor) -> Tensor:
+        """[users, ...] of z [users, size] and answers' embeddings [users, ..., E]."""
+        spread = z.view(len(z), *(1,) * (answers.dim() - 2), -1).expand(*answers.shape[:-1], -1)
+        found: Tensor = self.score(torch.cat([self.answer(answers), spread], dim=-1))
+        return found.squeeze(-1)
+
+    def margins(self, tasks: Tasks) -> Tensor:
+        """r(chosen|z) - r(rejected|z) of the targets, [users, t], with z (its mean) from the context."""
+        rewards = self.reward(self.encoder(tasks.context)[0], tasks.targets)
+        return rewards[..., 0] - rewards[..., 1]
+
+    def forward(self, tasks: Tasks) -> Tensor:
+        """The loss of a batch of tasks."""
+        mean, scale = self.encoder(tasks.context)
+        if scale is None:
+            rewards = self.reward(mean, tasks.targets)
+            return -logsigmoid(rewards[..., 0] - rewards[..., 1]).mean()
+        full_mean, full_scale = self.encoder(torch.cat([tasks.context, tasks.targets], dim=1))
+        rewards = self.reward(full_mean + full_scale * torch.randn_like(full_mean), tasks.targets)
+        prior, posterior = (torch.distributions.Normal(*one) for one in ((mean, scale), (full_mean, full_scale)))
+        kl = torch.distributions.kl_divergence(posterior, prior).sum(dim=-1)
+        return -logsigmoid(rewards[..., 0] - rewards[..., 1]).mean() + kl.mean() / tasks.targets.shape[1]
+
+
+def learn(
+    module: nn.Module,
+    draw: Callable[[int], Any],
+    steps: int,
+    learning_rate: float,
+    every: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Trains `module`, whose forward gives the loss of what `draw(step)` gives: Adam, warm-up, linear decay.
+
+    Args:
+        every: called after each step with (steps done, loss).
+    """
+    trained = [one for one in module.parameters() if one.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    module.train()
+    for step in range(steps):
+        loss = module(draw(step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        every(step + 1, loss.item())
+    module.eval()
+
+
+@torch.no_grad()
+def accuracy(model: RewardModel, tasks: Tasks) -> Tensor:
+    """Share of each user's target pairs that are ordered as the user orders them, [users]."""
+    margins = model.margins(tasks)
+    return ((margins > 0).float() + 0.5 * (margins == 0)).mean(dim=1)

@@ -1,0 +1,209 @@
+"""What steering asks of models, as tables: log-probabilities, embeddings and answers, by Ray Data actors.
+
+A table is made shard by shard like every other one: a shard that is there is not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.console import progress
+from cpt_ray.engine import Request, VllmEngine, engine_arguments, engine_env, seed_of
+from cpt_ray.errors import UserError
+from cpt_ray.prompting import policy_messages, token_ids
+from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
+from cpt_ray.rundir import TABLES, RunDir
+from cpt_ray.steering.users import Answer
+from cpt_ray.training import conversation_ids
+
+Row = TypeVar("Row")
+
+
+class PolicyScorer:
+    """Log-probabilities of given answers by a vLLM engine in this process; the `Scorer` of batches and tests.
+
+    They are asked for as the log-probabilities of a prompt, for which vLLM reads nothing from its prefix cache.
+    """
+
+    def __init__(self, model: ModelConfig):
+        from vllm import LLM
+
+        self._template_kwargs = model.chat_template_kwargs
+        self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(model)})
+        self._tokenizer = self._llm.get_tokenizer()
+        self._max_model_len = self._llm.llm_engine.model_config.max_model_len
+
+    def logprobs(self, asked: Sequence[tuple[str | None, str, str]]) -> list[float]:
+        """log pi(answer | directive, prompt) of each, its end mark included; UserError if one is too long."""
+        from vllm import SamplingParams
+
+        sequences = [sequence(self._tokenizer, *one, self._template_kwargs) for one in asked]
+        for ids, _ in sequences:
+            if len(ids) >= self._max_model_len:
+                raise UserError(
+                    f"an answer and its prompt have {len(ids)} tokens, the model takes {self._max_model_len - 1}"
+                )
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids, _ in sequences], params, use_tqdm=False)
+        return [
+            sum(one.prompt_logprobs[at][ids[at]].logprob for at in range(start, len(ids)))
+            for (ids, start), one in zip(sequences, outputs, strict=True)
+        ]
+
+
+def sequence(
+    tokenizer: Any, directive: str | None, prompt: str, answer: str, template_kwargs: dict[str, Any]
+) -> tuple[list[int], int]:
+    """Token ids of the whole conversation, and where the answer starts in them."""
+    messages = policy_messages(directive, [{"role": "user", "content": prompt}])
+    start = len(token_ids(tokenizer, messages, template_kwargs))
+    return conversation_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}], template_kwargs), start
+
+
+class Embedder:
+    """The mean of a transformer's hidden states over the tokens of (prompt, answer), in this process.
+
+    Of a chat model the middle layer is taken (the last one is about the next token), of an encoder the last.
+    """
+
+    def __init__(self, model: ModelConfig):
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        self._device = "cuda" if model.num_gpus else "cpu"
+        self._tokenizer = AutoTokenizer.from_pretrained(model.path)
+        dtype = torch.bfloat16 if model.num_gpus else torch.float32
+        self._model = AutoModel.from_pretrained(model.path, dtype=dtype).eval().to(self._device)
+        self._layer = self._model.config.num_hidden_layers // 2 if self._tokenizer.chat_template else -1
+
+    def embed(self, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> list[list[float]]:
+        """One vector per (prompt, answer)."""
+        import torch
+
+        found: list[list[float]] = []
+        longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 8192))
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        for start in range(0, len(texts), batch_size):
+            joined = [f"{prompt}\n\n{answer}" for prompt, answer in texts[start : start + batch_size]]
+            batch = self._tokenizer(joined, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            ids, mask = batch["input_ids"].to(self._device), batch["attention_mask"].to(self._device)
+            with torch.no_grad():
+                states = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            weights = mask[..., None].float()
+            mean = (states[self._layer].float() * weights).sum(dim=1) / weights.sum(dim=1)
+            found += mean.cpu().tolist()
+        return found
+
+
+# ---------------------------------------------------------------- actors
+
+
+class LogprobActor:
+    """Answers -> their log-probabilities without a directive and under each."""
+
+    def __init__(self, model: ModelConfig, directives: Sequence[str]):
+        self._scorer, self._directives = PolicyScorer(model), [None, *directives]
+
+    def __call__(self, rows: Sequence[Answer]) -> list[AnswerLogprobs]:
+        """One row per answer."""
+        found = self._scorer.logprobs([(one, row.prompt, row.text) for row in rows for one in self._directives])
+        step = len(self._directives)
+        return [
+            AnswerLogprobs(answer_id=row.answer_id, logprobs=found[at * step : (at + 1) * step])
+            for at, row in enumerate(rows)
+        ]
+
+
+class EmbedActor:
+    """Answers -> their embeddings."""
+
+    def __init__(self, model: ModelConfig):
+        self._embedder = Embedder(model)
+
+    def __call__(self, rows: Sequence[Answer]) -> list[AnswerEmbedding]:
+        """One row per answer."""
+        vectors = self._embedder.embed([(row.prompt, row.text) for row in rows])
+        return [AnswerEmbedding(answer_id=row.answer_id, vector=one) for row, one in zip(rows, vectors, strict=True)]
+
+
+class AnswerActor:
+    """Planned answers (without text) -> answers of the policy."""
+
+    def __init__(self, model: ModelConfig, seed: int):
+        self._engine, self._sampling, self._seed = VllmEngine(model), model.sampling, seed
+
+    def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
+        """The same rows with what the policy says; "" if that is nothing."""
+        requests = [
+            Request(
+                messages=policy_messages(row.directive, [{"role": "user", "content": row.prompt}]),
+                max_tokens=self._sampling.max_tokens,
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                seed=seed_of(content_id(row.directive, row.prompt_id, row.sample), self._seed),
+            )
+            for row in rows
+        ]
+        return [replace(row, text=one.text) for row, one in zip(rows, self._engine.run(requests), strict=True)]
+
+
+class _ShardActor:
+    """Makes an actor's output shard; a failure travels as a row, since Ray Data would keep only a stack trace."""
+
+    def __init__(self, run: RunDir, table: str, shards: Mapping[str, Sequence[Any]], actor: Any, arguments: Any):
+        self._run, self._table, self._shards, self._error = run, table, shards, ""
+        try:
+            self._actor = actor(*arguments)
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        name = str(batch["shard"][0])
+        if not self._error:
+            try:
+                self._run.write(self._table, name, self._actor(self._shards[name]))
+            except Exception as error:
+                self._error = f"{type(error).__name__}: {error}"
+        return {"error": [self._error.splitlines()[0] if self._error else ""]}
+
+
+def fill_table(
+    run: RunDir, table: str, rows: Sequence[Row], actor: Any, arguments: Sequence[Any], model: ModelConfig,
+    key: str, shard_rows: int,
+) -> list[Any]:  # fmt: skip
+    """The table's rows for `rows`, in order; shards that are not there yet are made by a pool of `actor`s.
+
+    Args:
+        arguments: what an actor is made of.
+        model: says on which resources; its engine is the actor's.
+        key: hash of what the output depends on beside the rows.
+    """
+    import ray.data
+
+    label = table.removeprefix("steering_")
+    shards: dict[str, Sequence[Row]] = {}
+    for start in range(0, len(rows), shard_rows):
+        part = rows[start : start + shard_rows]
+        shards[f"{label}-{start // shard_rows:05d}-{content_id(repr(part), key)[:12]}"] = part
+    todo = [name for name in shards if not run.has(table, name)]
+    if todo:
+        size = model.num_actors if isinstance(model.num_actors, tuple) else (model.num_actors, model.num_actors)
+        made = ray.data.from_items([{"shard": one} for one in todo], override_num_blocks=len(todo)).map_batches(
+            _ShardActor,
+            fn_constructor_args=(run, table, {name: shards[name] for name in todo}, actor, tuple(arguments)),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=min(size[0], len(todo)), max_size=min(size[1], len(todo))),
+            num_cpus=model.num_cpus,
+            num_gpus=model.num_gpus,
+            runtime_env={"env_vars": engine_env(model)},
+        )
+        with progress(f"steer {label}", len(todo), "shards") as advance:
+            for row in made.iter_rows():
+                if row["error"]:
+                    raise UserError(f"steer: {model.model}: {row['error']}")
+                advance(1, "")
+    return run.read(table, list(shards), TABLES[table])

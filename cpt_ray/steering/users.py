@@ -1,0 +1,196 @@
+"""Simulated users: hidden tastes over the rubrics' scores, and the choices that follow from them.
+
+A taste is a preferred score per rubric, its utility 1 at that score and falling with the distance. Every user has a
+twin, who likes what the user dislikes and so makes every choice the other way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpt_ray.errors import UserError
+from cpt_ray.grading import measured_criterion, weighted
+from cpt_ray.records import content_id
+from cpt_ray.rubric import Rubric
+
+KINDS = ("high", "low", "middle", "mixture", "noisy")
+NOISE = 0.2
+"""How often a noisy user takes the answer liked less."""
+MIN_DIFFERENCE = 0.05
+"""Utilities closer than this are no choice."""
+MINORITY = 0.25
+"""A pair is conflicting if at least this share of users prefers each of its answers."""
+PAIRS_PER_PROMPT = 200
+JURY = 64
+"""Tastes drawn to find the conflicting pairs."""
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A graded answer."""
+
+    answer_id: str
+    prompt_id: str
+    prompt: str
+    text: str
+    scores: Mapping[str, float]
+    """Rubric id to 0-100, of the rubrics that it is graded by."""
+
+
+def grade_by_measures(rubrics: Iterable[Rubric], text: str) -> dict[str, float]:
+    """Scores by the measured criteria alone, of the rubrics that have them and are defined for this text."""
+    found = {
+        one.id: weighted(one, [measured_criterion(one, criterion, text) for criterion in one.measured])
+        for one in rubrics
+    }
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def make_answer(prompt_id: str, prompt: str, text: str, scores: Mapping[str, float]) -> Answer:
+    """With the content's hash as its id."""
+    return Answer(
+        answer_id=content_id(prompt, text), prompt_id=prompt_id, prompt=prompt, text=text, scores=dict(scores)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taste:
+    """What a user likes."""
+
+    kind: str
+    targets: Mapping[str, float]
+    """Rubric id to preferred score."""
+    weights: Mapping[str, float]
+    """Rubric id to weight; they sum to 1."""
+    noise: float = 0.0
+    """Probability that a choice is the wrong way round."""
+    flipped: bool = False
+    """Likes what is far from the targets."""
+
+    def twin(self) -> Taste:
+        """Every choice the other way."""
+        return replace(self, flipped=not self.flipped)
+
+    def utility(self, scores: Mapping[str, float], spans: Mapping[str, float]) -> float:
+        """0 to 1; NaN if the answer has no score of a rubric that matters.
+
+        Args:
+            spans: rubric id to the distance between its highest and lowest anchor.
+        """
+        if any(name not in scores for name in self.targets):
+            return float("nan")
+        found = sum(
+            self.weights[name] * max(0.0, 1 - abs(scores[name] - target) / spans[name])
+            for name, target in self.targets.items()
+        )
+        return 1 - found if self.flipped else found
+
+
+def draw_taste(rng: np.random.Generator, rubrics: Sequence[Rubric], kind: str) -> Taste:
+    """A taste of one kind: one rubric's end ("noisy" too), a score within its middle half, or a blend of two ends."""
+    chosen = [rubrics[at] for at in rng.permutation(len(rubrics))[: 2 if kind == "mixture" else 1]]
+    targets = {}
+    for one in chosen:
+        low, high = one.levels[0].score, one.levels[-1].score
+        end = {"high": high, "low": low}.get(kind, high if rng.random() < 0.5 else low)
+        targets[one.id] = end if kind != "middle" else low + (high - low) * float(rng.uniform(0.25, 0.75))
+    share = float(rng.uniform(0.35, 0.65)) if len(chosen) == 2 else 1.0
+    weights = {one.id: share if at == 0 else 1 - share for at, one in enumerate(chosen)}
+    return Taste(kind=kind, targets=targets, weights=weights, noise=NOISE if kind == "noisy" else 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """A taste and the choices made by it; pairs are indices of answers, the chosen one first."""
+
+    taste: Taste
+    context: Indices
+    """[k, 2], as chosen, noise included."""
+    targets: Indices
+    """[t, 2], by the true taste; no prompt of theirs is in the context."""
+
+    def twin(self) -> User:
+        """The user who chooses the other way on the same pairs."""
+        return User(taste=self.taste.twin(), context=self.context[:, ::-1], targets=self.targets[:, ::-1])
+
+
+class Population:
+    """Answers that users choose between, and the users."""
+
+    def __init__(self, answers: Sequence[Answer], rubrics: Sequence[Rubric], seed: int):
+        """UserError if no prompt has two answers."""
+        self.answers, self.rubrics = list(answers), list(rubrics)
+        self.spans = {one.id: one.levels[-1].score - one.levels[0].score for one in rubrics}
+        rng = np.random.default_rng(seed)
+        groups: dict[str, list[int]] = defaultdict(list)
+        for at, one in enumerate(self.answers):
+            groups[one.prompt_id].append(at)
+        self.prompts = {name: at for at, name in enumerate(sorted(groups))}
+        pairs = [pair for name in self.prompts for pair in _pairs(groups[name], rng)]
+        if not pairs or len(self.prompts) < 2:
+            raise UserError("steer: no two prompts with two graded answers each; synthesize (and evaluate) more")
+        self.pairs: Indices = np.array(pairs, dtype=np.int64)
+        self._prompt_of = np.array([self.prompts[self.answers[one].prompt_id] for one, _ in pairs])
+        self.conflicting = self._find_conflicting(rng)
+
+    def utilities(self, taste: Taste) -> Floats:
+        """[answers], NaN where a score is missing."""
+        return np.array([taste.utility(one.scores, self.spans) for one in self.answers])
+
+    def _find_conflicting(self, rng: np.random.Generator) -> NDArray[np.bool_]:
+        votes = []
+        for at in range(JURY):
+            difference = self._differences(draw_taste(rng, self.rubrics, KINDS[at % len(KINDS)]))
+            votes.append(np.where(np.abs(difference) > MIN_DIFFERENCE, np.sign(difference), 0.0))
+        for_first, for_second = (np.mean(np.array(votes) == sign, axis=0) for sign in (1, -1))
+        found: NDArray[np.bool_] = np.minimum(for_first, for_second) >= MINORITY
+        return found
+
+    def _differences(self, taste: Taste) -> Floats:
+        found = self.utilities(taste)[self.pairs]
+        return np.nan_to_num(found[:, 0] - found[:, 1])
+
+    def user(
+        self, rng: np.random.Generator, taste: Taste, num_choices: int, num_targets: int, conflicting: float
+    ) -> User:
+        """A user who chose `num_choices` times; the prompts of context and targets are two random halves.
+
+        Args:
+            conflicting: least share of conflicting pairs.
+        """
+        difference = self._differences(taste)
+        usable = np.abs(difference) > MIN_DIFFERENCE
+        side = rng.permutation(len(self.prompts))[self._prompt_of] % 2
+        found = []
+        for half, count in ((0, num_choices), (1, num_targets)):
+            pool = np.flatnonzero(usable & (side == half))
+            clashing = pool[self.conflicting[pool]]
+            num_clashing = int(np.ceil(conflicting * count))
+            if len(clashing) == 0 or len(pool) == 0:
+                raise UserError("steer: too few graded answers differ for simulated users; give more prompts")
+            drawn = np.concatenate([_draw(rng, clashing, num_clashing), _draw(rng, pool, count - num_clashing)])
+            drawn = rng.permutation(drawn)
+            swap = difference[drawn] < 0
+            if half == 0:
+                swap ^= rng.random(count) < taste.noise
+            found.append(np.where(swap[:, None], self.pairs[drawn][:, ::-1], self.pairs[drawn]))
+        return User(taste=taste, context=found[0], targets=found[1])
+
+
+def _pairs(group: Sequence[int], rng: np.random.Generator) -> list[tuple[int, int]]:
+    pairs = [(one, other) for at, one in enumerate(group) for other in group[at + 1 :]]
+    if len(pairs) > PAIRS_PER_PROMPT:
+        pairs = [pairs[at] for at in rng.choice(len(pairs), PAIRS_PER_PROMPT, replace=False)]
+    return pairs
+
+
+def _draw(rng: np.random.Generator, pool: Indices, count: int) -> Indices:
+    return rng.choice(pool, count, replace=len(pool) < count)

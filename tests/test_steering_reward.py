@@ -1,0 +1,97 @@
+"""NP-BTL against worlds whose best possible accuracy is known in closed form."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
+from cpt_ray.steering.worlds import World, WorldA, WorldB, best_accuracy, tasks
+
+CHOICES = (0, 1, 3, 5, 10)
+
+
+def draw(world: World, seed: int, users: int, choices: int, targets: int = 20, conflicting: bool = False) -> Tasks:
+    made = tasks(world, np.random.default_rng(seed), users, choices, targets, conflicting)
+    return Tasks(*(torch.tensor(one, dtype=torch.float32) for one in made))
+
+
+def learned(world: World, steps: int, seed: int = 0, variational: bool = False) -> RewardModel:
+    torch.manual_seed(seed)
+    model = RewardModel(world.pairs(np.random.default_rng(0), 1).shape[-1], 64, variational=variational)
+    learn(model, lambda step: draw(world, 1000 * seed + step, 16, (7 * step) % 11), steps, 5e-3)
+    return model
+
+
+def curve(model: RewardModel, tested: Tasks) -> list[float]:
+    return [float(accuracy(model, tested.first(count)).mean()) for count in CHOICES]
+
+
+@pytest.fixture(scope="module")
+def model_of_a() -> RewardModel:
+    return learned(WorldA(), 300)
+
+
+def test_the_closed_forms_are_those_of_the_worlds() -> None:
+    assert [best_accuracy(WorldA(), count) for count in CHOICES] == [1 - 0.25 * 2.0**-count for count in CHOICES]
+    for rho, error in ((-0.7, 0.127), (0, 0.25), (0.7, 0.373)):
+        assert 1 - best_accuracy(WorldB(rho), 1, conflicting=True) == pytest.approx(error, abs=5e-4)
+    for world in (WorldA(), WorldB(0.7)):
+        pairs = world.pairs(np.random.default_rng(0), 100_000)
+        orders = [world.reward(pairs, kind)[:, 0] > world.reward(pairs, kind)[:, 1] for kind in (0, 1)]
+        assert np.mean(orders[0] != orders[1]) == pytest.approx(world.conflict, abs=0.01)
+
+
+def test_world_a_is_learned_to_its_bound(model_of_a: RewardModel) -> None:
+    found = curve(model_of_a, draw(WorldA(), 99, 500, 10, 40))
+    assert 0.73 <= found[0] <= 0.77
+    assert found[1] >= 0.83
+    assert found[4] >= 0.96
+    for count, value in zip(CHOICES, found, strict=True):
+        assert value <= best_accuracy(WorldA(), count) + 0.01
+
+
+def test_the_variational_form_learns_world_a_as_well() -> None:
+    found = curve(learned(WorldA(), 300, variational=True), draw(WorldA(), 99, 500, 10, 40))
+    assert 0.73 <= found[0] <= 0.77
+    assert found[1] >= 0.83
+    assert found[4] >= 0.96
+
+
+@pytest.mark.parametrize("rho", [-0.7, 0.7])
+def test_world_b_is_learned_to_its_formula(rho: float) -> None:
+    world = WorldB(rho)
+    model = learned(world, 300)
+    tested = draw(world, 99, 500, 10, 40, conflicting=True)
+    found = float(accuracy(model, tested.first(1)).mean())
+    assert (
+        best_accuracy(world, 1, conflicting=True) - 0.03 <= found <= best_accuracy(world, 1, conflicting=True) + 0.015
+    )
+
+
+def test_choices_are_used_and_another_users_choices_are_not_enough(model_of_a: RewardModel) -> None:
+    """On fully conflicting pairs a model that ignores z has accuracies that add up to 1."""
+    tested = draw(WorldA(), 99, 500, 10, 40, conflicting=True)
+    sums = []
+    for count in CHOICES:
+        found = accuracy(model_of_a, tested.first(count))
+        sums.append(float(found[:500].mean() + found[500:].mean()))
+    assert sums[0] == pytest.approx(1, abs=0.02)
+    assert all(later > earlier + 0.01 for earlier, later in pairwise(sums))
+    assert sums[1] > 1.3
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    shuffled = accuracy(model_of_a, Tasks(tested.context[order], tested.targets)).mean()
+    assert float(shuffled) == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_order_of_choices_does_not_matter(model_of_a: RewardModel) -> None:
+    tested = draw(WorldA(), 5, 8, 6)
+    with torch.no_grad():
+        margins = [
+            model_of_a.margins(Tasks(context, tested.targets)) for context in (tested.context, tested.context.flip(1))
+        ]
+    torch.testing.assert_close(*margins, atol=1e-5, rtol=1e-4)
+    assert (tested.twins().context[:, :, 0] == tested.context[:, :, 1]).all()

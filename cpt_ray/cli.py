@@ -1,4 +1,4 @@
-"""The command line: `cpt check PATH...`, `cpt synthesize|train|evaluate|serve|run RUN_FILE [key=value ...]`.
+"""The command line: `cpt check PATH...`, `cpt status RUN`, `cpt synthesize|train|... RUN_FILE [key=value ...]`.
 
 `cpt keys add|list|revoke RUN_FILE [NAME]` manages who may use the server.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
-from cpt_ray.console import say
+from cpt_ray.console import say, status_lines
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.records import Directive, content_id
@@ -119,6 +119,16 @@ def work(command: str, config: RunConfig, verbose: bool = False) -> None:
             STAGES[command][0](plan, run)
 
 
+def status(path: Path) -> None:
+    """What a run has done and what it cost, from its directory alone."""
+    run = RunDir(path)
+    made, ledger = run.read_yaml("run.yaml"), run.read_json("ledger.json") or {}
+    if made is None:
+        raise UserError(f"{path}: no run.yaml there; give the directory of a run (runs/NAME)")
+    say(f"{made['name']}: {'a process is at work on it' if run.busy else 'no process is at work on it'}")
+    say("\n".join(status_lines(ledger)) or "nothing is done yet")
+
+
 def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
@@ -150,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("check", help="lint rubric files")
     one.add_argument("paths", nargs="+", metavar="PATH", help="a rubric file or a folder of them")
+    one = commands.add_parser("status", help="what a run has done so far and what it cost")
+    one.add_argument("run", metavar="RUN", help="the directory of a run")
     helps = {name: text for name, (_, text) in STAGES.items()} | {"serve": "serve the tuned model"}
     for name, text in helps.items():
         one = commands.add_parser(name, help=text)
@@ -180,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "keys":
             manage_keys(arguments)
+            return 0
+        if arguments.command == "status":
+            status(Path(arguments.run))
             return 0
         config = load_config(Path(arguments.run_file), arguments.overrides)
         if arguments.command == "serve":

@@ -52,11 +52,46 @@ class SamplingConfig(_Section):
     max_tokens: Positive = 1024
 
 
+class EndpointConfig(_Section):
+    """An OpenAI-compatible server that answers instead of an engine here. Limits hold for the role as a whole."""
+
+    base_url: Annotated[str, StringConstraints(pattern=r"^https?://")]
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable with the key; the key itself is written nowhere."""
+    concurrency: Positive = 32
+    """Requests under way at a time."""
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    """Prompt (estimated) plus the most that the answer may take."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 300
+    """For one try."""
+    max_retries: Annotated[int, Field(ge=0)] = 8
+    """After 408, 409, 429, 5xx, no connection or a broken answer; waits as Retry-After says, else longer each time."""
+    extra_body: dict[str, Any] = {}
+    """More fields of every request."""
+
+
+class PriceConfig(_Section):
+    """What a role costs, in one currency of your own; enters the ledger, changes nothing else."""
+
+    prompt: Annotated[float, Field(ge=0)] = 0
+    """Per million prompt tokens that were not in the prefix cache."""
+    cached: Annotated[float, Field(ge=0)] = 0
+    """Per million prompt tokens from the cache."""
+    generated: Annotated[float, Field(ge=0)] = 0
+    """Per million generated tokens."""
+    engine_hour: Annotated[float, Field(ge=0)] = 0
+    """Per engine and hour at work."""
+
+
 class ModelConfig(_Section):
     """A model role: which model, on which resources, in which engine."""
 
     model: str
-    """"embedded", a folder, or a Hugging Face name."""
+    """"embedded", a folder, a Hugging Face name, or the endpoint's name for it."""
+    endpoint: EndpointConfig | None = None
+    """Ask this server; `engine` and `num_gpus` are then not used."""
+    price: PriceConfig = PriceConfig()
     num_actors: Positive | tuple[Positive, Positive] = 1
     """Engine actors; [min, max] lets the pool grow with the cluster."""
     num_cpus: Annotated[float, Field(gt=0)] = 1
@@ -78,6 +113,8 @@ class ModelConfig(_Section):
     def identity(self) -> str:
         """Changes when the model does: its name, or what is in its folder."""
         folder = Path(self.path)
+        if self.endpoint:
+            return content_id(self.model, self.endpoint.base_url, self.endpoint.extra_body)
         if not folder.is_dir():
             return self.model
         return content_id([[one.name, _fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
@@ -90,7 +127,30 @@ class ModelConfig(_Section):
     @property
     def engine_key(self) -> str:
         """Two roles with the same one can share an engine."""
-        return content_id(self.model_dump(mode="json", exclude={"sampling", "chat_template_kwargs"}))
+        fields = {"model", "endpoint", "num_actors", "num_cpus", "num_gpus", "engine"}
+        return content_id(self.model_dump(mode="json", include=fields), self.chat_template_kwargs)
+
+    @property
+    def max_actors(self) -> int:
+        """The most engine actors there can be."""
+        return self.num_actors if isinstance(self.num_actors, int) else self.num_actors[1]
+
+
+class JudgeConfig(ModelConfig):
+    """A model role that grades."""
+
+    mode: Literal["logprobs", "rationale"] = "logprobs"
+    """"logprobs": one token per criterion, graded by the probabilities of the level numbers. "rationale": a reason,
+    then a level, for every criterion, in JSON that the engine is made to write; for models that need to think."""
+    votes: Positive = 1
+    """Rationales per answer; their mean counts."""
+
+    @property
+    def answer_key(self) -> str:
+        """Changes when the verdicts would."""
+        if self.mode == "logprobs":  # nothing is sampled
+            return super().answer_key
+        return content_id(super().answer_key, self.mode, self.votes)
 
 
 def _fingerprint(path: Path) -> str:
@@ -114,6 +174,19 @@ class SynthesisConfig(_Section):
     """Share of them kept for evaluation."""
     shard_rows: Positive = 256
     """Rows per shard: what is lost at most when something dies, and the unit of parallelism."""
+    combine: tuple[tuple[str, str], ...] = ()
+    """Pairs of rubric ids that are also asked for at once, in one directive."""
+    control: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Share of cells in which the policy's own answer to the bare prompt, or under a neutral directive, takes part as
+    one more level: chosen where no rubric's directive is given, rejected where one is."""
+    neutral_directives: tuple[str, ...] = ("You are a helpful assistant.",)
+    """Half of the control rows have one of these, half have none."""
+    aggregate: Literal["mean", "median", "majority", "min"] = "mean"
+    """How the grades of several judges (`judges`) become one."""
+    near_duplicates: Fraction | None = None
+    """Drop an answer whose words resemble an earlier one's at the same level this much (Jaccard, by MinHash)."""
+    max_length_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Drop a pair (and its twin) whose longer answer has over this many times the tokens of the shorter."""
 
 
 class LoraConfig(_Section):
@@ -197,9 +270,11 @@ class RunConfig(_Section):
     prompts: PromptsConfig
     writer: ModelConfig
     director: ModelConfig
-    """The writer unless given."""
-    judge: ModelConfig
-    """The writer unless given."""
+    """The writer unless given; without a model of its own, the writer with these entries changed."""
+    judge: JudgeConfig
+    """Likewise."""
+    judges: tuple[JudgeConfig, ...] = ()
+    """More judges, whose grades of the written answers count beside the judge's (synthesis.aggregate)."""
     policy: ModelConfig
     """The model that is tuned, evaluated and served; its untuned form is the reference."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -213,11 +288,18 @@ class RunConfig(_Section):
         if isinstance(data, dict):
             data = dict(data)
             for role in ("director", "judge"):
-                if data.get(role) is None and "writer" in data:
-                    data[role] = data["writer"]
+                given = data.get(role) or {}
+                if isinstance(given, dict) and "model" not in given and isinstance(data.get("writer"), dict):
+                    data[role] = data["writer"] | given
             if not data.get("run_dir") and isinstance(data.get("name"), str):
                 data["run_dir"] = f"runs/{data['name']}"
         return data
+
+    @model_validator(mode="after")
+    def _only_an_engine_is_tuned(self) -> Self:
+        if self.policy.endpoint:
+            raise ValueError("policy.endpoint: the policy is tuned and served here; give a model with weights")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +21,22 @@ Advance = Callable[[float, str], None]
 def say(text: str = "") -> None:
     """One line of this program's own, at once."""
     print(text, flush=True)
+
+
+def status_lines(ledger: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """ledger.json as a table: a line per stage, then its rejects and prices."""
+    columns = ("in", "out", "prompt", "cached", "generated", "engine s", "tokens/s", "cost")
+    keys = ("rows_in", "rows_out", "prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds")
+    keys += ("generated_tokens_per_second", "cost")
+    lines = [f"{'stage':<14}" + "".join(f"{name:>12}" for name in columns)] if ledger else []
+    for stage, entry in ledger.items():
+        cells = [entry.get(key) for key in keys]
+        lines.append(f"{stage:<14}" + "".join(f"{'-' if one is None else f'{one:,.10g}':>12}" for one in cells))
+        rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.get("rejected", {}).items()))
+        more = [f"rejected: {rejected}"] if rejected else []
+        more += [f"{key}: {entry[key]}" for key in ("cost_per_pair", "so far") if key in entry]
+        lines += [f"  {one}" for one in more]
+    return lines
 
 
 @contextmanager

@@ -1,20 +1,26 @@
 """The seam where a model is called: requests in, completions out, in order, none missing.
 
-`VllmEngine` is the real one. `FakeEngine` is for tests of logic.
+`VllmEngine` is a model here, `OpenAIEngine` (openai_engine.py) one behind a server. `FakeEngine` is for tests of logic.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cpt_ray.config import ModelConfig
+from cpt_ray.config import ModelConfig, SamplingConfig
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.prompting import ChatMessage, token_ids
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.outputs import RequestOutput
 
 CPU_KV_CACHE_BYTES = 512 << 20
@@ -58,6 +64,15 @@ class Request:
     seed: int | None = None
     labels: tuple[str, ...] = ()
     """If given: no text is wanted but the log-probability of each label as the first token of the answer."""
+    json_schema: dict[str, Any] | None = None
+    """If given: the answer is JSON of this schema, by force."""
+    samples: int = 1
+    """Completions wanted; they share one prefill."""
+
+
+def sampled(messages: list[ChatMessage], sampling: SamplingConfig, subject_id: str, seed: int, **more: Any) -> Request:
+    """A request for text under a role's sampling, with a seed of its own: the same whatever else is in the batch."""
+    return Request(messages=messages, seed=seed_of(subject_id, seed), **sampling.model_dump(), **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,52 +91,128 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Anything that continues conversations."""
+    """Anything that continues conversations; `run` may be called by several threads at once."""
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in the same order."""
+        """One completion per request and sample, in the same order."""
         ...
 
 
+class EngineDiedError(RuntimeError):
+    """The engine's own process is gone; a new one may do better."""
+
+
+def check_schema_is_enforced(engine: Engine, where: str) -> None:
+    """UserError unless the engine makes a model write JSON of a schema that no model would write of itself."""
+    word = "quokka-7301"
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"enum": [word]}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = engine.run([Request(messages=asked, max_tokens=64, temperature=0, json_schema=schema)])[0]
+    try:
+        found = json.loads(answer.text)
+    except json.JSONDecodeError:
+        found = None
+    if found != {"answer": word}:
+        raise UserError(
+            f"{where}: asked for JSON of a given schema, it wrote {answer.text[:60]!r} {answer.error}; "
+            "rationales need a server that enforces schemas (or set judge.mode: logprobs)"
+        )
+
+
+class _Asked:
+    """One request on its way to the thread that steps the engine."""
+
+    def __init__(self, ids: list[int], params: SamplingParams):
+        self.ids, self.params = ids, params
+        self.output: Future[RequestOutput] = Future()
+
+
 class VllmEngine:
-    """A vLLM engine in this process."""
+    """A vLLM engine in this process, kept full: what several threads ask for is worked on together."""
 
     def __init__(self, config: ModelConfig):
         from vllm import LLM
 
         self._template_kwargs = config.chat_template_kwargs
-        self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(config)})
-        self._tokenizer = self._llm.get_tokenizer()
-        self._max_model_len = self._llm.llm_engine.model_config.max_model_len
+        llm = LLM(**{"disable_log_stats": True, **engine_arguments(config)})
+        self._engine = llm.llm_engine
+        self._tokenizer = llm.get_tokenizer()
+        self._max_model_len = self._engine.model_config.max_model_len
         self._label_ids: dict[str, int] = {}
+        self._inbox: SimpleQueue[_Asked] = SimpleQueue()
+        self._dead: BaseException | None = None
+        threading.Thread(target=self._work, daemon=True).start()
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in the same order; a prompt too long for the model is never sent."""
-        from vllm import SamplingParams
-
-        completions: list[Completion | None] = [None] * len(requests)
-        prompts, params, places = [], [], []
-        for place, request in enumerate(requests):
+        """One completion per request and sample; a prompt too long for the model is never sent."""
+        pending: list[Future[RequestOutput] | Completion] = []
+        for request in requests:
             ids = token_ids(self._tokenizer, request.messages, self._template_kwargs)
             if len(ids) + request.max_tokens > self._max_model_len:
                 detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {self._max_model_len}"
-                completions[place] = Completion(error="too long", detail=detail, num_prompt_tokens=len(ids))
-                continue
-            label_ids = [self._label_id(label) for label in request.labels]
-            prompts.append({"prompt_token_ids": ids})
-            params.append(
-                SamplingParams(
-                    max_tokens=1 if label_ids else request.max_tokens,
-                    temperature=0.0 if label_ids else request.temperature,
-                    top_p=request.top_p,
-                    seed=None if label_ids else request.seed,
-                    logprob_token_ids=label_ids or None,
-                )
-            )
-            places.append(place)
-        for place, output in zip(places, self._llm.generate(prompts, params, use_tqdm=False), strict=True):
-            completions[place] = self._completion(requests[place], output)
-        return [one for one in completions if one is not None]
+                pending.append(Completion(error="too long", detail=detail, num_prompt_tokens=len(ids)))
+            else:
+                asked = _Asked(ids, self._params(request))
+                self._inbox.put(asked)
+                pending.append(asked.output)
+        completions = []
+        for request, one in zip(requests, pending, strict=True):
+            if isinstance(one, Completion):
+                completions += [one] * request.samples
+            else:
+                completions += self._completions(request, self._wait(one))
+        return completions
+
+    def _wait(self, output: Future[RequestOutput]) -> RequestOutput:
+        while True:
+            try:
+                return output.result(timeout=1)
+            except TimeoutError:
+                if self._dead:  # it died before it saw this request
+                    raise self._dead from None
+
+    def _work(self) -> None:
+        """Adds what is asked for and steps the engine, for ever; alone in touching it."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        waiting: dict[str, Future[RequestOutput]] = {}
+        for number in itertools.count():  # the engine wants an id of its own for every request
+            try:
+                while not waiting or not self._inbox.empty():
+                    asked = self._inbox.get()
+                    name = f"{number}-{len(waiting)}"
+                    waiting[name] = asked.output
+                    self._engine.add_request(name, {"prompt_token_ids": asked.ids}, asked.params)
+                for output in self._engine.step():
+                    if output.finished:
+                        waiting.pop(output.request_id).set_result(output)
+            except BaseException as error:
+                self._dead = EngineDiedError(str(error)) if isinstance(error, EngineDeadError) else error
+                for future in waiting.values():
+                    future.set_exception(self._dead)
+                return
+
+    def _params(self, request: Request) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        label_ids = [self._label_id(label) for label in request.labels]
+        schema = request.json_schema
+        return SamplingParams(
+            n=request.samples,
+            max_tokens=1 if label_ids else request.max_tokens,
+            temperature=0.0 if label_ids else request.temperature,
+            top_p=request.top_p,
+            seed=None if label_ids else request.seed,
+            logprob_token_ids=label_ids or None,
+            structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _label_id(self, label: str) -> int:
         if label not in self._label_ids:
@@ -131,24 +222,33 @@ class VllmEngine:
             self._label_ids[label] = ids[0]
         return self._label_ids[label]
 
-    def _completion(self, request: Request, output: RequestOutput) -> Completion:
-        answer = output.outputs[0]
-        done = Completion(
-            num_prompt_tokens=len(output.prompt_token_ids or ()),
-            num_cached_tokens=output.num_cached_tokens or 0,
-            num_tokens=len(answer.token_ids),
-        )
-        if request.labels:
-            found = answer.logprobs[0] if answer.logprobs else {}
-            ids = [self._label_id(label) for label in request.labels]
-            values = tuple(found[one].logprob if one in found else float("-inf") for one in ids)
-            return replace(done, label_logprobs=values)
-        text = answer.text.strip()
-        if answer.finish_reason == "length":
-            return replace(done, text=text, error="cut off", detail=f"not finished after {request.max_tokens} tokens")
-        if not text:
-            return replace(done, error="empty answer", detail="the model ended its answer at once")
-        return replace(done, text=text)
+    def _completions(self, request: Request, output: RequestOutput) -> list[Completion]:
+        """One per sample; the prompt's tokens are counted with the first."""
+        done = []
+        for at, answer in enumerate(output.outputs):
+            counts = Completion(
+                num_prompt_tokens=0 if at else len(output.prompt_token_ids or ()),
+                num_cached_tokens=0 if at else output.num_cached_tokens or 0,
+                num_tokens=len(answer.token_ids),
+            )
+            if request.labels:
+                found = answer.logprobs[0] if answer.logprobs else {}
+                ids = [self._label_id(label) for label in request.labels]
+                values = tuple(found[one].logprob if one in found else float("-inf") for one in ids)
+                done.append(replace(counts, label_logprobs=values))
+            else:
+                done.append(finished(counts, answer.text, answer.finish_reason == "length", request.max_tokens))
+        return done
+
+
+def finished(counts: Completion, text: str, cut_off: bool, max_tokens: int) -> Completion:
+    """`counts` with the answer's text, or with the reason why it is not usable."""
+    text = text.strip()
+    if cut_off:
+        return replace(counts, text=text, error="cut off", detail=f"not finished after {max_tokens} tokens")
+    if not text:
+        return replace(counts, error="empty answer", detail="the model ended its answer at once")
+    return replace(counts, text=text)
 
 
 class FakeEngine:
@@ -158,8 +258,8 @@ class FakeEngine:
         self._answer = answer
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """`answer` of each request."""
-        return [self._answer(request) for request in requests]
+        """`answer` of each request, once per sample."""
+        return [self._answer(request) for request in requests for _ in range(request.samples)]
 
 
 def seed_of(subject_id: str, seed: int) -> int:

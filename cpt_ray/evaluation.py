@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cpt_ray.config import ModelConfig
+from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.console import say
-from cpt_ray.engine import Completion, Engine, Request, seed_of
+from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
@@ -94,12 +94,11 @@ class AnswerStep:
         tally = Tally(len(rows))
         completions = engine.run(
             [
-                Request(
-                    messages=policy_messages(row.directive, [{"role": "user", "content": row.prompt}]),
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=seed_of(row.trial_id, self.seed),
+                sampled(
+                    policy_messages(row.directive, [{"role": "user", "content": row.prompt}]),
+                    sampling,
+                    row.trial_id,
+                    self.seed,
                 )
                 for row in rows
             ]
@@ -120,7 +119,7 @@ class GradeTrialsStep:
     """Answered trials -> graded trials."""
 
     rubrics: dict[str, Rubric]
-    model: ModelConfig
+    model: JudgeConfig
     stage: str = "grade"
     table: str = "evaluation"
 
@@ -135,7 +134,7 @@ class GradeTrialsStep:
         answered = [row for row in rows if not row.reason]
         rubric = self.rubrics[rows[0].rubric_id]
         texts = [(row.trial_id, row.prompt, row.text) for row in answered]
-        grades = {grade.unit_id: grade for grade in judge_answers(engine, rubric, texts, self.model.model, tally)}
+        grades = {grade.unit_id: grade for grade in judge_answers(engine, rubric, texts, self.model, tally)}
         done = []
         for row in rows:
             if grade := grades.get(row.trial_id):

@@ -1,13 +1,18 @@
-"""From a judge's token probabilities and measured values to a grade on 0-100. Pure arithmetic.
+"""From judges' token probabilities or rationales and measured values to a grade on 0-100. Pure arithmetic.
 
-Nothing is parsed and nothing is made up: what cannot be graded has no score, and a reason.
+Nothing is made up: what cannot be graded has no score, and a reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cpt_ray.measures import MEASURES
 from cpt_ray.records import CriterionGrade, Grade
@@ -65,25 +70,90 @@ def weighted(rubric: Rubric, grades: Sequence[CriterionGrade]) -> float | None:
     return sum(weights[one.criterion] * one.score for one in grades if one.score is not None) / total
 
 
-def grade_answer(
-    rubric: Rubric, unit_id: str, text: str, verdicts: Mapping[str, Mapping[int, float]], judge: str
-) -> Grade:
-    """The whole verdict on one answer.
+def ungraded(criterion: Criterion, reason: str) -> CriterionGrade:
+    """No verdict, and why."""
+    return CriterionGrade(criterion=criterion.name, measured=False, score=None, reason=reason)
 
-    Args:
-        verdicts: per judged criterion's name, level number to log-probability.
+
+def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]:
+    """The judged criteria's mean score over rationales (JSON of `prompting.rationale_schema`), and the first's reason.
+
+    A vote that cannot be read counts for nothing; with fewer than half of them left there is no verdict.
     """
-    judged = [judged_criterion(rubric, one, verdicts.get(one.name, {})) for one in rubric.judged]
+    read = [found for found in map(_readable, votes) if found is not None]
+    grades = []
+    for criterion in rubric.judged:
+        cast = [found for one in read if (found := _vote(rubric, one.get(criterion.name))) is not None]
+        if 2 * len(cast) < len(votes) or not cast:
+            grades.append(ungraded(criterion, f"unreadable verdict ({len(votes) - len(cast)} of {len(votes)} votes)"))
+        else:
+            score = sum(score for score, _ in cast) / len(cast)
+            grades.append(CriterionGrade(criterion=criterion.name, measured=False, score=score, reason=cast[0][1]))
+    return grades
+
+
+def _readable(vote: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(vote)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _vote(rubric: Rubric, found: Any) -> tuple[float, str] | None:
+    """(score, reason), or None if it is not a verdict on this rubric."""
+    if not isinstance(found, dict) or type(found.get("level")) is not int:
+        return None
+    number = found["level"]
+    if not 1 <= number <= len(rubric.levels):
+        return None
+    return rubric.levels[number - 1].score, str(found.get("reason", ""))
+
+
+def grade_answer(rubric: Rubric, unit_id: str, text: str, judged: Sequence[CriterionGrade], judge: str) -> Grade:
+    """The whole verdict on one answer: `judged` criteria, and the measured ones."""
     measured = [measured_criterion(rubric, one, text) for one in rubric.measured]
-    ungraded = [f"{one.criterion}: {one.reason}" for one in (*judged, *measured) if one.score is None]
+    missing = [f"{one.criterion}: {one.reason}" for one in (*judged, *measured) if one.score is None]
     return Grade(
         unit_id=unit_id,
+        rubric_id=rubric.id,
         score=weighted(rubric, [*judged, *measured]),
         judged=weighted(rubric, judged),
         measured=weighted(rubric, measured),
-        reason="; ".join(ungraded),
+        reason="; ".join(missing),
         judge=judge,
         criteria=[*judged, *measured],
+    )
+
+
+def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
+    """One grade from several judges' grades of the same answer by the same rubric.
+
+    Args:
+        how: "mean", "median" or "min" of the scores; "majority": the mean of those in the level that over half chose.
+    """
+    if len(grades) == 1:
+        return grades[0]
+    names = "+".join(one.judge for one in grades)
+    scores = [one.score for one in grades if one.score is not None]
+    if len(scores) < len(grades):
+        reasons = "; ".join(f"{one.judge}: {one.reason}" for one in grades if one.score is None)
+        return dataclasses.replace(grades[0], score=None, judged=None, reason=reasons, judge=names, criteria=[])
+    if how == "majority":
+        by_level = Counter(rubric.nearest_level(score).name for score in scores)
+        level, count = by_level.most_common(1)[0]
+        if 2 * count <= len(scores):
+            reason = "no majority: " + ", ".join(f"{number} {name}" for name, number in sorted(by_level.items()))
+            return dataclasses.replace(grades[0], score=None, judged=None, reason=reason, judge=names, criteria=[])
+        scores = [score for score in scores if rubric.nearest_level(score).name == level]
+    made = {"mean": statistics.fmean, "majority": statistics.fmean, "median": statistics.median, "min": min}[how]
+    judged = [one.judged for one in grades if one.judged is not None]
+    return dataclasses.replace(
+        grades[0],
+        score=float(made(scores)),
+        judged=statistics.fmean(judged) if judged else None,
+        judge=names,
+        criteria=[],
     )
 
 

@@ -7,19 +7,42 @@ engine, writes the output shard and renames it into place, so whatever dies, onl
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import shutil
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
 
-from cpt_ray.config import ModelConfig
+from pydantic import SecretStr
+
+from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
-from cpt_ray.engine import Completion, Engine, VllmEngine, engine_env
+from cpt_ray.engine import (
+    Completion,
+    Engine,
+    EngineDiedError,
+    VllmEngine,
+    check_schema_is_enforced,
+    engine_env,
+)
 from cpt_ray.errors import UserError
 from cpt_ray.rundir import RunDir
 
-Counts = dict[str, float]
+Counts = Mapping[str, float]
+REJECTED = "rejected: "
+"""In front of the reason, in the counts of a shard."""
+MAX_DEATHS = 3
+"""How often an engine's process may die on the same shard, or while starting, before the run gives up."""
+SHARDS_IN_FLIGHT = 2
+"""Shards an engine works on at a time: while one runs out, the next keeps it full."""
+LIVE_SECONDS = 5.0
+"""Between two writes of the ledger while a pool is at work."""
 
 
 class Step(Protocol):
@@ -58,38 +81,139 @@ class Line:
 
 
 class StepActor:
-    """An engine and the steps it can do; made remote by Ray Data.
+    """An engine and the steps it can do; made remote by Ray Data, called by several threads.
 
-    A failure travels as a row: Ray Data would keep only the text of a stack trace, and try again for ever.
+    A failure travels as a row: Ray Data would keep only the text of a stack trace. The death of a process, which Ray
+    answers with a new one without end, is counted in files.
     """
 
-    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]]):
-        self._run, self._steps, self._error = run, steps, ""
+    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], key: SecretStr | None):
+        import ray
+
+        self._steps, self._run = steps, run
+        self._attempts = Attempts(run.attempts)
+        self._meters = Meters()
+        start = f"start-{ray.get_runtime_context().get_actor_id()}"
+        self._error = self._attempts.begin(start, "starting")
+        if self._error:
+            return
         try:
-            self._engine = VllmEngine(model)
+            self._engine = make_engine(model, key)
+            for judge in {step.model for line in steps for step in line if needs_schema(step.model)}:
+                check_schema_is_enforced(self._engine, f"judge {judge.model}")
         except Exception as error:
             self._error = _one_line(error)
+        self._attempts.end(start)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        errors = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
-        return {"error": errors}
+        done = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
+        return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
-    def _bring(self, line: int, shard: str) -> str:
-        """Takes one shard through this actor's steps; "" or what went wrong."""
-        if self._error:
-            return self._error
+    def _bring(self, line: int, shard: str) -> tuple[str, dict[str, Counts]]:
+        """Takes one shard through its line's steps; "" or what went wrong, and what each stage did."""
+        done: dict[str, Counts] = {}
+        for step in self._steps[line]:
+            output = step.output(shard)
+            if not self._run.has(step.table, output):
+                error = self._error or self._try(step, shard)
+                if error:
+                    return error, done
+                done[step.stage] = self._run.counts(step.table, output)
+                self._meters.add(step.stage, done[step.stage])
+            shard = output
+        return "", done
+
+    def _try(self, step: Step, shard: str) -> str:
+        name = f"{step.stage}-{shard}"
+        if error := self._attempts.begin(name, f"on {step.stage} of shard {shard}"):
+            return error
         try:
-            for step in self._steps[line]:
-                output = step.output(shard)
-                if not self._run.has(step.table, output):
-                    step(self._engine, self._run, shard)
-                shard = output
-        except Exception as error:
-            return _one_line(error)
+            step(self._engine, self._run, shard)
+            error = ""
+        except EngineDiedError as died:
+            self._attempts.note(name, _one_line(died))
+            os._exit(1)  # Ray makes this actor, and so the engine, anew
+        except Exception as failed:
+            error = _one_line(failed)
+        self._attempts.end(name)
+        return error
+
+
+class Attempts:
+    """How often something was begun without an end: in files, since what it counts kills whoever could remember."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def begin(self, name: str, what: str) -> str:
+        """Counts one attempt; "" or, when it is one too many, what is known."""
+        path = self._folder / name
+        causes = path.read_text().splitlines() if path.exists() else []
+        if len(causes) >= MAX_DEATHS:
+            return f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([*causes, "killed, perhaps out of memory"]))
         return ""
 
+    def note(self, name: str, cause: str) -> None:
+        """Puts a better-known cause on the present attempt."""
+        path = self._folder / name
+        path.write_text("\n".join([*path.read_text().splitlines()[:-1], cause]))
 
-def _one_line(error: Exception) -> str:
+    def end(self, name: str) -> None:
+        """It came to an end, good or bad."""
+        (self._folder / name).unlink(missing_ok=True)
+
+
+class Meters:
+    """The ledger's counts as Prometheus metrics of the Ray cluster, by stage."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter as Meter
+
+        self._rows = Meter("cpt_rows", "Rows that a stage was done with", tag_keys=("stage", "outcome"))
+        self._tokens = Meter("cpt_tokens", "Tokens of a stage", tag_keys=("stage", "kind"))
+        self._seconds = Meter("cpt_engine_seconds", "Seconds that shards were with an engine", tag_keys=("stage",))
+
+    def add(self, stage: str, counts: Counts) -> None:
+        """Adds one shard's counts."""
+        for key, value in counts.items():
+            if key == "rows_out":
+                self._rows.inc(value, {"stage": stage, "outcome": "kept"})
+            elif key.startswith(REJECTED):
+                self._rows.inc(value, {"stage": stage, "outcome": key})
+            elif key.endswith("_tokens"):
+                self._tokens.inc(value, {"stage": stage, "kind": key.removesuffix("_tokens")})
+            elif key == "engine_seconds":
+                self._seconds.inc(value, {"stage": stage})
+
+
+def make_engine(model: ModelConfig, key: SecretStr | None) -> Engine:
+    """The engine of a role; `key` is its endpoint's, if it has one."""
+    if model.endpoint is None:
+        return VllmEngine(model)
+    from cpt_ray.openai_engine import OpenAIEngine
+
+    assert key is not None
+    return OpenAIEngine(model, key)
+
+
+def endpoint_key(model: ModelConfig) -> SecretStr | None:
+    """The key of a role's endpoint, from this process's environment; UserError if it is not there."""
+    if model.endpoint is None:
+        return None
+    name = model.endpoint.api_key_env
+    if not os.environ.get(name):
+        raise UserError(f"{model.model}: no key for {model.endpoint.base_url}; set the environment variable {name}")
+    return SecretStr(os.environ[name])
+
+
+def needs_schema(model: ModelConfig) -> bool:
+    """Whether a role's engine must be able to force JSON of a schema."""
+    return isinstance(model, JudgeConfig) and model.mode == "rationale"
+
+
+def _one_line(error: BaseException) -> str:
     """The error in one line; the class's name in front unless it is one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, UserError):
@@ -102,7 +226,7 @@ def run_lines(run: RunDir, lines: Sequence[Line]) -> None:
 
     A pool's actors, and their GPUs, are gone before the next pool's start.
     """
-    left = [line for line in lines if line.steps]
+    left = [line for line in lines if line.steps and line.shards]
     while left:
         key = left[0].steps[0].model.engine_key
         now = [Line(line.shards, _leading(line.steps, key)) for line in left]
@@ -125,28 +249,55 @@ def _final_name(steps: Sequence[Step], shard: str) -> str:
 
 
 def _run_pool(run: RunDir, lines: Sequence[Line]) -> None:
+    steps = [line.steps for line in lines]
+    flat = {step.stage: step for line in steps for step in line}
+    complete = {step.table: run.names(step.table) for step in flat.values()}
     todo = [
         {"line": at, "shard": shard}
         for at, line in enumerate(lines)
         for shard in line.shards
-        if not _complete(run, line.steps, shard)
+        if not _complete(complete, line.steps, shard)
     ]
     if not todo:
         return
-    steps = [line.steps for line in lines]
+    shutil.rmtree(run.attempts, ignore_errors=True)
     model = steps[0][0].model
-    total = len(todo)
-    title = "+".join(dict.fromkeys(step.stage for line in steps for step in line))
-    with progress(title, total, "shards") as advance:
+    live = Live(run, {stage: step.model for stage, step in flat.items()})
+    with progress("+".join(flat), len(todo), "shards") as advance:
         advance(0, f"starting {_pool_text(model)}")
-        for _ in _map_shards(run, model, steps, todo):
-            advance(1, "")
+        for row in _map_shards(run, model, steps, todo):
+            advance(1, live.add(json.loads(row["counts"])))
+    shutil.rmtree(run.attempts, ignore_errors=True)
 
 
-def _complete(run: RunDir, steps: Sequence[Step], name: str) -> bool:
+class Live:
+    """What this command has done so far: into ledger.json every few seconds, for `cpt status`, and beside the bar.
+
+    The stage replaces it at its end by the sum over all its shards, whoever made them.
+    """
+
+    def __init__(self, run: RunDir, models: dict[str, ModelConfig]):
+        self._run, self._models = run, models
+        self._totals: dict[str, Counter[str]] = {stage: Counter() for stage in models}
+        self._start = self._written = time.monotonic()
+
+    def add(self, counts: dict[str, Counts]) -> str:
+        """Adds what one shard came to; a note on the speed."""
+        now = time.monotonic()
+        for stage, more in counts.items():
+            self._totals[stage].update(more)
+        if now - self._written > LIVE_SECONDS:
+            self._written = now
+            for stage, total in ((stage, total) for stage, total in self._totals.items() if total):
+                self._run.add_to_ledger(stage, {**_entry(total, self._models[stage].price), "so far": "this command"})
+        tokens = sum(total["generated_tokens"] for total in self._totals.values())
+        return f"{tokens / (now - self._start):.0f} tokens/s"
+
+
+def _complete(done: dict[str, set[str]], steps: Sequence[Step], name: str) -> bool:
     for step in steps:
         name = step.output(name)
-        if not run.has(step.table, name):
+        if name not in done[step.table]:
             return False
     return True
 
@@ -161,22 +312,32 @@ def _map_shards(
 ) -> Iterable[Any]:
     """Yields once per finished shard; UserError with the cause if one fails."""
     import ray.data
+    from ray.exceptions import RayError
 
     size = model.num_actors if isinstance(model.num_actors, tuple) else (model.num_actors, model.num_actors)
     size = (min(size[0], len(todo)), min(size[1], len(todo)))
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
-        fn_constructor_args=(run, model, steps),
+        fn_constructor_args=(run, model, steps, endpoint_key(model)),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1]),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=size[0],
+            max_size=size[1],
+            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+            max_tasks_in_flight_per_actor=2 * SHARDS_IN_FLIGHT,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=model.num_cpus,
         num_gpus=model.num_gpus,
         runtime_env={"env_vars": engine_env(model)},
     )
-    for row in shards.iter_rows():
-        if row["error"]:
-            raise UserError(f"{model.model}: {row['error']}")
-        yield row
+    try:
+        for row in shards.iter_rows():
+            if row["error"]:
+                raise UserError(f"{model.model}: {row['error']}; what is finished is kept")
+            yield row
+    except RayError as error:
+        raise UserError(f"{model.model}: Ray gave up ({_one_line(error)}); what is finished is kept") from error
 
 
 # ---------------------------------------------------------------- counting
@@ -185,9 +346,24 @@ def _map_shards(
 class Tally:
     """What one shard's work took: kept with the shard, summed into the ledger."""
 
+    _lock = threading.Lock()
+    _open: ClassVar[WeakSet[Tally]] = WeakSet()
+    _shared_at = 0.0
+
     def __init__(self, rows_in: int):
         self.counts: Counter[str] = Counter({"rows_in": rows_in})
-        self._start = time.monotonic()
+        self._seconds = 0.0
+        with Tally._lock:
+            Tally._share_time()
+            Tally._open.add(self)
+
+    @classmethod
+    def _share_time(cls) -> None:
+        """Time that several shards of this process spend together is split evenly between them."""
+        now = time.monotonic()
+        for one in cls._open:
+            one._seconds += (now - cls._shared_at) / len(cls._open)
+        cls._shared_at = now
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Counts the tokens of what came back."""
@@ -198,23 +374,39 @@ class Tally:
 
     def reject(self, reason: str) -> None:
         """Counts one row that is dropped."""
-        self.counts[f"rejected: {reason}"] += 1
+        self.counts[f"{REJECTED}{reason}"] += 1
 
     def close(self, rows_out: int) -> Counts:
         """The counts to write with the shard."""
-        seconds = round(time.monotonic() - self._start, 3)
-        return {**self.counts, "rows_out": rows_out, "engine_seconds": seconds}
+        with Tally._lock:
+            Tally._share_time()
+            Tally._open.discard(self)
+        return {**self.counts, "rows_out": rows_out, "engine_seconds": round(self._seconds, 3)}
 
 
-def ledger_entry(run: RunDir, table: str, names: Sequence[str]) -> dict[str, Any]:
+def ledger_entry(run: RunDir, table: str, names: Iterable[str], price: PriceConfig | None = None) -> dict[str, Any]:
     """The sum over a stage's shards, whichever process made them."""
     total: Counter[str] = Counter()
     for name in names:
         total.update(run.counts(table, name))
-    entry: dict[str, Any] = {key: value for key, value in total.items() if not key.startswith("rejected: ")}
+    return _entry(total, price)
+
+
+def _entry(total: Counts, price: PriceConfig | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {key: value for key, value in total.items() if not key.startswith(REJECTED)}
     entry["rejected"] = {
-        key.removeprefix("rejected: "): int(value) for key, value in total.items() if key.startswith("rejected: ")
+        key.removeprefix(REJECTED): int(value) for key, value in total.items() if key.startswith(REJECTED)
     }
     if entry.get("generated_tokens") and entry.get("engine_seconds"):
         entry["generated_tokens_per_second"] = round(entry["generated_tokens"] / entry["engine_seconds"], 1)
+    if price and price != PriceConfig():
+        entry["cost"] = round(_cost(total, price), 6)
     return entry
+
+
+def _cost(total: Counts, price: PriceConfig) -> float:
+    prompt, cached, generated, seconds = (
+        total.get(key, 0) for key in ("prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds")
+    )
+    tokens = (prompt - cached) * price.prompt + cached * price.cached + generated * price.generated
+    return tokens / 1e6 + seconds / 3600 * price.engine_hour

@@ -27,7 +27,15 @@ DIRECT_TAIL = (
 JUDGE_HEAD = "You grade an answer with a rubric."
 JUDGE_TAIL = "Criterion: {criterion}. Which level fits the answer best? Reply with one number, 1 to {count}."
 
+JOINT_WRITE_HEAD = "You write answers that several rubrics describe at once. Never mention the rubrics."
+RATIONALE_TAIL = (
+    "For each criterion ({criteria}), reason in a sentence or two, then give the level that fits the answer best, "
+    "1 to {count}, as JSON."
+)
+
 TEMPLATES_HASH = content_id(WRITE_HEAD, WRITE_TAIL, DIRECT_HEAD, DIRECT_TAIL, JUDGE_HEAD, JUDGE_TAIL)
+JOINT_HASH = content_id(TEMPLATES_HASH, JOINT_WRITE_HEAD)
+RATIONALE_HASH = content_id(TEMPLATES_HASH, RATIONALE_TAIL)
 
 
 class Tokenizer(Protocol):
@@ -66,6 +74,16 @@ def writer_messages(rubric: Rubric, level: Level, prompt: str) -> list[ChatMessa
     return _chat(f"{WRITE_HEAD}\n\n{rubric_text(rubric)}", f"{prompt}\n\n{tail}")
 
 
+def joint_writer_messages(targets: Sequence[tuple[Rubric, Level]], prompt: str) -> list[ChatMessage]:
+    """The same for the targets of several rubrics in one answer."""
+    rubrics = "\n\n".join(rubric_text(rubric) for rubric, _ in targets)
+    tails = [
+        f"{rubric.title}: {WRITE_TAIL.format(**_level_fields(rubric, level))}\n{_level_descriptors(rubric, level)}"
+        for rubric, level in targets
+    ]
+    return _chat(f"{JOINT_WRITE_HEAD}\n\n{rubrics}", "\n\n".join([prompt, *tails]))
+
+
 def director_messages(rubric: Rubric, level: Level) -> list[ChatMessage]:
     """Asks for a directive: what the policy will see instead of (rubric, level)."""
     tail = DIRECT_TAIL.format(**_level_fields(rubric, level), descriptors=_level_descriptors(rubric, level))
@@ -76,6 +94,27 @@ def judge_messages(rubric: Rubric, criterion: Criterion, prompt: str, answer: st
     """Asks for one criterion's level as one token; a text's criteria share everything but the last line."""
     tail = JUDGE_TAIL.format(criterion=criterion.name, count=len(rubric.levels))
     return _chat(f"{JUDGE_HEAD}\n\n{rubric_text(rubric)}", f"Prompt:\n{prompt}\n\nAnswer:\n{answer}\n\n{tail}")
+
+
+def rationale_messages(rubric: Rubric, prompt: str, answer: str) -> list[ChatMessage]:
+    """Asks for a reason and a level for every judged criterion, in JSON of `rationale_schema`."""
+    criteria = ", ".join(one.name for one in rubric.judged)
+    tail = RATIONALE_TAIL.format(criteria=criteria, count=len(rubric.levels))
+    return _chat(f"{JUDGE_HEAD}\n\n{rubric_text(rubric)}", f"Prompt:\n{prompt}\n\nAnswer:\n{answer}\n\n{tail}")
+
+
+def rationale_schema(rubric: Rubric) -> dict[str, Any]:
+    """{criterion: {"reason": text, "level": number}}, the reason before the level it leads to."""
+    level = {"type": "integer", "enum": list(range(1, len(rubric.levels) + 1))}
+    verdict = {
+        "type": "object",
+        "properties": {"reason": {"type": "string", "maxLength": 400}, "level": level},
+        "required": ["reason", "level"],
+        "additionalProperties": False,
+    }
+    names = [one.name for one in rubric.judged]
+    properties = dict.fromkeys(names, verdict)
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
 def policy_messages(directive: str | None, messages: Sequence[Mapping[str, str]]) -> list[ChatMessage]:

@@ -6,6 +6,7 @@ Ids are content hashes: the same thing asked for twice has the same id, whatever
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -17,6 +18,9 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+CONTROL = "control"
+"""In place of a level: the policy's own answer, without a rubric's directive."""
 
 
 def content_id(*parts: Any) -> str:
@@ -68,10 +72,12 @@ class Unit:
     prompt_id: str
     prompt: str
     rubric_id: str
+    """Joined by "+" where the answer is written to several rubrics."""
     level: str
-    """The target: the level the answer is asked to have."""
-    score: float
-    """The target level's anchor, 0-100."""
+    """The target: the level the answer is asked to have, one per rubric joined by "+"; "control" for the policy's own
+    answer."""
+    score: float | None
+    """The target level's anchor, 0-100; None where there is not exactly one."""
     sample: int
     """Which of the samples for the same (prompt, rubric, level), from 0."""
 
@@ -101,7 +107,7 @@ class CriterionGrade:
     score: float | None
     """0-100, or None if ungraded."""
     reason: str
-    """Why it is ungraded; "" if it is graded."""
+    """Why it is ungraded; if it is graded: the judge's rationale, or ""."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +115,8 @@ class Grade:
     """The verdict on one answer."""
 
     unit_id: str
+    rubric_id: str
+    """The one rubric of this verdict; an answer written to several has a grade for each."""
     score: float | None
     """Weighted over the criteria, 0-100; None if any criterion is ungraded."""
     judged: float | None
@@ -133,10 +141,12 @@ class Pair:
     """The grid of one (prompt, rubric, sample): its answers and directives, one of each per level."""
     prompt_id: str
     rubric_id: str
+    """Joined by "+" where the directive combines rubrics; the levels below then as well."""
     level: str
-    """Level of the directive and of the chosen answer."""
+    """Level of the directive and of the chosen answer; "control" where no rubric's directive is given."""
     rejected_level: str
     directive_id: str
+    """Joined by "+" like the rubrics; "" in control rows."""
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
@@ -245,19 +255,18 @@ def to_table(rows: Iterable[Any], record: type[Any]) -> pa.Table:
     return pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=schema_of(record))
 
 
-def _revive(annotation: Any, value: Any) -> Any:
-    if value is not None and typing.get_origin(annotation) is list:
-        inner = typing.get_args(annotation)[0]
-        return [_revive(inner, one) for one in value]
-    if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
-        return from_dict(typing.cast(type[Any], annotation), value)
-    return value
+@functools.cache
+def _nested(record: type[Any]) -> dict[str, type[Any]]:
+    """The fields that are lists of records, and of which class; found once per class, not once per row."""
+    hints = typing.get_type_hints(record)
+    inner = {name: typing.get_args(hint)[0] for name, hint in hints.items() if typing.get_origin(hint) is list}
+    return {name: one for name, one in inner.items() if dataclasses.is_dataclass(one)}
 
 
 def from_dict(record: type[Record], row: dict[str, Any]) -> Record:
     """One record from one row of its table."""
-    hints = typing.get_type_hints(record)
-    return record(**{name: _revive(hints[name], row[name]) for name in hints})
+    lists = {name: [from_dict(kind, one) for one in row[name]] for name, kind in _nested(record).items()}
+    return record(**{**row, **lists})
 
 
 def read_records(path: Path, record: type[Record]) -> list[Record]:

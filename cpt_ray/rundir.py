@@ -15,9 +15,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -60,11 +59,23 @@ def derive(parent: str, *parts: Any) -> str:
     return f"{parent.rpartition('-')[0]}-{content_id(parent, *parts)[:12]}"
 
 
-def _write_atomically(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that becomes `path`, whole and on the disk, when the block ends well; UserError if the disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); what is finished is kept: "
+            "free some space or mend the folder, then give the same command again"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +100,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def attempts(self) -> Path:
+        """Marks of what was begun and not finished."""
+        return self.path / "attempts"
+
+    @property
     def report(self) -> Path:
         """report.html, figures, results.json."""
         return self.path / "report"
@@ -101,10 +117,15 @@ class RunDir:
         """Whether the shard is complete."""
         return self.shard(table, name).exists()
 
+    def names(self, table: str) -> set[str]:
+        """The complete shards, by one look at the folder."""
+        return {path.stem for path in (self.path / table).glob("*.parquet")}
+
     def write(self, table: str, name: str, rows: Iterable[Any], counts: dict[str, float] | None = None) -> None:
         """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
         made = to_table(rows, TABLES[table])
-        _write_atomically(self.shard(table, name), made.replace_schema_metadata({_COUNTS: json.dumps(counts or {})}))
+        with _replacing(self.shard(table, name)) as file:
+            pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps(counts or {})}), file)
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""
@@ -129,10 +150,8 @@ class RunDir:
     def write_text(self, relative: str, text: str) -> Path:
         """Writes one small file atomically and returns its path."""
         path = self.path / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with _replacing(path) as file:
+            file.write(text.encode())
         return path
 
     def write_json(self, relative: str, data: Any) -> Path:
@@ -147,6 +166,11 @@ class RunDir:
     def write_run(self, resolved: dict[str, Any]) -> None:
         """run.yaml: the resolved config and the content hashes of what it names."""
         self.write_text("run.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+    def read_yaml(self, relative: str) -> Any:
+        """The YAML file's content, or None if it is not there."""
+        path = self.path / relative
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def add_to_ledger(self, stage: str, entry: dict[str, Any]) -> None:
         """Replaces one stage's entry in ledger.json."""
@@ -167,4 +191,18 @@ class RunDir:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+            for left_behind in self.path.glob("**/.*.tmp"):
+                left_behind.unlink(missing_ok=True)
             yield
+
+    @property
+    def busy(self) -> bool:
+        """Whether some process on this machine holds the run."""
+        try:
+            with (self.path / ".lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False

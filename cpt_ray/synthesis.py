@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpt_ray.config import ModelConfig, RunConfig
+from cpt_ray.card import write_card
+from cpt_ray.config import JudgeConfig, ModelConfig, RunConfig
 from cpt_ray.console import say
-from cpt_ray.engine import Completion, Engine, Request, seed_of
-from cpt_ray.errors import UserError
-from cpt_ray.grading import grade_answer
-from cpt_ray.pairing import pair_cells
-from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.duplicates import NearDuplicates
+from cpt_ray.engine import Completion, Engine, Request, sampled
+from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
+from cpt_ray.pairing import PairRules, cell_id_of, control_directive, pair_cells, targets_of
+from cpt_ray.pool import Line, Tally, endpoint_key, ledger_entry, run_lines
 from cpt_ray.prompting import (
+    JOINT_HASH,
+    RATIONALE_HASH,
     TEMPLATES_HASH,
+    ChatMessage,
     director_messages,
+    joint_writer_messages,
     judge_messages,
     level_labels,
+    policy_messages,
+    rationale_messages,
+    rationale_schema,
     writer_messages,
 )
 from cpt_ray.prompts import read_prompts
-from cpt_ray.records import Directive, Generation, Grade, Pair, Prompt, Reject, Unit, content_id
-from cpt_ray.rubric import Rubric, directive_leak, load_rubrics
+from cpt_ray.records import (
+    CONTROL,
+    CriterionGrade,
+    Directive,
+    Generation,
+    Grade,
+    Pair,
+    Prompt,
+    Reject,
+    Unit,
+    content_id,
+)
+from cpt_ray.rubric import Criterion, Rubric, directive_leak, load_rubrics
 from cpt_ray.rundir import RunDir, derive
 
+GRADE_FORMAT = 2
+"""Goes up when a row of `grades` means something else than before."""
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled per one wanted: some leak, some repeat each other."""
 _RUBRICS = dict[str, Rubric]
@@ -52,7 +76,32 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Reads and checks everything the run file names, before anything expensive starts."""
     rubrics = load_rubrics(config.rubric_paths)
-    return Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
+    plan = Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
+    for model in (config.writer, config.director, config.judge, *config.judges):
+        endpoint_key(model)
+    for name in (name for names in config.synthesis.combine for name in names):
+        if name not in plan.by_id:
+            raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
+    for rubric in rubrics:
+        if config.synthesis.control and any(level.name == CONTROL for level in rubric.levels):
+            raise UserError(f"rubric {rubric.id}: a level is named {CONTROL!r}, as control rows are; rename it")
+    check_leakage(plan.prompts)
+    return plan
+
+
+def check_leakage(prompts: Sequence[Prompt]) -> None:
+    """UserError if a held-out prompt is a train prompt but for case, spaces and punctuation."""
+    train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
+    for one in prompts:
+        if one.split == "held_out" and (same := train.get(_plain(one.text))):
+            raise UserError(
+                f"prompts: {one.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
+                "remove one of them"
+            )
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower())) or text
 
 
 def run_info(plan: Plan) -> dict[str, Any]:
@@ -63,6 +112,7 @@ def run_info(plan: Plan) -> dict[str, Any]:
         "name": config.name,
         "seed": config.seed,
         "models": {role: model.model for role, model in roles.items()},
+        "judges": [model.model for model in config.judges],
         "rubrics": {rubric.id: rubric.version for rubric in plan.rubrics},
         "hashes": {
             "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
@@ -76,37 +126,97 @@ def run_info(plan: Plan) -> dict[str, Any]:
 # ---------------------------------------------------------------- plan
 
 
-def plan_units(plan: Plan) -> dict[str, list[Unit]]:
-    """Every unit, by shard name. A shard holds whole cells of one (rubric, sample), so that it can be paired alone."""
+@dataclass(frozen=True)
+class Units(Iterable[Unit]):
+    """The units of one shard, made when they are looked at: a plan of millions costs no memory, nor their hashes."""
+
+    rubrics: tuple[Rubric, ...]
+    prompts: Sequence[Prompt]
+    sample: int
+    config: RunConfig
+    control: bool = False
+
+    @property
+    def key(self) -> str:
+        """Changes when any unit in it does."""
+        model = self.config.policy if self.control else self.config.writer
+        settings = (self.control and self.config.synthesis.neutral_directives, self._templates, model.answer_key)
+        hashes = [one.content_hash for one in self.rubrics]
+        prompts = content_id(*(one.prompt_id for one in self.prompts))
+        return content_id(hashes, prompts, self.sample, *settings, self.config.seed)
+
+    @property
+    def _templates(self) -> str:
+        return TEMPLATES_HASH if len(self.rubrics) == 1 else JOINT_HASH
+
+    def __iter__(self) -> Iterator[Unit]:
+        for prompt in self.prompts:
+            for level, score in [(CONTROL, None)] if self.control else self._targets(prompt):
+                yield self._unit(prompt, level, score)
+
+    def _targets(self, prompt: Prompt) -> list[tuple[str, float | None]]:
+        if len(self.rubrics) == 1:
+            return [(level.name, level.score) for level in self.rubrics[0].levels]
+        # Several rubrics: as many answers as the shorter scale has levels, no level of either rubric twice.
+        count = min(len(rubric.levels) for rubric in self.rubrics)
+        orders = [
+            sorted(rubric.levels, key=lambda level: content_id(prompt.prompt_id, self.sample, rubric.id, level.name))
+            for rubric in self.rubrics
+        ]
+        return [("+".join(order[at].name for order in orders), None) for at in range(count)]
+
+    def _unit(self, prompt: Prompt, level: str, score: float | None) -> Unit:
+        hashes = [one.content_hash for one in self.rubrics]
+        rubric_id = "+".join(one.id for one in self.rubrics)
+        if self.control:
+            cell_id = cell_id_of(rubric_id, prompt.prompt_id, self.sample)
+            told = control_directive(self.config.synthesis.neutral_directives, cell_id)
+            key: tuple[Any, ...] = (hashes, level, told, prompt.text, self.sample, self.config.policy.answer_key)
+        else:
+            rubrics = hashes[0] if len(hashes) == 1 else hashes
+            key = (rubrics, level, prompt.text, self.sample, self._templates, self.config.writer.answer_key)
+        return Unit(
+            unit_id=content_id(*key, self.config.seed),
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.text,
+            rubric_id=rubric_id,
+            level=level,
+            score=score,
+            sample=self.sample,
+        )
+
+
+def plan_units(plan: Plan) -> dict[str, Units]:
+    """Every unit, by shard name. A shard holds whole cells of one (rubric, sample), so that it can be paired alone.
+
+    The policy's own answers to some of a shard's prompts are a shard of their own, beside it.
+    """
     config = plan.config
     prompts = plan.prompts_of("train")
-    shards: dict[str, list[Unit]] = {}
-    for rubric in plan.rubrics:
-        per_shard = max(1, config.synthesis.shard_rows // len(rubric.levels))
+    joint = [tuple(plan.by_id[name] for name in names) for names in config.synthesis.combine]
+    shards: dict[str, Units] = {}
+    for rubrics in [*((one,) for one in plan.rubrics), *joint]:
+        rubric_id = "+".join(one.id for one in rubrics)
+        per_shard = max(1, config.synthesis.shard_rows // min(len(one.levels) for one in rubrics))
         for sample in range(config.synthesis.samples):
             for start in range(0, len(prompts), per_shard):
-                units = [
-                    _unit(rubric, level_at, prompt, sample, config)
-                    for prompt in prompts[start : start + per_shard]
-                    for level_at in range(len(rubric.levels))
-                ]
-                ids = content_id(*(unit.unit_id for unit in units))
-                shards[f"{rubric.id}-{sample:03d}-{start // per_shard:05d}-{ids[:12]}"] = units
+                chunk, stem = prompts[start : start + per_shard], f"{rubric_id}-{sample:03d}"
+                units = Units(rubrics, chunk, sample, config)
+                shards[f"{stem}-{start // per_shard:05d}-{units.key[:12]}"] = units
+                controlled = [one for one in chunk if _is_controlled(rubric_id, one, sample, config.synthesis.control)]
+                if controlled:
+                    units = Units(rubrics, controlled, sample, config, control=True)
+                    shards[f"{stem}-{CONTROL_MARK}{start // per_shard:05d}-{units.key[:12]}"] = units
     return shards
 
 
-def _unit(rubric: Rubric, level_at: int, prompt: Prompt, sample: int, config: RunConfig) -> Unit:
-    level = rubric.levels[level_at]
-    key = (rubric.content_hash, level.name, prompt.text, sample, TEMPLATES_HASH, config.writer.answer_key, config.seed)
-    return Unit(
-        unit_id=content_id(*key),
-        prompt_id=prompt.prompt_id,
-        prompt=prompt.text,
-        rubric_id=rubric.id,
-        level=level.name,
-        score=level.score,
-        sample=sample,
-    )
+CONTROL_MARK = "c"
+"""In front of the number of a shard of control units."""
+
+
+def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) -> bool:
+    number = content_id("controlled", rubric_id, prompt.prompt_id, sample)
+    return int(number, 16) < share * 16 ** len(number)
 
 
 # ---------------------------------------------------------------- write
@@ -119,6 +229,7 @@ class WriteStep:
     rubrics: _RUBRICS
     model: ModelConfig
     seed: int
+    neutral_directives: tuple[str, ...] = ()
     stage: str = "write"
     table: str = "generations"
 
@@ -143,14 +254,22 @@ class WriteStep:
         run.write(self.table, shard, rows, tally.close(len(rows)))
 
     def _request(self, unit: Unit) -> Request:
-        rubric, sampling = self.rubrics[unit.rubric_id], self.model.sampling
-        return Request(
-            messages=writer_messages(rubric, rubric.level(unit.level), unit.prompt),
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=seed_of(unit.unit_id, self.seed),
-        )
+        return sampled(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
+
+    def _messages(self, unit: Unit) -> list[ChatMessage]:
+        rubrics = rubrics_of(self.rubrics, unit.rubric_id)
+        if unit.level == CONTROL:
+            told = control_directive(self.neutral_directives, cell_id_of(unit.rubric_id, unit.prompt_id, unit.sample))
+            return policy_messages(told, [{"role": "user", "content": unit.prompt}])
+        targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, unit.level)]
+        if len(targets) == 1:
+            return writer_messages(*targets[0], unit.prompt)
+        return joint_writer_messages(targets, unit.prompt)
+
+
+def rubrics_of(rubrics: _RUBRICS, rubric_id: str) -> list[Rubric]:
+    """The rubrics that a unit's rubric_id names."""
+    return [rubrics[name] for name in rubric_id.split("+")]
 
 
 def _generation(unit: Unit, one: Completion) -> Generation:
@@ -176,46 +295,91 @@ def _reject(stage: str, subject_id: str, rubric_id: str, level: str, one: Comple
 
 
 def judge_answers(
-    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: str, tally: Tally
+    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
 ) -> list[Grade]:
-    """Grades (unit_id, prompt, answer) of one rubric: one request per judged criterion, one token each."""
-    labels = tuple(level_labels(rubric))
-    requests = [
-        Request(messages=judge_messages(rubric, criterion, prompt, text), max_tokens=1, labels=labels)
-        for _, prompt, text in answers
-        for criterion in rubric.judged
+    """Grades (unit_id, prompt, answer) by one rubric, in the judge's mode."""
+    verdicts = (_rationales if judge.mode == "rationale" else _probabilities)(engine, rubric, answers, judge, tally)
+    return [
+        grade_answer(rubric, unit_id, text, judged, judge.model)
+        for (unit_id, _, text), judged in zip(answers, verdicts, strict=True)
     ]
-    completions = engine.run(requests)
+
+
+def _probabilities(
+    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
+) -> list[list[CriterionGrade]]:
+    """One request of one token per answer and judged criterion."""
+    labels = tuple(level_labels(rubric))
+    completions = engine.run(
+        [
+            Request(messages=judge_messages(rubric, criterion, prompt, text), max_tokens=1, labels=labels)
+            for _, prompt, text in answers
+            for criterion in rubric.judged
+        ]
+    )
     tally.add(completions)
-    grades, at = [], iter(completions)
-    for unit_id, _, text in answers:
-        verdicts = {criterion.name: dict(enumerate(next(at).label_logprobs, start=1)) for criterion in rubric.judged}
-        grades.append(grade_answer(rubric, unit_id, text, verdicts, judge))
-    return grades
+    at = iter(completions)
+
+    def verdict(criterion: Criterion, one: Completion) -> CriterionGrade:
+        if one.error:
+            return ungraded(criterion, f"{one.error}: {one.detail}")
+        return judged_criterion(rubric, criterion, dict(enumerate(one.label_logprobs, start=1)))
+
+    return [[verdict(criterion, next(at)) for criterion in rubric.judged] for _ in answers]
+
+
+def _rationales(
+    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
+) -> list[list[CriterionGrade]]:
+    """One request per answer: all judged criteria, `votes` times."""
+    schema = rationale_schema(rubric)
+    completions = engine.run(
+        [
+            sampled(
+                rationale_messages(rubric, prompt, text),
+                judge.sampling,
+                unit_id,
+                0,
+                json_schema=schema,
+                samples=judge.votes,
+            )
+            for unit_id, prompt, text in answers
+        ]
+        if rubric.judged
+        else []
+    )
+    tally.add(completions)
+    votes = [completions[at : at + judge.votes] for at in range(0, len(completions), judge.votes)]
+    return [_voted(rubric, one) for one in votes] if votes else [[] for _ in answers]
+
+
+def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
+    if all(one.error for one in votes):
+        return [ungraded(one, f"{votes[0].error}: {votes[0].detail}") for one in rubric.judged]
+    return voted_criteria(rubric, [one.text for one in votes])
 
 
 @dataclass(frozen=True)
 class JudgeStep:
-    """generations -> grades."""
+    """generations -> grades, by each rubric that an answer was written to."""
 
     rubrics: _RUBRICS
-    model: ModelConfig
+    model: JudgeConfig
     stage: str = "judge"
     table: str = "grades"
 
     def output(self, shard: str) -> str:
         """Depends on the answers and the judge."""
-        return derive(shard, "judge", self.model.answer_key, TEMPLATES_HASH)
+        templates = RATIONALE_HASH if self.model.mode == "rationale" else TEMPLATES_HASH
+        return derive(shard, "judge", self.model.answer_key, templates, GRADE_FORMAT)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Grades one shard of answers."""
         rows = run.read("generations", [shard], Generation)
-        tally = Tally(len(rows))
-        grades: list[Grade] = []
-        if rows:
-            rubric = self.rubrics[rows[0].rubric_id]
-            answers = [(row.unit_id, row.prompt, row.text) for row in rows]
-            grades = judge_answers(engine, rubric, answers, self.model.model, tally)
+        rubrics = rubrics_of(self.rubrics, rubric_of(shard))
+        tally = Tally(len(rows) * len(rubrics))
+        answers = [(row.unit_id, row.prompt, row.text) for row in rows]
+        grades = [grade for rubric in rubrics for grade in judge_answers(engine, rubric, answers, self.model, tally)]
         for grade in grades:
             if grade.score is None:
                 tally.reject("ungraded")
@@ -252,12 +416,11 @@ class DirectStep:
         wanted = self.paraphrases * DIRECTOR_OVERSAMPLING
         tally = Tally(wanted * len(missing))
         requests = [
-            Request(
-                messages=director_messages(rubric, level),
-                max_tokens=self.model.sampling.max_tokens,
-                temperature=self.model.sampling.temperature,
-                top_p=self.model.sampling.top_p,
-                seed=seed_of(f"{rubric.content_hash}/{level.name}/{number}", self.seed),
+            sampled(
+                director_messages(rubric, level),
+                self.model.sampling,
+                f"{rubric.content_hash}/{level.name}/{number}",
+                self.seed,
             )
             for level in missing
             for number in range(wanted)
@@ -326,18 +489,44 @@ class Shards:
     directives: list[str]
     generations: list[str]
     grades: list[str]
+    """Every judge's."""
     pairs: list[str]
+    groups: dict[str, PairInputs]
+    """What each shard of pairs is made of."""
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """Shards that become one shard of pairs."""
+
+    generations: list[str]
+    """The writer's, and the policy's own answers to some of the same prompts."""
+    grades: list[str]
+    directives: list[str]
 
 
 def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
     """Every shard name of the run: a function of the plan, so stages and jobs agree without talking."""
-    write, judge, direct = steps_of(plan)
-    generations = [write.output(name) for name in units]
-    grades = [judge.output(name) for name in generations]
+    write, judges, direct = steps_of(plan)
     directives = {rubric.id: direct.output(rubric.id) for rubric in plan.rubrics}
-    by_rubric = {name: directives[rubric_of(name)] for name in grades}
-    pairs = [derive(name, "pair", by_rubric[name]) for name in grades]
-    return Shards(list(directives.values()), generations, grades, pairs)
+    grades = {name: [judge.output(name) for judge in judges] for name in units}
+    chosen = plan.config.synthesis
+    rules = [chosen.aggregate, chosen.neutral_directives, chosen.near_duplicates, chosen.max_length_ratio]
+    if chosen.near_duplicates:  # then a pair depends on every answer before it
+        rules.append(content_id(*units))
+    beside = {_place(name): name for name in units if is_control(name)}
+    groups = {}
+    for name in units:
+        if not is_control(name):
+            names = [name, *([beside[_place(name)]] if _place(name) in beside else [])]
+            inputs = PairInputs(
+                generations=[write.output(one) for one in names],
+                grades=[grade for one in names for grade in grades[one]],
+                directives=[directives[one] for one in rubric_of(name).split("+")],
+            )
+            groups[derive(name, "pair", inputs.grades, inputs.directives, rules)] = inputs
+    all_grades = [grade for one in grades.values() for grade in one]
+    return Shards(list(directives.values()), [write.output(one) for one in units], all_grades, list(groups), groups)
 
 
 def rubric_of(unit_shard: str) -> str:
@@ -345,12 +534,23 @@ def rubric_of(unit_shard: str) -> str:
     return unit_shard.rsplit("-", 3)[0]
 
 
-def steps_of(plan: Plan) -> tuple[WriteStep, JudgeStep, DirectStep]:
-    """The three steps that call a model."""
+def _place(unit_shard: str) -> tuple[str, str]:
+    """What a shard of control units has in common with the one whose cells it joins."""
+    stem, chunk, _ = unit_shard.rsplit("-", 2)
+    return stem, chunk.removeprefix(CONTROL_MARK)
+
+
+def is_control(unit_shard: str) -> bool:
+    """Whether a unit shard's name is one of control units."""
+    return unit_shard.rsplit("-", 2)[1].startswith(CONTROL_MARK)
+
+
+def steps_of(plan: Plan) -> tuple[WriteStep, list[JudgeStep], DirectStep]:
+    """The steps that call a model."""
     config = plan.config
     return (
         WriteStep(rubrics=plan.by_id, model=config.writer, seed=config.seed),
-        JudgeStep(rubrics=plan.by_id, model=config.judge),
+        [JudgeStep(rubrics=plan.by_id, model=model) for model in (config.judge, *config.judges)],
         DirectStep(
             rubrics=plan.by_id,
             model=config.director,
@@ -361,14 +561,28 @@ def steps_of(plan: Plan) -> tuple[WriteStep, JudgeStep, DirectStep]:
     )
 
 
+def control_step(plan: Plan) -> WriteStep:
+    """The policy's own answers."""
+    config = plan.config
+    return WriteStep(
+        rubrics=plan.by_id,
+        model=config.policy,
+        seed=config.seed,
+        neutral_directives=config.synthesis.neutral_directives,
+        stage="control",
+    )
+
+
 def synthesize(plan: Plan, run: RunDir) -> Shards:
     """plan, direct, write, judge, pair; what is complete already is not done again."""
     start = time.monotonic()
     units = plan_units(plan)
-    for name, rows in units.items():
-        if not run.has("units", name):
-            run.write("units", name, rows)
-    num_units = sum(len(rows) for rows in units.values())
+    complete = run.names("units")
+    for name, planned in units.items():
+        if name not in complete:
+            rows = list(planned)
+            run.write("units", name, rows, {"rows_out": len(rows)})
+    num_units = int(ledger_entry(run, "units", units).get("rows_out", 0))
     splits = [len(plan.prompts_of(split)) for split in ("train", "held_out")]
     say(
         f"plan         {len(plan.rubrics)} rubrics, {splits[0]} prompts (+ {splits[1]} held out): "
@@ -376,20 +590,40 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
     )
     run.add_to_ledger("plan", {"rows_in": sum(splits), "rows_out": num_units})
     shards = name_shards(plan, list(units))
-    write, judge, direct = steps_of(plan)
-    rubric_ids = [rubric.id for rubric in plan.rubrics]
-    run_lines(run, [Line(rubric_ids, [direct]), Line(list(units), [write, judge])])
+    write, judges, direct = steps_of(plan)
+    control = control_step(plan)
+    control_shards = [name for name in units if is_control(name)]
+    written = [name for name in units if not is_control(name)]
+    run_lines(
+        run,
+        [
+            Line([rubric.id for rubric in plan.rubrics], [direct]),
+            Line(written, [write, judges[0]]),
+            Line(control_shards, [control, judges[0]]),
+        ],
+    )
+    for judge in judges[1:]:
+        run_lines(run, [Line(shards.generations, [judge])])
     pair(plan, run, shards)
-    for stage, table, names in (
-        ("direct", "directives", shards.directives),
-        ("write", "generations", shards.generations),
-        ("judge", "grades", shards.grades),
-        ("pair", "pairs", shards.pairs),
-    ):
-        run.add_to_ledger(stage, ledger_entry(run, table, names))
-    ledger: dict[str, Any] = run.read_json("ledger.json")
-    for stage in ("direct", "write", "judge", "pair"):
-        say(f"{stage:<12} {_summary(ledger[stage])}")
+    stages = [
+        ("direct", "directives", shards.directives, direct.model.price),
+        ("write", "generations", [write.output(name) for name in written], write.model.price),
+        *([("control", "generations", control_shards, control.model.price)] if control_shards else []),
+        ("judge", "grades", [judges[0].output(name) for name in units], judges[0].model.price),
+        *(
+            (f"judge-{at}", "grades", [judge.output(name) for name in units], judge.model.price)
+            for at, judge in enumerate(judges[1:], start=2)
+        ),
+        ("pair", "pairs", shards.pairs, None),
+    ]
+    entries = {stage: ledger_entry(run, table, names, price) for stage, table, names, price in stages}
+    costs = [entry["cost"] for entry in entries.values() if "cost" in entry]
+    if costs:
+        entries["pair"]["cost_per_pair"] = round(sum(costs) / entries["pair"]["rows_out"], 8)
+    for stage, entry in entries.items():
+        run.add_to_ledger(stage, entry)
+        say(f"{stage:<12} {_summary(entry)}")
+    write_card(plan, run, shards, run_info(plan))
     say(f"             {time.monotonic() - start:.0f} s for synthesis")
     return shards
 
@@ -402,15 +636,18 @@ def _summary(entry: dict[str, Any]) -> str:
 
 def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
     """generations + grades + directives -> pairs (+ rejects), shard by shard."""
-    directives = run.read("directives", shards.directives, Directive)
-    for generations, grades, name in zip(shards.generations, shards.grades, shards.pairs, strict=True):
-        if run.has("pairs", name):
-            continue
-        rubric = plan.by_id[rubric_of(generations)]
-        rows = run.read("generations", [generations], Generation)
-        verdicts = {grade.unit_id: grade for grade in run.read("grades", [grades], Grade)}
+    chosen = plan.config.synthesis
+    complete = run.names("pairs")
+    todo = {name: inputs for name, inputs in shards.groups.items() if name not in complete}
+    repeats = _near_duplicates(run, shards, chosen.near_duplicates) if todo and chosen.near_duplicates else {}
+    rules = PairRules(chosen.neutral_directives, chosen.max_length_ratio, repeats)
+    for name, inputs in todo.items():
+        rubrics = rubrics_of(plan.by_id, rubric_of(name))
+        rows = run.read("generations", inputs.generations, Generation)
         tally = Tally(len(rows))
-        pairs, rejects = pair_cells(rubric, rows, verdicts, [one for one in directives if one.rubric_id == rubric.id])
+        grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), chosen.aggregate)
+        directives = run.read("directives", inputs.directives, Directive)
+        pairs, rejects = pair_cells(rubrics, rows, grades, directives, rules)
         for reject in rejects:
             tally.reject(reject.reason)
         run.write("rejects", f"pair-{name}", rejects)
@@ -422,6 +659,26 @@ def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
             f"no pair was made: no prompt has two levels whose grades confirm their targets; "
             f"see {run.path / 'rejects'} for the reasons (is the writer or the judge too weak for these rubrics?)"
         )
+
+
+def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str) -> dict[tuple[str, str], Grade]:
+    """One grade per (unit_id, rubric_id)."""
+    by_answer: dict[tuple[str, str], list[Grade]] = defaultdict(list)
+    for grade in grades:
+        by_answer[grade.unit_id, grade.rubric_id].append(grade)
+    by_id = {rubric.id: rubric for rubric in rubrics}
+    return {key: aggregate(by_id[key[1]], found, how) for key, found in by_answer.items()}
+
+
+def _near_duplicates(run: RunDir, shards: Shards, threshold: float) -> dict[str, str]:
+    """unit_id of each answer to the unit_id of an earlier one, at the same rubric and level, that it nearly repeats."""
+    found: dict[str, str] = {}
+    seen: dict[tuple[str, str], NearDuplicates] = defaultdict(lambda: NearDuplicates(threshold))
+    for inputs in shards.groups.values():
+        for one in run.read("generations", inputs.generations, Generation):
+            if one.level != CONTROL and (original := seen[one.rubric_id, one.level].add(one.unit_id, one.text)):
+                found[one.unit_id] = original
+    return found
 
 
 def load_pairs(run: RunDir, shards: Shards) -> list[Pair]:

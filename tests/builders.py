@@ -51,7 +51,16 @@ def make_generation(level: str, prompt: str = "p", sample: int = 0, text: str | 
 
 def make_grade(unit_id: str, score: float | None) -> Grade:
     reason = "" if score is not None else "no verdict"
-    return Grade(unit_id=unit_id, score=score, judged=score, measured=None, reason=reason, judge="fake", criteria=[])
+    return Grade(
+        unit_id=unit_id,
+        rubric_id="ornament",
+        score=score,
+        judged=score,
+        measured=None,
+        reason=reason,
+        judge="fake",
+        criteria=[],
+    )
 
 
 def make_directives(split: str = "train") -> list[Directive]:

@@ -40,9 +40,9 @@ def test_a_measure_interpolates_between_the_levels_values() -> None:
 
 
 def test_the_grade_is_weighted_and_ungraded_if_any_part_is() -> None:
-    grade = grade_answer(RUBRIC, "u", "A! B!", {"words": {1: 0.0}}, "judge")
+    grade = grade_answer(RUBRIC, "u", "A! B!", [judged_criterion(RUBRIC, WORDS, {1: 0.0})], "judge")
     assert (grade.score, grade.judged, grade.measured) == (pytest.approx(0.6 * 10 + 0.4 * 90), 10, 90)
-    grade = grade_answer(RUBRIC, "u", "A! B!", {}, "judge")
+    grade = grade_answer(RUBRIC, "u", "A! B!", [judged_criterion(RUBRIC, WORDS, {})], "judge")
     assert grade.score is None
     assert grade.reason.startswith("words: judge put 0%")
 

@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
-     "configuration", "keys", "frontend", "scoring", "report", "console"},
-    {"engine", "cluster", "grid"},
-    {"pool", "synthesis", "training", "evaluation", "serving", "steering"},
+     "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates"},
+    {"engine", "openai_engine", "cluster", "grid"},
+    {"pool", "card", "synthesis", "training", "evaluation", "serving", "steering"},
     {"cli", "__main__"},
 ]  # fmt: skip
 

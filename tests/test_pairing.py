@@ -17,8 +17,8 @@ ANCHOR = {level.name: level.score for level in RUBRIC.levels}
 def pair_scores(scores: dict[str, float | None]) -> tuple[list[Pair], list[Reject]]:
     """One cell whose answers have these scores."""
     generations = [make_generation(level) for level in scores]
-    grades = {one.unit_id: make_grade(one.unit_id, scores[one.level]) for one in generations}
-    return pair_cells(RUBRIC, generations, grades, make_directives())
+    grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, scores[one.level]) for one in generations}
+    return pair_cells([RUBRIC], generations, grades, make_directives())
 
 
 def test_three_confirmed_levels_give_six_pairs() -> None:
@@ -40,16 +40,16 @@ def test_unconfirmed_and_ungraded_answers_are_rejected_with_reasons() -> None:
 
 def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
     generations = [make_generation(level, text="Same.") for level in LEVELS]
-    grades = {one.unit_id: make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    pairs, rejects = pair_cells(RUBRIC, generations, grades, make_directives())
+    grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives())
     assert pairs == []
     assert sorted(one.reason for one in rejects) == ["no partner", "same text", "same text"]
 
 
 def test_held_out_directives_are_never_trained_on() -> None:
     generations = [make_generation(level) for level in LEVELS]
-    grades = {one.unit_id: make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    pairs, rejects = pair_cells(RUBRIC, generations, grades, make_directives("held_out"))
+    grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives("held_out"))
     assert pairs == []
     assert {one.reason for one in rejects} == {"no directive"}
 
@@ -61,8 +61,10 @@ _scores = st.one_of(st.none(), st.floats(0, 100))
 def test_labels_follow_verdicts_and_nothing_is_lost(table: dict[tuple[str, int, str], float | None]) -> None:
     generations = [make_generation(level, prompt, sample) for prompt, sample, level in table]
     scores = dict(zip((one.unit_id for one in generations), table.values(), strict=True))
-    grades: dict[str, Grade] = {unit_id: make_grade(unit_id, score) for unit_id, score in scores.items()}
-    pairs, rejects = pair_cells(RUBRIC, generations, grades, make_directives())
+    grades: dict[tuple[str, str], Grade] = {
+        (unit_id, RUBRIC.id): make_grade(unit_id, score) for unit_id, score in scores.items()
+    }
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives())
     by_id = {one.pair_id: one for one in pairs}
     assert len(by_id) == len(pairs)
     directive_level = {one.directive_id: one.level for one in make_directives()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,38 @@ from typing import Any
 import pytest
 import yaml
 
-from cpt_ray.config import load_config
-from cpt_ray.engine import Completion, FakeEngine, Request
+from cpt_ray.card import write_card
+from cpt_ray.config import PriceConfig, load_config
+from cpt_ray.console import status_lines
+from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
-from cpt_ray.pool import ledger_entry
-from cpt_ray.records import Directive, Generation, Grade, Pair, Reject, Unit
+from cpt_ray.pairing import control_directive
+from cpt_ray.pool import MAX_DEATHS, Attempts, Tally, ledger_entry
+from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.rundir import RunDir
-from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, pair, plan_units, rubric_of, steps_of
+from cpt_ray.synthesis import (
+    Plan,
+    Shards,
+    control_step,
+    is_control,
+    make_plan,
+    name_shards,
+    pair,
+    plan_units,
+    rubric_of,
+    run_info,
+    steps_of,
+)
 from tests.builders import LEVELS, rubric_dict
 
 
-def make_run(tmp_path: Path, *overrides: str, **rubric: Any) -> tuple[Plan, RunDir]:
-    """A run over one rubric and 20 prompts."""
-    (tmp_path / "rubric.yaml").write_text(yaml.safe_dump(rubric_dict(**rubric)), encoding="utf-8")
+def make_run(
+    tmp_path: Path, *overrides: str, second: dict[str, Any] | None = None, **rubric: Any
+) -> tuple[Plan, RunDir]:
+    """A run over one rubric (or two) and 20 prompts."""
+    for name, one in (("rubric", rubric_dict(**rubric)), ("second", second)):
+        if one:
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(one), encoding="utf-8")
     rows = [json.dumps({"prompt": f"Write about thing {at}."}) for at in range(20)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
     model = {"model": "fake", "sampling": {"max_tokens": 20}}
@@ -32,7 +53,9 @@ def make_run(tmp_path: Path, *overrides: str, **rubric: Any) -> tuple[Plan, RunD
             {
                 "name": "t",
                 "run_dir": str(tmp_path / "run"),
-                "rubrics": [str(tmp_path / "rubric.yaml")],
+                "rubrics": [
+                    str(tmp_path / f"{name}.yaml") for name in (("rubric", "second") if second else ("rubric",))
+                ],
                 "prompts": {"source": str(tmp_path / "prompts.jsonl"), "held_out": 0.3},
                 "synthesis": {"shard_rows": 15, "paraphrases": 3},
                 "writer": model,
@@ -55,6 +78,8 @@ def answer(request: Request) -> Completion:
     if request.labels:
         found = next(at for at, level in enumerate(LEVELS) if f"{level} text" in asked)
         return Completion(label_logprobs=tuple(0.0 if at == found else -math.inf for at in range(3)))
+    if " of 3, " not in asked:  # no rubric in front of it: the policy's own answer
+        return Completion(text="mid text! B. C! Own.", num_tokens=4)
     level = level_in(asked)
     if "tell a writer" in asked:
         return Completion(text=f"Write the {level} way.")
@@ -69,12 +94,14 @@ def answer(request: Request) -> Completion:
 def run_all(plan: Plan, run: RunDir, engine: FakeEngine) -> Shards:
     units = plan_units(plan)
     shards = name_shards(plan, list(units))
-    write, judge, direct = steps_of(plan)
+    write, judges, direct = steps_of(plan)
     for name, rows in units.items():
         run.write("units", name, rows)
-        write(engine, run, name)
-        judge(engine, run, name)
-    direct(engine, run, "ornament")
+        (control_step(plan) if is_control(name) else write)(engine, run, name)
+        for judge in judges:
+            judge(engine, run, name)
+    for rubric in plan.rubrics:
+        direct(engine, run, rubric.id)
     pair(plan, run, shards)
     return shards
 
@@ -140,7 +167,7 @@ def test_shards_hold_whole_cells_and_their_names_follow_what_matters(tmp_path: P
     units = plan_units(plan)
     for name, rows in units.items():
         assert rubric_of(name) == "ornament"
-        assert len(rows) <= 15
+        assert len(list(rows)) <= 15
         assert all(count == 3 for count in Counter(row.prompt_id for row in rows).values())
     again = plan_units(make_run(tmp_path, "train.beta=0.5", "judge.model=other")[0])
     assert list(again) == list(units)
@@ -173,7 +200,7 @@ def test_units_are_unique_and_written_as_they_are_planned(tmp_path: Path) -> Non
 def test_a_grade_without_verdict_stays_empty_in_the_table(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, levels=GIVEN)
     units = plan_units(plan)
-    write, judge, _ = steps_of(plan)
+    write, (judge,), _ = steps_of(plan)
     name = next(iter(units))
     run.write("units", name, units[name])
     write(FakeEngine(answer), run, name)
@@ -192,3 +219,234 @@ def test_a_run_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(UserError, match="cannot be written"), RunDir(blocked / "run").locked():
         pass
+
+
+def test_a_prompt_too_long_for_the_judge_is_ungraded_for_that_reason(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+
+    def too_long(request: Request) -> Completion:
+        return Completion(error="too long", detail="9 prompt") if request.labels else answer(request)
+
+    write, (judge,), _ = steps_of(plan)
+    name, units = next(iter(plan_units(plan).items()))
+    run.write("units", name, units)
+    write(FakeEngine(too_long), run, name)
+    judge(FakeEngine(too_long), run, name)
+    assert {one.reason for one in run.read("grades", [judge.output(name)], Grade)} == {"words: too long: 9 prompt"}
+
+
+MOOD = rubric_dict(
+    id="mood",
+    title="Mood",
+    levels=[one | {"directives": [f"Feel {one['name']} {kind}." for kind in ("now", "softly")]} for one in GIVEN],
+    criteria=[{"name": "feeling", "weight": 100, "descriptors": {name: f"{name} mood" for name in LEVELS}}],
+)
+
+
+def test_each_kind_of_change_redoes_only_what_depends_on_it(tmp_path: Path) -> None:
+    def shards(*overrides: str, **rubric: Any) -> Shards:
+        plan, _ = make_run(tmp_path, *overrides, second=MOOD, **rubric)
+        return name_shards(plan, list(plan_units(plan)))
+
+    def kept(before: list[str], after: list[str]) -> str:
+        """Which rubrics' shards are the same."""
+        return "+".join(sorted({rubric_of(name) for name in {*before} & {*after}}))
+
+    before = shards(levels=GIVEN)
+    changes: dict[str, tuple[Shards, list[str]]] = {
+        "rubric": (shards(levels=GIVEN, version=2), ["mood", "mood", "mood"]),
+        "directives": (
+            shards(levels=[one | {"directives": one["directives"][:2]} for one in GIVEN]),
+            ["mood+ornament", "mood+ornament", "mood"],
+        ),
+        "judge": (shards("judge.model=other", levels=GIVEN), ["mood+ornament", "", ""]),
+        "more judges": (
+            shards('judges=[{"model": "other"}]', levels=GIVEN),
+            ["mood+ornament", "mood+ornament", ""],
+        ),
+        "samples": (shards("synthesis.samples=2", levels=GIVEN), ["mood+ornament"] * 3),
+        "writer": (shards("writer.sampling.temperature=0.1", levels=GIVEN), ["", "", ""]),
+        "length rule": (shards("synthesis.max_length_ratio=2", levels=GIVEN), ["mood+ornament", "mood+ornament", ""]),
+        "training": (shards("train.beta=0.3", "writer.price.generated=1", levels=GIVEN), ["mood+ornament"] * 3),
+    }
+    for change, (after, expected) in changes.items():
+        found = [kept(getattr(before, table), getattr(after, table)) for table in ("generations", "grades", "pairs")]
+        assert found == expected, change
+
+
+def test_control_rows_choose_the_policys_own_answer_where_no_directive_is_given(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, "synthesis.control=0.9", levels=GIVEN)
+    shards = run_all(plan, run, FakeEngine(answer))
+    pairs = {one.pair_id: one for one in run.read("pairs", shards.pairs, Pair)}
+    control = [one for one in pairs.values() if one.level == CONTROL]
+    assert len({one.cell_id for one in control}) > 5
+    systems = set()
+    for one in control:
+        told = control_directive(plan.config.synthesis.neutral_directives, one.cell_id)
+        assert [message.content for message in one.prompt if message.role == "system"] == ([told] if told else [])
+        systems.add(told)
+        assert one.chosen[0].content == "mid text! B. C! Own."
+        assert one.rejected_level in ("low", "high")  # the policy's own answer is mid already
+        assert pairs[one.twin_id].level == one.rejected_level
+        assert pairs[one.twin_id].rejected == one.chosen
+    assert systems == {None, "You are a helpful assistant."}
+    without, _ = make_run(tmp_path, levels=GIVEN)
+    names = list(plan_units(plan))
+    assert [name for name in names if not is_control(name)] == list(plan_units(without))
+
+
+def joint_answer(request: Request) -> Completion:
+    """Writes the level of each rubric it is asked for; judges by finding it."""
+    system, asked = (one["content"] for one in request.messages)
+    if request.labels:
+        title = next(one for one in ("Ornament", "Mood") if f"# {one}" in system)
+        found = [f"{title} {level};" in asked for level in LEVELS]
+        return Completion(label_logprobs=tuple(0.0 if one else -math.inf for one in found))
+    targets = re.findall(r"(\w+): Target level: \d of 3, (\w+)", asked)
+    if not targets:
+        targets = [(re.search(r"# (\w+)", system)[1], level_in(asked))]  # type: ignore[index]
+    return Completion(text=" ".join(f"{title} {level};" for title, level in targets), num_tokens=4)
+
+
+def test_two_rubrics_at_once_make_pairs_under_both_directives(tmp_path: Path) -> None:
+    words = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
+    override = "synthesis.combine=[[ornament, mood]]"
+    plan, run = make_run(tmp_path, override, second=MOOD, levels=GIVEN, criteria=words)
+    shards = run_all(plan, run, FakeEngine(joint_answer))
+    pairs = [one for one in run.read("pairs", shards.pairs, Pair) if one.rubric_id == "ornament+mood"]
+    assert len(pairs) == 6 * len(plan.prompts_of("train"))
+    for one in pairs:
+        ornament, mood = one.level.split("+")
+        assert f"Go {ornament}" in one.prompt[0].content
+        assert f"Feel {mood}" in one.prompt[0].content
+        assert one.chosen[0].content == f"Ornament {ornament}; Mood {mood};"
+        assert all(a != b for a, b in zip(one.level.split("+"), one.rejected_level.split("+"), strict=True))
+    assert len({one.level for one in pairs}) == 9
+
+
+def test_a_rationale_is_read_by_its_schema_and_an_unreadable_one_is_no_score(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, "judge.mode=rationale", "judge.votes=2", levels=GIVEN)
+    votes = iter(range(10**6))
+
+    def reason(request: Request) -> Completion:
+        if request.json_schema is None:
+            return answer(request)
+        assert request.samples == 2
+        if "thing 3." in request.messages[-1]["content"]:
+            return Completion(text='{"words": {"reason": "cut', error="cut off", detail="short")
+        level = 1 + next(votes) % 2  # the two votes on an answer differ by one level
+        return Completion(text=json.dumps({"words": {"reason": "So it is.", "level": level}}))
+
+    write, (judge,), _ = steps_of(plan)
+    for name, units in plan_units(plan).items():
+        run.write("units", name, units)
+        write(FakeEngine(reason), run, name)
+        judge(FakeEngine(reason), run, name)
+        texts = {one.unit_id: one.prompt for one in run.read("generations", [name], Generation)}
+        for grade in run.read("grades", [judge.output(name)], Grade):
+            if "thing 3." in texts[grade.unit_id]:
+                assert (grade.score, grade.reason) == (None, "words: cut off: short")
+            else:
+                assert (grade.judged, grade.criteria[0].reason) == (30.0, "So it is.")
+
+
+def test_an_engine_that_ignores_schemas_is_refused_at_the_start() -> None:
+    with pytest.raises(UserError, match="rationales need a server that enforces schemas"):
+        check_schema_is_enforced(FakeEngine(lambda request: Completion(text="Paris.")), "judge m")
+    check_schema_is_enforced(FakeEngine(lambda request: Completion(text='{"answer": "quokka-7301"}')), "judge m")
+
+
+def test_an_answer_that_nearly_repeats_an_earlier_one_is_rejected(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, "synthesis.near_duplicates=0.5", levels=GIVEN)
+
+    def nearly(request: Request) -> Completion:
+        made = answer(request)
+        number = re.search(r"thing (\d+)", request.messages[-1]["content"])
+        if request.labels or made.error or not number:
+            return made
+        own = " ".join(f"word{int(number[1]) % 5}of{at}" for at in range(40))
+        return Completion(text=f"{made.text} {own} {number[1]}", num_tokens=44)
+
+    shards = run_all(plan, run, FakeEngine(nearly))
+    rejects = [one for path in (run.path / "rejects").iterdir() for one in run.read("rejects", [path.stem], Reject)]
+    repeated = {one.subject_id for one in rejects if one.reason in ("near duplicate", "other level")}
+    generations = run.read("generations", shards.generations, Generation)
+    kinds = {(one.level, int(one.prompt.split()[-1].strip(".")) % 5) for one in generations}
+    assert len(generations) - len(repeated) == len(kinds)
+
+
+def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', levels=GIVEN)
+    shards = run_all(plan, run, FakeEngine(answer))
+    write_card(plan, run, shards, run_info(plan))
+    pairs = run.read("pairs", shards.pairs, Pair)
+    loaded = datasets.load_dataset(str(run.path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.num_rows == len(pairs)
+    card = (run.path / "README.md").read_text()
+    low = sum(one.level == "low" for one in pairs)
+    assert f"| ornament | low | {len(plan.prompts_of('train'))} | {low} | 4 | 4 | 4 |" in card
+    assert "| fake | other | ornament |" in card
+    judges = run.read_json("judges.json")
+    assert {(one["judge"], one["against"]): one["weighted_kappa"] for one in judges}["fake", "other"] == 1.0
+    before = (run.path / "README.md").stat().st_mtime_ns
+    write_card(plan, run, shards, run_info(plan))
+    assert (run.path / "README.md").stat().st_mtime_ns == before
+
+
+def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:
+    plan, _ = make_run(tmp_path)
+    leaked = plan.prompts_of("held_out")[0].text.upper().strip(".") + "!"
+    for at in range(50):  # whichever of these is in the other split
+        with (tmp_path / "prompts.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"prompt": leaked + "!" * at}))
+    with pytest.raises(UserError, match="has the same words"):
+        make_plan(plan.config)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path)
+    name, units = next(iter(plan_units(plan).items()))
+    path = run.shard("units", name)
+    path.parent.mkdir(parents=True)
+    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); what is finished is kept"):
+        run.write("units", name, units)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_the_death_of_an_engine_is_forgiven_a_bounded_number_of_times(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    for _ in range(MAX_DEATHS):
+        assert attempts.begin("write-x", "on write of shard x") == ""
+    attempts.note("write-x", "EngineDiedError: core dumped")
+    found = attempts.begin("write-x", "on write of shard x")
+    assert (
+        found == "the engine's process died 3 times on write of shard x (the last time: EngineDiedError: core dumped)"
+    )
+    attempts.end("write-x")
+    assert attempts.begin("write-x", "on write of shard x") == ""
+
+
+def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    tally, other = Tally(3), Tally(1)
+    tally.add([Completion(num_prompt_tokens=1000, num_cached_tokens=800, num_tokens=50)])
+    tally.reject("cut off")
+    run.write("units", "a", [], tally.close(2))
+    run.write("units", "b", [], other.close(1))
+    price = PriceConfig(prompt=1, cached=0.1, generated=10)
+    entry = ledger_entry(run, "units", ["a", "b"], price)
+    assert entry["cost"] == pytest.approx((200 * 1 + 800 * 0.1 + 50 * 10) / 1e6)
+    assert (entry["rows_in"], entry["rows_out"], entry["rejected"]) == (4, 3, {"cut off": 1})
+    lines = status_lines({"write": entry | {"engine_seconds": 0.5, "generated_tokens_per_second": 100.0}})
+    assert lines[1].split() == ["write", "4", "3", "1,000", "800", "50", "0.5", "100", "0.00078"]
+    assert lines[2] == "  rejected: 1 cut off"
+
+
+def test_a_missing_key_is_noticed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    endpoint = "judge.endpoint={base_url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}"
+    with pytest.raises(UserError, match="set the environment variable NO_SUCH_KEY"):
+        make_run(tmp_path, endpoint)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHOUT = "{% if shout is defined and shout %}{{ '<|im_start|>LOUD\\n' }}{% endif %}"
-"""In front of the embedded model's template: a template argument that changes the token ids."""
+from cpt_ray.embedded import make as embedded
+
+CHAT_TEMPLATE = "{% if shout is defined and shout %}{{ '<|im_start|>LOUD\\n' }}{% endif %}" + embedded.CHAT_TEMPLATE
+"""The embedded model's, with a template argument that changes the token ids."""
 SENTENCES = [
     "Write in the high manner, please. Write in the low manner, please.",
     "A high answer to the prompt, rich in words and colours.",
@@ -14,15 +16,13 @@ SENTENCES = [
 ]
 
 
-def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0, chat_template: str = "") -> Path:
+def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0, chat_template: str = CHAT_TEMPLATE) -> Path:
     """A 2-layer Qwen3 of random weights with a byte-level BPE tokenizer and a ChatML template, saved in `path`."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from cpt_ray.embedded.make import train_tokenizer
-
-    tokenizer = train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
-    tokenizer.chat_template = chat_template or SHOUT + str(tokenizer.chat_template)
+    tokenizer = embedded.train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
+    tokenizer.chat_template = chat_template
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -1,0 +1,181 @@
+"""The dataset card: README.md of the run directory, which `datasets.load_dataset` reads; and judges.json."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from cpt_ray.agreement import agreement
+from cpt_ray.grading import aggregate
+from cpt_ray.pairing import targets_of
+from cpt_ray.records import CONTROL, Generation, Grade, Pair, content_id
+from cpt_ray.rubric import Rubric
+from cpt_ray.rundir import RunDir
+
+if TYPE_CHECKING:
+    from cpt_ray.synthesis import Plan, Shards
+
+CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
+EXAMPLE_CHARACTERS = 600
+Scores = dict[str, list[tuple[float, float]]]
+"""Rubric id to two graders' scores of the same answers."""
+
+
+class _Survey:
+    """One pass over the tables, a shard of pairs and what it was made of at a time."""
+
+    def __init__(self, plan: Plan, run: RunDir, shards: Shards):
+        self.rubrics, self._how = plan.by_id, plan.config.synthesis.aggregate
+        self.written: Counter[tuple[str, str]] = Counter()
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        self.tokens: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.confusion: Counter[tuple[str, str, str]] = Counter()
+        """(rubric, target, level of the grade or "ungraded")."""
+        self.graders: dict[tuple[str, str], Scores] = defaultdict(lambda: defaultdict(list))
+        """(judge, judge or "measured")."""
+        self.examples: dict[str, Pair] = {}
+        self.words: dict[str, tuple[int, int]] = {}
+        """Per rubric_id of the pairs: words of the chosen and of the rejected answers."""
+        for name, inputs in shards.groups.items():
+            self._answers(
+                run.read("generations", inputs.generations, Generation), run.read("grades", inputs.grades, Grade)
+            )
+            self._pairs(run.read("pairs", [name], Pair))
+
+    def _answers(self, generations: Iterable[Generation], grades: Iterable[Grade]) -> None:
+        verdicts: dict[str, dict[str, list[Grade]]] = defaultdict(lambda: defaultdict(list))
+        for grade in grades:
+            verdicts[grade.unit_id][grade.rubric_id].append(grade)
+        for one in generations:
+            self.written[one.rubric_id, one.level] += 1
+            self.tokens[one.rubric_id, one.level].append(one.num_tokens)
+            rubrics = [self.rubrics[name] for name in one.rubric_id.split("+")]
+            for rubric in rubrics:
+                self._compare(rubric, verdicts[one.unit_id][rubric.id])
+            if one.level != CONTROL:
+                for rubric, level in targets_of(rubrics, one.level):
+                    score = aggregate(rubric, verdicts[one.unit_id][rubric.id], self._how).score
+                    found = "ungraded" if score is None else rubric.nearest_level(score).name
+                    self.confusion[rubric.id, level, found] += 1
+
+    def _compare(self, rubric: Rubric, grades: Sequence[Grade]) -> None:
+        for one, other in itertools.combinations(grades, 2):
+            if one.judged is not None and other.judged is not None:
+                self.graders[one.judge, other.judge][rubric.id].append((one.judged, other.judged))
+        for one in grades:
+            if one.judged is not None and one.measured is not None:
+                self.graders[one.judge, "measured"][rubric.id].append((one.judged, one.measured))
+
+    def _pairs(self, pairs: Iterable[Pair]) -> None:
+        for one in pairs:
+            self.pairs[one.rubric_id, one.level] += 1
+            self.examples.setdefault(one.rubric_id, one)
+            chosen, rejected = (len(text[0].content.split()) for text in (one.chosen, one.rejected))
+            before = self.words.get(one.rubric_id, (0, 0))
+            self.words[one.rubric_id] = before[0] + chosen, before[1] + rejected
+
+    def judges(self) -> list[dict[str, Any]]:
+        """How far the judges agree with each other and with what is measured, per rubric."""
+        return [
+            {"judge": one, "against": other, "rubric": name, **agreement(self.rubrics[name], scores)}
+            for (one, other), by_rubric in self.graders.items()
+            for name, scores in by_rubric.items()
+        ]
+
+
+def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any]) -> None:
+    """Writes the card and judges.json, unless the card is of these very pairs."""
+    path, pairs_hash = run.path / CARD_FILE, content_id(shards.pairs)
+    if path.exists() and pairs_hash in path.read_text(encoding="utf-8"):
+        return
+    survey = _Survey(plan, run, shards)
+    judges = survey.judges()
+    run.write_json(JUDGES_FILE, judges)
+    run.write_text(CARD_FILE, _card(survey, judges, shards, info, pairs_hash))
+
+
+def _card(
+    survey: _Survey, judges: Sequence[Mapping[str, Any]], shards: Shards, info: Mapping[str, Any], pairs_hash: str
+) -> str:
+    configs = [
+        {"config_name": "pairs", "default": True, "data_files": "pairs/*.parquet"},
+        {"config_name": "directives", "data_files": [f"directives/{name}.parquet" for name in shards.directives]},
+    ]
+    head = yaml.safe_dump({"pretty_name": info["name"], "configs": configs}, sort_keys=False, allow_unicode=True)
+    counts = [
+        (rubric, level, written, survey.pairs[rubric, level], *_quantiles(survey.tokens[rubric, level]))
+        for (rubric, level), written in sorted(survey.written.items())
+    ]
+    balance = [(name, *words, words[0] / words[1] if words[1] else None) for name, words in survey.words.items()]
+    agreed = ("n", "same_level", "weighted_kappa", "spearman_rho")
+    lineage = [("seed", info["seed"]), ("pairs", pairs_hash), *_flat(info["models"], "model"), *_flat(info["hashes"])]
+    parts = [
+        f"---\n{head}---\n\n# {info['name']}\n",
+        "Preference pairs for configurable preference tuning: under the directive in `prompt`, `chosen` is the answer "
+        "whose grade confirms what the directive stands for; every pair has a twin with the answers swapped. "
+        "`datasets.load_dataset` takes this folder.\n",
+        "## Answers and pairs\n\nTokens: 10th, 50th and 90th percentile of an answer's length.\n",
+        _table(("rubric", "level", "answers", "pairs (chosen)", "p10", "p50", "p90"), counts),
+        "## Length of chosen against rejected\n",
+        _table(("rubric", "words chosen", "words rejected", "ratio"), balance),
+        "## Grade against target\n\nRows: the level asked for; columns: the level of the grade.\n",
+        *(_confusion(survey, rubric) for rubric in survey.rubrics.values()),
+        "## Judges\n\nThe last column of `judges.json` holds each judge's mean score per level.\n",
+        _table(
+            ("judge", "against", "rubric", *agreed),
+            [(one["judge"], one["against"], one["rubric"], *(one[key] for key in agreed)) for one in judges],
+        ),
+        "## Examples\n",
+        *(_example(one) for one in survey.examples.values()),
+        "## Lineage\n",
+        _table(("what", "hash or name"), lineage),
+    ]
+    return "\n".join(parts)
+
+
+def _quantiles(tokens: Sequence[int]) -> list[int]:
+    return [int(one) for one in np.percentile(tokens, [10, 50, 90])]
+
+
+def _confusion(survey: _Survey, rubric: Rubric) -> str:
+    names = [level.name for level in rubric.levels]
+    found = [*names, "ungraded"]
+    rows = [(name, *(survey.confusion[rubric.id, name, one] for one in found)) for name in names]
+    return _table((rubric.id, *found), rows)
+
+
+def _example(one: Pair) -> str:
+    blocks = [(f"{message.role}", message.content) for message in one.prompt]
+    blocks += [
+        (f"chosen ({one.level})", one.chosen[0].content),
+        (f"rejected ({one.rejected_level})", one.rejected[0].content),
+    ]
+    quoted = (
+        f"**{name}**\n\n" + "\n".join(f"> {line}" for line in text[:EXAMPLE_CHARACTERS].splitlines())
+        for name, text in blocks
+    )
+    return f"### {one.rubric_id}\n\n" + "\n\n".join(quoted) + "\n"
+
+
+def _flat(info: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in info.items():
+        name = f"{prefix} {key}".strip()
+        rows += _flat(value, name) if isinstance(value, Mapping) else [(name, value)]
+    return rows
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([_cell(one) for one in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")

@@ -1,0 +1,161 @@
+"""Synthesis under kill -9, and its tables against those of an undisturbed run: lost, duplicated and differing rows.
+
+python jobs/benchmark_faults.py --kills 30 --seed 0 [--stages write judge] [RUN_FILE [key=value ...]]
+
+Kills are spread evenly over the stages. The victim is the driver (a node and its cluster go with it), the process that
+holds an engine, or the raylet (a node that vanishes under its driver). What ends is started again with the same
+command; a run that is finished is compared, and another begins until there were enough kills. Exit status 1 if any
+table differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+
+TABLES = {
+    "units": ("unit_id",),
+    "directives": ("directive_id",),
+    "generations": ("unit_id",),
+    "grades": ("unit_id", "rubric_id", "judge"),
+    "pairs": ("pair_id",),
+    "rejects": ("stage", "subject_id", "reason", "detail"),
+}
+"""Each table's key: no two rows may share it."""
+STAGES = ("plan", "start", "direct", "write", "judge", "pair")
+ENGINE, NODE = "StepActor", "raylet"
+LIMIT_SECONDS = 300
+
+
+def rows_of(run: Path, table: str) -> dict[tuple[Any, ...], list[str]]:
+    """A table's rows as canonical JSON, by key."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for path in sorted((run / table).glob("*.parquet")):
+        for row in pq.read_table(path).to_pylist():
+            rows.setdefault(tuple(row[key] for key in TABLES[table]), []).append(json.dumps(row, sort_keys=True))
+    return rows
+
+
+def compare(reference: Path, disturbed: Path) -> Counter[str]:
+    """Rows lost, added, duplicated and differing, over all tables."""
+    found: Counter[str] = Counter(lost=0, added=0, duplicated=0, differing=0)
+    for table in TABLES:
+        expected, got = rows_of(reference, table), rows_of(disturbed, table)
+        found["rows"] += len(expected)
+        found["lost"] += len(expected.keys() - got.keys())
+        found["added"] += len(got.keys() - expected.keys())
+        found["duplicated"] += sum(len(rows) - 1 for rows in got.values())
+        found["differing"] += sum(expected[key] != got[key] for key in expected.keys() & got.keys())
+    return found
+
+
+def started(command: list[str], run: Path) -> subprocess.Popen[bytes]:
+    """The synthesis of one run directory."""
+    log = (run.parent / f"{run.name}.log").open("ab")
+    return subprocess.Popen([*command, f"run_dir={run}"], stdout=log, stderr=subprocess.STDOUT)
+
+
+def reached(run: Path, stage: str) -> bool:
+    """Whether the stage is at work just now."""
+    if stage in ("plan", "pair"):
+        table = {"plan": "units", "pair": "pairs"}[stage]
+        return any((run / table).glob("*.parquet"))
+    return any((run / "attempts").glob(f"{stage}-*"))
+
+
+def victims(driver: psutil.Process, stage: str, rng: random.Random) -> Iterator[psutil.Process]:
+    """What to kill, best first."""
+    kind = "driver" if stage in ("plan", "pair") else rng.choice(("driver", ENGINE, NODE))
+    children = driver.children(recursive=True)
+    if kind != "driver":
+        yield from (one for one in children if kind in " ".join(one.cmdline()) or kind == one.name())
+    yield driver
+
+
+def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random.Random) -> str:
+    """Kills something of the process while it is at the stage; what it was, or "" if the stage did not come."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not reached(run, stage):
+        if process.poll() is not None or time.monotonic() > deadline:
+            return ""
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.3) if stage in ("start", "write", "judge") else 0)
+    try:
+        driver = psutil.Process(process.pid)
+        victim = next(victims(driver, stage, rng))
+        kind = "driver" if victim.pid == process.pid else ENGINE if NODE not in victim.name() else NODE
+        victim.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:
+        return ""
+    if kind != ENGINE:
+        try:
+            process.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise SystemExit(f"the driver outlived its {kind} by {LIMIT_SECONDS} s") from None
+    return kind
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("run_file", nargs="?", default="jobs/embedded.yaml")
+    parser.add_argument("overrides", nargs="*", default=[])
+    options = parser.parse_args()
+    small = ["prompts.limit=60", "synthesis.shard_rows=25", "writer.num_actors=1"]
+    overrides = options.overrides or small
+    command = [sys.executable, "-m", "cpt_ray", "synthesize", options.run_file, *overrides]
+    rng, total, kinds = random.Random(options.seed), Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        start = time.monotonic()
+        reference = Path(folder) / "reference"
+        if started(command, reference).wait(LIMIT_SECONDS):
+            raise SystemExit((Path(folder) / "reference.log").read_text())
+        undisturbed = time.monotonic() - start
+        print(f"undisturbed run: {undisturbed:.0f} s", flush=True)
+        left, runs = options.kills, 0
+        while left:
+            run, runs = Path(folder) / f"run-{runs}", runs + 1
+            stages = [stage for stage in options.stages for _ in range(2)]
+            while True:
+                process = started(command, run)
+                while left and stages:
+                    stage = stages.pop(0)
+                    if kind := disturb(process, run, stage, rng):
+                        left -= 1
+                        kinds[f"{kind} at {stage}"] += 1
+                        print(f"kill -9 of the {kind} at {stage}; {left} left", flush=True)
+                    if process.poll() is not None:
+                        break
+                if process.wait(LIMIT_SECONDS) == 0:
+                    break
+                if not (left and stages) and process.returncode != -signal.SIGKILL:
+                    print(f"ended with {process.returncode}; the same command again", flush=True)
+            found = compare(reference, run)
+            total += found
+            print(f"run {runs}: {dict(found)}", flush=True)
+    print("kills:", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    wrong = {key: total[key] for key in ("lost", "added", "duplicated", "differing")}
+    print(f"{sum(kinds.values())} kills, {total['rows']} rows compared: {wrong}")
+    return 1 if any(wrong.values()) else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

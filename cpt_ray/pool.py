@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from cpt_ray.errors import UserError
 from cpt_ray.rundir import RunDir
 
 Counts = dict[str, float]
+OpenEngine = Callable[[ModelConfig], Any]
+"""Makes what a step's first argument is: an `Engine` unless said otherwise."""
 
 
 class Step(Protocol):
@@ -63,10 +65,10 @@ class StepActor:
     A failure travels as a row: Ray Data would keep only the text of a stack trace, and try again for ever.
     """
 
-    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]]):
+    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], open_engine: OpenEngine):
         self._run, self._steps, self._error = run, steps, ""
         try:
-            self._engine = VllmEngine(model)
+            self._engine = open_engine(model)
         except Exception as error:
             self._error = _one_line(error)
 
@@ -97,7 +99,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
 
 
-def run_lines(run: RunDir, lines: Sequence[Line]) -> None:
+def run_lines(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine = VllmEngine) -> None:
     """Brings every shard of every line through its steps; steps that can share an engine share one pool.
 
     A pool's actors, and their GPUs, are gone before the next pool's start.
@@ -106,7 +108,7 @@ def run_lines(run: RunDir, lines: Sequence[Line]) -> None:
     while left:
         key = left[0].steps[0].model.engine_key
         now = [Line(line.shards, _leading(line.steps, key)) for line in left]
-        _run_pool(run, now)
+        _run_pool(run, now, open_engine)
         left = [
             Line([_final_name(done.steps, shard) for shard in line.shards], line.steps[len(done.steps) :])
             for line, done in zip(left, now, strict=True)
@@ -124,7 +126,7 @@ def _final_name(steps: Sequence[Step], shard: str) -> str:
     return shard
 
 
-def _run_pool(run: RunDir, lines: Sequence[Line]) -> None:
+def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine) -> None:
     todo = [
         {"line": at, "shard": shard}
         for at, line in enumerate(lines)
@@ -139,7 +141,7 @@ def _run_pool(run: RunDir, lines: Sequence[Line]) -> None:
     title = "+".join(dict.fromkeys(step.stage for line in steps for step in line))
     with progress(title, total, "shards") as advance:
         advance(0, f"starting {_pool_text(model)}")
-        for _ in _map_shards(run, model, steps, todo):
+        for _ in _map_shards(run, model, steps, todo, open_engine):
             advance(1, "")
 
 
@@ -157,7 +159,11 @@ def _pool_text(model: ModelConfig) -> str:
 
 
 def _map_shards(
-    run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], todo: list[dict[str, Any]]
+    run: RunDir,
+    model: ModelConfig,
+    steps: Sequence[Sequence[Step]],
+    todo: list[dict[str, Any]],
+    open_engine: OpenEngine,
 ) -> Iterable[Any]:
     """Yields once per finished shard; UserError with the cause if one fails."""
     import ray.data
@@ -166,7 +172,7 @@ def _map_shards(
     size = (min(size[0], len(todo)), min(size[1], len(todo)))
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
-        fn_constructor_args=(run, model, steps),
+        fn_constructor_args=(run, model, steps, open_engine),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1]),
         num_cpus=model.num_cpus,

@@ -27,6 +27,7 @@ from cpt_ray.records import (
     Generation,
     Grade,
     Pair,
+    ReferenceLogProb,
     Reject,
     Trial,
     Unit,
@@ -42,6 +43,7 @@ TABLES: dict[str, type[Any]] = {
     "grades": Grade,
     "pairs": Pair,
     "rejects": Reject,
+    "reference": ReferenceLogProb,
     "evaluation_answers": Trial,
     "evaluation": Trial,
 }
@@ -110,6 +112,10 @@ class RunDir:
         """The rows of the named shards, in order; `record` is the table's class."""
         assert TABLES[table] is record
         return [row for name in names for row in read_records(self.shard(table, name), record)]
+
+    def names(self, table: str, prefix: str) -> list[str]:
+        """The table's complete shards of one prefix, sorted."""
+        return sorted(path.stem for path in (self.path / table).glob(f"{prefix}*.parquet"))
 
     def prune(self, table: str, keep: Iterable[str], prefix: str = "") -> None:
         """Removes the shards (of one prefix) of a cheap table that the present settings no longer name."""

@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
-     "configuration", "frontend", "scoring", "report", "console"},
+     "configuration", "frontend", "scoring", "report", "console", "rows", "publishing"},
     {"engine", "cluster", "grid"},
-    {"pool", "synthesis", "training", "evaluation", "serving"},
+    {"pool", "synthesis", "reference", "training", "evaluation", "serving"},
     {"cli", "__main__"},
 ]  # fmt: skip
 

@@ -77,6 +77,8 @@ class Tokeniser:
         """Ids of a conversation that waits for its answer; UserError if the template loses the directive."""
 
         def render() -> list[int]:
+            if not self._tokenizer.chat_template:
+                raise UserError("policy: its tokenizer has no chat template; use an instruction-tuned model")
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **self._kwargs
             )

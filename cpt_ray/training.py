@@ -70,6 +70,7 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
     rows = make_rows(kept, settings.micro_batch_size)
     num_steps = steps_per_epoch(len(kept), settings.batch_size)
     _check_workers(settings, len(rows), num_steps)
+    _check_room(settings)
     whole = add_reference(config, run, rows + make_rows(held_out, settings.micro_batch_size))
     job = Job(
         config,
@@ -121,8 +122,6 @@ def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
         raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {_first_line(error)}") from None
-    if not tokenizer.chat_template:
-        raise UserError(f"policy.model: {config.policy.model!r} has no chat template; use an instruction-tuned model")
     if config.train.lora:
         _check_lora(config.train.lora, model_config)
     for name in config.train.report_to:
@@ -185,7 +184,6 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
     from ray.train.torch import TorchTrainer
 
     settings = job.config.train
-    _check_room(settings)
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": job},

@@ -119,7 +119,7 @@ def test_a_model_is_pushed_to_a_private_repository_of_the_hub_by_who_may(run_fil
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     if token == "hf_test":
         assert done.returncode == 0, done.stderr
-        assert [(one["name"], one["private"]) for one in hub.made] == [("name", True)]
+        assert [(one["name"], one["visibility"]) for one in hub.made] == [("name", "private")]
         assert hub.files == {
             "config.json": b"model/config.json",
             "README.md": b"model/README.md",

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
 from cpt_ray.errors import UserError
@@ -321,6 +322,25 @@ def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(clus
     assert not run.adapter.exists()
 
 
+def test_a_preference_set_trains_alone_and_again_at_once(cluster: Path, policy: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Tell me {at}:", "chosen": f" the sea and {at}", "rejected": " the town"} for at in range(24)]
+    (tmp_path / "set.jsonl").write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
+    settings = {"num_workers": 1, "batch_size": 8, "dtype": "float32", "learning_rate": 1e-2, "lora": None}
+    settings |= {"loss": {"ipo": 1.0, "sft": 0.1}, "resources_per_worker": {"CPU": 1}}
+    config = {"name": "alone", "run_dir": str(tmp_path / "run"), "preferences": {"source": str(tmp_path / "set.jsonl")}}
+    config |= {"policy": {"model": str(policy)}, "train": settings}
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    made = json.loads((tmp_path / "run" / "model" / "cpt_ray.json").read_text(encoding="utf-8"))["summary"]
+    assert (made["pairs"], made["steps"]) == (22, 2)
+    assert "twin_accuracy" not in made["held_out"][-1]
+    assert f"`{tmp_path}/set.jsonl`" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    mark = (tmp_path / "run" / "model" / "cpt_ray.json").stat().st_mtime_ns
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert (tmp_path / "run" / "model" / "cpt_ray.json").stat().st_mtime_ns == mark
+    assert main(["evaluate", str(tmp_path / "run.yaml")]) == 1
+
+
 # ---------------------------------------------------------------- before a training
 
 
@@ -387,7 +407,7 @@ def test_a_template_that_would_lose_the_directive_is_refused(
         (None, {"lora": {"r": 1024}}, "adapters of rank 512 at most"),
         (None, {"report_to": ["wandb"]}, "wandb is not installed"),
         (None, {"num_workers": 7, "batch_size": 14}, "7 workers need 7 CPU, this machine gives Ray"),
-        (None, {"num_workers": 9}, "9 workers share 8 prompts per step of 8 pairs"),
+        (None, {"num_workers": 11}, "11 workers share 9 prompts per step of 8 pairs"),
         (None, {"max_length": 30}, "none of 42 pairs is left within 30 tokens"),
     ],
 )

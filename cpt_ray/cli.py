@@ -1,6 +1,7 @@
 """The command line: `cpt check PATH...`, `cpt status RUN`, `cpt synthesize|train|... RUN_FILE [key=value ...]`.
 
-`cpt keys add|list|revoke RUN_FILE [NAME]` manages who may use the server.
+`cpt keys add|list|revoke RUN_FILE [NAME]` manages who may use the server;
+`cpt push RUN_FILE TARGET` publishes the model.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cpt_ray.cluster import connected
-from cpt_ray.config import RunConfig, load_config
+from cpt_ray.config import PreferenceRunConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.publishing import push
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import RunDir
@@ -43,8 +45,21 @@ def _finished_shards(plan: Plan, run: RunDir) -> Shards:
 
 def _train_key(plan: Plan, shards: Shards) -> str:
     """Hash of all that the tuned model depends on; where it is trained is not part of it."""
-    settings = plan.config.train.model_dump(exclude={"use_gpu", "resources_per_worker", "save_steps", "max_failures"})
-    return content_id(shards.pairs, settings, plan.config.policy.answer_key, plan.config.seed)
+    return content_id(shards.pairs, _settings(plan.config.train), plan.config.policy.answer_key, plan.config.seed)
+
+
+def _settings(train: TrainConfig) -> dict[str, object]:
+    """Those that change what is learned: not where it is done, nor where it is kept."""
+    places = {
+        "num_workers",
+        "use_gpu",
+        "resources_per_worker",
+        "save_steps",
+        "max_failures",
+        "checkpoints",
+        "report_to",
+    }
+    return train.model_dump(exclude=places)
 
 
 def do_synthesize(plan: Plan, run: RunDir) -> None:
@@ -129,6 +144,22 @@ def status(path: Path) -> None:
     say("\n".join(status_lines(ledger)) or "nothing is done yet")
 
 
+def train_alone(config: PreferenceRunConfig, verbose: bool = False) -> None:
+    """A model from any preference set, on the cluster this process belongs to."""
+    from cpt_ray.training import train
+
+    source = config.preferences.source
+    path, run = Path(source), RunDir(Path(config.run_dir).absolute())
+    data = file_fingerprint(path) if path.is_file() else source
+    key = content_id(
+        data, config.preferences.data_split, _settings(config.train), config.policy.answer_key, config.seed
+    )
+    with run.locked():
+        run.write_run({"config": config.model_dump(mode="json"), "preferences": data})
+        with connected(verbose, run.path / "ray.log"):
+            train(config, run, (), key)
+
+
 def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
@@ -162,10 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("paths", nargs="+", metavar="PATH", help="a rubric file or a folder of them")
     one = commands.add_parser("status", help="what a run has done so far and what it cost")
     one.add_argument("run", metavar="RUN", help="the directory of a run")
-    helps = {name: text for name, (_, text) in STAGES.items()} | {"serve": "serve the tuned model"}
+    helps = {name: text for name, (_, text) in STAGES.items()} | {
+        "serve": "serve the tuned model",
+        "push": "take the tuned model to a folder or to the Hugging Face Hub",
+    }
     for name, text in helps.items():
         one = commands.add_parser(name, help=text)
         one.add_argument("run_file", metavar="RUN_FILE")
+        if name == "push":
+            one.add_argument("target", metavar="TARGET", help="an empty folder, or hf://OWNER/NAME")
         one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
         one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")
         if name == "serve":
@@ -196,6 +232,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "status":
             status(Path(arguments.run))
             return 0
+        if arguments.command in ("train", "push"):
+            some = load_any_config(Path(arguments.run_file), arguments.overrides)
+            if arguments.command == "push":
+                push(RunDir(Path(some.run_dir)), arguments.target)
+                return 0
+            if isinstance(some, PreferenceRunConfig):
+                train_alone(some, arguments.verbose)
+                return 0
         config = load_config(Path(arguments.run_file), arguments.overrides)
         if arguments.command == "serve":
             serve(config, arguments.verbose, arguments.insecure)

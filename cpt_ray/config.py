@@ -117,7 +117,7 @@ class ModelConfig(_Section):
             return content_id(self.model, self.endpoint.base_url, self.endpoint.extra_body)
         if not folder.is_dir():
             return self.model
-        return content_id([[one.name, _fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
+        return content_id([[one.name, file_fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
 
     @property
     def answer_key(self) -> str:
@@ -153,7 +153,7 @@ class JudgeConfig(ModelConfig):
         return content_id(super().answer_key, self.mode, self.votes)
 
 
-def _fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     """Hash of a file's size and its first and last MiB: weights are told apart without reading all of them."""
     size, part = path.stat().st_size, 1 << 20
     with path.open("rb") as file:
@@ -197,32 +197,49 @@ class LoraConfig(_Section):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
+Loss = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
+
+
 class TrainConfig(_Section):
     """DPO."""
 
-    num_workers: Positive = 2
+    num_workers: Positive | tuple[Positive, Positive] = 2
+    """[min, max] goes on with fewer workers when nodes are lost and with more when they come."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] | None = None
+    loss: Annotated[dict[Loss, float], Field(min_length=1)] = {"sigmoid": 1.0}
+    """Weights of TRL's losses of these names."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     epochs: Annotated[float, Field(gt=0)] = 1
     batch_size: Positive = 32
-    """Pairs per optimizer step over all workers."""
+    """Pairs per optimizer step over all workers, on average."""
     micro_batch_size: Positive = 4
-    """Pairs per worker and forward pass; the rest is gradient accumulation."""
+    """Pairs per worker and forward pass, at most; the rest is gradient accumulation."""
     max_length: Positive = 2048
     """Tokens of prompt plus answer; a longer pair is rejected, never cut."""
     max_pairs: Positive | None = None
     """Train on at most this many pairs, twins kept together, chosen by hash."""
+    held_out: Annotated[int, Field(ge=0)] = 200
+    """Pairs (of whole prompts, a tenth at most) that are not trained on: metrics are measured on them."""
     lora: LoraConfig | None = LoraConfig()
     """None tunes all weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     save_steps: Positive = 50
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints; what is held out is measured as often."""
+    checkpoints: str | None = None
+    """Where checkpoints are kept, a folder or a URI (s3://, gs://, hdfs://); in the run directory unless given."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a died worker group is started again from the last checkpoint."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where loss and metrics go; TensorBoard's files are in the run directory."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
 
 class EvaluateConfig(_Section):
@@ -258,13 +275,42 @@ class ServeConfig(_Section):
     """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
 
 
-class RunConfig(_Section):
-    """One run of the whole loop."""
+class TuneConfig(_Section):
+    """What tuning a policy needs, on whichever pairs."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     run_dir: str = ""
     """Where all of it is written; "runs/<name>" unless given. On a cluster: a folder every node sees."""
     seed: int = 0
+    policy: ModelConfig
+    """The model that is tuned, evaluated and served; its untuned form is the reference."""
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_run_dir(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("run_dir") and isinstance(data.get("name"), str):
+            return {**data, "run_dir": f"runs/{data['name']}"}
+        return data
+
+
+class PreferencesConfig(_Section):
+    """A preference set in TRL's format: prompt, chosen, rejected, as text or as messages."""
+
+    source: str
+    """A .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face data set."""
+    data_split: str = "train"
+
+
+class PreferenceRunConfig(TuneConfig):
+    """`cpt train` alone, on any preference set."""
+
+    preferences: PreferencesConfig
+
+
+class RunConfig(TuneConfig):
+    """One run of the whole loop."""
+
     rubrics: Annotated[tuple[str, ...], Field(min_length=1)]
     """Rubric files, or folders of them."""
     prompts: PromptsConfig
@@ -275,10 +321,7 @@ class RunConfig(_Section):
     """Likewise."""
     judges: tuple[JudgeConfig, ...] = ()
     """More judges, whose grades of the written answers count beside the judge's (synthesis.aggregate)."""
-    policy: ModelConfig
-    """The model that is tuned, evaluated and served; its untuned form is the reference."""
     synthesis: SynthesisConfig = SynthesisConfig()
-    train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
 
@@ -291,23 +334,12 @@ class RunConfig(_Section):
                 given = data.get(role) or {}
                 if isinstance(given, dict) and "model" not in given and isinstance(data.get("writer"), dict):
                     data[role] = data["writer"] | given
-            if not data.get("run_dir") and isinstance(data.get("name"), str):
-                data["run_dir"] = f"runs/{data['name']}"
         return data
 
     @model_validator(mode="after")
     def _only_an_engine_is_tuned(self) -> Self:
         if self.policy.endpoint:
             raise ValueError("policy.endpoint: the policy is tuned and served here; give a model with weights")
-        return self
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        step = self.train.num_workers * self.train.micro_batch_size
-        if self.train.batch_size % step:
-            raise ValueError(
-                f"train.batch_size: {self.train.batch_size}; num_workers x micro_batch_size = {step} must divide it"
-            )
         return self
 
     @property
@@ -318,13 +350,22 @@ class RunConfig(_Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file with its overrides; UserError with a line per problem."""
+    config = load_any_config(path, overrides)
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{path}: a run file with `preferences` can be trained and pushed only; give rubrics instead")
+    return config
+
+
+def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | PreferenceRunConfig:
+    """The run file of a whole loop or, if it names `preferences`, of a training alone."""
     data = read_yaml(path)
     for override in overrides:
         _apply(data, override)
+    kind: type[RunConfig | PreferenceRunConfig] = PreferenceRunConfig if "preferences" in data else RunConfig
     try:
-        config = RunConfig.model_validate(data)
+        config = kind.model_validate(data)
     except ValidationError as error:
-        lines = validation_lines(error, RunConfig)
+        lines = validation_lines(error, kind)
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
         raise UserError("\n".join(f"{path}: {line}" for line in lines if not line.startswith(copies))) from None
     if os.environ.get("RAY_JOB_ID") and not os.path.isabs(config.run_dir):

@@ -1,31 +1,32 @@
-"""DPO on whole cells: each distinct (directive, answer) is run once, and its prompt once per directive.
+"""DPO on rows of cells: each distinct (directive, answer) is run once, and its prompt once per directive.
 
 TRL's trainer sees 2K(K-1) sequences in the K(K-1) ordered pairs of a cell's K answers; only K^2 of them differ, and
-they have only K different prompts. `GridTrainer` is TRL's `DPOTrainer` with another batch: a batch is some cells, laid
-out without padding as all their prompts followed by all their answers. Linear layers and the LM head see each token
-once; `grid_attention` gives every answer its own prompt and nothing of the other answers. The per-token
-log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss` does the rest, so every loss type,
-weight and metric is TRL's.
+they have only K different prompts. `GridTrainer` is TRL's `DPOTrainer` with another batch: a batch is some rows
+(`cpt_ray/rows.py`), laid out without padding as all their prompts followed by all their answers. Linear layers and the
+LM head see each token once; `grid_attention` gives every answer its own prompt and nothing of the other answers. The
+per-token log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss` does the rest, so every
+loss type, weight and metric is TRL's.
 
 A prompt's last token predicts the first token of each of its answers. It is therefore not run with the prompt but
 once in front of every answer, so that each position of an answer's segment has exactly one label.
 
-    GridTrainer(model=..., args=DPOConfig(...), train_dataset=pairs_with_cell_id, peft_config=...).train()
+    GridTrainer(model=..., args=DPOConfig(...), train_dataset=rows, step_pairs=32, peft_config=...).train()
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,9 +34,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl import DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, use_adapter
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from cpt_ray.records import content_id
+from cpt_ray.rows import Row, held_out_metrics, steps_per_epoch
 
 ATTENTION = "cpt_grid"
 """The name that `grid_attention` has in transformers."""
@@ -48,85 +49,11 @@ UNMEASURED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejecte
 """TRL's metrics that need more than the labels' log-probabilities; logged with `token_metrics=True` only."""
 
 
-class Cell(TypedDict):
-    """One training example: the distinct sequences of some pairs, and the pairs as indices into them."""
-
-    prompts: list[list[int]]
-    """Token ids of each distinct prompt (directive and user message)."""
-    answers: list[list[int]]
-    """Token ids of each distinct (prompt, answer)'s answer."""
-    owner: list[int]
-    """For each answer, the index of its prompt."""
-    chosen: list[int]
-    """For each pair, the index of its chosen answer."""
-    rejected: list[int]
-    ref_logps: list[float]
-    """For each answer, the reference model's log-probability; empty until it is known."""
-    length: int
-    """Tokens that are run for this cell."""
+# ---------------------------------------------------------------- from rows to a batch
 
 
-# ---------------------------------------------------------------- from pairs to cells
-
-
-def make_cells(pairs: Sequence[Mapping[str, Any]], max_length: int | None) -> list[Cell]:
-    """Tokenised pairs (prompt_ids, chosen_ids, rejected_ids) grouped by `cell_id`; without it each is its own cell.
-
-    Sequences are cut at `max_length` tokens as TRL's collator does (`keep_start`).
-    """
-    groups: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for at, pair in enumerate(pairs):
-        groups[pair.get("cell_id", at)].append(pair)
-    return [_make_cell(group, max_length) for group in groups.values()]
-
-
-def _make_cell(pairs: Sequence[Mapping[str, Any]], max_length: int | None) -> Cell:
-    prompts: dict[tuple[int, ...], int] = {}
-    answers: dict[tuple[int, tuple[int, ...]], int] = {}
-    indices: dict[str, list[int]] = {"chosen": [], "rejected": []}
-    for pair in pairs:
-        prompt = tuple(pair["prompt_ids"])
-        if not prompt:
-            raise ValueError("a pair has an empty prompt: nothing predicts the first token of its answers")
-        owner = prompts.setdefault(prompt, len(prompts))
-        for name, found in indices.items():
-            answer = tuple(pair[f"{name}_ids"])[: None if max_length is None else max_length - len(prompt)]
-            found.append(answers.setdefault((owner, answer), len(answers)))
-    return Cell(
-        prompts=[list(one) for one in prompts],
-        answers=[list(one) for _, one in answers],
-        owner=[owner for owner, _ in answers],
-        chosen=indices["chosen"],
-        rejected=indices["rejected"],
-        ref_logps=[],
-        length=sum(len(one) - 1 for one in prompts) + sum(len(one) for _, one in answers),
-    )
-
-
-def sequence_id(prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """The key of a (directive, answer) in a table of reference log-probabilities: the hash of its token ids."""
-    return content_id(list(prompt), list(answer))
-
-
-def sequence_ids(cell: Cell) -> list[str]:
-    """`sequence_id` of each answer of a cell."""
-    owners = (cell["prompts"][owner] for owner in cell["owner"])
-    return [sequence_id(prompt, answer) for prompt, answer in zip(owners, cell["answers"], strict=True)]
-
-
-def _without(cell: Cell, known: set[str]) -> Cell:
-    """The cell without its known answers, and without pairs, for the reference pass; adds its answers to `known`."""
-    new = {one: at for at, one in enumerate(sequence_ids(cell)) if one not in known}
-    known.update(new)
-    left = list(new.values())
-    return cell | {"answers": [cell["answers"][at] for at in left], "owner": [cell["owner"][at] for at in left]}
-
-
-# ---------------------------------------------------------------- from cells to a batch
-
-
-def collate(cells: Sequence[Cell], share_prompts: bool = True, max_padding: float = 0.1) -> dict[str, Any]:
-    """Cells as one sequence without padding: T tokens, N of them in S answers under R prompts, Q pairs.
+def collate(rows: Sequence[Row], share_prompts: bool = True, max_padding: float = 0.1) -> dict[str, Any]:
+    """Rows as one sequence without padding: T tokens, N of them in S answers under R prompts, Q pairs.
 
     Args:
         max_padding: answers are run together in attention if none is shorter than the longest by more than this share
@@ -139,13 +66,16 @@ def collate(cells: Sequence[Cell], share_prompts: bool = True, max_padding: floa
         label_slots: [N], where a label's log-probability belongs in [S, longest answer], flattened.
         answer_lengths: [S]. chosen, rejected: [Q], indices of answers. ref_logps: [S], if known.
     """
-    prompts, answers, owner = _flatten(cells, share_prompts)
+    sizes, answers = [len(one["answers"]) for one in rows], [answer for one in rows for answer in one["answers"]]
+    prompts, owner = [one["prompt"] for one in rows], [at for at, size in enumerate(sizes) for _ in range(size)]
+    if not share_prompts:
+        prompts, owner = [prompts[at] for at in owner], list(range(len(owner)))
     heads = [torch.tensor(one[:-1], dtype=torch.long) for one in prompts]
     segments = [torch.tensor([prompts[at][-1], *one[:-1]]) for at, one in zip(owner, answers, strict=True)]
     head_lengths, lengths = torch.tensor([len(one) for one in heads]), torch.tensor([len(one) for one in answers])
     starts = [torch.arange(len(one)) for one in heads]
     starts += [torch.arange(len(one)) + head_lengths[at] for at, one in zip(owner, answers, strict=True)]
-    shifts = torch.tensor([0, *(len(one["answers"]) for one in cells)]).cumsum(0).tolist()
+    shifts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     batch = {
         "input_ids": torch.cat(heads + segments)[None],
         "position_ids": torch.cat(starts)[None],
@@ -155,10 +85,10 @@ def collate(cells: Sequence[Cell], share_prompts: bool = True, max_padding: floa
         "answer_lengths": lengths,
     }
     for name in ("chosen", "rejected"):
-        found = [at + shift for one, shift in zip(cells, shifts, strict=False) for at in one[name]]
+        found = [at + shift for one, shift in zip(rows, shifts, strict=False) for at in one[name]]
         batch[name] = torch.tensor(found, dtype=torch.long)
-    if all(one["ref_logps"] for one in cells):
-        batch["ref_logps"] = torch.tensor([one for cell in cells for one in cell["ref_logps"]])
+    if all(one["ref_logps"] for one in rows):
+        batch["ref_logps"] = torch.tensor([one for row in rows for one in row["ref_logps"]])
     return batch
 
 
@@ -200,41 +130,78 @@ def _runs(lengths: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, to
     return (at + starts[:, None]).masked_fill(~inside, 0), inside
 
 
-def _flatten(cells: Sequence[Cell], share_prompts: bool) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Prompts, answers and owners over all cells; without sharing, each answer has a prompt of its own."""
-    prompts: list[list[int]] = []
-    answers: list[list[int]] = []
-    owner: list[int] = []
-    for cell in cells:
-        if share_prompts:
-            owner += [at + len(prompts) for at in cell["owner"]]
-            prompts += cell["prompts"]
-        else:
-            owner += range(len(prompts), len(prompts) + len(cell["owner"]))
-            prompts += [cell["prompts"][at] for at in cell["owner"]]
-        answers += cell["answers"]
-    return prompts, answers, owner
+# ---------------------------------------------------------------- from rows to steps
 
 
-class StepSampler(torch.utils.data.Sampler[int]):
-    """A new random order per epoch, sorted by length within each optimizer step.
+@dataclass(frozen=True)
+class StepPlan:
+    """How many rows go where: `num_steps` optimizer steps of an epoch, whatever the number of workers."""
 
-    Cells that run together or at the same time on several workers are thus of like lengths, while the cells of a step
-    are as random as TRL's, and the same whatever the number of workers and after a restart.
+    num_rows: int
+    num_steps: int
+    num_batches: int
+    """Batches per step and worker."""
+
+    @classmethod
+    def make(cls, num_pairs: Sequence[int], step_pairs: int, batch_pairs: int, num_workers: int) -> StepPlan:
+        """`num_pairs` of each row; about `step_pairs` in a step of all workers, at most `batch_pairs` in a batch."""
+        num_rows, num_steps = len(num_pairs), steps_per_epoch(sum(num_pairs), step_pairs)
+        if num_rows // num_steps < num_workers:
+            raise ValueError(
+                f"{num_rows} rows in {num_steps} steps are too few for {num_workers} workers: fewer workers or a "
+                "larger batch size"
+            )
+        batch_rows = max(1, batch_pairs // max(num_pairs))
+        wanted = math.ceil(math.ceil(num_rows / num_steps) / (num_workers * batch_rows))
+        return cls(num_rows, num_steps, min(wanted, num_rows // num_steps // num_workers))
+
+
+class StepBatches(torch.utils.data.Sampler[list[int]]):
+    """One worker's batches: a new random order of rows per epoch, cut into steps, each dealt out like cards.
+
+    Within a step, rows are dealt in the order of their lengths, so that batches which run at the same time are of
+    like sizes. What is in a step depends on seed and epoch alone: not on the number of workers, nor on restarts.
     """
 
-    def __init__(self, lengths: Sequence[int], step: int, seed: int, epoch: Callable[[], int]):
-        """`step` is the number of cells in one optimizer step of all workers."""
-        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, epoch
+    def __init__(
+        self, lengths: Sequence[int], plan: StepPlan, rank: int, num_workers: int, seed: int, epoch: Callable[[], int]
+    ):
+        self.lengths, self.plan, self.rank, self.num_workers = lengths, plan, rank, num_workers
+        self.seed, self.epoch = seed, epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.plan.num_steps * self.plan.num_batches
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         random = torch.Generator().manual_seed(self.seed + self.epoch())
-        order: list[int] = torch.randperm(len(self.lengths), generator=random).tolist()
-        for start in range(0, len(order), self.step):
-            yield from sorted(order[start : start + self.step], key=lambda at: self.lengths[at])
+        order: list[int] = torch.randperm(self.plan.num_rows, generator=random).tolist()
+        size = self.plan.num_batches * self.num_workers
+        for step in range(self.plan.num_steps):
+            cut = [at * self.plan.num_rows // self.plan.num_steps for at in (step, step + 1)]
+            hands: list[list[int]] = [[] for _ in range(size)]
+            for at, row in enumerate(sorted(order[slice(*cut)], key=lambda row: (-self.lengths[row], row))):
+                turn, place = divmod(at, size)
+                hands[place if turn % 2 == 0 else size - 1 - place].append(row)
+            yield from hands[self.rank :: self.num_workers]
+
+
+def length_batches(rows: Sequence[Row], batch_pairs: int) -> list[list[int]]:
+    """Indices of rows in batches of at most `batch_pairs` pairs (or one row), those of like lengths together."""
+    order = sorted(range(len(rows)), key=lambda at: _num_tokens(rows[at]))
+    batches: list[list[int]] = []
+    room = 0
+    for at in order:
+        size = len(rows[at]["chosen"])
+        if size > room:
+            batches.append([])
+            room = batch_pairs
+        batches[-1].append(at)
+        room -= size
+    return batches
+
+
+def _num_tokens(row: Row) -> int:
+    return len(row["prompt"]) - 1 + sum(len(one) for one in row["answers"])
 
 
 # ---------------------------------------------------------------- the model's part
@@ -261,7 +228,7 @@ def grid_attention(
     """
     if grid is None:
         if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:  # the mask of `run_grid`
-            raise ValueError(f"{type(module).__name__} is not given the layout of cells: this model is not supported")
+            raise ValueError(f"{type(module).__name__} is not given the layout of rows: this model is not supported")
         extra = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
         out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **extra)
         return out
@@ -332,11 +299,11 @@ def _keep_answers(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -
 
 
 def prepare_model(model: Any, outputs: tuple[str, ...]) -> None:
-    """Gives a causal LM cells' attention and a fused head for answers only, that computes no more than `outputs`."""
+    """Gives a causal LM rows' attention and a fused head for answers only, that computes no more than `outputs`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     others = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
     if others:
-        raise ValueError(f"layers of type {', '.join(sorted(others))} cannot keep a cell's answers apart")
+        raise ValueError(f"layers of type {', '.join(sorted(others))} cannot keep a row's answers apart")
     base.set_attn_implementation(ATTENTION)
     base.base_model.register_forward_hook(_keep_answers, with_kwargs=True)
     add_fused_lm_head(base, outputs=outputs)
@@ -383,6 +350,18 @@ def run_grid(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
+@torch.no_grad()
+def answer_logps(model: Any, rows: Sequence[Row], batch_pairs: int) -> list[list[float]]:
+    """For each row, the log-probability (nats) of each of its answers under a model that was prepared."""
+    found: list[list[float]] = [[] for _ in rows]
+    for batch in length_batches(rows, batch_pairs):
+        inputs = collate([rows[at] for at in batch], max_padding=MAX_PADDING.get(model.device.type, 0.5))
+        logps = run_grid(model, send_to_device(inputs, model.device))["log_probs"].sum(1).tolist()
+        for at in batch:
+            found[at], logps = logps[: len(rows[at]["answers"])], logps[len(rows[at]["answers"]) :]
+    return found
+
+
 # ---------------------------------------------------------------- the trainer
 
 
@@ -399,15 +378,15 @@ class _Alone:
 
 
 class GridTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's `DPOTrainer` whose examples are cells.
+    """TRL's `DPOTrainer` whose examples are rows with their reference log-probabilities.
 
-    A data set has TRL's preference columns and, to form cells, `cell_id`. Batch sizes count cells. A step's loss is
-    TRL's on all pairs of that step at once, whatever the micro-batches and workers: each micro-batch is weighted by
-    its share of the step's pairs (`sft`: of its chosen tokens, over which TRL averages).
+    A step's loss is TRL's on all pairs of that step at once, whatever the batches and workers: each batch is weighted
+    by its share of the step's pairs (`sft`: of its chosen tokens, over which TRL averages). The gradient accumulation
+    follows from `step_pairs` and the number of workers; `per_device_train_batch_size` counts pairs.
 
     Args:
-        reference: log-probabilities of the reference model by `sequence_id`; those that are missing are computed
-            before training, each once, by the model as it is given (with LoRA: without its adapter).
+        train_dataset, eval_dataset: data sets of `Row`.
+        step_pairs: pairs per optimizer step of all workers, on average.
         token_metrics: also compute what TRL logs about tokens (see UNMEASURED).
     """
 
@@ -418,101 +397,82 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
     loss_weights: list[float]
     precompute_ref_logps: bool
 
-    def __init__(
-        self,
-        *,
-        args: Any,
-        reference: Mapping[str, float] | None = None,
-        token_metrics: bool = False,
-        **kwargs: Any,
-    ):
-        self.reference: dict[str, float] = dict(reference or {})
+    def __init__(self, *, args: Any, step_pairs: int, token_metrics: bool = False, **kwargs: Any):
         self.token_metrics = token_metrics
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         _check(args)
-        is_peft = kwargs.get("peft_config") is not None or isinstance(kwargs.get("model"), PeftModel)
         args = copy.copy(args)
         # with all weights trained, TRL must not load a second model; with LoRA, it must not hash the first one
+        is_peft = kwargs.get("peft_config") is not None or isinstance(kwargs.get("model"), PeftModel)
         args.precompute_ref_log_probs = not is_peft
-        args.remove_unused_columns = True
-        self._is_ready = False
         collator = functools.partial(collate, max_padding=MAX_PADDING.get(args.device.type, 0.5))
         super().__init__(args=args, data_collator=kwargs.pop("data_collator", None) or collator, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError("the load-balancing loss of mixtures of experts is not supported; router_aux_loss_coef=0")
-        if not self.precompute_ref_logps:
-            self.precompute_ref_logps = True
-            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", 0)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {
-                    name: self._precompute_ref_logps(one, name, 0) for name, one in self.eval_dataset.items()
-                }
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", 0)
+        self.precompute_ref_logps = True
+        outputs = ("log_probs", *(("entropy", "mean_logits", "is_top1") if token_metrics else ()))
+        prepare_model(self.model, outputs + (("log_sum_sq_probs",) if self.use_weighting else ()))
+        num_pairs = [len(one) for one in self.train_dataset["chosen"]]
+        batch_pairs = self.args.per_device_train_batch_size
+        self.plan = StepPlan.make(num_pairs, step_pairs, batch_pairs, self.accelerator.num_processes)
+        self.args.gradient_accumulation_steps = self.plan.num_batches
 
     # data
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
-        if not isinstance(dataset, Dataset):
-            raise TypeError(f"cells are formed from a whole Dataset, not from {type(dataset).__name__}")
-        if set(dataset.column_names) >= Cell.__required_keys__:
-            return dataset
-        pairs = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        names = ("prompt_ids", "chosen_ids", "rejected_ids", "cell_id")
-        pairs = pairs.select_columns([name for name in names if name in pairs.column_names])
-        return Dataset.from_list(list(make_cells(pairs.to_list(), args.max_length)))
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's hook; rows are tokenised already."""
+        missing = sum(len(one["ref_logps"]) != len(one["answers"]) for one in dataset)
+        if missing:
+            raise ValueError(f"{missing} of {len(dataset)} rows are without their reference log-probabilities")
+        return dataset
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(Cell.__required_keys__)
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's hook; rows bring theirs."""
+        return dataset
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        step = self.get_total_train_batch_size(self.args)
-        return StepSampler(list(dataset["length"]), step, self.args.seed, lambda: int(self.state.epoch or 0))
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Row]:
+        """This worker's batches (`StepBatches`)."""
+        sampler = StepBatches(
+            [_num_tokens(one) for one in self.train_dataset],
+            self.plan,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.args.seed,
+            lambda: int(self.state.epoch or 0),
+        )
+        pin = self.args.dataloader_pin_memory
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin
+        )
 
-    # reference
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """TRL's hook, called at the end of `__init__` and for new data sets in `evaluate`: fills `ref_logps`."""
-        model = self.ref_model or self.model
-        if not self._is_ready:
-            self._is_ready = True
-            outputs = ("log_probs", *(("entropy", "mean_logits", "is_top1") if self.token_metrics else ()))
-            prepare_model(self.model, outputs + (("log_sum_sq_probs",) if self.use_weighting else ()))
-            if self.ref_model is not None:
-                prepare_model(self.ref_model, ("log_probs",))
-        known = set(self.reference)
-        cells = [one for cell in dataset if (one := _without(cell, known))["answers"]]
-        if cells and self.is_fsdp_enabled:
-            missing = sum(len(one["answers"]) for one in cells)
-            raise ValueError(f"{missing} reference log-probabilities are missing; under FSDP all must be given")
-        cells.sort(key=lambda one: one["length"])
-        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        batches = [cells[at : at + size] for at in range(0, len(cells), size)]
-        found: dict[str, float] = {}
-        for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-            logps = self._reference_logps(model, batch)
-            found |= zip((one for cell in batch for one in sequence_ids(cell)), logps, strict=True)
-        parts: list[Any] = [found] * self.accelerator.num_processes
-        if len(parts) > 1:
-            torch.distributed.all_gather_object(parts, found)
-        for part in parts:
-            self.reference |= part
-        rows = [[self.reference[one] for one in sequence_ids(cell)] for cell in dataset]
-        return dataset.remove_columns("ref_logps").add_column("ref_logps", rows)
-
-    @torch.no_grad()
-    def _reference_logps(self, model: Any, cells: Sequence[Cell]) -> list[float]:
-        adapter = nullcontext()
-        if self.ref_model is None and isinstance(model, PeftModel):
-            adapter = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
-        was_training = model.training
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """TRL's metrics and `held_out_metrics` on `eval_dataset`, which all workers share out among them."""
+        rows, model = list(self.eval_dataset), self.model
+        rank, num_workers = self.accelerator.process_index, self.accelerator.num_processes
+        batches = length_batches(rows, self.args.per_device_train_batch_size)
+        found: dict[int, list[float]] = {}
         model.eval()
-        with adapter, self.accelerator.autocast():
-            found = run_grid(model, self._prepare_inputs(self.data_collator(cells)))
-        model.train(was_training)
-        logps: list[float] = found["log_probs"].sum(1).tolist()
-        return logps
+        for start in range(0, len(batches), num_workers):
+            # a worker without a batch runs another's, uncounted: a sharded model needs every worker in every pass
+            at = start + rank
+            batch = batches[at % len(batches)]
+            inputs = self._prepare_inputs(self.data_collator([rows[one] for one in batch]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = run_grid(model, inputs)
+                self._trl_loss(outputs, inputs, torch.ones(2), is_counted=at < len(batches))
+            logps = outputs["log_probs"].sum(1).tolist()
+            for one in batch:
+                found[one], logps = logps[: len(rows[one]["answers"])], logps[len(rows[one]["answers"]) :]
+        parts: list[Any] = [found] * num_workers
+        if num_workers > 1:
+            torch.distributed.all_gather_object(parts, found)
+        whole = {at: logps for part in parts for at, logps in part.items()}
+        metrics = held_out_metrics(rows, [whole[at] for at in range(len(rows))])
+        logged = {f"eval_{name}": value for name, value in metrics.items()}
+        self.log(logged)
+        model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
+        return logged
 
     # loss
 
@@ -526,15 +486,21 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         if return_outputs:
-            raise NotImplementedError("cells have no logits to return: compute_metrics is not supported")
-        mode = "train" if self.model.training else "eval"
+            raise NotImplementedError("rows have no logits to return: compute_metrics is not supported")
         counts = _counts(inputs)
         share = torch.ones(2)
         if num_items_in_batch is not None:  # workers' gradients are averaged, hence the factor
             share = (counts.to(num_items_in_batch) * self.accelerator.num_processes / num_items_in_batch).cpu()
+        return self._trl_loss(run_grid(model, inputs), inputs, share)
+
+    def _trl_loss(
+        self, outputs: dict[str, torch.Tensor], inputs: Any, share: torch.Tensor, is_counted: bool = True
+    ) -> torch.Tensor:
+        """TRL's loss of one batch, from its per-token outputs; its metrics are added up."""
+        mode = "train" if self.model.training else "eval"
         with self._inside_trl(share):
-            loss: torch.Tensor = super()._compute_loss(_spread(model, inputs), _as_pairs(inputs), False)
-        pairs = len(inputs["chosen"])
+            loss: torch.Tensor = super()._compute_loss(_spread(outputs, inputs), _as_pairs(inputs), False)
+        pairs = len(inputs["chosen"]) if is_counted else 0
         metrics, sums = self._metrics[mode], self._sums[mode]
         for name in set(metrics) - {"num_tokens"} - (set() if self.token_metrics else set(UNMEASURED)):
             sums[name] += metrics[name][-1] * pairs
@@ -590,7 +556,7 @@ def _counts(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _as_pairs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A batch of cells as TRL's loss wants it: 2Q rows, first the chosen ones; an answer is preceded by one token."""
+    """A batch as TRL's loss wants it: 2Q rows, first the chosen ones; an answer is preceded by one token."""
     both = torch.cat([batch["chosen"], batch["rejected"]])
     lengths = batch["answer_lengths"]
     inside = torch.arange(int(lengths.max()), device=both.device) < lengths[both, None]
@@ -605,14 +571,14 @@ def _as_pairs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _spread(model: Any, batch: Mapping[str, Any]) -> Callable[..., SimpleNamespace]:
-    """Called by TRL as the model is: the per-token outputs of the cells' answers, spread out over the 2Q rows."""
+def _spread(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> Callable[..., SimpleNamespace]:
+    """Called by TRL as the model is: the per-token outputs of the rows' answers, spread out over the 2Q rows of TRL."""
 
-    def outputs(**_: Any) -> SimpleNamespace:
+    def spread(**_: Any) -> SimpleNamespace:
         both = torch.cat([batch["chosen"], batch["rejected"]])
-        found = {name: value[both] for name, value in run_grid(model, batch).items()}
+        found = {name: value[both] for name, value in outputs.items()}
         unmeasured = torch.zeros_like(found["log_probs"], requires_grad=False)
         empty = {"entropy": unmeasured, "mean_logits": unmeasured, "is_top1": unmeasured.bool()}
         return SimpleNamespace(**empty | found)
 
-    return outputs
+    return spread

@@ -6,6 +6,7 @@ engine, writes the output shard and renames it into place, so whatever dies, onl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -35,6 +36,8 @@ from cpt_ray.errors import UserError
 from cpt_ray.rundir import RunDir
 
 Counts = Mapping[str, float]
+OpenEngine = Callable[[ModelConfig], Any]
+"""Makes what a step's first argument is, where that is no `Engine`."""
 REJECTED = "rejected: "
 """In front of the reason, in the counts of a shard."""
 MAX_DEATHS = 3
@@ -87,7 +90,7 @@ class StepActor:
     answers with a new one without end, is counted in files.
     """
 
-    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], key: SecretStr | None):
+    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], open_engine: OpenEngine):
         import ray
 
         self._steps, self._run = steps, run
@@ -98,7 +101,7 @@ class StepActor:
         if self._error:
             return
         try:
-            self._engine = make_engine(model, key)
+            self._engine = open_engine(model)
             for judge in {step.model for line in steps for step in line if needs_schema(step.model)}:
                 check_schema_is_enforced(self._engine, f"judge {judge.model}")
         except Exception as error:
@@ -221,7 +224,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
 
 
-def run_lines(run: RunDir, lines: Sequence[Line]) -> None:
+def run_lines(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
     """Brings every shard of every line through its steps; steps that can share an engine share one pool.
 
     A pool's actors, and their GPUs, are gone before the next pool's start.
@@ -230,7 +233,7 @@ def run_lines(run: RunDir, lines: Sequence[Line]) -> None:
     while left:
         key = left[0].steps[0].model.engine_key
         now = [Line(line.shards, _leading(line.steps, key)) for line in left]
-        _run_pool(run, now)
+        _run_pool(run, now, open_engine)
         left = [
             Line([_final_name(done.steps, shard) for shard in line.shards], line.steps[len(done.steps) :])
             for line, done in zip(left, now, strict=True)
@@ -248,7 +251,7 @@ def _final_name(steps: Sequence[Step], shard: str) -> str:
     return shard
 
 
-def _run_pool(run: RunDir, lines: Sequence[Line]) -> None:
+def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None) -> None:
     steps = [line.steps for line in lines]
     flat = {step.stage: step for line in steps for step in line}
     complete = {step.table: run.names(step.table) for step in flat.values()}
@@ -265,7 +268,9 @@ def _run_pool(run: RunDir, lines: Sequence[Line]) -> None:
     live = Live(run, {stage: step.model for stage, step in flat.items()})
     with progress("+".join(flat), len(todo), "shards") as advance:
         advance(0, f"starting {_pool_text(model)}")
-        for row in _map_shards(run, model, steps, todo):
+        for row in _map_shards(
+            run, model, steps, todo, open_engine or functools.partial(make_engine, key=endpoint_key(model))
+        ):
             advance(1, live.add(json.loads(row["counts"])))
     shutil.rmtree(run.attempts, ignore_errors=True)
 
@@ -308,7 +313,11 @@ def _pool_text(model: ModelConfig) -> str:
 
 
 def _map_shards(
-    run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], todo: list[dict[str, Any]]
+    run: RunDir,
+    model: ModelConfig,
+    steps: Sequence[Sequence[Step]],
+    todo: list[dict[str, Any]],
+    open_engine: OpenEngine,
 ) -> Iterable[Any]:
     """Yields once per finished shard; UserError with the cause if one fails."""
     import ray.data
@@ -318,7 +327,7 @@ def _map_shards(
     size = (min(size[0], len(todo)), min(size[1], len(todo)))
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
-        fn_constructor_args=(run, model, steps, endpoint_key(model)),
+        fn_constructor_args=(run, model, steps, open_engine),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=size[0],

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpt_ray.config import PromptsConfig
+from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.records import Prompt, content_id
 
@@ -21,7 +21,7 @@ def read_prompts(config: PromptsConfig) -> list[Prompt]:
 
     Whether a prompt is held out depends on its text alone, so it never changes side when others are added.
     """
-    rows = _rows(config)
+    rows = read_rows(config)
     prompts: dict[str, Prompt] = {}
     for number, row in enumerate(rows, start=1):
         if config.limit is not None and len(prompts) >= config.limit:
@@ -47,15 +47,16 @@ def read_prompts(config: PromptsConfig) -> list[Prompt]:
     return found
 
 
-def _rows(config: PromptsConfig) -> Iterable[dict[str, Any]]:
+def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, Any]]:
+    """The rows of `source`; UserError if it cannot be read."""
     path = Path(config.source)
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json}
     if path.suffix in readers:
         if not path.is_file():
-            raise UserError(f"{path}: no such file (prompts.source)")
+            raise UserError(f"{path}: no such file (source)")
         return readers[path.suffix](path)
     if path.exists():
-        raise UserError(f"{path}: prompts are read from {', '.join(readers)} files or a data set's name")
+        raise UserError(f"{path}: rows are read from {', '.join(readers)} files or a data set's name")
     return _read_hub(config)
 
 
@@ -102,7 +103,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read as UTF-8 CSV ({error})") from None
 
 
-def _read_hub(config: PromptsConfig) -> Iterable[dict[str, Any]]:
+def _read_hub(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, Any]]:
     import datasets
 
     try:

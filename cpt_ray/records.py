@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cpt_ray.errors import UserError
+
 CONTROL = "control"
 """In place of a level: the policy's own answer, without a rubric's directive."""
 
@@ -155,6 +157,16 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceLogProb:
+    """What the untuned policy gives to one (directive, answer); the shard's name says which policy."""
+
+    sequence_id: str
+    """Hash of the token ids of prompt and answer."""
+    log_prob: float
+    """Of the whole answer, nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reject:
     """Anything dropped, and why."""
 
@@ -270,8 +282,11 @@ def from_dict(record: type[Record], row: dict[str, Any]) -> Record:
 
 
 def read_records(path: Path, record: type[Record]) -> list[Record]:
-    """All rows of one parquet file; ValueError if its schema is another one's."""
+    """All rows of one parquet file; UserError if its schema is another one's."""
     table = pq.read_table(path)
     if table.schema.names != schema_of(record).names:
-        raise ValueError(f"{path}: columns {table.schema.names} are not those of {record.__name__}")
+        raise UserError(
+            f"{path}: columns {', '.join(table.schema.names)} are not those of {record.__name__} "
+            f"({', '.join(schema_of(record).names)}); delete the file, it is then made again"
+        )
     return [from_dict(record, row) for row in table.to_pylist()]

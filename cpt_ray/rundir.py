@@ -28,6 +28,7 @@ from cpt_ray.records import (
     Generation,
     Grade,
     Pair,
+    ReferenceLogProb,
     Reject,
     SteeredAnswer,
     Trial,
@@ -44,6 +45,7 @@ TABLES: dict[str, type[Any]] = {
     "grades": Grade,
     "pairs": Pair,
     "rejects": Reject,
+    "reference": ReferenceLogProb,
     "evaluation_answers": Trial,
     "evaluation": Trial,
     "steering_logprobs": AnswerLogprobs,
@@ -117,9 +119,9 @@ class RunDir:
         """Whether the shard is complete."""
         return self.shard(table, name).exists()
 
-    def names(self, table: str) -> set[str]:
-        """The complete shards, by one look at the folder."""
-        return {path.stem for path in (self.path / table).glob("*.parquet")}
+    def names(self, table: str, prefix: str = "") -> set[str]:
+        """The complete shards (of one prefix), by one look at the folder."""
+        return {path.stem for path in (self.path / table).glob(f"{prefix}*.parquet")}
 
     def write(self, table: str, name: str, rows: Iterable[Any], counts: dict[str, float] | None = None) -> None:
         """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""

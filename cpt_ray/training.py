@@ -1,12 +1,14 @@
-"""Training: DPO on the twin pairs, TRL's trainer on every rank of a Ray Train worker group.
+"""Training: DPO on rows of twin pairs (`cpt_ray/grid.py`) on every rank of a Ray Train worker group.
 
-The driver checks and selects the pairs, so that a directive is never cut and a pair never loses its twin, writes
-them to one parquet and starts the workers. A worker group that died starts again from its last checkpoint; the
-same command does the same. What is exported is always the last checkpoint, never the trainer's memory.
+The driver tokenises, checks and selects the pairs, so that a directive is never cut and a pair never loses its twin,
+looks up their reference log-probabilities, writes the rows to parquet and starts the workers. A worker group that died
+starts again from its last checkpoint; the same command does the same. What is exported is always the last checkpoint,
+never the trainer's memory.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -20,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
+from cpt_ray.config import LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError
-from cpt_ray.prompting import ChatMessage, token_ids
-from cpt_ray.records import Message, Pair, Reject, content_id
+from cpt_ray.publishing import write_cards
+from cpt_ray.records import Pair, content_id
+from cpt_ray.reference import add_reference, is_autocast, weights_dtype, write_rows
+from cpt_ray.rows import Tokeniser, make_rows, own_pairs, preference_pairs, select_pairs, steps_per_epoch
 from cpt_ray.rundir import RunDir
 
 MARK = "model/cpt_ray.json"
@@ -37,12 +38,15 @@ START_MINUTES = 15
 """How long the cluster may take to find room for the workers (autoscaling included)."""
 POLL_SECONDS = 0.5
 LN_2 = math.log(2)
+SERVED_RANK = 512
+"""The highest rank of an adapter that vLLM serves."""
 
 
-def train(config: RunConfig, run: RunDir, pair_shards: Sequence[str], key: str) -> dict[str, Any]:
+def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str) -> dict[str, Any]:
     """Pairs to `run.model` (and `run.adapter`); the summary kept in model/cpt_ray.json.
 
     Args:
+        pair_shards: of the pairs table; not read if the run file names a preference set.
         key: hash of all that the model depends on; the model that has it is not made again.
     """
     done = run.read_json(MARK)
@@ -50,18 +54,40 @@ def train(config: RunConfig, run: RunDir, pair_shards: Sequence[str], key: str) 
         say(f"train        done: {done['summary']['steps']} steps on {done['summary']['pairs']} pairs")
         return dict(done["summary"])
     start = time.monotonic()
-    pairs = run.read("pairs", pair_shards, Pair)
+    settings = config.train
     policy = str(Path(config.policy.path).absolute()) if Path(config.policy.path).is_dir() else config.policy.path
     tokenizer, max_length = _open_policy(config, policy)
-    lengths = {one.pair_id: _measure(tokenizer, one, config.policy.chat_template_kwargs) for one in pairs}
-    kept, rejects = select_pairs(pairs, lengths, max_length, config.train.max_pairs, config.seed)
+    tokeniser = Tokeniser(tokenizer, config.policy.chat_template_kwargs)
+    if isinstance(config, PreferenceRunConfig):
+        pairs = preference_pairs(config.preferences, tokeniser)
+    else:
+        pairs = own_pairs(run.read("pairs", pair_shards, Pair), tokeniser)
+    kept, held_out, rejects = select_pairs(pairs, max_length, settings.max_pairs, settings.held_out, config.seed)
     run.write("rejects", f"train-{key}", rejects)
     if not kept:
         problem = f"none of {len(pairs)} pairs is left within {max_length} tokens; raise train.max_length"
         raise UserError(f"train: {problem if pairs else 'there are no pairs; see the rejects table for why'}")
-    data = _write_training_set(run, key, kept, config.policy.chat_template_kwargs)
-    job = Job(config, RunDir(run.path.absolute()), key, policy=policy, data=str(data), max_length=max_length)
-    history = _fit(job, num_steps(len(kept), config.train))
+    rows = make_rows(kept, settings.micro_batch_size)
+    num_steps = steps_per_epoch(len(kept), settings.batch_size)
+    _check_workers(settings, len(rows), num_steps)
+    _check_room(settings)
+    whole = add_reference(config, run, rows + make_rows(held_out, settings.micro_batch_size))
+    job = Job(
+        config,
+        RunDir(run.path.absolute()),
+        key,
+        policy=policy,
+        rows=write_rows(run, key, whole[: len(rows)]),
+        held_out=write_rows(run, f"{key}-held_out", whole[len(rows) :]) if held_out else None,
+    )
+    logs = _fit(job, math.ceil(settings.epochs * num_steps))
+    names = {"step": "step", "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    history = [{name: one[logged] for name, logged in names.items()} for one in logs if "loss" in one]
+    measured = [
+        {name.removeprefix("eval_"): value for name, value in one.items() if name != "epoch"}
+        for one in logs
+        if "eval_loss" in one
+    ]
     first, last = history[0], history[-max(1, len(history) // 10) :]
     seconds = time.monotonic() - start
     summary = {
@@ -72,12 +98,14 @@ def train(config: RunConfig, run: RunDir, pair_shards: Sequence[str], key: str) 
         "last_accuracy": sum(one["accuracy"] for one in last) / len(last),
         "wall_seconds": round(seconds, 1),
         "history": history,
+        "held_out": measured,
     }
-    tokens = round(config.train.epochs * sum(lengths[one.pair_id].all_tokens for one in kept))
+    tokens = round(settings.epochs * sum(len(one["prompt"]) + sum(map(len, one["answers"])) for one in rows))
     counts = Counter(one.reason for one in rejects)
     entry = {"rows_in": len(pairs), "rows_out": len(kept), "rejected": dict(counts), "wall_seconds": round(seconds, 1)}
-    entry |= {"steps": summary["steps"], "trained_tokens": tokens, "num_workers": config.train.num_workers}
-    run.add_to_ledger("train", entry)
+    entry |= {"held_out": len(held_out), "steps": summary["steps"], "trained_tokens": tokens}
+    run.add_to_ledger("train", entry | {"num_workers": settings.num_workers})
+    write_cards(config, run, summary)
     run.write_json(MARK, {"key": key, "summary": summary})
     return summary
 
@@ -85,26 +113,7 @@ def train(config: RunConfig, run: RunDir, pair_shards: Sequence[str], key: str) 
 # ---------------------------------------------------------------- before any worker starts
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Token counts of one pair."""
-
-    prompt: int
-    chosen: int
-    rejected: int
-
-    @property
-    def longest(self) -> int:
-        """Of the two sequences."""
-        return self.prompt + max(self.chosen, self.rejected)
-
-    @property
-    def all_tokens(self) -> int:
-        """Of both sequences."""
-        return 2 * self.prompt + self.chosen + self.rejected
-
-
-def _open_policy(config: RunConfig, policy: str) -> tuple[Any, int]:
+def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
     """The policy's tokenizer and how many tokens a sequence may have; UserError if the policy cannot be trained."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -113,17 +122,24 @@ def _open_policy(config: RunConfig, policy: str) -> tuple[Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
         raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {_first_line(error)}") from None
-    if not tokenizer.chat_template:
-        raise UserError(f"policy.model: {config.policy.model!r} has no chat template; use an instruction-tuned model")
-    lora = config.train.lora
-    if lora and lora.target_modules != "all-linear":
-        _check_lora(lora, model_config)
+    if config.train.lora:
+        _check_lora(config.train.lora, model_config)
+    for name in config.train.report_to:
+        if not importlib.util.find_spec(name):
+            raise UserError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return tokenizer, min(config.train.max_length, limit or config.train.max_length)
 
 
 def _check_lora(lora: LoraConfig, model_config: Any) -> None:
-    """UserError if the model has no such modules; tried on a model without weights."""
+    """UserError if the model has no such modules (tried on a model without weights) or vLLM could not serve them."""
+    if lora.r > SERVED_RANK:
+        raise UserError(f"train.lora.r: {lora.r}; vLLM serves adapters of rank {SERVED_RANK} at most")
+    if lora.target_modules == "all-linear":
+        return
+    unserved = [name for name in ("lm_head", "embed_tokens") if name in str(lora.target_modules)]
+    if unserved:
+        raise UserError(f"train.lora.target_modules: vLLM serves no adapter on {unserved[0]}; leave it out")
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -135,110 +151,14 @@ def _check_lora(lora: LoraConfig, model_config: Any) -> None:
         raise UserError(f"train.lora.target_modules: {_first_line(error)}; 'all-linear' fits every model") from None
 
 
-def _chat(messages: Sequence[Message]) -> list[ChatMessage]:
-    return [{"role": one.role, "content": one.content} for one in messages]
-
-
-def conversation_ids(tokenizer: Any, messages: list[ChatMessage], template_kwargs: dict[str, Any]) -> list[int]:
-    """Token ids of a finished conversation, the answer's end mark included."""
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs))
-
-
-def _measure(tokenizer: Any, pair: Pair, template_kwargs: dict[str, Any]) -> Lengths:
-    """The pair's lengths; UserError if the template loses the directive or the end of the prompt."""
-    from jinja2 import TemplateError
-
-    messages = _chat(pair.prompt)
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
-        prompt = token_ids(tokenizer, messages, template_kwargs)
-        answers = [
-            conversation_ids(tokenizer, messages + _chat(answer), template_kwargs)
-            for answer in (pair.chosen, pair.rejected)
-        ]
-    except TemplateError as error:
+def _check_workers(settings: TrainConfig, num_rows: int, num_steps: int) -> None:
+    """UserError if a step has no row for each worker."""
+    most = settings.worker_range[1]
+    if num_rows // num_steps < most:
         raise UserError(
-            f"policy: its chat template refuses a system message ({_first_line(error)}); "
-            "directives are system messages, use a model that takes them"
-        ) from None
-    lost = next((one for one in messages if one["role"] == "system" and one["content"].strip() not in text), None)
-    if lost:
-        raise UserError("policy: its chat template drops the system message, where the directive is; use another model")
-    for ids in answers:
-        if ids[: len(prompt)] != prompt:
-            raise UserError(
-                f"policy: its chat template renders a prompt otherwise once it is answered (pair {pair.pair_id}); set "
-                "policy.chat_template_kwargs (for example {enable_thinking: false}) or use another model"
-            )
-    return Lengths(len(prompt), *(len(ids) - len(prompt) for ids in answers))
-
-
-def select_pairs(
-    pairs: Sequence[Pair], lengths: dict[str, Lengths], max_length: int, max_pairs: int | None, seed: int
-) -> tuple[list[Pair], list[Reject]]:
-    """The pairs to train on, and the rest with the reason. A pair and its twin stay or go together.
-
-    Args:
-        lengths: by pair_id.
-        max_length: tokens of prompt plus answer that still fit.
-        max_pairs: keep at most this many, chosen by hash.
-    """
-    twins: dict[str, list[Pair]] = {}
-    for one in pairs:
-        twins.setdefault(min(one.pair_id, one.twin_id), []).append(one)
-    rejects: list[Reject] = []
-    fitting: dict[str, list[Pair]] = {}
-    for name, group in twins.items():
-        longest = max(lengths[one.pair_id].longest for one in group)
-        if longest <= max_length:
-            fitting[name] = group
-            continue
-        for one in group:
-            found = lengths[one.pair_id]
-            detail = f"{found.prompt} prompt + {max(found.chosen, found.rejected)} answer tokens, {max_length} fit"
-            if found.longest <= max_length:
-                detail += f"; its twin has {longest}"
-            rejects.append(_reject(one, "too long", detail))
-    kept: set[str] = set()
-    left = len(pairs) if max_pairs is None else max_pairs
-    for name in sorted(fitting, key=lambda name: content_id(name, seed)):
-        if len(fitting[name]) <= left:
-            kept.add(name)
-            left -= len(fitting[name])
-        else:
-            rejects += [_reject(one, "over max_pairs", f"train.max_pairs is {max_pairs}") for one in fitting[name]]
-    return [one for one in pairs if min(one.pair_id, one.twin_id) in kept], rejects
-
-
-def _reject(one: Pair, reason: str, detail: str) -> Reject:
-    return Reject(
-        stage="train", subject_id=one.pair_id, rubric_id=one.rubric_id, level=one.level, reason=reason, detail=detail
-    )
-
-
-def _write_training_set(run: RunDir, key: str, pairs: Sequence[Pair], template_kwargs: dict[str, Any]) -> Path:
-    """The columns that TRL reads, in one file that every node sees."""
-    columns: dict[str, list[Any]] = {"pair_id": [one.pair_id for one in pairs]}
-    for name in ("prompt", "chosen", "rejected"):
-        columns[name] = [_chat(getattr(one, name)) for one in pairs]
-    if template_kwargs:
-        columns["chat_template_kwargs"] = [template_kwargs] * len(pairs)
-    path = run.path.absolute() / "train_pairs" / f"{key}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
-    return path
-
-
-def num_steps(num_pairs: int, settings: TrainConfig) -> int:
-    """Optimizer steps of the whole training, as transformers counts them."""
-    micro_batches = math.ceil(math.ceil(num_pairs / settings.micro_batch_size) / settings.num_workers)
-    return math.ceil(settings.epochs * math.ceil(micro_batches / _accumulation(settings)))
-
-
-def _accumulation(settings: TrainConfig) -> int:
-    return settings.batch_size // (settings.num_workers * settings.micro_batch_size)
+            f"train.num_workers: {most} workers share {num_rows // num_steps} prompts per step of "
+            f"{settings.batch_size} pairs; lower train.num_workers or raise train.batch_size"
+        )
 
 
 # ---------------------------------------------------------------- the worker group, from outside
@@ -248,23 +168,22 @@ def _accumulation(settings: TrainConfig) -> int:
 class Job:
     """What a worker needs to know; paths are absolute, since Ray Train changes the working directory."""
 
-    config: RunConfig
+    config: TuneConfig
     run: RunDir
     key: str
     """Names the Ray Train run, so that no other training's checkpoints are gone on from."""
     policy: str
-    data: str
+    rows: str
     """The training set's parquet file."""
-    max_length: int
+    held_out: str | None
 
 
-def _fit(job: Job, total: int) -> list[dict[str, float]]:
-    """Runs the worker group to its end and shows how far it is; the log history, or UserError with the root cause."""
+def _fit(job: Job, total: int) -> list[dict[str, Any]]:
+    """Runs the worker group to its end and shows how far it is; what was logged, or UserError with the root cause."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     settings = job.config.train
-    _check_room(settings)
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": job},
@@ -275,7 +194,7 @@ def _fit(job: Job, total: int) -> list[dict[str, float]]:
         ),
         run_config=ray.train.RunConfig(
             name=job.key,
-            storage_path=str(job.run.checkpoints),
+            storage_path=settings.checkpoints or str(job.run.checkpoints),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=START_MINUTES
@@ -288,7 +207,7 @@ def _fit(job: Job, total: int) -> list[dict[str, float]]:
 
     def fit() -> None:
         try:
-            outcome["history"] = trainer.fit().return_value
+            outcome["logs"] = trainer.fit().return_value
         except BaseException as error:
             outcome["error"] = error
 
@@ -298,8 +217,8 @@ def _fit(job: Job, total: int) -> list[dict[str, float]]:
     _show_progress(thread, job, total)
     if "error" in outcome:
         raise UserError(f"train: {describe_failure(outcome['error'], settings)}") from outcome["error"]
-    history: list[dict[str, float]] = outcome["history"]
-    return history
+    logs: list[dict[str, Any]] = outcome["logs"]
+    return logs
 
 
 def _check_room(settings: TrainConfig) -> None:
@@ -309,11 +228,12 @@ def _check_room(settings: TrainConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return
     here = ray.cluster_resources()
+    fewest = settings.worker_range[0]
     for name, amount in _resources(settings).items():
-        wanted = amount * settings.num_workers
+        wanted = amount * fewest
         if wanted > here.get(name, 0):
             raise UserError(
-                f"train.num_workers: {settings.num_workers} workers need {wanted:g} {name}, this machine gives Ray "
+                f"train.num_workers: {fewest} workers need {wanted:g} {name}, this machine gives Ray "
                 f"{here.get(name, 0):g}; lower train.num_workers or train.resources_per_worker"
             )
 
@@ -347,7 +267,7 @@ def describe_failure(error: BaseException, settings: TrainConfig) -> str:
     causes = [_unwrap(one) for one in failures.values()]
     cause = min(causes, key=lambda one: "Dist" in type(one).__name__ or "onnection" in str(one))
     if isinstance(cause, WorkerGroupStartupTimeoutError):
-        wanted = f"{settings.num_workers} workers of {_resources(settings)}"
+        wanted = f"{settings.worker_range[0]} workers of {_resources(settings)}"
         return f"no room for {wanted} in {START_MINUTES} minutes; lower train.num_workers or add nodes"
     if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in type(cause).__name__:
         return f"out of memory; lower train.micro_batch_size or train.max_length ({_first_line(cause)})"
@@ -374,7 +294,7 @@ def _first_line(error: BaseException) -> str:
 # ---------------------------------------------------------------- the worker group, from inside
 
 
-def work(settings: dict[str, Any]) -> list[dict[str, float]]:
+def work(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """What each rank does: train from the last checkpoint if there is one; rank 0 exports the final one."""
     import ray.train
 
@@ -399,9 +319,8 @@ def work(settings: dict[str, Any]) -> list[dict[str, float]]:
     assert last is not None, "transformers saves at the last step"
     with last.as_directory() as checkpoint:
         _export(job, Path(checkpoint))
-        logs = _trainer_state(Path(checkpoint))["log_history"]
-    names = {"step": "step", "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-    return [{name: one[logged] for name, logged in names.items()} for one in logs if "loss" in one]
+        logs: list[dict[str, Any]] = _trainer_state(Path(checkpoint))["log_history"]
+    return logs
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -419,22 +338,29 @@ def _peft_config(lora: LoraConfig) -> Any:
 
 
 def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
-    """Builds TRL's trainer and trains, from the checkpoint on if there is one."""
+    """Builds the trainer and trains, from the checkpoint on if there is one."""
     import datasets
     import ray
     import torch
     from transformers import AutoTokenizer
-    from trl import DPOTrainer
+
+    from cpt_ray.grid import GridTrainer
 
     settings = job.config.train
     if not settings.use_gpu:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.path / "tensorboard" / job.key)
     datasets.disable_progress_bars()
-    trainer = DPOTrainer(
+    rows, held_out = (
+        datasets.Dataset.from_parquet(path, cache_dir=str(folder / "cache")) if path else None
+        for path in (job.rows, job.held_out)
+    )
+    trainer = GridTrainer(
         model=job.policy,
         args=_arguments(job, folder),
-        train_dataset=datasets.Dataset.from_parquet(job.data, cache_dir=str(folder / "cache")),
+        step_pairs=settings.batch_size,
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=AutoTokenizer.from_pretrained(job.policy),
         peft_config=_peft_config(settings.lora) if settings.lora else None,
         callbacks=[_reporter(job, folder)],
@@ -443,34 +369,31 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
 
 
 def _arguments(job: Job, folder: Path) -> Any:
-    """The run file's settings in TRL's words.
-
-    What is trained is kept in float32 (adapters by PEFT, all weights here), since a step is smaller than what
-    bfloat16 can add to a weight; train.dtype is that of the frozen weights and of the arithmetic.
-    """
+    """The run file's settings in TRL's words; train.dtype is that of the frozen weights and of the arithmetic."""
     from trl import DPOConfig
 
     settings = job.config.train
-    is_bfloat16 = settings.dtype == "bfloat16"
     return DPOConfig(
         output_dir=str(folder / "out"),
+        loss_type=list(settings.loss),
+        loss_weights=list(settings.loss.values()),
         beta=settings.beta,
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=_accumulation(settings),
         warmup_steps=settings.warmup_ratio,  # below 1: a share of all steps
-        max_length=job.max_length,
-        model_init_kwargs={"dtype": settings.dtype if settings.lora else "float32", "device_map": None},
-        bf16=is_bfloat16 and (settings.use_gpu or settings.lora is None),
+        model_init_kwargs={"dtype": weights_dtype(settings), "device_map": None},
+        bf16=is_autocast(settings),
         use_cpu=not settings.use_gpu,
         gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=settings.use_gpu,
         seed=job.config.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
+        eval_strategy="steps" if job.held_out else "no",
+        eval_steps=settings.save_steps,
         logging_steps=1,
-        report_to=["tensorboard"],
+        report_to=list(settings.report_to),
         disable_tqdm=True,
         log_level="error",
     )
@@ -482,6 +405,9 @@ def _reporter(job: Job, folder: Path) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_evaluate |= job.held_out is not None and state.global_step >= state.max_steps
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" not in logs:
                 return
@@ -501,8 +427,9 @@ def _reporter(job: Job, folder: Path) -> Any:
 
 
 def check_first_loss(loss: float, settings: TrainConfig) -> None:
-    """RuntimeError if policy and reference differ before the first step (float32 only: others round)."""
-    if settings.dtype == "float32" and abs(loss - LN_2) > 1e-3:
+    """RuntimeError if policy and reference differ before the first step (float32 and the sigmoid loss only)."""
+    is_told = settings.dtype == "float32" and settings.loss == {"sigmoid": 1.0}
+    if is_told and abs(loss - LN_2) > 1e-3:
         raise RuntimeError(f"the first loss is {loss:.5f}, not ln 2: policy and reference are not the same model")
 
 

@@ -11,7 +11,7 @@ With --measures, what the grid trainer does is switched on step by step.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import ctypes
 import functools
 import gc
@@ -35,7 +35,8 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
 from cpt_ray import grid
-from cpt_ray.grid import GridTrainer, collate
+from cpt_ray.grid import GridTrainer, answer_logps, collate, prepare_model
+from cpt_ray.rows import Row, Tokeniser, TokenPair, make_rows
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -66,6 +67,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def make_grid(pairs: Sequence[dict[str, Any]]) -> list[Row]:
+    """The pairs' rows, as `cpt train` makes them."""
+    tokeniser = Tokeniser(make_tokenizer(), {})
+    names = dict.fromkeys(("pair_id", "twin_id", "prompt_id", "rubric_id", "level", "rejected_level"), "")
+    made = []
+    for one in pairs:
+        chosen, rejected = (tokeniser.answer(one["prompt"], one[name]) for name in ("chosen", "rejected"))
+        ids = {"prompt_ids": tokeniser.prompt(one["prompt"]), "chosen_ids": chosen, "rejected_ids": rejected}
+        made.append(TokenPair(cell_id=str(one["cell_id"]), **names, **ids))
+    return make_rows(made, len(made))
+
+
 def make_pairs(num_cells: int, num_answers: int, seed: int = 0) -> list[dict[str, Any]]:
     """All ordered pairs of `num_cells` cells: prompts of 100-200 tokens with the directive, answers of 100-260."""
     random_words = random.Random(seed)
@@ -87,13 +100,6 @@ def make_pairs(num_cells: int, num_answers: int, seed: int = 0) -> list[dict[str
 
 
 # ---------------------------------------------------------------- the grid trainer, with less than it has
-
-
-class RandomOrder(GridTrainer):
-    """Without the order by length within a step."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return torch.utils.data.RandomSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 def run_grid_with_all_logits(model: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -127,11 +133,10 @@ class Contender:
 
 TRL, GRID = Contender("TRL", DPOTrainer), Contender("GridTrainer", GridTrainer)
 MEASURES = (
-    Contender("distinct sequences, unpadded", RandomOrder, share_prompts=False, all_logits=True, token_metrics=True),
-    Contender("+ prompts shared", RandomOrder, all_logits=True, token_metrics=True),
-    Contender("+ logits of answers only", RandomOrder, token_metrics=True),
-    Contender("+ frozen head, no token metrics", RandomOrder),
-    Contender("+ sorted by length", GridTrainer),
+    Contender("distinct sequences, unpadded", GridTrainer, share_prompts=False, all_logits=True, token_metrics=True),
+    Contender("+ prompts shared", GridTrainer, all_logits=True, token_metrics=True),
+    Contender("+ logits of answers only", GridTrainer, token_metrics=True),
+    Contender("+ frozen head, no token metrics", GridTrainer),
 )
 
 
@@ -168,21 +173,19 @@ class Result:
         return self.reference + self.train
 
 
-def run(contender: Contender, options: argparse.Namespace, num_answers: int, pairs: datasets.Dataset) -> Result:
+def run(contender: Contender, options: argparse.Namespace, num_answers: int, pairs: Sequence[dict[str, Any]]) -> Result:
     """One epoch from the same random weights."""
     torch.manual_seed(0)
     pairs_per_cell = num_answers * (num_answers - 1)
     is_grid = issubclass(contender.trainer, GridTrainer)
-    cells = max(1, options.step_pairs // pairs_per_cell)
+    step_pairs = max(1, options.step_pairs // pairs_per_cell) * pairs_per_cell
     with torch.device(options.device):
         config = Qwen3Config(**SHAPES[options.shape], tie_word_embeddings=True, max_position_embeddings=1024)
         model = Qwen3ForCausalLM(config).to(getattr(torch, options.dtype))
     args = DPOConfig(
         output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=options.grid_cells if is_grid else options.trl_pairs,
-        gradient_accumulation_steps=max(
-            1, cells // options.grid_cells if is_grid else cells * pairs_per_cell // options.trl_pairs
-        ),
+        per_device_train_batch_size=options.grid_pairs if is_grid else options.trl_pairs,
+        gradient_accumulation_steps=max(1, step_pairs // options.trl_pairs),  # the grid trainer finds its own
         num_train_epochs=1,
         learning_rate=1e-4,
         bf16=options.dtype == "bfloat16" and options.device == "cuda",
@@ -195,28 +198,19 @@ def run(contender: Contender, options: argparse.Namespace, num_answers: int, pai
         logging_steps=10,
         log_level="error",
     )
-    spent = [Clock(0, 0)]
-    original = GridTrainer._precompute_ref_logps
-
-    @functools.wraps(original)
-    def timed(*given: Any) -> Any:
-        start = now(options.device)
-        done = original(*given)
-        spent[0] += now(options.device) - start
-        return done
-
-    extra: dict[str, Any] = {}
-    if is_grid:
-        extra = {"data_collator": functools.partial(collate, share_prompts=contender.share_prompts)}
-        extra["token_metrics"] = contender.token_metrics
-    all_logits: dict[str, Any] = dict(ALL_LOGITS)
-    patches = mock.patch.multiple(grid, **all_logits) if contender.all_logits else contextlib.nullcontext()
-    before = reset_peak(options.device)
-    with patches, mock.patch.object(GridTrainer, "_precompute_ref_logps", timed):
+    laid_out = functools.partial(collate, share_prompts=contender.share_prompts)
+    changed: dict[str, Any] = {"collate": laid_out} | (ALL_LOGITS if contender.all_logits else {})
+    with mock.patch.multiple(grid, **changed):
+        data: list[Any] = list(pairs)
+        reference, extra = Clock(0, 0), {}
+        if is_grid:
+            extra = {"data_collator": laid_out, "token_metrics": contender.token_metrics, "step_pairs": step_pairs}
+            data, reference = with_reference(model, make_grid(pairs), options)
+        before = reset_peak(options.device)
         trainer = contender.trainer(
             model=model,
             args=args,
-            train_dataset=pairs,
+            train_dataset=datasets.Dataset.from_list(data),
             processing_class=make_tokenizer(),
             peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             **extra,
@@ -225,7 +219,17 @@ def run(contender: Contender, options: argparse.Namespace, num_answers: int, pai
         start = now(options.device)
         trainer.train()
         seconds = now(options.device) - start
-    return Result(spent[0], seconds, peak(options.device) - before)
+    return Result(reference, seconds, peak(options.device) - before)
+
+
+def with_reference(model: Any, rows: list[Row], options: argparse.Namespace) -> tuple[list[Row], Clock]:
+    """The rows with what a copy of the model gives to them, and the time that took."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    prepare_model(reference, ("log_probs",))
+    start = now(options.device)
+    for row, logps in zip(rows, answer_logps(reference, rows, 2 * options.grid_pairs), strict=True):
+        row["ref_logps"] = logps
+    return rows, now(options.device) - start
 
 
 def now(device: str) -> Clock:
@@ -260,29 +264,28 @@ def _status(name: str) -> int:
 
 def compare(contenders: Sequence[Contender], options: argparse.Namespace, num_answers: int) -> None:
     """Runs the contenders in turn, `rounds` times, and prints medians."""
-    rows = make_pairs(options.cells, num_answers)
-    pairs = datasets.Dataset.from_list(rows)
+    pairs = make_pairs(options.cells, num_answers)
     results: dict[str, list[Result]] = {one.name: [] for one in contenders}
     if options.warm_up:
         for one in contenders:
-            run(one, options, num_answers, pairs.select(range(2 * num_answers * (num_answers - 1))))
+            run(one, options, num_answers, pairs[: 2 * num_answers * (num_answers - 1)])
     for at in range(options.rounds):
         for one in contenders:
             result = run(one, options, num_answers, pairs)
             results[one.name].append(result)
             print(
                 f"  round {at + 1}  {one.name:31} reference {result.reference.wall:6.2f} s, training "
-                f"{result.train.wall:6.2f} s, {len(rows) / result.total.wall:7.2f} pairs/s; "
+                f"{result.train.wall:6.2f} s, {len(pairs) / result.total.wall:7.2f} pairs/s; "
                 f"CPU time {result.total.process:6.2f} s",
                 flush=True,
             )
     base = results[contenders[0].name]
-    print(f"K = {num_answers}: {options.cells} cells, {len(rows)} pairs, medians of {options.rounds} rounds")
+    print(f"K = {num_answers}: {options.cells} cells, {len(pairs)} pairs, medians of {options.rounds} rounds")
     print(
         f"  {'':31} {'pairs/s':>8} {'ratio':>6} {'(rounds)':>11} {'CPU time':>9} {'no reference':>13} {'peak MiB':>9}"
     )
     for name, found in results.items():
-        rate = len(rows) / statistics.median(one.total.wall for one in found)
+        rate = len(pairs) / statistics.median(one.total.wall for one in found)
         both = list(zip(base, found, strict=True))
         ratios = [first.total.wall / one.total.wall for first, one in both]
         process = statistics.median(first.total.process / one.total.process for first, one in both)
@@ -324,7 +327,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step-pairs", type=int, default=24, help="pairs per optimizer step, at most")
     parser.add_argument("--trl-pairs", type=int, default=4, help="pairs per forward pass of TRL")
-    parser.add_argument("--grid-cells", type=int, default=1, help="cells per forward pass of GridTrainer")
+    parser.add_argument("--grid-pairs", type=int, default=12, help="pairs per forward pass of GridTrainer")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--measures", action="store_true", help="switch the grid trainer's measures on one by one")
     parser.add_argument("--peak-tflops", type=float, help="of the device, to print the share of it that is reached")

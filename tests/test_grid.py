@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from cpt_ray import grid
-from cpt_ray.grid import GridTrainer, StepSampler, collate, make_cells, sequence_id
+from cpt_ray.config import PreferencesConfig
+from cpt_ray.grid import GridTrainer, StepBatches, StepPlan, answer_logps, collate, prepare_model
+from cpt_ray.rows import Row, Tokeniser, TokenPair, make_rows, preference_pairs
 from tests.tiny_model import SENTENCES, make_tiny_model
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -65,10 +67,38 @@ def all_pairs() -> list[dict[str, Any]]:
     return [one for name, k in CELLS.items() for one in make_pairs(name, k, MISSING if name == "ragged" else None)]
 
 
+def token_pairs(path: Path, pairs: list[dict[str, Any]]) -> list[TokenPair]:
+    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(path), {})
+    names = {"rubric_id": "", "level": "", "rejected_level": ""}
+    return [
+        TokenPair(
+            pair_id=str(at),
+            twin_id=str(at),
+            prompt_id=str(at),
+            cell_id=one["cell_id"],
+            prompt_ids=tokeniser.prompt(one["prompt"]),
+            chosen_ids=tokeniser.answer(one["prompt"], one["chosen"]),
+            rejected_ids=tokeniser.answer(one["prompt"], one["rejected"]),
+            **names,
+        )
+        for at, one in enumerate(pairs)
+    ]
+
+
+def with_reference(path: Path, pairs: Sequence[TokenPair], max_pairs: int = 64) -> list[Row]:
+    """The pairs' rows, with what the untuned policy gives to them."""
+    rows = make_rows(pairs, max_pairs)
+    model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
+    prepare_model(model, ("log_probs",))
+    for row, logps in zip(rows, answer_logps(model, rows, batch_pairs=8), strict=True):
+        row["ref_logps"] = logps
+    return rows
+
+
 def arguments(folder: Path, **settings: Any) -> DPOConfig:
     given = {"per_device_train_batch_size": 64, "max_grad_norm": 0.0, "report_to": [], "save_strategy": "no"}
     given |= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "beta": 0.1, "disable_tqdm": True}
-    given |= {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "max_length": 200, "log_level": "error"}
+    given |= {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "max_length": 500, "log_level": "error"}
     return DPOConfig(output_dir=str(folder / "out"), **(given | settings))
 
 
@@ -80,15 +110,20 @@ def make_trainer(
     extra: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A trainer whose policy is already some way from its reference."""
+    """TRL's trainer on pairs, or the grid trainer on their rows, one step per epoch unless `extra` says otherwise."""
+    extra = extra or {}
+    data: list[Any] = pairs
+    if kind is GridTrainer:
+        extra = {"step_pairs": 10**6} | extra
+        data = pairs if "ref_logps" in pairs[0] else with_reference(path, token_pairs(path, pairs))
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
     trainer = kind(
         model=str(path),
         args=arguments(path, **settings),
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=Dataset.from_list(data),
         processing_class=AutoTokenizer.from_pretrained(path),
         peft_config=config if lora else None,
-        **(extra or {}),
+        **extra,
     )
     return trainer
 
@@ -164,10 +199,9 @@ def test_loss_margins_and_gradients_are_trls(
         one.loss_weights = LOSSES[loss].get("loss_weights", [1.0] * len(one.loss_types))
         one.label_smoothing = LOSSES[loss].get("label_smoothing", 0.0)
     rows = [one for one in reference.train_dataset if one["cell_id"] in cells]
-    names = list(dict.fromkeys(one["cell_id"] for one in reference.train_dataset))
     wanted_margins, found_margins = margins(reference), margins(trainer)
     wanted, wanted_gradients = measure(reference, reference.data_collator(rows))
-    batch = trainer.data_collator([trainer.train_dataset[names.index(one)] for one in cells])
+    batch = trainer.data_collator([one for one in trainer.train_dataset if one["cell_id"] in cells])
     found, gradients = measure(trainer, batch)
     assert found == pytest.approx(wanted, abs=1e-5)
     assert found_margins[3] == pytest.approx(wanted_margins[3], abs=1e-5)
@@ -201,17 +235,10 @@ def train(kind: type[DPOTrainer], path: Path, pairs: list[dict[str, Any]], **set
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("micro_batch", [1, 8])
 def test_a_step_is_trls_step_on_all_its_pairs_whatever_the_micro_batches(policy: Path, micro_batch: int) -> None:
     wanted = train(DPOTrainer, policy, all_pairs())
-    accumulation = math.ceil(len(CELLS) / micro_batch)
-    found = train(
-        GridTrainer,
-        policy,
-        all_pairs(),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-    )
+    found = train(GridTrainer, policy, all_pairs(), per_device_train_batch_size=micro_batch)
     assert_same(found.gradients, wanted.gradients)
     assert [found.logs[one] for one in METRICS] == pytest.approx([wanted.logs[one] for one in METRICS], abs=1e-4)
 
@@ -234,12 +261,12 @@ def test_two_workers_take_trls_step_on_all_their_pairs(policy: Path, tmp_path: P
 
 
 def _work(rank: int, port: int, policy: Path, folder: Path) -> None:
-    """One of two workers: four ragged cells, one at a time."""
+    """One of two workers, one or two rows at a time."""
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in settings.items()})
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    kept = train(GridTrainer, policy, all_pairs(), per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    kept = train(GridTrainer, policy, all_pairs(), per_device_train_batch_size=1)
     if rank == 0:
         torch.save(kept.gradients, folder / "gradients.pt")
         (folder / "logs.json").write_text(json.dumps(kept.logs), encoding="utf-8")
@@ -253,90 +280,70 @@ def test_the_first_loss_is_ln_2(policy: Path, lora: bool) -> None:
     assert loss == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_a_cells_log_probabilities_do_not_depend_on_its_batch(trainers: tuple[Any, Any]) -> None:
+def test_a_rows_log_probabilities_do_not_depend_on_its_batch(trainers: tuple[Any, Any]) -> None:
     trainer = trainers[1]
-    cells = list(trainer.train_dataset)
+    rows = list(trainer.train_dataset)
 
     def log_probs(chosen: list[Any], **settings: Any) -> list[float]:
         with torch.no_grad():
             return grid.run_grid(trainer.model, collate(chosen, **settings))["log_probs"].sum(1).tolist()  # type: ignore[no-any-return]
 
-    alone = [value for one in cells for value in log_probs([one])]
-    assert log_probs(cells) == pytest.approx(alone, abs=1e-4)
-    assert log_probs(cells, share_prompts=False) == pytest.approx(alone, abs=1e-4)
+    alone = [value for one in rows for value in log_probs([one])]
+    assert log_probs(rows) == pytest.approx(alone, abs=1e-4)
+    assert log_probs(rows, share_prompts=False) == pytest.approx(alone, abs=1e-4)
 
 
-def test_pairs_without_cell_id_are_cells_of_their_own(policy: Path) -> None:
-    pairs = [{name: value for name, value in one.items() if name != "cell_id"} for one in make_pairs("plain", 3)]
-    trainer = make_trainer(GridTrainer, policy, True, pairs)
+@pytest.mark.parametrize("form", ["text", "messages", "no prompt"])
+def test_any_preference_set_trains_as_trl_trains_it(policy: Path, tmp_path: Path, form: str) -> None:
+    turns = ([{"role": "user", "content": f"Tell me about {at // 2}."}] for at in range(6))
+    answers = [(f"The sea, {at} times.", "A hill.") for at in range(6)]
+    if form == "text":
+        pairs: list[dict[str, Any]] = [
+            {"prompt": f"Tell me {at // 2}", "chosen": f" about the sea {at}", "rejected": " the town"}
+            for at in range(6)
+        ]
+    else:
+        both = [[[{"role": "assistant", "content": one}] for one in pair] for pair in answers]
+        pairs = [{"prompt": turn, "chosen": one, "rejected": two} for turn, (one, two) in zip(turns, both, strict=True)]
+    if form == "no prompt":
+        pairs = [{name: one["prompt"] + one[name] for name in ("chosen", "rejected")} for one in pairs]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("\n".join(json.dumps(one) for one in pairs), encoding="utf-8")
+    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(policy), {})
+    rows: list[Any] = with_reference(policy, preference_pairs(PreferencesConfig(source=str(source)), tokeniser))
+    assert [len(one["chosen"]) for one in rows] == [2, 2, 2]
+    trainer, reference = (
+        make_trainer(*one) for one in ((GridTrainer, policy, True, rows), (DPOTrainer, policy, True, pairs))
+    )
     move_away(trainer)
-    reference = make_trainer(DPOTrainer, policy, True, pairs)
     move_away(reference)
-    assert [len(one["prompts"]) for one in trainer.train_dataset] == [1] * 6
     wanted, wanted_gradients = measure(reference, reference.data_collator(list(reference.train_dataset)))
     found, gradients = measure(trainer, trainer.data_collator(list(trainer.train_dataset)))
     assert found == pytest.approx(wanted, abs=1e-5)
     assert_same(gradients, wanted_gradients)
 
 
-def test_plain_text_pairs_train(policy: Path) -> None:
-    pairs = [{"prompt": f"Tell me {one}", "chosen": " about the sea", "rejected": " the town"} for one in range(4)]
-    trainer = make_trainer(GridTrainer, policy, True, pairs, per_device_train_batch_size=2, max_steps=-1)
-    assert trainer.train().global_step == 6
-
-
-def test_each_distinct_sequence_is_run_once_for_the_reference_and_a_given_table_is_used(
-    policy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run: list[int] = []
-    original = GridTrainer._reference_logps
-    monkeypatch.setattr(
-        GridTrainer,
-        "_reference_logps",
-        lambda self, model, cells: (
-            run.append(sum(len(one["answers"]) for one in cells)) or original(self, model, cells)
-        ),
-    )
-    pairs = make_pairs("sea", 3)
-    again = [one | {"cell_id": "again"} for one in pairs]
-    trainer = make_trainer(GridTrainer, policy, True, pairs + again)
-    assert run == [9]
-    table = {name: value - 1 for name, value in trainer.reference.items()}
-    cell = trainer.train_dataset[0]
-    assert cell["ref_logps"][0] == trainer.reference[sequence_id(cell["prompts"][0], cell["answers"][0])]
-    given = GridTrainer(
-        model=str(policy),
-        args=arguments(policy),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=AutoTokenizer.from_pretrained(policy),
-        reference=table,
-    )
-    assert run == [9]
-    assert given.train_dataset[0]["ref_logps"] == pytest.approx([one - 1 for one in cell["ref_logps"]])
+def test_rows_without_their_reference_are_refused(policy: Path) -> None:
+    rows = with_reference(policy, token_pairs(policy, make_pairs("sea", 2)))
+    with pytest.raises(ValueError, match="1 of 2 rows are without their reference"):
+        make_trainer(GridTrainer, policy, True, [rows[0], {**rows[1], "ref_logps": []}])  # type: ignore[list-item]
 
 
 def test_a_whole_training_ends_with_trls_weights(policy: Path) -> None:
-    """Six steps of one cell each, in the grid trainer's order, with AdamW, clipping and a schedule."""
-    pairs = {name: make_pairs(name, 3) for name in "abcdef"}
-    settings = {"learning_rate": 1e-3, "max_steps": 6, "max_grad_norm": 1.0}
-    trainer = make_trainer(
-        GridTrainer,
-        policy,
-        True,
-        [pair for cell in pairs.values() for pair in cell],
-        per_device_train_batch_size=1,
-        **settings,
-    )
-    order = [sorted(pairs)[at] for at in trainer._get_train_sampler()]
-    ordered = [one for name in order for one in pairs[name]]
-    settings |= {"per_device_train_batch_size": 6, "train_sampling_strategy": "sequential"}
+    """Six steps of one row each, in the grid trainer's order, with AdamW, clipping and a schedule."""
+    pairs = make_pairs("a", 3) + make_pairs("b", 3)
+    settings = {"learning_rate": 1e-3, "max_steps": 6, "max_grad_norm": 1.0, "per_device_train_batch_size": 2}
+    trainer = make_trainer(GridTrainer, policy, True, pairs, {"step_pairs": 2}, **settings)
+    order = [row for batch in trainer.get_train_dataloader().batch_sampler for row in batch]
+    ordered = [pair for row in order for pair in pairs[2 * row : 2 * row + 2]]
+    settings |= {"train_sampling_strategy": "sequential"}
     reference = make_trainer(DPOTrainer, policy, True, ordered, **settings)
     trainer.train()
     reference.train()
     wanted = dict(reference.model.named_parameters())
     for name, value in trainer.model.named_parameters():
         torch.testing.assert_close(value, wanted[name], atol=1e-4, rtol=1e-4)
-    assert order != sorted(order)
+    assert sorted(order) == list(range(6)) != order
 
 
 def test_gradient_checkpointing_changes_nothing(policy: Path) -> None:
@@ -346,48 +353,55 @@ def test_gradient_checkpointing_changes_nothing(policy: Path) -> None:
     assert_same(saved, plain)
 
 
-def test_evaluation_is_a_mean_over_pairs_and_equals_trls(trainers: tuple[Any, Any]) -> None:
+def test_evaluation_is_a_mean_over_pairs_and_equals_trls(policy: Path, trainers: tuple[Any, Any]) -> None:
     for one in trainers:
         one.loss_types, one.loss_weights, one.label_smoothing = ["sigmoid"], [1.0], 0.0
-        one.args.per_device_eval_batch_size = 1
-    wanted, found = (one.evaluate(Dataset.from_list(all_pairs())) for one in trainers)
+    trainers[0].args.per_device_eval_batch_size = 1
+    trainers[1].args.per_device_train_batch_size = 4
+    trainers[1].eval_dataset = trainers[1].train_dataset
+    wanted, found = trainers[0].evaluate(Dataset.from_list(all_pairs())), trainers[1].evaluate()
     names = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
     assert [found[one] for one in names] == pytest.approx([wanted[one] for one in names], abs=1e-5)
-
-
-def test_sequences_are_cut_as_trl_cuts_them() -> None:
-    pairs = [{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, 6], "rejected_ids": [4, 5, 7]}]
-    (cell,) = make_cells(pairs, max_length=5)
-    assert cell["answers"] == [[4, 5]]
-    assert (cell["chosen"], cell["rejected"]) == ([0], [0])
+    assert found["eval_pair_accuracy"] == pytest.approx(wanted["eval_rewards/accuracies"])
 
 
 def test_a_batch_has_no_padding_and_no_token_twice() -> None:
     tokens: Iterator[int] = iter(range(100))
     prompts = [[next(tokens) for _ in range(3)] for _ in range(2)]
     answers = [[next(tokens) for _ in range(length)] for length in (2, 5)]
-    pairs = [
-        {"cell_id": 0, "prompt_ids": prompts[i], "chosen_ids": answers[i], "rejected_ids": answers[1 - i]}
-        for i in range(2)
+    both = [answers[0], answers[1]]
+    rows: Any = [
+        {"prompt": prompt, "answers": both, "chosen": [0], "rejected": [1], "ref_logps": []} for prompt in prompts
     ]
-    (cell,) = make_cells(pairs, None)
-    batch = collate([cell])
-    assert batch["input_ids"].shape == (1, cell["length"])
-    assert batch["labels"].tolist() == [[*answers[0], *answers[1], *answers[1], *answers[0]]]
-    assert cell["length"] == 2 * 2 + 2 * (2 + 5)
+    batch = collate(rows)
+    assert batch["input_ids"].shape == (1, 2 * 2 + 2 * (2 + 5))
+    assert batch["labels"].tolist() == [[*answers[0], *answers[1], *answers[0], *answers[1]]]
+    assert (batch["chosen"].tolist(), batch["rejected"].tolist()) == ([0, 2], [1, 3])
 
 
-def test_the_sampler_sees_each_cell_once_sorted_within_random_steps() -> None:
-    lengths = list(range(102))
-    epoch = 0
-    sampler = StepSampler(lengths, step=8, seed=1, epoch=lambda: epoch)
-    first = list(sampler)
-    steps = [first[at : at + 8] for at in range(0, 102, 8)]
-    assert sorted(first) == lengths
-    assert steps == [sorted(one) for one in steps]
-    assert first == list(sampler)
-    epoch = 1
-    assert list(sampler) != first
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_steps_are_the_same_for_any_number_of_workers_and_hold_each_row_once(num_workers: int) -> None:
+    def steps(workers: int, epoch: int = 0) -> list[list[int]]:
+        plan = StepPlan.make([2] * 102, step_pairs=16, batch_pairs=4, num_workers=workers)
+        assert plan.num_steps == 12
+        each = [list(StepBatches(range(102), plan, rank, workers, 1, lambda: epoch)) for rank in range(workers)]
+        assert all(0 < len(batch) <= 3 for one in each for batch in one)
+        size = plan.num_batches
+        return [
+            sorted(row for one in each for batch in one[at : at + size] for row in batch)
+            for at in range(0, 12 * size, size)
+        ]
+
+    found = steps(num_workers)
+    assert sorted(row for step in found for row in step) == list(range(102))
+    assert {len(step) for step in found} == {8, 9}
+    assert found == steps(1)
+    assert found != steps(num_workers, epoch=1)
+
+
+def test_too_few_rows_for_the_workers_are_refused() -> None:
+    with pytest.raises(ValueError, match="too few for 3 workers"):
+        StepPlan.make([4] * 4, step_pairs=8, batch_pairs=4, num_workers=3)
 
 
 @pytest.mark.parametrize("setting", [{"ld_alpha": 0.5}, {"truncation_mode": "keep_end"}])
@@ -409,9 +423,8 @@ def test_a_resumed_training_ends_with_the_same_weights(policy: Path) -> None:
     pairs = [one for name in "abc" for one in make_pairs(name, 2)]
     settings: dict[str, Any] = {"per_device_train_batch_size": 1, "learning_rate": 1e-3, "max_steps": 6}
     settings |= {"save_strategy": "steps", "save_steps": 4}
-    whole = make_trainer(GridTrainer, policy, True, pairs, **settings)
+    whole, resumed = (make_trainer(GridTrainer, policy, True, pairs, {"step_pairs": 2}, **settings) for _ in range(2))
     whole.train()
-    resumed = make_trainer(GridTrainer, policy, True, pairs, **settings)
     resumed.train(resume_from_checkpoint=str(policy / "out" / "checkpoint-4"))
     wanted = dict(whole.model.named_parameters())
     for name, value in resumed.model.named_parameters():

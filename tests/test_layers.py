@@ -12,9 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
-     "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates"},
+     "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates", "rows",
+     "publishing"},
     {"engine", "openai_engine", "cluster", "grid"},
-    {"pool", "card", "synthesis", "training", "evaluation", "serving", "steering"},
+    {"pool", "card", "synthesis", "reference", "training", "evaluation", "serving", "steering"},
     {"cli", "__main__"},
 ]  # fmt: skip
 

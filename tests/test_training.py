@@ -16,25 +16,20 @@ from typing import Any
 
 import pytest
 
+from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
 from cpt_ray.errors import UserError
 from cpt_ray.prompting import token_ids
-from cpt_ray.records import Message, Pair, Reject, content_id
+from cpt_ray.records import Message, Pair, ReferenceLogProb, Reject, content_id
+from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
 from cpt_ray.rundir import RunDir
-from cpt_ray.training import (
-    PROGRESS,
-    Lengths,
-    check_first_loss,
-    conversation_ids,
-    describe_failure,
-    num_steps,
-    select_pairs,
-    train,
-)
+from cpt_ray.training import PROGRESS, check_first_loss, describe_failure, train
 from tests.tiny_model import make_tiny_model
 
 NUM_PAIRS = 92
+NUM_HELD_OUT = 8
+NUM_STEPS = 20
 LONG = " very" * 600
 TRAIN: dict[str, Any] = {
     "num_workers": 2,
@@ -88,6 +83,13 @@ def make_config(policy: Path, template_kwargs: dict[str, Any] | None = None, **s
             "train": TRAIN | settings,
         }
     )
+
+
+def make_tokens(cell: str, lengths: tuple[int, int, int] = (5, 5, 5), **changes: Any) -> list[TokenPair]:
+    """`make_twins` as token pairs of the given lengths of prompt, chosen and rejected."""
+    ids = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ((0,) * one for one in lengths), strict=True))
+    names = ("pair_id", "twin_id", "cell_id", "prompt_id", "rubric_id", "level", "rejected_level")
+    return [TokenPair(**{name: getattr(one, name) for name in names}, **ids | changes) for one in make_twins(cell)]
 
 
 def make_run(path: Path) -> RunDir:
@@ -149,9 +151,8 @@ def test_before_the_first_step_the_loss_is_ln_2(trained: tuple[RunDir, dict[str,
 
 def test_every_step_is_logged_once_and_the_pairs_are_learned(trained: tuple[RunDir, dict[str, Any]]) -> None:
     summary = trained[1]
-    steps = num_steps(NUM_PAIRS, make_config(Path("x")).train)
-    assert [one["step"] for one in summary["history"]] == list(range(1, steps + 1))
-    assert summary["steps"] == steps == 24
+    assert [one["step"] for one in summary["history"]] == list(range(1, NUM_STEPS + 1))
+    assert summary["steps"] == NUM_STEPS
     assert summary["last_loss"] < 0.3
     assert summary["last_accuracy"] == 1.0
 
@@ -164,8 +165,53 @@ def test_a_pair_that_is_too_long_goes_with_its_twin_and_both_are_counted(
     assert {one.subject_id for one in rejects} == {one.pair_id for one in make_twins("the sea")}
     assert {(one.stage, one.reason) for one in rejects} == {("train", "too long")}
     entry = run.read_json("ledger.json")["train"]
-    assert (entry["rows_in"], entry["rows_out"], entry["rejected"]) == (NUM_PAIRS + 2, NUM_PAIRS, {"too long": 2})
-    assert summary["pairs"] == NUM_PAIRS
+    assert (entry["rows_in"], entry["rejected"]) == (NUM_PAIRS + 2, {"too long": 2})
+    assert (entry["rows_out"], entry["held_out"]) == (NUM_PAIRS - NUM_HELD_OUT, NUM_HELD_OUT)
+    assert summary["pairs"] == NUM_PAIRS - NUM_HELD_OUT
+
+
+def test_what_is_held_out_is_measured_at_each_checkpoint_and_tells_that_the_directive_is_read(
+    trained: tuple[RunDir, dict[str, Any]],
+) -> None:
+    measured = trained[1]["held_out"]
+    assert [one["step"] for one in measured] == [4, 8, 12, 16, 20]
+    last = measured[-1]
+    assert last["twin_accuracy"] == last["pair_accuracy"] == last["accuracy/ornament/high"] == 1
+    assert last["loss"] < measured[0]["loss"] < math.log(2) + 0.1
+    assert last["swap_gap"] > 0.01
+    assert {"drift", "length_drift", "rewards/margins"} < set(last)
+
+
+def test_the_reference_table_is_what_the_policy_gives_and_is_not_computed_again(
+    trained: tuple[RunDir, dict[str, Any]], policy: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = trained
+    table = {
+        one.sequence_id: one.log_prob for one in run.read("reference", sorted(run.names("reference")), ReferenceLogProb)
+    }
+    assert len(table) == 2 * NUM_PAIRS
+    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(policy), {})
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    for row in make_rows(own_pairs(make_twins("town 3"), tokeniser), 4):
+        for name, answer in zip(sequence_ids(row), row["answers"], strict=True):
+            ids = torch.tensor([row["prompt"] + answer])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            assert table[name] == pytest.approx(logps[-len(answer) :].sum().item(), abs=1e-4)
+
+
+def test_the_model_card_says_what_was_trained_on_what_and_how_well(trained: tuple[RunDir, dict[str, Any]]) -> None:
+    import yaml
+
+    run, summary = trained
+    for folder, library in ((run.model, "transformers"), (run.adapter, "peft")):
+        _, head, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        assert yaml.safe_load(head)["library_name"] == library
+        assert f"on {summary['pairs']} preference pairs ({NUM_STEPS} steps)" in text
+        assert f"| twin_accuracy | {summary['held_out'][-1]['twin_accuracy']:.3f} |" in text
 
 
 def test_merged_weights_answer_as_base_and_adapter_do(trained: tuple[RunDir, dict[str, Any]], policy: Path) -> None:
@@ -197,38 +243,64 @@ def test_the_same_key_again_returns_at_once(trained: tuple[RunDir, dict[str, Any
 
 def test_nothing_but_our_own_lines_is_printed(trained: tuple[RunDir, dict[str, Any]], cluster: Path) -> None:
     lines = (trained[0].path / "stdout.log").read_text().splitlines()
-    assert lines[-1].startswith("train        24/24 steps, ")
-    assert [one for one in lines if not re.match(r"train +\d+/24 steps, \d+ s", one)] == []
+    assert lines[-1].startswith("train        20/20 steps, ")
+    assert [one for one in lines if not re.match(r"(train +\d+/20 steps|reference +\d+/1 shards), \d+ s", one)] == []
     assert cluster.read_text() == ""  # stderr since the cluster's start
 
 
-def test_a_killed_worker_changes_nothing_in_what_is_learned(
-    trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
-) -> None:
-    import torch
+def kill_rank_0_at(run: RunDir, step: int) -> list[dict[str, Any]]:
+    """Kills the first worker once it has done so many steps; what it had reported last, once that is done."""
+    killed: list[dict[str, Any]] = []
 
-    run, killed = make_run(tmp_path), []
-
-    def kill_rank_0() -> None:
+    def watch() -> None:
         while not killed:
             state = run.read_json(PROGRESS)
-            if state and state["step"] >= 10:
+            if state and state["step"] >= step:
                 os.kill(state["pid"], signal.SIGKILL)
                 killed.append(state)
             time.sleep(0.002)
 
-    threading.Thread(target=kill_rank_0, daemon=True).start()
-    summary = train(make_config(policy), run, ["a-0", "b-0"], "key-1")
-    assert killed
-    assert killed[0]["step"] < summary["steps"]
+    threading.Thread(target=watch, daemon=True).start()
+    return killed
+
+
+def assert_same_training(
+    run: RunDir, summary: dict[str, Any], trained: tuple[RunDir, dict[str, Any]], within: float
+) -> None:
+    import torch
+
     undisturbed, expected = trained
     assert [one["step"] for one in summary["history"]] == [one["step"] for one in expected["history"]]
     assert [one["loss"] for one in summary["history"]] == pytest.approx(
-        [one["loss"] for one in expected["history"]], abs=1e-6
+        [one["loss"] for one in expected["history"]], abs=within
     )
     found, wanted = adapter_weights(run), adapter_weights(undisturbed)
     assert found.keys() == wanted.keys()
-    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    assert all(torch.allclose(found[name], wanted[name], atol=within) for name in wanted)
+
+
+def test_a_killed_worker_changes_nothing_in_what_is_learned_with_checkpoints_behind_a_uri(
+    trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    killed = kill_rank_0_at(run, 10)
+    summary = train(make_config(policy, checkpoints=f"file://{tmp_path}/kept"), run, ["a-0", "b-0"], "key-1")
+    assert killed[0]["step"] < summary["steps"]
+    assert_same_training(run, summary, trained, 1e-6)
+    assert not run.checkpoints.exists()
+    assert len(list((tmp_path / "kept" / "key-1").glob("checkpoint_*"))) == 2
+
+
+def test_what_two_workers_began_one_ends_with_the_same_samples_in_each_step(
+    trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    killed = kill_rank_0_at(run, 10)
+    with pytest.raises(UserError, match="a worker died more than 0 times"):
+        train(make_config(policy, num_workers=[1, 2], max_failures=0), run, ["a-0", "b-0"], "key-1")
+    assert killed
+    summary = train(make_config(policy, num_workers=1), run, ["a-0", "b-0"], "key-1")
+    assert_same_training(run, summary, trained, 1e-4)
 
 
 def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(cluster: Path, tmp_path: Path) -> None:
@@ -250,36 +322,50 @@ def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(clus
     assert not run.adapter.exists()
 
 
+def test_a_preference_set_trains_alone_and_again_at_once(cluster: Path, policy: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Tell me {at}:", "chosen": f" the sea and {at}", "rejected": " the town"} for at in range(24)]
+    (tmp_path / "set.jsonl").write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
+    settings = {"num_workers": 1, "batch_size": 8, "dtype": "float32", "learning_rate": 1e-2, "lora": None}
+    settings |= {"loss": {"ipo": 1.0, "sft": 0.1}, "resources_per_worker": {"CPU": 1}}
+    config = {"name": "alone", "run_dir": str(tmp_path / "run"), "preferences": {"source": str(tmp_path / "set.jsonl")}}
+    config |= {"policy": {"model": str(policy)}, "train": settings}
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    made = json.loads((tmp_path / "run" / "model" / "cpt_ray.json").read_text(encoding="utf-8"))["summary"]
+    assert (made["pairs"], made["steps"]) == (22, 2)
+    assert "twin_accuracy" not in made["held_out"][-1]
+    assert f"`{tmp_path}/set.jsonl`" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    mark = (tmp_path / "run" / "model" / "cpt_ray.json").stat().st_mtime_ns
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert (tmp_path / "run" / "model" / "cpt_ray.json").stat().st_mtime_ns == mark
+    assert main(["evaluate", str(tmp_path / "run.yaml")]) == 1
+
+
 # ---------------------------------------------------------------- before a training
 
 
 @pytest.mark.parametrize("template_kwargs", [{}, {"shout": True}])
-def test_trl_trains_on_the_token_ids_of_our_own_rendering(
-    policy: Path, tmp_path: Path, template_kwargs: dict[str, Any]
-) -> None:
+def test_trl_would_train_on_the_same_token_ids(policy: Path, tmp_path: Path, template_kwargs: dict[str, Any]) -> None:
     import datasets
     from transformers import AutoTokenizer
-    from trl import DPOTrainer
+    from trl import DPOConfig, DPOTrainer
 
-    from cpt_ray.training import Job, _arguments, _write_training_set
-
-    pairs, config, run = make_twins("the town"), make_config(policy, template_kwargs), RunDir(tmp_path)
-    data = _write_training_set(run, "key", pairs, template_kwargs)
-    job = Job(config, run, "key", policy=str(policy), data=str(data), max_length=400)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
+    pairs, tokenizer = make_twins("the town"), AutoTokenizer.from_pretrained(policy)
+    names = ("prompt", "chosen", "rejected")
+    rows = [
+        {name: [{"role": m.role, "content": m.content} for m in getattr(one, name)] for name in names} for one in pairs
+    ]
     trainer = DPOTrainer(
         model=str(policy),
-        args=_arguments(job, tmp_path),
-        train_dataset=datasets.Dataset.from_parquet(str(data), cache_dir=str(tmp_path / "cache")),
+        args=DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[]),
+        train_dataset=datasets.Dataset.from_list([one | {"chat_template_kwargs": template_kwargs} for one in rows])
+        if template_kwargs
+        else datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
-        messages = [{"role": one.role, "content": one.content} for one in pair.prompt]
-        assert row["prompt_ids"] == token_ids(tokenizer, messages, template_kwargs)
-        for name in ("chosen", "rejected"):
-            answer = [{"role": "assistant", "content": getattr(pair, name)[0].content}]
-            ids = conversation_ids(tokenizer, messages + answer, template_kwargs)
-            assert row["prompt_ids"] + row[f"{name}_ids"] == ids
+    for pair, row in zip(own_pairs(pairs, Tokeniser(tokenizer, template_kwargs)), trainer.train_dataset, strict=True):
+        assert pair.prompt_ids == tuple(row["prompt_ids"])
+        assert (pair.chosen_ids, pair.rejected_ids) == (tuple(row["chosen_ids"]), tuple(row["rejected_ids"]))
 
 
 HEAD = "{% for m in messages %}"
@@ -293,7 +379,7 @@ TAIL = "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
         (HEAD + "{% if m.role != 'system' %}<{{ m.role[0] }}>{{ m.content }}{% endif %}" + TAIL, "drops the system"),
         (
             HEAD + "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TAIL,
-            "refuses a system message",
+            "refuses a message",
         ),
         (HEAD + "<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", "once"),
     ],
@@ -317,7 +403,11 @@ def test_a_template_that_would_lose_the_directive_is_refused(
     [
         ("/no/such/model", {}, "policy.model"),
         (None, {"lora": {"target_modules": ["c_attn"]}}, "train.lora.target_modules: .*c_attn"),
+        (None, {"lora": {"target_modules": ["q_proj", "lm_head"]}}, "vLLM serves no adapter on lm_head"),
+        (None, {"lora": {"r": 1024}}, "adapters of rank 512 at most"),
+        (None, {"report_to": ["wandb"]}, "wandb is not installed"),
         (None, {"num_workers": 7, "batch_size": 14}, "7 workers need 7 CPU, this machine gives Ray"),
+        (None, {"num_workers": 11}, "11 workers share 9 prompts per step of 8 pairs"),
         (None, {"max_length": 30}, "none of 42 pairs is left within 30 tokens"),
     ],
 )
@@ -328,10 +418,20 @@ def test_what_cannot_be_trained_is_said_before_any_worker_starts(
         train(make_config(Path(model or policy), **settings), make_run(tmp_path), ["a-0"], "key")
 
 
+def test_a_pairs_table_of_another_schema_is_named_with_its_columns(policy: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = make_run(tmp_path)
+    pq.write_table(pa.table({"question": ["?"]}), run.shard("pairs", "a-0"))
+    with pytest.raises(UserError, match=r"a-0.parquet: columns question are not those of Pair \(pair_id, "):
+        train(make_config(policy), run, ["a-0"], "key")
+
+
 def test_twins_stay_together_whichever_of_them_is_too_long() -> None:
-    pairs = make_twins("a") + make_twins("b")
-    lengths = {one.pair_id: Lengths(5, 5, 5) for one in pairs} | {pairs[0].pair_id: Lengths(7, 5, 4)}
-    kept, rejects = select_pairs(pairs, lengths, max_length=11, max_pairs=None, seed=0)
+    long = make_tokens("a", (7, 5, 4))[0]
+    pairs = [long, make_tokens("a")[1], *make_tokens("b")]
+    kept, _, rejects = select_pairs(pairs, max_length=11, max_pairs=None, held_out=0, seed=0)
     assert kept == pairs[2:]
     assert [one.detail for one in rejects] == [
         "7 prompt + 5 answer tokens, 11 fit",
@@ -340,16 +440,22 @@ def test_twins_stay_together_whichever_of_them_is_too_long() -> None:
 
 
 def test_max_pairs_takes_whole_twins_by_hash_whatever_the_order() -> None:
-    pairs = [pair for at in range(20) for pair in make_twins(str(at))]
-    lengths = {one.pair_id: Lengths(5, 5, 5) for one in pairs}
-    kept, rejects = select_pairs(pairs, lengths, max_length=10, max_pairs=11, seed=0)
-    again, _ = select_pairs(pairs[::-1], lengths, max_length=10, max_pairs=11, seed=0)
-    other, _ = select_pairs(pairs, lengths, max_length=10, max_pairs=11, seed=1)
+    pairs = [pair for at in range(20) for pair in make_tokens(str(at))]
+    kept, _, rejects = select_pairs(pairs, max_length=10, max_pairs=11, held_out=0, seed=0)
+    again, _, _ = select_pairs(pairs[::-1], max_length=10, max_pairs=11, held_out=0, seed=0)
+    other, _, _ = select_pairs(pairs, max_length=10, max_pairs=11, held_out=0, seed=1)
     assert len(kept) == 10
     assert {one.pair_id for one in kept} == {one.twin_id for one in kept} == {one.pair_id for one in again}
     assert {one.pair_id for one in kept} != {one.pair_id for one in other}
     assert {one.reason for one in rejects} == {"over max_pairs"}
     assert len(rejects) == 30
+
+
+def test_held_out_are_whole_prompts_a_tenth_at_most_and_every_pair_is_somewhere() -> None:
+    pairs = [pair for at in range(50) for pair in make_tokens(str(at))]
+    kept, held, rejects = select_pairs(pairs, max_length=10, max_pairs=80, held_out=200, seed=0)
+    assert (len(kept), len(held), len(rejects)) == (80, 10, 10)
+    assert not {one.prompt_id for one in kept} & {one.prompt_id for one in held}
 
 
 # ---------------------------------------------------------------- failures

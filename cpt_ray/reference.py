@@ -1,0 +1,139 @@
+"""The reference stage: what the untuned policy gives to each (directive, answer), once, by Ray Data actors.
+
+DPO compares with the policy as it was. That never changes, so it is a table, read again by every restart and every
+sweep over training settings. It is computed by the code that trains (`cpt_ray/grid.py`), in the same precision.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpt_ray.config import ModelConfig, TrainConfig, TuneConfig
+from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.records import ReferenceLogProb, content_id
+from cpt_ray.rows import Row, sequence_ids
+from cpt_ray.rundir import RunDir
+
+TABLE = "reference"
+SHARD_ROWS = 256
+
+
+class ReferenceModel:
+    """The untuned policy, in this process."""
+
+    def __init__(self, model: ModelConfig, settings: TrainConfig):
+        import torch
+        from trl.trainer.utils import create_model_from_path
+
+        from cpt_ray.grid import prepare_model
+
+        self._settings = settings
+        if model.num_gpus == 0:
+            torch.set_num_threads(max(1, int(model.num_cpus)))
+        self._model = create_model_from_path(model.path, dtype=weights_dtype(settings), device_map=None)
+        self._model.to("cuda" if model.num_gpus else "cpu").eval().requires_grad_(False)
+        prepare_model(self._model, ("log_probs",))
+
+    def run(self, rows: Sequence[Row]) -> list[list[float]]:
+        """For each row, the log-probability (nats) of each of its answers."""
+        import torch
+
+        from cpt_ray.grid import answer_logps
+
+        with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_autocast(self._settings)):
+            return answer_logps(self._model, rows, 2 * self._settings.micro_batch_size)
+
+
+def weights_dtype(settings: TrainConfig) -> str:
+    """What is trained is kept in float32, since a step is smaller than what bfloat16 can add to a weight."""
+    return settings.dtype if settings.lora else "float32"
+
+
+def is_autocast(settings: TrainConfig) -> bool:
+    """Whether arithmetic is in bfloat16 by autocast; adapters on a CPU follow the weights' dtype instead."""
+    return settings.dtype == "bfloat16" and (settings.use_gpu or settings.lora is None)
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """Rows -> their answers' log-probabilities."""
+
+    model: ModelConfig
+    rows: str
+    """A parquet file of rows; a shard is one of its row groups."""
+    groups: dict[str, int]
+    """The row group of each shard."""
+    stage: str = "reference"
+    table: str = TABLE
+
+    def output(self, shard: str) -> str:
+        """The shard's own name, which hashes all it depends on."""
+        return shard
+
+    def __call__(self, engine: ReferenceModel, run: RunDir, shard: str) -> None:
+        """Computes one shard."""
+        rows = pq.ParquetFile(self.rows).read_row_group(self.groups[shard]).to_pylist()
+        tally = Tally(len(rows))
+        found = {
+            name: ReferenceLogProb(sequence_id=name, log_prob=logp)
+            for row, logps in zip(rows, engine.run(rows), strict=True)
+            for name, logp in zip(sequence_ids(row), logps, strict=True)
+        }
+        run.write(self.table, shard, found.values(), tally.close(len(found)))
+
+
+def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[Row]:
+    """The rows with `ref_logps`, read from the reference table; what is missing there is computed first."""
+    settings = config.train
+    # model files (template included) and precision; prompt and answer are in the sequences' ids
+    key = content_id(config.policy.identity, weights_dtype(settings), is_autocast(settings))[:12]
+    ids = [sequence_ids(row) for row in rows]
+    known = _read(run, key)
+    missing = [at for at, names in enumerate(ids) if not known.keys() >= set(names)]
+    if missing:
+        shards = [missing[at : at + SHARD_ROWS] for at in range(0, len(missing), SHARD_ROWS)]
+        names = [f"{key}-{content_id(*(ids[at] for at in shard))[:12]}" for shard in shards]
+        path = write_rows(run, "reference", [rows[at] for at in missing])
+        step: Any = ReferenceStep(_role(config), path, {name: at for at, name in enumerate(names)})
+        run_lines(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
+        run.add_to_ledger("reference", ledger_entry(run, TABLE, names))
+        known = _read(run, key)
+    return [Row(**{**row, "ref_logps": [known[one] for one in names]}) for row, names in zip(rows, ids, strict=True)]  # type: ignore[typeddict-item]
+
+
+def write_rows(run: RunDir, name: str, rows: Sequence[Row]) -> str:
+    """Rows as a parquet file that every node sees, in row groups of SHARD_ROWS; its path."""
+    path = run.path.absolute() / "train_rows" / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    table = pa.Table.from_pylist([dict(one) for one in rows], schema=SCHEMA)
+    pq.write_table(table, temporary, row_group_size=SHARD_ROWS)
+    temporary.replace(path)
+    return str(path)
+
+
+SCHEMA = pa.schema(
+    {name: pa.string() for name in ("cell_id", "rubric_id", "level")}
+    | {"prompt": pa.list_(pa.int32()), "answers": pa.list_(pa.list_(pa.int32())), "levels": pa.list_(pa.string())}
+    | {name: pa.list_(pa.int32()) for name in ("chosen", "rejected")}
+    | {"ref_logps": pa.list_(pa.float64())}
+)
+
+
+def _read(run: RunDir, key: str) -> dict[str, float]:
+    found = run.read(TABLE, sorted(run.names(TABLE, key)), ReferenceLogProb)
+    return {one.sequence_id: one.log_prob for one in found}
+
+
+def _role(config: TuneConfig) -> ModelConfig:
+    """The policy on the training's resources: as many actors as workers."""
+    settings = config.train
+    resources = settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
+    changes = {"num_actors": settings.num_workers, "num_cpus": resources.get("CPU", 1), "engine": {}}
+    return config.policy.model_copy(update=changes | {"num_gpus": resources.get("GPU", 0)})

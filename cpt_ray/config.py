@@ -197,7 +197,7 @@ class LoraConfig(_Section):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
-Loss = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
+Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
 
 
 class TrainConfig(_Section):

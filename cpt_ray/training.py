@@ -251,7 +251,7 @@ def _show_progress(thread: threading.Thread, job: Job, total: int) -> None:
             state = job.run.read_json(PROGRESS)
             if not state:
                 continue
-            note = f"loss {state['loss']:.3f}, reward accuracy {state['accuracy']:.2f}"
+            note = f"loss {state['loss']:.3f}, reward accuracy {state['accuracy']:.2f}, {state['num_workers']} workers"
             if state["step"] < done:
                 note = f"a worker died; again from step {state['step']}"
             advance(max(0, state["step"] - done), note)
@@ -415,7 +415,8 @@ def _reporter(job: Job, folder: Path) -> Any:
                 check_first_loss(logs["loss"], job.config.train)
             if state.is_world_process_zero:
                 now = {"step": state.global_step, "loss": logs["loss"], "accuracy": logs["rewards/accuracies"]}
-                job.run.write_json(PROGRESS, {**now, "pid": os.getpid()})
+                now |= {"num_workers": ray.train.get_context().get_world_size(), "pid": os.getpid()}
+                job.run.write_json(PROGRESS, now)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Each rank has a folder of its own: rank 0's holds everything but the other ranks' random states.

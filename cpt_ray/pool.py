@@ -288,8 +288,10 @@ class Live:
             self._totals[stage].update(more)
         if now - self._written > LIVE_SECONDS:
             self._written = now
-            for stage, total in ((stage, total) for stage, total in self._totals.items() if total):
-                self._run.add_to_ledger(stage, {**_entry(total, self._models[stage].price), "so far": "this command"})
+            for stage, total in self._totals.items():
+                if total:
+                    entry = _entry(total, self._models[stage].price)
+                    self._run.add_to_ledger(stage, {**entry, "so far": "this command"})
         tokens = sum(total["generated_tokens"] for total in self._totals.values())
         return f"{tokens / (now - self._start):.0f} tokens/s"
 

@@ -241,7 +241,7 @@ class WriteStep:
         """Writes one shard of answers."""
         units = run.read("units", [shard], Unit)
         tally = Tally(len(units))
-        completions = engine.run([self._request(unit) for unit in units])
+        completions = engine.run([self.request(unit) for unit in units])
         tally.add(completions)
         rows, rejects = [], []
         for unit, one in zip(units, completions, strict=True):
@@ -253,7 +253,8 @@ class WriteStep:
         run.write("rejects", f"{self.stage}-{shard}", rejects)
         run.write(self.table, shard, rows, tally.close(len(rows)))
 
-    def _request(self, unit: Unit) -> Request:
+    def request(self, unit: Unit) -> Request:
+        """What the writer is asked for a unit."""
         return sampled(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
 
     def _messages(self, unit: Unit) -> list[ChatMessage]:
@@ -602,8 +603,7 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
             Line(control_shards, [control, judges[0]]),
         ],
     )
-    for judge in judges[1:]:
-        run_lines(run, [Line(shards.generations, [judge])])
+    run_lines(run, [Line(shards.generations, [judge]) for judge in judges[1:]])
     pair(plan, run, shards)
     stages = [
         ("direct", "directives", shards.directives, direct.model.price),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -117,7 +118,8 @@ class ModelConfig(_Section):
             return content_id(self.model, self.endpoint.base_url, self.endpoint.extra_body)
         if not folder.is_dir():
             return self.model
-        return content_id([[one.name, _fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
+        files = sorted(one for one in folder.iterdir() if one.is_file())
+        return content_id([[one.name, _fingerprint(one, one.stat().st_mtime_ns)] for one in files])
 
     @property
     def answer_key(self) -> str:
@@ -153,7 +155,8 @@ class JudgeConfig(ModelConfig):
         return content_id(super().answer_key, self.mode, self.votes)
 
 
-def _fingerprint(path: Path) -> str:
+@functools.cache
+def _fingerprint(path: Path, _modified_ns: int) -> str:
     """Hash of a file's size and its first and last MiB: weights are told apart without reading all of them."""
     size, part = path.stat().st_size, 1 << 20
     with path.open("rb") as file:

@@ -67,7 +67,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); what is finished is kept: "
+            f"{path}: cannot be written ({error.strerror or error}); "
             "free some space or mend the folder, then give the same command again"
         ) from None
 

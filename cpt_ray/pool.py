@@ -150,7 +150,6 @@ class Attempts:
             raise UserError(f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})")
         self._folder.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*causes, "killed, perhaps out of memory"]))
-        return ""
 
     def note(self, name: str, cause: str) -> None:
         """Puts a better-known cause on the present attempt."""

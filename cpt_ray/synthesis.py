@@ -220,7 +220,7 @@ CONTROL_MARK = "c"
 
 def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) -> bool:
     number = content_id("controlled", rubric_id, prompt.prompt_id, sample)
-    return int(number, 16) < share * 16 ** len(number)
+    return int(number, 16) / 16 ** len(number) < share
 
 
 # ---------------------------------------------------------------- write
@@ -516,7 +516,7 @@ def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
     directives = {rubric.id: direct.output(rubric.id) for rubric in plan.rubrics}
     grades = {name: [judge.output(name) for judge in judges] for name in units}
     chosen = plan.config.synthesis
-    rules = [chosen.aggregate, chosen.neutral_directives, chosen.near_duplicates, chosen.max_length_ratio]
+    rules: list[Any] = [chosen.aggregate, chosen.neutral_directives, chosen.near_duplicates, chosen.max_length_ratio]
     if chosen.near_duplicates:  # then a pair depends on every answer before it
         rules.append(content_id(*units))
     beside = {_place(name): name for name in units if is_control(name)}

@@ -43,7 +43,7 @@ def metrics_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Ray in this process, and where its metrics are."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     port = free_port()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
     yield f"http://127.0.0.1:{port}/metrics"
     ray.shutdown()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

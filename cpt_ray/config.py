@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -155,6 +156,11 @@ class JudgeConfig(ModelConfig):
 
 def file_fingerprint(path: Path) -> str:
     """Hash of a file's size and its first and last MiB: weights are told apart without reading all of them."""
+    return _fingerprint(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _fingerprint(path: Path, _modified_ns: int) -> str:
     size, part = path.stat().st_size, 1 << 20
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(part))

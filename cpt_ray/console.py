@@ -26,8 +26,8 @@ def say(text: str = "") -> None:
 def status_lines(ledger: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """ledger.json as a table: a line per stage, then its rejects and prices."""
     columns = ("in", "out", "prompt", "cached", "generated", "engine s", "tokens/s", "cost")
-    keys = ("rows_in", "rows_out", "prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds")
-    keys += ("generated_tokens_per_second", "cost")
+    keys = ["rows_in", "rows_out", "prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds"]
+    keys += ["generated_tokens_per_second", "cost"]
     lines = [f"{'stage':<14}" + "".join(f"{name:>12}" for name in columns)] if ledger else []
     for stage, entry in ledger.items():
         cells = [entry.get(key) for key in keys]

@@ -33,7 +33,7 @@ class NearDuplicates:
         made.update(_shingles(text))
         for at in sorted(self._index.query(made)):
             if made.jaccard(self._hashes[at]) >= self._threshold:
-                return self._names[at]
+                return str(self._names[at])
         self._index.insert(len(self._names), made)
         self._names.append(name)
         self._hashes.append(made)

@@ -97,16 +97,15 @@ class StepActor:
         self._attempts = Attempts(run.attempts)
         self._meters = Meters()
         start = f"start-{ray.get_runtime_context().get_actor_id()}"
-        self._error = self._attempts.begin(start, "starting")
-        if self._error:
-            return
+        self._error = ""
         try:
+            self._attempts.begin(start, "while it started")
             self._engine = open_engine(model)
-            for judge in {step.model for line in steps for step in line if needs_schema(step.model)}:
-                check_schema_is_enforced(self._engine, f"judge {judge.model}")
+            if any(needs_schema(step.model) for line in steps for step in line):
+                check_schema_is_enforced(self._engine, f"judge {model.model}")
+            self._attempts.end(start)
         except Exception as error:
             self._error = _one_line(error)
-        self._attempts.end(start)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         done = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
@@ -128,18 +127,16 @@ class StepActor:
 
     def _try(self, step: Step, shard: str) -> str:
         name = f"{step.stage}-{shard}"
-        if error := self._attempts.begin(name, f"on {step.stage} of shard {shard}"):
-            return error
         try:
+            self._attempts.begin(name, f"on {step.stage} of shard {shard}")
             step(self._engine, self._run, shard)
-            error = ""
+            self._attempts.end(name)
         except EngineDiedError as died:
             self._attempts.note(name, _one_line(died))
             os._exit(1)  # Ray makes this actor, and so the engine, anew
         except Exception as failed:
-            error = _one_line(failed)
-        self._attempts.end(name)
-        return error
+            return _one_line(failed)
+        return ""
 
 
 class Attempts:
@@ -148,15 +145,14 @@ class Attempts:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def begin(self, name: str, what: str) -> str:
-        """Counts one attempt; "" or, when it is one too many, what is known."""
+    def begin(self, name: str, what: str) -> None:
+        """Counts one attempt; UserError if there were too many."""
         path = self._folder / name
         causes = path.read_text().splitlines() if path.exists() else []
         if len(causes) >= MAX_DEATHS:
-            return f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})"
+            raise UserError(f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})")
         self._folder.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*causes, "killed, perhaps out of memory"]))
-        return ""
 
     def note(self, name: str, cause: str) -> None:
         """Puts a better-known cause on the present attempt."""
@@ -293,8 +289,10 @@ class Live:
             self._totals[stage].update(more)
         if now - self._written > LIVE_SECONDS:
             self._written = now
-            for stage, total in ((stage, total) for stage, total in self._totals.items() if total):
-                self._run.add_to_ledger(stage, {**_entry(total, self._models[stage].price), "so far": "this command"})
+            for stage, total in self._totals.items():
+                if total:
+                    entry = _entry(total, self._models[stage].price)
+                    self._run.add_to_ledger(stage, {**entry, "so far": "this command"})
         tokens = sum(total["generated_tokens"] for total in self._totals.values())
         return f"{tokens / (now - self._start):.0f} tokens/s"
 
@@ -346,7 +344,8 @@ def _map_shards(
                 raise UserError(f"{model.model}: {row['error']}; what is finished is kept")
             yield row
     except RayError as error:
-        raise UserError(f"{model.model}: Ray gave up ({_one_line(error)}); what is finished is kept") from error
+        cause = getattr(error, "cause", None) or error
+        raise UserError(f"{model.model}: Ray gave up ({_one_line(cause)}); what is finished is kept") from error
 
 
 # ---------------------------------------------------------------- counting

@@ -272,12 +272,14 @@ def _nested(record: type[Any]) -> dict[str, type[Any]]:
     """The fields that are lists of records, and of which class; found once per class, not once per row."""
     hints = typing.get_type_hints(record)
     inner = {name: typing.get_args(hint)[0] for name, hint in hints.items() if typing.get_origin(hint) is list}
-    return {name: one for name, one in inner.items() if dataclasses.is_dataclass(one)}
+    return {name: typing.cast(type[Any], one) for name, one in inner.items() if dataclasses.is_dataclass(one)}
 
 
 def from_dict(record: type[Record], row: dict[str, Any]) -> Record:
     """One record from one row of its table."""
-    lists = {name: [from_dict(kind, one) for one in row[name]] for name, kind in _nested(record).items()}
+    lists = {
+        name: [from_dict(kind, one) for one in row[name]] for name, kind in _nested(typing.cast(Any, record)).items()
+    }
     return record(**{**row, **lists})
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -75,7 +75,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); what is finished is kept: "
+            f"{path}: cannot be written ({error.strerror or error}); "
             "free some space or mend the folder, then give the same command again"
         ) from None
 
@@ -123,11 +123,11 @@ class RunDir:
         """The complete shards (of one prefix), by one look at the folder."""
         return {path.stem for path in (self.path / table).glob(f"{prefix}*.parquet")}
 
-    def write(self, table: str, name: str, rows: Iterable[Any], counts: dict[str, float] | None = None) -> None:
+    def write(self, table: str, name: str, rows: Iterable[Any], counts: Mapping[str, float] | None = None) -> None:
         """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
         made = to_table(rows, TABLES[table])
         with _replacing(self.shard(table, name)) as file:
-            pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps(counts or {})}), file)
+            pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps({**(counts or {})})}), file)
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""

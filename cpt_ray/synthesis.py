@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections import defaultdict
@@ -131,19 +132,21 @@ class Units(Iterable[Unit]):
     """The units of one shard, made when they are looked at: a plan of millions costs no memory, nor their hashes."""
 
     rubrics: tuple[Rubric, ...]
+    rubric_hashes: tuple[str, ...]
     prompts: Sequence[Prompt]
     sample: int
-    config: RunConfig
-    control: bool = False
+    model_key: str
+    """Of the writer; of the policy in control units."""
+    seed: int
+    neutral_directives: tuple[str, ...] | None = None
+    """In control units: what may be told instead of a rubric's directive."""
 
     @property
     def key(self) -> str:
         """Changes when any unit in it does."""
-        model = self.config.policy if self.control else self.config.writer
-        settings = (self.control and self.config.synthesis.neutral_directives, self._templates, model.answer_key)
-        hashes = [one.content_hash for one in self.rubrics]
         prompts = content_id(*(one.prompt_id for one in self.prompts))
-        return content_id(hashes, prompts, self.sample, *settings, self.config.seed)
+        settings = (self.neutral_directives, self._templates, self.model_key, self.seed)
+        return content_id(self.rubric_hashes, prompts, self.sample, *settings)
 
     @property
     def _templates(self) -> str:
@@ -151,10 +154,12 @@ class Units(Iterable[Unit]):
 
     def __iter__(self) -> Iterator[Unit]:
         for prompt in self.prompts:
-            for level, score in [(CONTROL, None)] if self.control else self._targets(prompt):
+            for level, score in self._targets(prompt):
                 yield self._unit(prompt, level, score)
 
     def _targets(self, prompt: Prompt) -> list[tuple[str, float | None]]:
+        if self.neutral_directives is not None:
+            return [(CONTROL, None)]
         if len(self.rubrics) == 1:
             return [(level.name, level.score) for level in self.rubrics[0].levels]
         # Several rubrics: as many answers as the shorter scale has levels, no level of either rubric twice.
@@ -166,17 +171,15 @@ class Units(Iterable[Unit]):
         return [("+".join(order[at].name for order in orders), None) for at in range(count)]
 
     def _unit(self, prompt: Prompt, level: str, score: float | None) -> Unit:
-        hashes = [one.content_hash for one in self.rubrics]
         rubric_id = "+".join(one.id for one in self.rubrics)
-        if self.control:
-            cell_id = cell_id_of(rubric_id, prompt.prompt_id, self.sample)
-            told = control_directive(self.config.synthesis.neutral_directives, cell_id)
-            key: tuple[Any, ...] = (hashes, level, told, prompt.text, self.sample, self.config.policy.answer_key)
+        if self.neutral_directives is not None:
+            told = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, self.sample))
+            key: tuple[Any, ...] = (self.rubric_hashes, level, told, prompt.text, self.sample)
         else:
-            rubrics = hashes[0] if len(hashes) == 1 else hashes
-            key = (rubrics, level, prompt.text, self.sample, self._templates, self.config.writer.answer_key)
+            rubrics = self.rubric_hashes[0] if len(self.rubrics) == 1 else self.rubric_hashes
+            key = (rubrics, level, prompt.text, self.sample, self._templates)
         return Unit(
-            unit_id=content_id(*key, self.config.seed),
+            unit_id=content_id(*key, self.model_key, self.seed),
             prompt_id=prompt.prompt_id,
             prompt=prompt.text,
             rubric_id=rubric_id,
@@ -191,22 +194,23 @@ def plan_units(plan: Plan) -> dict[str, Units]:
 
     The policy's own answers to some of a shard's prompts are a shard of their own, beside it.
     """
-    config = plan.config
+    config, chosen = plan.config, plan.config.synthesis
     prompts = plan.prompts_of("train")
-    joint = [tuple(plan.by_id[name] for name in names) for names in config.synthesis.combine]
+    writer_key, policy_key = config.writer.answer_key, config.policy.answer_key
+    joint = [tuple(plan.by_id[name] for name in names) for names in chosen.combine]
     shards: dict[str, Units] = {}
     for rubrics in [*((one,) for one in plan.rubrics), *joint]:
         rubric_id = "+".join(one.id for one in rubrics)
-        per_shard = max(1, config.synthesis.shard_rows // min(len(one.levels) for one in rubrics))
-        for sample in range(config.synthesis.samples):
-            for start in range(0, len(prompts), per_shard):
-                chunk, stem = prompts[start : start + per_shard], f"{rubric_id}-{sample:03d}"
-                units = Units(rubrics, chunk, sample, config)
-                shards[f"{stem}-{start // per_shard:05d}-{units.key[:12]}"] = units
-                controlled = [one for one in chunk if _is_controlled(rubric_id, one, sample, config.synthesis.control)]
-                if controlled:
-                    units = Units(rubrics, controlled, sample, config, control=True)
-                    shards[f"{stem}-{CONTROL_MARK}{start // per_shard:05d}-{units.key[:12]}"] = units
+        hashes = tuple(one.content_hash for one in rubrics)
+        per_shard = max(1, chosen.shard_rows // min(len(one.levels) for one in rubrics))
+        for sample, start in itertools.product(range(chosen.samples), range(0, len(prompts), per_shard)):
+            chunk, number = prompts[start : start + per_shard], f"{start // per_shard:05d}"
+            units = Units(rubrics, hashes, chunk, sample, writer_key, config.seed)
+            shards[f"{rubric_id}-{sample:03d}-{number}-{units.key[:12]}"] = units
+            chunk = [one for one in chunk if _is_controlled(rubric_id, one, sample, chosen.control)]
+            if chunk:
+                units = Units(rubrics, hashes, chunk, sample, policy_key, config.seed, chosen.neutral_directives)
+                shards[f"{rubric_id}-{sample:03d}-{CONTROL_MARK}{number}-{units.key[:12]}"] = units
     return shards
 
 
@@ -216,7 +220,7 @@ CONTROL_MARK = "c"
 
 def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) -> bool:
     number = content_id("controlled", rubric_id, prompt.prompt_id, sample)
-    return int(number, 16) < share * 16 ** len(number)
+    return int(number, 16) / 16 ** len(number) < share
 
 
 # ---------------------------------------------------------------- write
@@ -241,7 +245,7 @@ class WriteStep:
         """Writes one shard of answers."""
         units = run.read("units", [shard], Unit)
         tally = Tally(len(units))
-        completions = engine.run([self._request(unit) for unit in units])
+        completions = engine.run([self.request(unit) for unit in units])
         tally.add(completions)
         rows, rejects = [], []
         for unit, one in zip(units, completions, strict=True):
@@ -253,7 +257,8 @@ class WriteStep:
         run.write("rejects", f"{self.stage}-{shard}", rejects)
         run.write(self.table, shard, rows, tally.close(len(rows)))
 
-    def _request(self, unit: Unit) -> Request:
+    def request(self, unit: Unit) -> Request:
+        """What the writer is asked for a unit."""
         return sampled(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
 
     def _messages(self, unit: Unit) -> list[ChatMessage]:
@@ -511,7 +516,7 @@ def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
     directives = {rubric.id: direct.output(rubric.id) for rubric in plan.rubrics}
     grades = {name: [judge.output(name) for judge in judges] for name in units}
     chosen = plan.config.synthesis
-    rules = [chosen.aggregate, chosen.neutral_directives, chosen.near_duplicates, chosen.max_length_ratio]
+    rules: list[Any] = [chosen.aggregate, chosen.neutral_directives, chosen.near_duplicates, chosen.max_length_ratio]
     if chosen.near_duplicates:  # then a pair depends on every answer before it
         rules.append(content_id(*units))
     beside = {_place(name): name for name in units if is_control(name)}
@@ -602,8 +607,7 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
             Line(control_shards, [control, judges[0]]),
         ],
     )
-    for judge in judges[1:]:
-        run_lines(run, [Line(shards.generations, [judge])])
+    run_lines(run, [Line(shards.generations, [judge]) for judge in judges[1:]])
     pair(plan, run, shards)
     stages = [
         ("direct", "directives", shards.directives, direct.model.price),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.grading import grade_answer, interpolate, judged_criterion, measured_criterion
+from cpt_ray.agreement import agreement, spearman, weighted_kappa
+from cpt_ray.grading import (
+    aggregate,
+    grade_answer,
+    interpolate,
+    judged_criterion,
+    measured_criterion,
+    voted_criteria,
+)
 from cpt_ray.measures import MEASURES
-from tests.builders import make_rubric
+from tests.builders import make_grade, make_rubric
 
 RUBRIC = make_rubric()
 WORDS, BANGS = RUBRIC.criteria
@@ -74,3 +83,39 @@ def test_measures_give_known_values() -> None:
     assert measure("word_share", ("the", "don't")) == pytest.approx(3 / 7)
     assert measure("word_balance", ("dog",), ("the",)) == pytest.approx(1 / 3)
     assert measure("word_balance", ("fish",), ("bird",)) is None
+
+
+def test_votes_are_averaged_and_what_is_no_verdict_does_not_vote() -> None:
+    def vote(level: object) -> str:
+        return json.dumps({"words": {"reason": f"level {level}", "level": level}})
+
+    (grade,) = voted_criteria(RUBRIC, [vote(1), vote(2), "not JSON", vote(4)])
+    assert (grade.score, grade.reason) == (30.0, "level 1")
+    for unreadable in (vote("2"), vote(True), vote(0), vote(None), "[]", "{}", '"high"'):
+        (grade,) = voted_criteria(RUBRIC, [unreadable])
+        assert (grade.score, grade.reason) == (None, "unreadable verdict (1 of 1 votes)")
+
+
+def test_judges_are_combined_by_name() -> None:
+    def combined(how: str, *scores: float | None) -> float | None:
+        return aggregate(RUBRIC, [make_grade("u", score) for score in scores], how).score
+
+    assert combined("mean", 10, 20, 90) == 40
+    assert combined("median", 10, 20, 90) == 20
+    assert combined("min", 10, 20, 90) == 10
+    assert combined("majority", 10, 20, 90) == 15  # two of them say low
+    assert combined("majority", 10, 90) is None
+    assert combined("mean", 10, None) is None
+    assert aggregate(RUBRIC, [make_grade("u", 10), make_grade("u", 90)], "majority").reason == (
+        "no majority: 1 high, 1 low"
+    )
+
+
+def test_agreement_has_the_textbook_values() -> None:
+    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826816681233)
+    assert spearman([1, 1], [1, 2]) is None
+    assert weighted_kappa([0, 1, 2], [0, 1, 2], 3) == 1.0
+    assert weighted_kappa([0, 0, 1, 1], [0, 1, 0, 1], 2) == 0.0
+    assert weighted_kappa([0, 1, 2, 2], [0, 2, 2, 1], 3) == pytest.approx(1 - 2 / 5.5)
+    found = agreement(RUBRIC, [(10, 10), (20, 10), (90, 90), (60, 90)])
+    assert (found["same_level"], found["mean_score_per_level"]) == (0.75, {"low": 15.0, "high": 75.0})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.grading import confirms
-from cpt_ray.pairing import pair_cells
-from cpt_ray.records import Grade, Pair, Reject
+from cpt_ray.pairing import PairRules, cell_id_of, pair_cells
+from cpt_ray.records import CONTROL, Pair, Reject
 from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
 
 RUBRIC = make_rubric()
@@ -54,29 +56,44 @@ def test_held_out_directives_are_never_trained_on() -> None:
     assert {one.reason for one in rejects} == {"no directive"}
 
 
-_scores = st.one_of(st.none(), st.floats(0, 100))
+_answers = st.tuples(st.one_of(st.none(), st.floats(0, 100)), st.sampled_from("xyz"), st.integers(1, 9))
+"""(score, text, tokens): few texts and lengths, so that answers repeat each other and lengths are far apart."""
+_keys = st.tuples(st.sampled_from("ab"), st.integers(0, 1), st.sampled_from((*LEVELS, CONTROL)))
 
 
-@given(st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled_from(LEVELS)), _scores))
-def test_labels_follow_verdicts_and_nothing_is_lost(table: dict[tuple[str, int, str], float | None]) -> None:
-    generations = [make_generation(level, prompt, sample) for prompt, sample, level in table]
-    scores = dict(zip((one.unit_id for one in generations), table.values(), strict=True))
-    grades: dict[tuple[str, str], Grade] = {
-        (unit_id, RUBRIC.id): make_grade(unit_id, score) for unit_id, score in scores.items()
-    }
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives())
+@given(st.dictionaries(_keys, _answers), st.sampled_from([None, 1.5, 4.0]))
+def test_labels_follow_verdicts_and_nothing_is_lost(
+    table: dict[tuple[str, int, str], tuple[float | None, str, int]], max_length_ratio: float | None
+) -> None:
+    generations = [
+        dataclasses.replace(make_generation(level, prompt, sample, text), num_tokens=tokens)
+        for (prompt, sample, level), (_, text, tokens) in table.items()
+    ]
+    scores = {one.unit_id: score for one, (score, _, _) in zip(generations, table.values(), strict=True)}
+    grades = {(unit_id, RUBRIC.id): make_grade(unit_id, score) for unit_id, score in scores.items()}
+    rules = PairRules(("Be yourself.",), max_length_ratio)
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), rules)
     by_id = {one.pair_id: one for one in pairs}
     assert len(by_id) == len(pairs)
-    directive_level = {one.directive_id: one.level for one in make_directives()}
-    used = set()
+    answers = {(cell_id_of(RUBRIC.id, one.prompt_id, one.sample), one.level): one for one in generations}
+    directive_level = {one.directive_id: one.level for one in make_directives()} | {"": CONTROL}
     for one in pairs:
         twin = by_id[one.twin_id]
         assert (twin.chosen, twin.rejected, twin.twin_id) == (one.rejected, one.chosen, one.pair_id)
         assert (twin.level, twin.rejected_level) == (one.rejected_level, one.level)
         assert directive_level[one.directive_id] == one.level
-        assert confirms(RUBRIC, one.level, one.chosen_score)
-        assert not confirms(RUBRIC, one.level, one.rejected_score)
-        used |= {one.chosen[0].content, one.rejected[0].content}
-    rejected = {one.subject_id for one in rejects}
-    for generation in generations:
-        assert (generation.text in used) != (generation.unit_id in rejected)
+        chosen, rejected = answers[one.cell_id, one.level], answers[one.cell_id, one.rejected_level]
+        assert (one.chosen[0].content, one.rejected[0].content) == (chosen.text, rejected.text)
+        assert chosen.text != rejected.text
+        assert (one.chosen_score, one.rejected_score) == (scores[chosen.unit_id], scores[rejected.unit_id])
+        if one.level != CONTROL:
+            assert confirms(RUBRIC, one.level, one.chosen_score)
+            assert not confirms(RUBRIC, one.level, one.rejected_score)
+        if max_length_ratio:
+            assert max(chosen.num_tokens, rejected.num_tokens) <= max_length_ratio * min(
+                chosen.num_tokens, rejected.num_tokens
+            )
+    used = {(one.cell_id, one.level) for one in pairs}
+    rejected_ids = {one.subject_id for one in rejects}
+    for key, generation in answers.items():
+        assert (key in used) != (generation.unit_id in rejected_ids)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cpt_ray.card import write_card
+from cpt_ray.cli import main
 from cpt_ray.config import PriceConfig, load_config
 from cpt_ray.console import status_lines
 from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enforced
@@ -411,7 +412,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
     path = run.shard("units", name)
     path.parent.mkdir(parents=True)
     path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); what is finished is kept"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space"):
         run.write("units", name, units)
     assert list(path.parent.iterdir()) == []
 
@@ -419,14 +420,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
 def test_the_death_of_an_engine_is_forgiven_a_bounded_number_of_times(tmp_path: Path) -> None:
     attempts = Attempts(tmp_path)
     for _ in range(MAX_DEATHS):
-        assert attempts.begin("write-x", "on write of shard x") == ""
+        attempts.begin("write-x", "on write of shard x")
     attempts.note("write-x", "EngineDiedError: core dumped")
-    found = attempts.begin("write-x", "on write of shard x")
-    assert (
-        found == "the engine's process died 3 times on write of shard x (the last time: EngineDiedError: core dumped)"
-    )
+    expected = r"died 3 times on write of shard x \(the last time: EngineDiedError: core dumped\)"
+    with pytest.raises(UserError, match=expected):
+        attempts.begin("write-x", "on write of shard x")
     attempts.end("write-x")
-    assert attempts.begin("write-x", "on write of shard x") == ""
+    attempts.begin("write-x", "on write of shard x")
 
 
 def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> None:
@@ -450,3 +450,18 @@ def test_a_missing_key_is_noticed_before_anything_starts(tmp_path: Path, monkeyp
     endpoint = "judge.endpoint={base_url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}"
     with pytest.raises(UserError, match="set the environment variable NO_SUCH_KEY"):
         make_run(tmp_path, endpoint)
+
+
+def test_status_needs_only_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 1
+    assert "no run.yaml there" in capsys.readouterr().err
+    run = RunDir(tmp_path)
+    run.write_text("run.yaml", "name: mine\n")
+    run.add_to_ledger("write", {"rows_in": 5, "rows_out": 4, "rejected": {"cut off": 1}})
+    with run.locked():
+        assert main(["status", str(tmp_path)]) == 0
+    assert "mine: a process is at work on it" in capsys.readouterr().out
+    assert main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "mine: no process is at work on it" in printed
+    assert "rejected: 1 cut off" in printed

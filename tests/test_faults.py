@@ -1,0 +1,118 @@
+"""What dies, and what is left of it: on real processes, with real kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from ray import cloudpickle
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.engine import Completion, Engine
+from cpt_ray.errors import UserError
+from cpt_ray.pool import MAX_DEATHS, Line, Tally, run_lines
+from cpt_ray.rundir import RunDir
+from tests.local_cluster import ROOT, free_port
+
+ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
+"""Never asked: it makes an engine that starts at once."""
+
+
+def test_kill_9_loses_repeats_and_changes_nothing() -> None:
+    command = [sys.executable, "jobs/benchmark_faults.py", "--kills=3", "--stages", "plan", "write", "judge"]
+    small = ["prompts.limit=20", "synthesis.shard_rows=10", "writer.num_actors=1"]
+    done = subprocess.run(
+        [*command, "jobs/embedded.yaml", *small], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills" in done.stdout
+    assert "'lost': 0, 'added': 0, 'duplicated': 0, 'differing': 0" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def metrics_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Ray in this process, and where its metrics are."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    port = free_port()
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    yield f"http://127.0.0.1:{port}/metrics"
+    ray.shutdown()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@dataclass(frozen=True)
+class MarkStep:
+    """Writes an empty shard; at the shard named "poison" its process dies, as with a model that segfaults."""
+
+    model: ModelConfig
+    stage: str = "mark"
+    table: str = "units"
+
+    def output(self, shard: str) -> str:
+        return f"{shard}-done"
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        if shard == "poison":
+            with (run.path / "deaths").open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        tally = Tally(1)
+        tally.add([Completion(num_prompt_tokens=7, num_tokens=3)])
+        tally.reject("cut off")
+        run.write(self.table, self.output(shard), [], tally.close(0))
+
+
+def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kept(
+    metrics_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPT_TEST_KEY", "k")
+    run, free = RunDir(tmp_path), ray.available_resources()
+    step = MarkStep(ModelConfig(model="m", endpoint=ENDPOINT))
+    names = [f"good-{at}" for at in range(6)]
+    run_lines(run, [Line(names[:3], [step])])
+    with pytest.raises(UserError, match=rf"m: the engine's process died {MAX_DEATHS} times on mark of shard poison"):
+        run_lines(run, [Line([*names, "poison"], [step])])
+    assert len((tmp_path / "deaths").read_text()) == MAX_DEATHS
+    assert run.names("units") == {f"{name}-done" for name in names}
+    assert_given_back(free)
+    assert_metric(metrics_url, "ray_cpt_tokens", 'kind="generated"')
+    assert_metric(metrics_url, "ray_cpt_rows", 'outcome="rejected: cut off"')
+
+
+def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: str, tmp_path: Path) -> None:
+    free = ray.available_resources()
+    step = MarkStep(ModelConfig(model=str(tmp_path / "no-model")))
+    with pytest.raises(UserError, match=r"no-model.*what is finished is kept") as caught:
+        run_lines(RunDir(tmp_path), [Line(["good"], [step])])
+    assert "\n" not in str(caught.value)
+    assert_given_back(free)
+
+
+def assert_given_back(free: dict[str, float]) -> None:
+    """The pool's logical resources are free again, and no placement group is left."""
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != free["CPU"] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources().get("CPU") == free["CPU"]
+    assert all(one["state"] == "REMOVED" for one in ray.util.placement_group_table().values())
+
+
+def assert_metric(url: str, name: str, tag: str) -> None:
+    """The node exports the metric with this tag."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        lines = urllib.request.urlopen(url).read().decode().splitlines()
+        found = [line for line in lines if line.startswith(name) and tag in line]
+        if found:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"no {name} with {tag} among {[line for line in lines if 'cpt' in line]}")

@@ -18,6 +18,7 @@ import socket
 import tempfile
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -50,6 +51,8 @@ HEALTH_TIMEOUT_SECONDS = 60.0
 """From all replicas running to the first answer over HTTP."""
 UPSCALE_SECONDS = 5.0
 """How long more load must last before a replica is added; Serve's own 30 s lets a queue build up."""
+LEAST_LOOK_BACK_SECONDS = 11.0
+"""Serve measures the load every 10 s and averages over more than one measurement."""
 LOOK_SECONDS = 1.0
 """How often a `cpt serve` looks whether another one has taken over."""
 Result = TypeVar("Result")
@@ -122,6 +125,7 @@ class VllmServer:
         self._engine.generate = counting(self._engine.generate)
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
+        _blame_bodies(app)
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
@@ -135,6 +139,23 @@ class VllmServer:
     def __del__(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
+
+
+def _blame_bodies(app: Any) -> None:
+    """Answers 400, not vLLM's 500, where its validators stumble over a body (`"structured_outputs": 1`).
+
+    What an endpoint itself raises, with a body that was read, stays a server error.
+    """
+    from fastapi.responses import JSONResponse
+
+    async def handle(request: Any, error: Exception) -> Any:
+        if any(frame.f_code.co_name == "run_endpoint_function" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return await app.exception_handlers[Exception](request, error)
+        text = f"The body has a field of the wrong kind ({error})."
+        return JSONResponse({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}}, 400)
+
+    for kind in (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError):
+        app.add_exception_handler(kind, handle)
 
 
 class _Shared:
@@ -424,6 +445,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
                 "target_ongoing_requests": options.target_ongoing_requests,
                 "upscale_delay_s": UPSCALE_SECONDS,
                 "downscale_delay_s": options.idle_seconds,
+                "look_back_period_s": min(30.0, max(options.idle_seconds, LEAST_LOOK_BACK_SECONDS)),
             }
         }
     deployment = serve.deployment(

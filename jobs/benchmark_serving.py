@@ -1,0 +1,204 @@
+"""This project's server against a bare vLLM OpenAI server: same model, same machine, alternating in one run.
+
+python jobs/benchmark_serving.py jobs/embedded.yaml --clients 1 8 32 --seconds 6 --rounds 3
+RAY_SERVE_ENABLE_HA_PROXY=1 python jobs/benchmark_serving.py jobs/embedded.yaml      # Ray's HAProxy in front
+
+The bare server is sent the directive as a system message, this one a configuration: the same tokens reach both
+engines, and their greedy answers must be equal. Every client asks again as soon as it is answered. The model is the
+run's tuned one, else the policy as it is: only the time means anything. Printed are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from cpt_ray.cluster import connected
+from cpt_ray.config import RunConfig, load_config
+from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
+from cpt_ray.engine import engine_arguments
+from cpt_ray.rundir import RunDir
+from cpt_ray.serving import _free_port, serve_model
+
+KEY = "benchmark"
+DIRECTIVE = "Write in a plain manner. Use short words, and no more of them than you need."
+PROMPTS = [f"Write about the {what} at {when}." for what in ("harbor", "market", "field") for when in ("dawn", "noon")]
+LEVEL = CatalogLevel(name="plain", score=0, directive=DIRECTIVE, directive_id="plain")
+CATALOG = Catalog(
+    (CatalogRubric(id="manner", title="Manner", version=1, objective="How it is written.", levels=(LEVEL,)),)
+)
+START_SECONDS = 600
+
+
+@dataclass
+class Server:
+    """Where to ask, and how the directive is said there."""
+
+    name: str
+    url: str
+    headers: dict[str, str]
+    system: list[dict[str, str]]
+    extra: dict[str, Any]
+
+    def body(self, prompt: str, tokens: int, stream: bool) -> bytes:
+        """A chat request for exactly `tokens` tokens."""
+        messages = [*self.system, {"role": "user", "content": prompt}]
+        sampling = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
+        return json.dumps({"model": "bench", "messages": messages, **sampling, **self.extra}).encode()
+
+
+@dataclass
+class Measured:
+    """One server under one number of clients, over the rounds."""
+
+    rates: list[float] = field(default_factory=list)
+    """Requests per second, one a round."""
+    firsts: list[float] = field(default_factory=list)
+    """Seconds to the first byte of every answer."""
+
+
+async def ask_for(server: Server, clients: int, seconds: float, tokens: int, stream: bool, into: Measured) -> None:
+    """`clients` clients ask for `seconds`; answers that end later are not counted."""
+    end, done = time.perf_counter() + seconds, 0
+    connector = aiohttp.TCPConnector(limit=0)
+
+    async with aiohttp.ClientSession(server.url, headers=server.headers, connector=connector) as session:
+
+        async def client(number: int) -> None:
+            nonlocal done
+            while (start := time.perf_counter()) < end:
+                body = server.body(PROMPTS[number % len(PROMPTS)], tokens, stream)
+                async with session.post("/v1/chat/completions", data=body) as answer:
+                    await answer.content.readany()
+                    first = time.perf_counter() - start
+                    await answer.content.read()
+                    if answer.status != 200:
+                        raise SystemExit(f"{server.name} answered {answer.status}")
+                if time.perf_counter() < end:
+                    done += 1
+                    into.firsts.append(first)
+
+        await asyncio.gather(*(client(number) for number in range(clients)))
+    into.rates.append(done / seconds)
+
+
+async def check_equal(servers: Sequence[Server], tokens: int) -> None:
+    """Every prompt's greedy answer, token by token, from all servers; SystemExit if two differ."""
+    answers = []
+    for server in servers:
+        async with aiohttp.ClientSession(server.url, headers=server.headers) as session:
+            found = []
+            for prompt in PROMPTS:
+                body = {**json.loads(server.body(prompt, tokens, False)), "return_token_ids": True}
+                async with session.post("/v1/chat/completions", json=body) as answer:
+                    data = await answer.json()
+                    found.append((data["prompt_token_ids"], data["choices"][0]["token_ids"]))
+        answers.append(found)
+    if any(one != answers[0] for one in answers):
+        raise SystemExit("the servers gave different tokens at temperature 0")
+    print(f"tokens identical at temperature 0: {len(PROMPTS)} prompts x {tokens} tokens", flush=True)
+
+
+def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], Server]:
+    """vLLM's own server, with the same engine arguments."""
+    port = _free_port("127.0.0.1", 0)
+    arguments = engine_arguments(config.policy) | {"model": model, "served_model_name": "bench", "port": port}
+    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        command += [f"--no-{flag[2:]}"] if value is False else [flag] if value is True else [flag, str(value)]
+    command += ["--api-key", KEY, "--disable-uvicorn-access-log"]
+    if config.policy.chat_template_kwargs:
+        command += ["--default-chat-template-kwargs", json.dumps(config.policy.chat_template_kwargs)]
+    process = subprocess.Popen(command)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    system = [{"role": "system", "content": DIRECTIVE}]
+    return process, Server("bare vLLM", f"http://127.0.0.1:{port}", headers, system, {})
+
+
+async def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
+    """Until /health answers."""
+    deadline = time.monotonic() + START_SECONDS
+    async with aiohttp.ClientSession(server.url) as session:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                async with session.get("/health") as answer:
+                    if answer.status == 200:
+                        return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.5)
+    raise SystemExit("the bare server did not start")
+
+
+async def measure(servers: Sequence[Server], options: argparse.Namespace) -> None:
+    """Round by round, server by server; then the table."""
+    await check_equal(servers, options.tokens)
+    cells = [(clients, stream) for clients in options.clients for stream in (False, True)]
+    found = {(cell, server.name): Measured() for cell in cells for server in servers}
+    for server in servers:
+        await ask_for(server, 8, 2, options.tokens, True, Measured())  # warm
+    for at in range(options.rounds):
+        for clients, stream in cells:
+            for server in servers if at % 2 == 0 else reversed(servers):
+                into = found[(clients, stream), server.name]
+                await ask_for(server, clients, options.seconds, options.tokens, stream, into)
+    print(f"{'clients':>7} {'':>7} | requests/s: bare, this, ratio | median first byte, ms: bare, this, more")
+    for clients, stream in cells:
+        bare, this = (found[(clients, stream), server.name] for server in servers)
+        rates = [statistics.median(one.rates) for one in (bare, this)]
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(this.rates, bare.rates, strict=True))
+        firsts = [1000 * statistics.median(one.firsts) for one in (bare, this)]
+        kind = "stream" if stream else "whole"
+        print(
+            f"{clients:>7} {kind:>7} | {rates[0]:8.1f} {rates[1]:8.1f} {ratio:6.2f}      "
+            f"| {firsts[0]:8.1f} {firsts[1]:8.1f} {firsts[1] - firsts[0]:+8.1f}"
+        )
+
+
+def main() -> None:
+    """Starts both servers, measures, stops both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--tokens", type=int, default=48, help="of every answer")
+    parser.add_argument("--seconds", type=float, default=10, help="of every measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    overrides = ["name=bench", "serve.port=0", "serve.host=127.0.0.1", *options.overrides]
+    config = load_config(options.run_file, overrides)
+    tuned = Path(config.run_dir) / "model"
+    model = str(tuned.absolute() if (tuned / "config.json").exists() else config.policy.path)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        run.write_json(CATALOG_FILE, CATALOG.to_json())
+        process, bare = start_bare(config, model)
+        try:
+            with connected():
+                url = serve_model(config, run, KEY, block=False, model=Path(model))
+                extra = {"configuration": {"manner": "plain"}}
+                this = Server("this server", url, bare.headers, [], extra)
+                asyncio.run(wait_for(bare, process))
+                asyncio.run(measure([bare, this], options))
+                from ray import serve
+
+                serve.shutdown()
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -96,6 +97,29 @@ def work(command: str, config: RunConfig, verbose: bool = False) -> None:
             STAGES[command][0](plan, run)
 
 
+def steer(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """One action of few-shot steering, on the cluster this process belongs to."""
+    from cpt_ray.steering import stage
+
+    plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
+    steering = stage.Steering(plan, run, None if config.steer.answers else _finished_shards(plan, run))
+    if arguments.action == "infer" and not arguments.choices:
+        raise UserError("steer infer: give the user's choices: --choices FILE.jsonl")
+    if arguments.action != "fit" and config.steer.answers:
+        raise UserError(f"steer {arguments.action}: needs a tuned policy; with steer.answers there is only `steer fit`")
+    if arguments.dry_run:
+        stage.describe(steering)
+        return
+    choices = stage.read_choices(Path(arguments.choices)) if arguments.action == "infer" else []
+    with run.locked(), connected(arguments.verbose, run.path / "ray.log"):
+        if choices:
+            say(json.dumps(stage.infer(steering, choices), indent=2, ensure_ascii=False))
+        elif arguments.action == "fit":
+            stage.compare_rewards(steering)
+        else:
+            stage.evaluate(steering)
+
+
 def serve(config: RunConfig, verbose: bool = False) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
@@ -115,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("run_file", metavar="RUN_FILE")
         one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
         one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")
+    one = commands.add_parser("steer", help="few-shot steering: a user's choices set the dial")
+    one.add_argument("action", choices=("fit", "infer", "evaluate"))
+    one.add_argument("run_file", metavar="RUN_FILE")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
+    one.add_argument("--dry-run", action="store_true", help="check the data and say what would be learned, no more")
+    one.add_argument("--choices", metavar="FILE", help="infer: JSONL of prompt, chosen, rejected")
+    one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")
     return parser
 
 
@@ -128,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(Path(arguments.run_file), arguments.overrides)
         if arguments.command == "serve":
             serve(config, arguments.verbose)
+        elif arguments.command == "steer":
+            steer(config, arguments)
         else:
             work(arguments.command, config, arguments.verbose)
             if arguments.command == "run":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
@@ -17,7 +18,6 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import TABLES, RunDir
 from cpt_ray.steering.users import Answer
-from cpt_ray.training import conversation_ids
 
 Row = TypeVar("Row")
 
@@ -60,7 +60,8 @@ def sequence(
     """Token ids of the whole conversation, and where the answer starts in them."""
     messages = policy_messages(directive, [{"role": "user", "content": prompt}])
     start = len(token_ids(tokenizer, messages, template_kwargs))
-    return conversation_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}], template_kwargs), start
+    messages.append({"role": "assistant", "content": answer})
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs)), start
 
 
 class Embedder:
@@ -149,6 +150,37 @@ class AnswerActor:
             for row in rows
         ]
         return [replace(row, text=one.text) for row, one in zip(rows, self._engine.run(requests), strict=True)]
+
+
+class AdapterActor:
+    """Planned answers whose `directive` names a folded adapter -> answers of the policy under it."""
+
+    def __init__(self, model: ModelConfig, folder: Path, rank: int, seed: int):
+        from vllm import LLM
+
+        lora = {"enable_lora": True, "max_lora_rank": max(8, rank), "max_loras": 8}
+        self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(model), **lora})
+        self._model, self._folder, self._seed = model, folder, seed
+        self._numbers: dict[str, int] = {}
+        """Ids must be unique as long as the engine lives."""
+
+    def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
+        """The same rows with what the policy says."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        prompts, params, adapters = [], [], []
+        for row in rows:
+            messages = policy_messages(None, [{"role": "user", "content": row.prompt}])
+            ids = token_ids(self._llm.get_tokenizer(), messages, self._model.chat_template_kwargs)
+            prompts.append({"prompt_token_ids": ids})
+            seed = seed_of(content_id(row.directive, row.prompt_id, row.sample), self._seed)
+            params.append(SamplingParams(**self._model.sampling.model_dump(), seed=seed))
+            name = str(row.directive)
+            number = self._numbers.setdefault(name, len(self._numbers) + 1)
+            adapters.append(LoRARequest(name, number, str(self._folder / name)))
+        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+        return [replace(row, text=one.outputs[0].text.strip()) for row, one in zip(rows, outputs, strict=True)]
 
 
 class _ShardActor:

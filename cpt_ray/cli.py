@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say
+from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
@@ -99,10 +101,12 @@ def work(command: str, config: RunConfig, verbose: bool = False) -> None:
 
 def steer(config: RunConfig, arguments: argparse.Namespace) -> None:
     """One action of few-shot steering, on the cluster this process belongs to."""
-    from cpt_ray.steering import stage
+    os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
+    from cpt_ray.steering import comparison, stage
 
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
-    steering = stage.Steering(plan, run, None if config.steer.answers else _finished_shards(plan, run))
+    needs_tables = arguments.action != "infer" and not config.steer.answers
+    steering = stage.Steering(plan, run, _finished_shards(plan, run) if needs_tables else None)
     if arguments.action == "infer" and not arguments.choices:
         raise UserError("steer infer: give the user's choices: --choices FILE.jsonl")
     if arguments.action != "fit" and config.steer.answers:
@@ -115,9 +119,9 @@ def steer(config: RunConfig, arguments: argparse.Namespace) -> None:
         if choices:
             say(json.dumps(stage.infer(steering, choices), indent=2, ensure_ascii=False))
         elif arguments.action == "fit":
-            stage.compare_rewards(steering)
+            comparison.compare_rewards(steering)
         else:
-            stage.evaluate(steering)
+            comparison.evaluate(steering)
 
 
 def serve(config: RunConfig, verbose: bool = False) -> None:

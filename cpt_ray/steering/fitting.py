@@ -31,17 +31,29 @@ class Tensors:
     """[users, k, 2]."""
     targets: torch.Tensor
     """[users, t, 2]."""
+    tastes: torch.Tensor
+    """[users, 1, 2, E]: the hidden taste spelled out in the place of a choice, which is what an oracle is told."""
 
     @classmethod
-    def of(cls, embeddings: NDArray[np.float32], users: Sequence[User]) -> Tensors:
+    def of(cls, embeddings: NDArray[np.float32], users: Sequence[User], rubric_ids: Sequence[str]) -> Tensors:
         """Of the users themselves; twins are made on the way."""
         indices = [torch.tensor(np.array([getattr(one, name) for one in users])) for name in ("context", "targets")]
-        return cls(torch.tensor(embeddings), *indices)
+        tastes = torch.zeros(len(users), 1, 2, embeddings.shape[1])
+        for at, user in enumerate(users):
+            for place, name in enumerate(rubric_ids):
+                weight = user.taste.weights.get(name, 0.0)
+                said = torch.tensor([weight, weight * (user.taste.targets.get(name, 50.0) - 50) / 20])
+                tastes[at, 0, int(user.taste.flipped), 2 * place : 2 * place + 2] = said
+        return cls(torch.tensor(embeddings), *indices, tastes)
 
-    def tasks(self, users: torch.Tensor | slice = slice(None), num_choices: int | None = None) -> Tasks:
-        """The embedded choices of some users, `num_choices` of their context."""
-        context = self.context[users][:, :num_choices]
-        return Tasks(self.embeddings[context], self.embeddings[self.targets[users]])
+    def tasks(
+        self, users: torch.Tensor | slice = slice(None), num_choices: int | None = None, told: bool = False
+    ) -> Tasks:
+        """The embedded choices of some users, `num_choices` of their context; or, if `told`, their taste instead."""
+        targets = self.embeddings[self.targets[users]]
+        if told:
+            return Tasks(self.tastes[users], targets)
+        return Tasks(self.embeddings[self.context[users][:, :num_choices]], targets)
 
 
 def standardise(vectors: NDArray[np.float32], learned: int) -> NDArray[np.float32]:
@@ -60,7 +72,7 @@ class Fit:
     """Of the models; absolute."""
     seed: int
     kind: str
-    """"np-btl"; "static", the same model without any context; or a form of NP-DPO."""
+    """"np-btl"; the same model without any context ("static") or told the taste ("oracle"); or a form of NP-DPO."""
 
     def path(self, number: int) -> Path:
         """Of one seed's weights."""
@@ -137,7 +149,9 @@ def work(settings: dict[str, Any]) -> None:
             users = own[torch.randint(len(own), (max(1, config.batch_users // ranks),), generator=random)]
             count = 0 if fit.kind == "static" else int(torch.randint(config.choices + 1, (), generator=random))
             order = torch.randperm(config.choices, generator=random)[:count]
-            made = tensors.tasks(users)
+            made = tensors.tasks(users, told=fit.kind == "oracle")
+            if fit.kind == "oracle":
+                return made.with_twins()
             return Tasks(made.context[:, order], made.targets).with_twins()
 
         losses: list[float] = []

@@ -6,6 +6,10 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+METRICS = {
+    "accuracy": "Share of a held-out user's other choices that are foretold.",
+    "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
+}
 COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b08a1e", "#1b8a8f")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 44, 34
 
@@ -20,7 +24,9 @@ def _cell(entry: Mapping[str, Any], at: int) -> str:
 def table_lines(results: Mapping[str, Any]) -> list[str]:
     """The means with their 95% intervals, one block per metric."""
     lines = []
-    for metric in ("accuracy", "satisfaction"):
+    for metric in METRICS:
+        if not results[metric]:
+            continue
         lines += ["", f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
         for name, entry in results[metric].items():
             lines.append(f"{name:<30}" + "".join(f"{_cell(entry, at):>20}" for at in range(len(results["counts"]))))
@@ -74,13 +80,10 @@ def _table(metric: str, results: Mapping[str, Any]) -> str:
 
 def render_page(results: Mapping[str, Any]) -> str:
     """The whole page."""
-    texts = {
-        "accuracy": "Share of a held-out user's other choices that are foretold.",
-        "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
-    }
     parts = [
         f"<h2>{metric}</h2><p>{text}</p>{_figure(metric, results)}{_table(metric, results)}"
-        for metric, text in texts.items()
+        for metric, text in METRICS.items()
+        if results[metric]
     ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Few-shot steering</title><style>'

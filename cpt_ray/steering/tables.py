@@ -65,9 +65,10 @@ def sequence(
 
 
 class Embedder:
-    """The mean of a transformer's hidden states over the tokens of (prompt, answer), in this process.
+    """The mean of a transformer's states over the tokens of (prompt, answer), in this process.
 
-    Of a chat model the middle layer is taken (the last one is about the next token), of an encoder the last.
+    Of a chat model the word embeddings and the middle layer are taken, side by side: its last layer is about the next
+    token. Of an encoder it is the last layer.
     """
 
     def __init__(self, model: ModelConfig):
@@ -78,7 +79,7 @@ class Embedder:
         self._tokenizer = AutoTokenizer.from_pretrained(model.path)
         dtype = torch.bfloat16 if model.num_gpus else torch.float32
         self._model = AutoModel.from_pretrained(model.path, dtype=dtype).eval().to(self._device)
-        self._layer = self._model.config.num_hidden_layers // 2 if self._tokenizer.chat_template else -1
+        self._layers = (0, self._model.config.num_hidden_layers // 2) if self._tokenizer.chat_template else (-1,)
 
     def embed(self, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> list[list[float]]:
         """One vector per (prompt, answer)."""
@@ -95,8 +96,8 @@ class Embedder:
             with torch.no_grad():
                 states = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
             weights = mask[..., None].float()
-            mean = (states[self._layer].float() * weights).sum(dim=1) / weights.sum(dim=1)
-            found += mean.cpu().tolist()
+            means = [(states[at].float() * weights).sum(dim=1) / weights.sum(dim=1) for at in self._layers]
+            found += torch.cat(means, dim=1).cpu().tolist()
         return found
 
 

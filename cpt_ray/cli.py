@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
+from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.publishing import push
@@ -160,6 +163,31 @@ def train_alone(config: PreferenceRunConfig, verbose: bool = False) -> None:
             train(config, run, (), key)
 
 
+def steer(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """One action of few-shot steering, on the cluster this process belongs to."""
+    os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
+    from cpt_ray.steering import comparison, stage
+
+    plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
+    needs_tables = arguments.action != "infer" and not config.steer.answers
+    steering = stage.Steering(plan, run, _finished_shards(plan, run) if needs_tables else None)
+    if arguments.action == "infer" and not arguments.choices:
+        raise UserError("steer infer: give the user's choices: --choices FILE.jsonl")
+    if arguments.action != "fit" and config.steer.answers:
+        raise UserError(f"steer {arguments.action}: needs a tuned policy; with steer.answers there is only `steer fit`")
+    if arguments.dry_run:
+        stage.describe(steering)
+        return
+    choices = stage.read_choices(Path(arguments.choices)) if arguments.action == "infer" else []
+    with run.locked(), connected(arguments.verbose, run.path / "ray.log"):
+        if choices:
+            say(json.dumps(stage.infer(steering, choices), indent=2, ensure_ascii=False))
+        elif arguments.action == "fit":
+            comparison.compare_rewards(steering)
+        else:
+            comparison.evaluate(steering)
+
+
 def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
@@ -216,6 +244,13 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
         for limit, (kind, about) in LIMITS.items() if name == "add" else ():
             one.add_argument(f"--{limit.replace('_', '-')}", type=_above_zero(kind), metavar="N", help=about)
+    one = commands.add_parser("steer", help="few-shot steering: a user's choices set the dial")
+    one.add_argument("action", choices=("fit", "infer", "evaluate"))
+    one.add_argument("run_file", metavar="RUN_FILE")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
+    one.add_argument("--dry-run", action="store_true", help="check the data and say what would be learned, no more")
+    one.add_argument("--choices", metavar="FILE", help="infer: JSONL of prompt, chosen, rejected")
+    one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")
     return parser
 
 
@@ -243,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(Path(arguments.run_file), arguments.overrides)
         if arguments.command == "serve":
             serve(config, arguments.verbose, arguments.insecure)
+        elif arguments.command == "steer":
+            steer(config, arguments)
         else:
             work(arguments.command, config, arguments.verbose)
             if arguments.command == "run":

@@ -259,6 +259,75 @@ class EvaluateConfig(_Section):
     """Resamples (of prompts) behind each 95% interval."""
 
 
+class AnswersConfig(_Section):
+    """Graded answers that come with the prompts' data, in the shape of UltraFeedback: a list of answers per row."""
+
+    list: str
+    """Column of the answers."""
+    text: str
+    """Field of an answer that holds its text."""
+    scores: Annotated[dict[str, str], Field(min_length=1)]
+    """Rubric id to the field of its grade, with dots between nested names; what is no number is ungraded."""
+    scale: tuple[float, float] = (1, 5)
+    """Lowest and highest grade; they become the rubric's lowest and highest anchor."""
+
+
+class SteerConfig(_Section):
+    """Few-shot steering: what is learned from simulated users, and how it is tried on held-out ones."""
+
+    kinds: Annotated[tuple[Literal["high", "low", "middle", "mixture", "noisy"], ...], Field(min_length=1)] = (
+        "high",
+        "low",
+        "middle",
+        "mixture",
+        "noisy",
+    )
+    """Tastes of the users: an end of one rubric, a score in its middle, a blend of two, an end with wrong choices."""
+    answers: AnswersConfig | None = None
+    """Where users' answers come from; the run's own generations and evaluation unless given."""
+    users: Positive = 600
+    """Users to learn from; each has a twin who chooses the other way."""
+    test_users: Positive = 100
+    """Held-out users, their twins included: new tastes, on prompts that nothing was learned from."""
+    held_out_rubrics: tuple[str, ...] = ()
+    """Rubric ids that only held-out users care about."""
+    choices: Positive = 10
+    targets: Positive = 20
+    """Pairs that a user's model is trained or tried on, beside the choices."""
+    conflicting: Annotated[float, Field(ge=0.75, le=1)] = 0.8
+    """Least share of pairs on which users disagree."""
+    embedder: ModelConfig | None = None
+    """Makes the embeddings of answers; the tuned policy unless given."""
+    size: Annotated[int, Field(ge=8, multiple_of=8)] = 128
+    """Width of the models that read choices."""
+    variational: bool = False
+    steps: Positive = 600
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    batch_users: Positive = 32
+    """Users per step over all workers, without their twins."""
+    seeds: Positive = 5
+    """Models that are trained; results are over all of them."""
+    forms: tuple[Literal["film", "gated_lora", "soft_prompt"], ...] = ("gated_lora",)
+    """Conditional policies (NP-DPO) that are trained; only gated_lora's answers are tried, by folded adapters."""
+    policy_beta: Annotated[float, Field(gt=0)] = 0.05
+    policy_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    policy_steps: Positive = 250
+    policy_users: Positive = 4
+    """Users per step over all workers, without their twins."""
+    policy_pairs: Positive = 4
+    """Target pairs of each of them in a step."""
+    num_workers: Positive = 1
+    use_gpu: bool = False
+    samples: Positive = 4
+    """Answers per held-out prompt and configuration that satisfaction is measured on."""
+    best_of: Positive = 16
+    """Answers among which re-ranking chooses."""
+    certainty: Fraction = 0.6
+    """Probability from which on an inferred level is acted upon."""
+    lapse: Fraction = 0.1
+    """Share of choices that say nothing, as directive inference takes it."""
+
+
 class ServeConfig(_Section):
     """Where the tuned model listens, and how much of it there is."""
 
@@ -329,6 +398,7 @@ class RunConfig(TuneConfig):
     """More judges, whose grades of the written answers count beside the judge's (synthesis.aggregate)."""
     synthesis: SynthesisConfig = SynthesisConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    steer: SteerConfig = SteerConfig()
     serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="before")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
-from cpt_ray.steering.worlds import World, WorldA, WorldB, best_accuracy, tasks
+from jobs.benchmark_steering import World, WorldA, WorldB, best_accuracy, tasks
 
 CHOICES = (0, 1, 3, 5, 10)
 

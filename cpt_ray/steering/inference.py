@@ -50,6 +50,10 @@ class Choice:
     chosen: str
     rejected: str
 
+    def swapped(self) -> Choice:
+        """The opposite choice."""
+        return Choice(prompt=self.prompt, chosen=self.rejected, rejected=self.chosen)
+
 
 class Scorer(Protocol):
     """The tuned policy, as far as it is needed here."""
@@ -68,6 +72,10 @@ class Question:
     second: str
     margins: tuple[float, ...]
     """Per directive, of choosing `first`; choosing `second` has the negative."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +181,8 @@ class Candidates:
             logprobs: [answers, 1 + directives], without a directive and under each.
         """
         if self.reading == "reward":
-            return self.beta * (logprobs[:, 1:] - logprobs[:, :1])
+            peaked: Floats = self.beta * (logprobs[:, 1:] - logprobs[:, :1])
+            return peaked
         parts, start = [], 1
         for rubric in self.catalog.rubrics:
             own = self.beta * logprobs[:, start : start + len(rubric.levels)]
@@ -197,22 +206,16 @@ class Candidates:
         self, state: Preferences, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
     ) -> None:
         """Adds choices to a state. What was asked as one of `questions` costs nothing; the rest is one batch."""
-        known: dict[tuple[str, str, str], tuple[float, ...]] = {}
-        for one in questions:
-            known[one.prompt, one.first, one.second] = one.margins
-            known[one.prompt, one.second, one.first] = tuple(-value for value in one.margins)
-        old = [] if state.key == self.key else state.choices
-        todo = list(dict.fromkeys([*old, *choices]))
-        left = [one for one in todo if (one.prompt, one.chosen, one.rejected) not in known]
+        known = {Choice(prompt=one.prompt, chosen=one.first, rejected=one.second): one.margins for one in questions}
+        known |= {one.swapped(): tuple(-value for value in margins) for one, margins in known.items()}
+        if state.key != self.key:  # what was known belongs to another policy
+            choices, state.choices, state.margins, state.key = [*state.choices, *choices], [], [], self.key
+        left = [one for one in dict.fromkeys(choices) if one not in known]
         if left:
-            for one, margins in zip(left, self.score(scorer, left), strict=True):
-                known[one.prompt, one.chosen, one.rejected] = tuple(map(float, margins))
-        if state.key != self.key:
-            state.margins = [known[one.prompt, one.chosen, one.rejected] for one in old]
-            state.key = self.key
-        for one in choices:
-            state.choices.append(one)
-            state.margins.append(known[one.prompt, one.chosen, one.rejected])
+            scored = self.score(scorer, left).tolist()
+            known |= {one: tuple(margins) for one, margins in zip(left, scored, strict=True)}
+        state.choices += choices
+        state.margins += [known[one] for one in choices]
 
     # ------------------------------------------------------------ what follows
 
@@ -227,6 +230,11 @@ class Candidates:
         logs = self._log_prior + np.log(self._chances(margins)).sum(axis=1)
         found: Floats = np.exp(logs - logs.max())
         return found / found.sum()
+
+    def predict(self, margins: Floats, others: Floats) -> Floats:
+        """How much likelier than not each of the choices `others` is after the choices `margins`, -0.5 to 0.5."""
+        found: Floats = self.posterior(margins) @ self._chances(others) - 0.5
+        return np.where(np.abs(found) < 1e-12, 0.0, found)
 
     def belief(self, state: Preferences) -> Belief:
         """The posterior of a state, put into words."""
@@ -258,9 +266,9 @@ class Candidates:
 
         H(mean p) - mean H(p), over the posterior, of the choice's probability p; margins [questions, directives].
         """
-        posterior = self.posterior(margins)
-        chances = self._chances(questions)
-        return _entropy(posterior @ chances) - posterior @ _entropy(chances)
+        posterior, chances = self.posterior(margins), self._chances(questions)
+        gain: Floats = _entropy(posterior @ chances) - posterior @ _entropy(chances)
+        return gain
 
     def next_question(self, state: Preferences, questions: Sequence[Question]) -> Question | None:
         """The question not asked yet that says most; None if there is none left."""

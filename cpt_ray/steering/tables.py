@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
@@ -17,7 +18,6 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import TABLES, RunDir
 from cpt_ray.steering.users import Answer
-from cpt_ray.training import conversation_ids
 
 Row = TypeVar("Row")
 
@@ -60,13 +60,15 @@ def sequence(
     """Token ids of the whole conversation, and where the answer starts in them."""
     messages = policy_messages(directive, [{"role": "user", "content": prompt}])
     start = len(token_ids(tokenizer, messages, template_kwargs))
-    return conversation_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}], template_kwargs), start
+    messages.append({"role": "assistant", "content": answer})
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs)), start
 
 
 class Embedder:
-    """The mean of a transformer's hidden states over the tokens of (prompt, answer), in this process.
+    """The mean of a transformer's states over the tokens of (prompt, answer), in this process.
 
-    Of a chat model the middle layer is taken (the last one is about the next token), of an encoder the last.
+    Of a chat model the word embeddings and the middle layer are taken, side by side: its last layer is about the next
+    token. Of an encoder it is the last layer.
     """
 
     def __init__(self, model: ModelConfig):
@@ -77,7 +79,7 @@ class Embedder:
         self._tokenizer = AutoTokenizer.from_pretrained(model.path)
         dtype = torch.bfloat16 if model.num_gpus else torch.float32
         self._model = AutoModel.from_pretrained(model.path, dtype=dtype).eval().to(self._device)
-        self._layer = self._model.config.num_hidden_layers // 2 if self._tokenizer.chat_template else -1
+        self._layers = (0, self._model.config.num_hidden_layers // 2) if self._tokenizer.chat_template else (-1,)
 
     def embed(self, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> list[list[float]]:
         """One vector per (prompt, answer)."""
@@ -94,8 +96,8 @@ class Embedder:
             with torch.no_grad():
                 states = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
             weights = mask[..., None].float()
-            mean = (states[self._layer].float() * weights).sum(dim=1) / weights.sum(dim=1)
-            found += mean.cpu().tolist()
+            means = [(states[at].float() * weights).sum(dim=1) / weights.sum(dim=1) for at in self._layers]
+            found += torch.cat(means, dim=1).cpu().tolist()
         return found
 
 
@@ -149,6 +151,37 @@ class AnswerActor:
             for row in rows
         ]
         return [replace(row, text=one.text) for row, one in zip(rows, self._engine.run(requests), strict=True)]
+
+
+class AdapterActor:
+    """Planned answers whose `directive` names a folded adapter -> answers of the policy under it."""
+
+    def __init__(self, model: ModelConfig, folder: Path, rank: int, seed: int):
+        from vllm import LLM
+
+        lora = {"enable_lora": True, "max_lora_rank": max(8, rank), "max_loras": 8}
+        self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(model), **lora})
+        self._model, self._folder, self._seed = model, folder, seed
+        self._numbers: dict[str, int] = {}
+        """Ids must be unique as long as the engine lives."""
+
+    def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
+        """The same rows with what the policy says."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        prompts, params, adapters = [], [], []
+        for row in rows:
+            messages = policy_messages(None, [{"role": "user", "content": row.prompt}])
+            ids = token_ids(self._llm.get_tokenizer(), messages, self._model.chat_template_kwargs)
+            prompts.append({"prompt_token_ids": ids})
+            seed = seed_of(content_id(row.directive, row.prompt_id, row.sample), self._seed)
+            params.append(SamplingParams(**self._model.sampling.model_dump(), seed=seed))
+            name = str(row.directive)
+            number = self._numbers.setdefault(name, len(self._numbers) + 1)
+            adapters.append(LoRARequest(name, number, str(self._folder / name)))
+        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+        return [replace(row, text=one.outputs[0].text.strip()) for row, one in zip(rows, outputs, strict=True)]
 
 
 class _ShardActor:

@@ -125,9 +125,9 @@ class User:
 class Population:
     """Answers that users choose between, and the users."""
 
-    def __init__(self, answers: Sequence[Answer], rubrics: Sequence[Rubric], seed: int):
-        """UserError if no prompt has two answers."""
-        self.answers, self.rubrics = list(answers), list(rubrics)
+    def __init__(self, answers: Sequence[Answer], rubrics: Sequence[Rubric], seed: int, kinds: Sequence[str] = KINDS):
+        """UserError if no two prompts have two answers each."""
+        self.answers, self.rubrics, self.kinds = list(answers), list(rubrics), tuple(kinds)
         self.spans = {one.id: one.levels[-1].score - one.levels[0].score for one in rubrics}
         rng = np.random.default_rng(seed)
         groups: dict[str, list[int]] = defaultdict(list)
@@ -148,7 +148,7 @@ class Population:
     def _find_conflicting(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         votes = []
         for at in range(JURY):
-            difference = self._differences(draw_taste(rng, self.rubrics, KINDS[at % len(KINDS)]))
+            difference = self._differences(draw_taste(rng, self.rubrics, self.kinds[at % len(self.kinds)]))
             votes.append(np.where(np.abs(difference) > MIN_DIFFERENCE, np.sign(difference), 0.0))
         for_first, for_second = (np.mean(np.array(votes) == sign, axis=0) for sign in (1, -1))
         found: NDArray[np.bool_] = np.minimum(for_first, for_second) >= MINORITY

@@ -1,0 +1,339 @@
+"""`cpt steer evaluate`: every way of steering by choices, on the same held-out users, against none and an oracle.
+
+Accuracy: the share of a user's other pairs that a method orders as the user does. Satisfaction: the mean utility of
+the answers that it gives to the prompts of those pairs, by the user's true taste. All are [users, counts, seeds] here,
+NaN where a method was not tried.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpt_ray.console import say
+from cpt_ray.records import Prompt, SteeredAnswer, content_id
+from cpt_ray.steering.fitting import Tensors, reference_logps
+from cpt_ray.steering.inference import Candidates
+from cpt_ray.steering.page import render_page, table_lines
+from cpt_ray.steering.policy import ConditionalPolicy
+from cpt_ray.steering.reward import accuracy
+from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts
+from cpt_ray.steering.tables import AdapterActor, AnswerActor
+from cpt_ray.steering.users import Answer, Floats, Taste, User, grade_by_measures
+
+COUNTS = (0, 1, 3, 5, 10)
+"""Numbers of choices that results are given for, up to steer.choices."""
+RESULTS = "report/steering.json"
+RESAMPLES = 1000
+POLICY_USERS, POLICY_PAIRS, POLICY_PROMPTS = 40, 10, 4
+"""How many held-out users, pairs and prompts of each a conditional policy is tried on: it is run for each of them."""
+PROMPT_HEAD = "The user compared pairs of answers. Answer in the way this user likes."
+
+Configuration = dict[str, str] | None
+
+
+class Arena:
+    """Held-out users, and what was learned."""
+
+    def __init__(self, steering: Steering, fitted: Fitted):
+        self.steering, self.fitted, self.users = steering, fitted, steering.test_users
+        self.counts = [one for one in COUNTS if one <= steering.config.choices]
+        self.tried = Tensors.of(fitted.vectors, self.users, list(steering.plan.by_id))
+
+    def filled(self, value: Callable[[int, int], float], num_users: int | None = None) -> Floats:
+        """[users, counts, 1] of `value(user, count)`; NaN from user `num_users` on."""
+        found = np.full((len(self.users), len(self.counts), 1), np.nan)
+        for at in range(len(self.users))[:num_users]:
+            found[at, :, 0] = [value(at, count) for count in self.counts]
+        return found
+
+    def reward_accuracy(self) -> dict[str, Floats]:
+        """Of the reward models."""
+        found = {}
+        kinds = (("static", self.fitted.static), ("NP-BTL", self.fitted.models), ("NP-BTL, oracle", self.fitted.oracle))
+        for name, models in kinds:
+            tasks = [self.tried.tasks(num_choices=count, told="oracle" in name) for count in self.counts]
+            rows = [[accuracy(model, one).numpy() for one in tasks] for model in models]
+            found[name] = np.array(rows).transpose(2, 1, 0)
+        return found
+
+    def liking(self, at: int, texts: Sequence[str]) -> float:
+        """Mean utility of texts for a user; NaN if none has one."""
+        rubrics, spans = self.steering.plan.rubrics, self.steering.held_out.spans
+        values = [self.users[at].taste.utility(grade_by_measures(rubrics, one), spans) for one in texts]
+        known = [one for one in values if not np.isnan(one)]
+        return float(np.mean(known)) if known else float("nan")
+
+    def answered(self, planned: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
+        """The planned rows with the policy's answers."""
+        policy, seed = self.steering.policy, self.steering.plan.config.seed
+        return self.steering.table("steering_answers", planned, AnswerActor, [policy, seed], policy)
+
+
+class Bank:
+    """The policy's answers under every configuration, so that any number of users can be scored by looking up."""
+
+    def __init__(self, arena: Arena):
+        self.arena, steering = arena, arena.steering
+        levels = {one.id: [level.name for level in one.levels] for one in steering.catalog.rubrics}
+        self.configurations = [
+            {name: levels[name][at] for name, at in one.items()} for one in steering.candidates().configurations
+        ]
+        texts = {one.prompt_id: one.prompt for one in steering.held_out.answers}
+        self.prompts = [Prompt(prompt_id=name, text=texts[name], split="held_out") for name in sorted(texts)]
+        directives = [steering.catalog.resolve(one).directive for one in self.configurations]
+        config = steering.config
+        planned = [
+            planned_answer(directive, prompt, sample)
+            for at, directive in enumerate(directives)
+            for prompt in self.prompts
+            for sample in range(config.samples if at else max(config.samples, config.best_of))
+        ]
+        rows = arena.answered(planned)
+        self.answers = [steering.answer(one.prompt_id, one.prompt, one.text, "", None) for one in rows]
+        index = {directive: at for at, directive in enumerate(directives)}
+        numbers = {one.prompt_id: at for at, one in enumerate(self.prompts)}
+        self.configuration_of = np.array([index[one.directive] for one in rows])
+        self.prompt_of = np.array([numbers[one.prompt_id] for one in rows])
+        crowd = steering.held_out
+        prompt_at = np.array([numbers[one.prompt_id] for one in crowd.answers])
+        self.shown = [np.unique(prompt_at[one.context]) for one in arena.users]
+        """Per user, the prompts of its context."""
+        self.tested = [np.unique(prompt_at[one.targets]) for one in arena.users]
+        """And of its targets: satisfaction is on these."""
+        spans = crowd.spans
+        self.liked = [np.array([one.taste.utility(a.scores, spans) for a in self.answers]) for one in arena.users]
+        self.grids = [self._grid(one) for one in self.liked]
+        """Per user, mean utility [configurations, prompts]."""
+
+    def _grid(self, liked: Floats) -> Floats:
+        shape = (len(self.configurations), len(self.prompts))
+        cell, known = self.configuration_of * shape[1] + self.prompt_of, ~np.isnan(liked)
+        sums, counts = (
+            np.bincount(cell[known], weights, minlength=shape[0] * shape[1]) for weights in (liked[known], None)
+        )
+        found: Floats = np.where(counts, sums / np.maximum(counts, 1), np.nan).reshape(shape)
+        return found
+
+    def under(self, configure: Callable[[int, int], Configuration]) -> Floats:
+        """Satisfaction under the configuration for (user, number of choices)."""
+        return self.arena.filled(
+            lambda at, count: float(
+                np.nanmean(self.grids[at][self.configurations.index(configure(at, count) or {}), self.tested[at]])
+            )
+        )
+
+    def best(self, at: int) -> Configuration:
+        """The configuration whose answers to the context's prompts the user likes most."""
+        return self.configurations[int(np.nanargmax(np.nanmean(self.grids[at][:, self.shown[at]], axis=1)))]
+
+    def reranked(self) -> Floats:
+        """Satisfaction with the best of n answers without a directive, by each seed's reward model."""
+        arena, fitted = self.arena, self.arena.fitted
+        rows = np.flatnonzero(self.configuration_of == 0)
+        vectors = torch.tensor(fitted.embed(arena.steering.embeddings([self.answers[at] for at in rows])))
+        groups = [np.flatnonzero(self.prompt_of[rows] == at) for at in range(len(self.prompts))]
+        found = np.zeros((len(arena.users), len(arena.counts), len(fitted.models)))
+        for seed, model in enumerate(fitted.models):
+            for at_count, count in enumerate(arena.counts):
+                with torch.no_grad():
+                    z = model.encoder(arena.tried.tasks(num_choices=count).context)[0]
+                    rewards = model.reward(z, vectors.expand(len(z), -1, -1)).numpy()
+                for at, own in enumerate(self.liked):
+                    best = [rows[groups[one][np.argmax(rewards[at, groups[one]])]] for one in self.tested[at]]
+                    found[at, at_count, seed] = np.nanmean(own[best])
+        return found
+
+
+def planned_answer(directive: str | None, prompt: Prompt, sample: int) -> SteeredAnswer:
+    """A row still without text."""
+    return SteeredAnswer(directive=directive, prompt_id=prompt.prompt_id, prompt=prompt.text, sample=sample, text="")
+
+
+def pairs_in_prompt(choices: Sequence[tuple[Answer, Answer]]) -> str:
+    """A system prompt that shows (chosen, rejected) pairs: the baseline that needs no training."""
+    shown = [f"{one.prompt}\nLiked: {one.text}\nNot liked: {other.text}" for one, other in choices]
+    return "\n\n".join([PROMPT_HEAD, *shown])
+
+
+def compare_rewards(steering: Steering) -> dict[str, Any]:
+    """`fit`, then the reward models on held-out users; written and printed."""
+    arena = Arena(steering, fit(steering))
+    return _write(arena, arena.reward_accuracy(), {})
+
+
+def evaluate(steering: Steering) -> dict[str, Any]:
+    """All methods; written and printed."""
+    arena = Arena(steering, fit(steering))
+    bank = Bank(arena)
+    crowd, users = steering.held_out, arena.users
+    accuracies, satisfactions = arena.reward_accuracy(), {"NP-BTL, best of n": bank.reranked()}
+    logprobs = steering.logprobs(crowd.answers)
+    for name, reading in (("inferred directive", "levels"), ("inferred directive (peaked)", "reward")):
+        candidates = steering.candidates(reading)
+        rewards = candidates.rewards(logprobs)
+        told = [rewards[one.context[:, 0]] - rewards[one.context[:, 1]] for one in users]
+        others = [rewards[one.targets[:, 0]] - rewards[one.targets[:, 1]] for one in users]
+        accuracies[name] = arena.filled(
+            lambda at, count, c=candidates, m=told, t=others: _share(c.predict(m[at][:count], t[at]))
+        )
+        satisfactions[name] = bank.under(lambda at, count, c=candidates, m=told: _setting(c, m[at][:count]))
+        if reading == "levels":
+            asked = [_interview(arena, candidates, one, rewards) for one in users]
+            satisfactions[f"{name}, asked"] = bank.under(
+                lambda at, count, c=candidates, m=asked: _setting(c, m[at][:count])
+            )
+    for policy in arena.fitted.policies:
+        name = f"NP-DPO {policy.form}"
+        accuracies[name] = _policy_accuracy(arena, policy)
+        if policy.form == "gated_lora":
+            satisfactions[name] = _policy_satisfaction(arena, bank, policy)
+    satisfactions["pairs in the prompt"] = _in_prompt(arena, bank)
+    satisfactions["static"] = bank.under(lambda at, count: None)
+    satisfactions["oracle"] = bank.under(lambda at, count: bank.best(at))
+    return _write(arena, accuracies, satisfactions)
+
+
+def _kind(taste: Taste) -> str:
+    return f"{taste.kind}, flipped" if taste.flipped else taste.kind
+
+
+def _share(margins: Floats) -> float:
+    return float(np.mean(margins > 0) + 0.5 * np.mean(margins == 0))
+
+
+def _setting(candidates: Candidates, margins: Floats) -> Configuration:
+    """What is set after these choices; of more than two rubrics known, the two surest."""
+    found = candidates.belief_from(margins)
+    if not found.configuration or len(found.configuration) <= 2:
+        return found.configuration
+    surest = sorted(found.configuration, key=lambda name: -found.confidence[name])[:2]
+    return {name: level for name, level in found.configuration.items() if name in surest}
+
+
+def _interview(arena: Arena, candidates: Candidates, user: User, rewards: Floats) -> Floats:
+    """Margins of the choices that the user makes when each question is the one that says most, [count, directives]."""
+    crowd = arena.steering.held_out
+    liked = crowd.utilities(user.taste)
+    avoided = {crowd.answers[at].prompt_id for at in user.targets.flatten()}
+    inside = np.array([one.prompt_id not in avoided for one in crowd.answers])
+    pool = crowd.pairs[inside[crowd.pairs].all(axis=1)]
+    rng = np.random.default_rng(0)
+    pool = pool[rng.permutation(len(pool))[:NUM_QUESTIONS]]
+    offered = rewards[pool[:, 0]] - rewards[pool[:, 1]]
+    told: list[Floats] = []
+    for _ in range(max(arena.counts)):
+        gains = candidates.information_gain(np.array(told), offered)
+        best = int(np.argmax(gains))
+        first, second = pool[best]
+        is_first = (liked[first] > liked[second]) != (rng.random() < user.taste.noise)
+        told.append(offered[best] if is_first else -offered[best])
+        pool, offered = np.delete(pool, best, axis=0), np.delete(offered, best, axis=0)
+    return np.array(told)
+
+
+def _in_prompt(arena: Arena, bank: Bank) -> Floats:
+    """Satisfaction where the policy is shown the pairs themselves; NaN where they do not fit."""
+    crowd, samples = arena.steering.held_out, range(2)
+    planned = []
+    for at, user in enumerate(arena.users):
+        for count in arena.counts:
+            pairs = [(crowd.answers[one], crowd.answers[other]) for one, other in user.context[:count].tolist()]
+            prompt = bank.prompts[bank.tested[at][0]]
+            planned += [planned_answer(pairs_in_prompt(pairs), prompt, sample) for sample in samples]
+    rows = iter(arena.answered(planned))
+    return arena.filled(
+        lambda at, count: arena.liking(at, [one.text for one in (next(rows) for _ in samples) if one.text])
+    )
+
+
+@torch.no_grad()
+def _policy_accuracy(arena: Arena, policy: ConditionalPolicy) -> Floats:
+    """Implicit accuracy."""
+    texts = policy_texts(arena.steering, arena.steering.held_out.answers)
+    pairs = arena.tried.targets[:POLICY_USERS, :POLICY_PAIRS]
+    places = sorted(set(pairs.flatten().tolist()))
+    reference = torch.zeros(len(texts))
+    reference[places] = reference_logps(policy, [texts[at] for at in places])
+
+    def value(at: int, count: int) -> float:
+        context = arena.tried.tasks(slice(at, at + 1), count).context
+        own = context.expand(pairs.shape[1], *context.shape[1:])
+        return _share(policy.margins(own, pairs[at].tolist(), texts, reference).double().numpy())
+
+    return arena.filled(value, len(pairs))
+
+
+@torch.no_grad()
+def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) -> Floats:
+    """With answers under the users' own adapters, by vLLM."""
+    steering = arena.steering
+    folder = steering.run.path.absolute() / "steering" / "adapters"
+    weights = content_id(*(float(one.double().sum()) for one in policy.own_state().values()))
+    planned = []
+    for at in range(len(arena.users))[:POLICY_USERS]:
+        for count in arena.counts:
+            z = policy.encoder(arena.tried.tasks(slice(at, at + 1), count).context)[0][0]
+            name = f"user-{content_id(weights, z.tolist())}"
+            policy.fold(z, folder / name, steering.policy.path)
+            prompts = [bank.prompts[one] for one in bank.tested[at][:POLICY_PROMPTS]]
+            planned += [planned_answer(name, one, 0) for one in prompts]
+    arguments = [steering.policy, folder, policy.rank, steering.plan.config.seed]
+    rows = iter(steering.table("steering_answers", planned, AdapterActor, arguments, steering.policy))
+
+    def value(at: int, count: int) -> float:
+        return arena.liking(at, [next(rows).text for _ in bank.tested[at][:POLICY_PROMPTS]])
+
+    return arena.filled(value, POLICY_USERS)
+
+
+def _write(arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats]) -> dict[str, Any]:
+    """Means with intervals, saved, drawn and printed."""
+    kinds = np.array([_kind(one.taste) for one in arena.users])
+    rng = np.random.default_rng(arena.steering.plan.config.seed)
+    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(kinds)}
+    for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
+        results[metric] = {}
+        for name, values in methods.items():
+            per_kind = {kind: _means(values[kinds == kind]) for kind in sorted(set(kinds))}
+            entry: dict[str, Any] = {"mean": _means(values), "ci": _interval(values, rng), "per_kind": per_kind}
+            if metric == "satisfaction":  # own context less the flipped one's, for a twin likes what its user dislikes
+                entry["steer_gap"] = [None if one is None else 2 * one - 1 for one in entry["mean"]]
+                entry["steer_gap_ci"] = [one and [2 * end - 1 for end in one] for one in entry["ci"]]
+            results[metric][name] = entry
+    run = arena.steering.run
+    run.write_json(RESULTS, results)
+    page = run.write_text("report/steering.html", render_page(results))
+    say("\n".join(table_lines(results)))
+    say(f"report       {page}")
+    return results
+
+
+def _means(values: Floats) -> list[float | None]:
+    """Per count, over users and seeds."""
+    return [float(np.nanmean(one)) if not np.isnan(one).all() else None for one in values.transpose(1, 0, 2)]
+
+
+def _interval(values: Floats, rng: np.random.Generator) -> list[list[float] | None]:
+    """95% per count: users and seeds are drawn again, each with replacement; a user and its twin go together."""
+    tried = ~np.isnan(values).all(axis=(1, 2))
+    pairs = values[tried].reshape(int(tried.sum()) // 2, 2, *values.shape[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing, where a method has no value
+        means = np.array(
+            [
+                np.nanmean(
+                    pairs[rng.integers(len(pairs), size=len(pairs))][
+                        ..., rng.integers(values.shape[2], size=values.shape[2])
+                    ],
+                    axis=(0, 1, 3),
+                )
+                for _ in range(RESAMPLES)
+            ]
+        )
+    ends = [np.percentile(one, [2.5, 97.5]) if not np.isnan(one).any() else None for one in means.T]
+    return [None if one is None else one.tolist() for one in ends]

@@ -1,0 +1,253 @@
+"""NP-BTL and NP-DPO under Ray Train; a model is complete, and not trained again, once its file is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cpt_ray.config import SteerConfig
+from cpt_ray.console import say
+from cpt_ray.errors import UserError
+from cpt_ray.steering.policy import ConditionalPolicy, Form, Sequences
+from cpt_ray.steering.reward import RewardModel, Tasks, learn
+from cpt_ray.steering.users import User
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Users' choices as indices of embedded answers; saved where every worker sees it."""
+
+    embeddings: torch.Tensor
+    """[answers, E], standardised."""
+    context: torch.Tensor
+    """[users, k, 2]."""
+    targets: torch.Tensor
+    """[users, t, 2]."""
+    tastes: torch.Tensor
+    """[users, 1, 2, E]: the hidden taste spelled out in the place of a choice, which is what an oracle is told."""
+
+    @classmethod
+    def of(cls, embeddings: NDArray[np.float32], users: Sequence[User], rubric_ids: Sequence[str]) -> Tensors:
+        """Of the users themselves; twins are made on the way."""
+        indices = [torch.tensor(np.array([getattr(one, name) for one in users])) for name in ("context", "targets")]
+        tastes = torch.zeros(len(users), 1, 2, embeddings.shape[1])
+        for at, user in enumerate(users):
+            for place, name in enumerate(rubric_ids):
+                weight = user.taste.weights.get(name, 0.0)
+                said = torch.tensor([weight, weight * (user.taste.targets.get(name, 50.0) - 50) / 20])
+                tastes[at, 0, int(user.taste.flipped), 2 * place : 2 * place + 2] = said
+        return cls(torch.tensor(embeddings), *indices, tastes)
+
+    def tasks(
+        self, users: torch.Tensor | slice = slice(None), num_choices: int | None = None, told: bool = False
+    ) -> Tasks:
+        """The embedded choices of some users, `num_choices` of their context; or, if `told`, their taste instead."""
+        targets = self.embeddings[self.targets[users]]
+        if told:
+            return Tasks(self.tastes[users], targets)
+        return Tasks(self.embeddings[self.context[users][:, :num_choices]], targets)
+
+
+def standardise(vectors: NDArray[np.float32], learned: int) -> NDArray[np.float32]:
+    """Vectors less the mean of the first `learned`, over their standard deviation, per dimension."""
+    mean, deviation = vectors[:learned].mean(axis=0), vectors[:learned].std(axis=0)
+    found: NDArray[np.float32] = ((vectors - mean) / (deviation + 1e-6)).astype(np.float32)
+    return found
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a worker needs to know."""
+
+    config: SteerConfig
+    folder: Path
+    """Of the models; absolute."""
+    seed: int
+    kind: str
+    """"np-btl"; the same model without any context ("static") or told the taste ("oracle"); or a form of NP-DPO."""
+
+    def path(self, number: int) -> Path:
+        """Of one seed's weights."""
+        return self.folder / f"{self.kind}-{number}.safetensors"
+
+
+def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], fit: Fit) -> None:
+    """Runs `loop` on every rank; UserError with the cause if it fails."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(num_workers=fit.config.num_workers, use_gpu=fit.config.use_gpu),
+        run_config=ray.train.RunConfig(
+            name=f"steer-{fit.kind}-{fit.folder.name}",
+            storage_path=str(fit.folder.parent / "checkpoints"),
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise UserError(f"steer: training failed: {str(error).strip().splitlines()[-1][:300]}") from error
+
+
+def fit_reward_models(fit: Fit, tensors: Tensors) -> list[RewardModel]:
+    """Trains the models that are not there yet, under Ray Train, and loads all of them."""
+    if not all(fit.path(number).exists() for number in range(fit.config.seeds)):
+        fit.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors.__dict__, fit.folder / "tensors.pt")
+        under_ray_train(work, {"fit": fit}, fit)
+    losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.config.seeds)]
+    say(f"steer fit    {fit.kind}: {fit.config.seeds} models, loss {np.mean(losses):.3f}")
+    return [load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.config.seeds)]
+
+
+def new_model(fit: Fit, number: int, embedding: int) -> RewardModel:
+    """The untrained model of one seed."""
+    torch.manual_seed(fit.seed + number)
+    return RewardModel(embedding, fit.config.size, variational=fit.config.variational)
+
+
+def load(fit: Fit, number: int, embedding: int) -> RewardModel:
+    """One trained model; every weight must be there and no other."""
+    from safetensors.torch import load_file
+
+    model = new_model(fit, number, embedding)
+    model.load_state_dict(load_file(fit.path(number)), strict=True)
+    return model.eval()
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What each rank does: its share of the users, gradients averaged over ranks; rank 0 saves."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    fit: Fit = settings["fit"]
+    context, config = ray.train.get_context(), fit.config
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    if not config.use_gpu:
+        torch.set_num_threads(1)
+    tensors = Tensors(**{name: one.to(get_device()) for name, one in torch.load(fit.folder / "tensors.pt").items()})
+    own = torch.arange(rank, len(tensors.context), ranks)
+    for number in range(config.seeds):
+        if fit.path(number).exists():
+            continue
+        model = new_model(fit, number, tensors.embeddings.shape[1])
+        random = torch.Generator().manual_seed(1000 * (fit.seed + number) + rank)
+
+        def draw(step: int, random: torch.Generator = random) -> Tasks:
+            users = own[torch.randint(len(own), (max(1, config.batch_users // ranks),), generator=random)]
+            count = 0 if fit.kind == "static" else int(torch.randint(config.choices + 1, (), generator=random))
+            order = torch.randperm(config.choices, generator=random)[:count]
+            made = tensors.tasks(users, told=fit.kind == "oracle")
+            if fit.kind == "oracle":
+                return made.with_twins()
+            return Tasks(made.context[:, order], made.targets).with_twins()
+
+        losses: list[float] = []
+        wrapped = prepare_model(model, parallel_strategy="ddp" if ranks > 1 else None)
+        learn(wrapped, draw, config.steps, config.learning_rate, lambda step, loss: losses.append(loss))  # noqa: B023
+        if rank == 0:
+            _save(fit, number, model.state_dict(), losses)
+        ray.train.report({"seed": number})
+
+
+def _save(fit: Fit, number: int, weights: dict[str, torch.Tensor], losses: Sequence[float]) -> None:
+    """The weights last, so that a file that is there is complete."""
+    from safetensors.torch import save_file
+
+    fit.path(number).with_suffix(".json").write_text(json.dumps({"loss": float(np.mean(losses[-50:]))}))
+    temporary = fit.path(number).with_suffix(".tmp")
+    save_file({name: one.contiguous().cpu() for name, one in weights.items()}, temporary)
+    os.replace(temporary, fit.path(number))
+
+
+# ---------------------------------------------------------------- NP-DPO
+
+
+def fit_policy(fit: Fit, tensors: Tensors, texts: Sequences, policy: str) -> ConditionalPolicy:
+    """NP-DPO in the form that `fit.kind` names: trained under Ray Train if it is not there yet, and loaded.
+
+    Args:
+        texts: token ids and start of each answer of `tensors.embeddings`.
+        policy: folder or name of the model.
+    """
+    from safetensors.torch import load_file
+
+    if not fit.path(0).exists():
+        fit.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors.__dict__ | {"texts": list(texts)}, fit.folder / "policy_tensors.pt")
+        under_ray_train(work_policy, {"fit": fit, "policy": policy}, fit)
+    found = json.loads(fit.path(0).with_suffix(".json").read_text())
+    say(f"steer fit    {fit.kind}: loss {found['loss']:.3f}")
+    model = new_policy(fit, tensors.embeddings.shape[1], policy)
+    model.load_own_state(load_file(fit.path(0)))
+    return model.eval()
+
+
+def new_policy(fit: Fit, embedding: int, policy: str) -> ConditionalPolicy:
+    """The untrained conditional policy around a frozen model."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if fit.config.use_gpu else torch.float32
+    frozen = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype).eval()
+    torch.manual_seed(fit.seed)
+    form: Form = fit.kind  # type: ignore[assignment]
+    return ConditionalPolicy(frozen, form, embedding, fit.config.size, beta=fit.config.policy_beta)
+
+
+def work_policy(settings: dict[str, Any]) -> None:
+    """What each rank does for NP-DPO."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    fit: Fit = settings["fit"]
+    context, config, device = ray.train.get_context(), fit.config, get_device()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    if not config.use_gpu:
+        torch.set_num_threads(1)
+    loaded = torch.load(fit.folder / "policy_tensors.pt")
+    texts: Sequences = loaded.pop("texts")
+    tensors = Tensors(**{name: one.to(device) for name, one in loaded.items()})
+    policy = new_policy(fit, tensors.embeddings.shape[1], settings["policy"]).to(device)
+    reference = reference_logps(policy, texts)
+    own = torch.arange(rank, len(tensors.context), ranks)
+    random = torch.Generator().manual_seed(1000 * fit.seed + rank)
+
+    def draw(step: int) -> tuple[Any, ...]:
+        users = own[torch.randint(len(own), (max(1, config.policy_users // ranks),), generator=random)]
+        count = int(torch.randint(config.choices + 1, (), generator=random))
+        order = torch.randperm(config.choices, generator=random)[:count]
+        chosen = tensors.embeddings[tensors.context[users][:, order]]
+        picked = torch.randint(config.targets, (len(users), config.policy_pairs), generator=random)
+        pairs = torch.stack([tensors.targets[user][at] for user, at in zip(users, picked, strict=True)])
+        both = torch.cat([chosen, chosen.flip(2)]).repeat_interleave(config.policy_pairs, dim=0)
+        return both, torch.cat([pairs, pairs.flip(2)]).flatten(0, 1).tolist(), texts, reference
+
+    losses: list[float] = []
+    wrapped = prepare_model(policy, parallel_strategy="ddp" if ranks > 1 else None)
+    learn(wrapped, draw, config.policy_steps, config.policy_learning_rate, lambda step, loss: losses.append(loss))
+    if rank == 0:
+        _save(fit, 0, policy.own_state(), losses)
+    ray.train.report({"steps": config.policy_steps})
+
+
+@torch.no_grad()
+def reference_logps(policy: ConditionalPolicy, texts: Sequences, batch_size: int = 64) -> torch.Tensor:
+    """log ref(answer | prompt) of every text, [texts]; it depends on no z, so once is enough."""
+    order = sorted(range(len(texts)), key=lambda at: len(texts[at][0]))
+    found = torch.zeros(len(texts))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        found[part] = policy.logps([texts[at] for at in part]).cpu()
+    return found

@@ -1,0 +1,95 @@
+"""Steering's results for people: a figure and a table on one page without scripts, and lines for the terminal."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+METRICS = {
+    "accuracy": "Share of a held-out user's other choices that are foretold.",
+    "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
+}
+COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b08a1e", "#1b8a8f")
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 44, 34
+
+
+def _cell(entry: Mapping[str, Any], at: int) -> str:
+    mean, ends = entry["mean"][at], entry["ci"][at]
+    if mean is None:
+        return "-"
+    return f"{mean:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else f"{mean:.2f}"
+
+
+def table_lines(results: Mapping[str, Any]) -> list[str]:
+    """The means with their 95% intervals, one block per metric."""
+    lines = []
+    for metric in METRICS:
+        if not results[metric]:
+            continue
+        lines += ["", f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
+        for name, entry in results[metric].items():
+            lines.append(f"{name:<30}" + "".join(f"{_cell(entry, at):>20}" for at in range(len(results["counts"]))))
+    return lines
+
+
+def _figure(metric: str, results: Mapping[str, Any]) -> str:
+    counts, entries = results["counts"], results[metric]
+    known = [one for entry in entries.values() for one in entry["mean"] if one is not None]
+    low, high = min(known) - 0.03, max(known) + 0.03
+
+    def x(at: float) -> float:
+        return LEFT + at / max(1, len(counts) - 1) * (WIDTH - LEFT - 190)
+
+    def y(value: float) -> float:
+        return 10 + (high - value) / (high - low) * (HEIGHT - 10 - BOTTOM)
+
+    parts = [
+        f'<text x="{x(at)}" y="{HEIGHT - 12}" text-anchor="middle">{count}</text>' for at, count in enumerate(counts)
+    ]
+    for value in (low + 0.03, (low + high) / 2, high - 0.03):
+        parts.append(f'<text x="4" y="{y(value):.1f}">{value:.2f}</text>')
+    for number, (name, entry) in enumerate(entries.items()):
+        color = COLORS[number % len(COLORS)]
+        shown = [(x(at), one, entry["ci"][at]) for at, one in enumerate(entry["mean"]) if one is not None]
+        line = " ".join(f"{at:.1f},{y(one):.1f}" for at, one, _ in shown)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for at, _, ends in shown:
+            if ends:
+                parts.append(
+                    f'<line x1="{at + number}" x2="{at + number}" y1="{y(ends[0]):.1f}" y2="{y(ends[1]):.1f}" '
+                    f'stroke="{color}" stroke-opacity="0.5"/>'
+                )
+        top = 18 + 18 * number
+        parts.append(f'<rect x="{WIDTH - 176}" y="{top - 9}" width="10" height="10" fill="{color}"/>')
+        parts.append(f'<text x="{WIDTH - 160}" y="{top}">{html.escape(name)}</text>')
+    label = f"{metric} against number of choices"
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _table(metric: str, results: Mapping[str, Any]) -> str:
+    head = "".join(f"<th>{count}</th>" for count in results["counts"])
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{_cell(entry, at)}</td>" for at in range(len(results["counts"])))
+        + "</tr>"
+        for name, entry in results[metric].items()
+    )
+    return f"<table><tr><th>{metric}</th>{head}</tr>{rows}</table>"
+
+
+def render_page(results: Mapping[str, Any]) -> str:
+    """The whole page."""
+    parts = [
+        f"<h2>{metric}</h2><p>{text}</p>{_figure(metric, results)}{_table(metric, results)}"
+        for metric, text in METRICS.items()
+        if results[metric]
+    ]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Few-shot steering</title><style>'
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2rem auto;padding:0 1rem;color:#222}"
+        "svg{width:100%;font-size:12px}td,th{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #ddd}"
+        "table{border-collapse:collapse;display:block;overflow-x:auto}</style>"
+        f"<h1>Few-shot steering</h1><p>{results['num_users']} held-out users, by number of their choices; "
+        f"95% intervals over users and seeds.</p>{''.join(parts)}</html>\n"
+    )

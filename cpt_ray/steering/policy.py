@@ -1,0 +1,209 @@
+"""NP-DPO: a policy conditioned on z, which is read from a user's choices as in NP-BTL; DPO on the user's other pairs.
+
+Three ways to let z in, with one encoder, data and loss; the first two start as the policy itself, whatever z is:
+
+    film        after every block h <- (1 + gamma_l(z)) h + delta_l(z), beside a LoRA; a reference, it cannot be served
+    gated_lora  W + B diag(g(z)) A; folds exactly into one plain adapter per user (`ConditionalPolicy.fold`)
+    soft_prompt m vectors from z before the prompt (`ConditionalPolicy.soft_prompt`)
+
+The loss is on answer tokens only. The reference is the policy without any of this, so its log-probabilities do not
+depend on z and are computed once per answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from cpt_ray.steering.reward import ContextEncoder
+
+Form = Literal["film", "gated_lora", "soft_prompt"]
+Sequences = Sequence[tuple[list[int], int]]
+"""Token ids of (prompt, answer), and where the answer starts."""
+
+
+class GatedLora(nn.Module):
+    """A frozen linear layer plus B diag(g) A, whose gates g [batch, r] are set from outside; off without them."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.gates: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, tokens, in] to [batch, tokens, out]."""
+        out: Tensor = self.base(x)
+        if self.gates is None:
+            return out
+        return out + self.scale * ((x @ self.a.T) * self.gates[:, None]) @ self.b.T
+
+
+class ConditionalPolicy(nn.Module):
+    """A frozen causal language model of transformers, and what makes it depend on z."""
+
+    def __init__(
+        self,
+        model: Any,
+        form: Form,
+        embedding: int,
+        size: int = 128,
+        rank: int = 8,
+        vectors: int = 4,
+        beta: float = 0.1,
+    ):
+        super().__init__()
+        self.model, self.form, self.rank, self.beta = model.requires_grad_(False), form, rank, beta
+        self.encoder = ContextEncoder(embedding, size)
+        width, blocks = model.config.hidden_size, model.model.layers
+        self.adapters: dict[str, GatedLora] = {}
+        """By the module's name in the model."""
+        if form != "soft_prompt":
+            for name, module in list(blocks.named_modules(prefix="model.layers")):
+                if isinstance(module, nn.Linear):
+                    parent, _, own = name.rpartition(".")
+                    self.adapters[name] = GatedLora(module, rank, scale=2.0)
+                    setattr(model.get_submodule(parent), own, self.adapters[name])
+        outputs = {
+            "film": len(blocks) * 2 * width,
+            "gated_lora": len(self.adapters) * rank,
+            "soft_prompt": vectors * width,
+        }
+        self.head = nn.Linear(size, outputs[form])
+        nn.init.zeros_(self.head.weight) if form == "film" else nn.init.normal_(self.head.weight, std=0.5 / size**0.5)
+        nn.init.zeros_(self.head.bias)
+        self.film: Tensor | None = None
+        if form == "film":
+            for at, block in enumerate(blocks):
+                block.register_forward_hook(self._modulate(at, width))
+
+    def _modulate(self, at: int, width: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if self.film is None:
+                return None
+            gamma, delta = self.film.unflatten(1, (-1, 2, width))[:, at].unbind(1)
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden * (1 + gamma[:, None]) + delta[:, None]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What was learned: everything but the frozen model's weights."""
+        trained = {name for name, one in self.named_parameters() if one.requires_grad}
+        return {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items() if name in trained}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """The opposite; ValueError unless exactly what `own_state` gives is there."""
+        own = self.own_state()
+        wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise ValueError(f"not the weights of this policy: {len(wrong)} tensors differ, the first is {wrong[0]}")
+        self.load_state_dict(state, strict=False)
+
+    # ------------------------------------------------------------ z into the model
+
+    def gates(self, z: Tensor) -> Tensor:
+        """g of every adapted module, [users, modules, r]; 1 + what z says."""
+        found: Tensor = 1 + self.head(z).unflatten(1, (-1, self.rank))
+        return found
+
+    def soft_prompt(self, z: Tensor) -> Tensor:
+        """[users, m, hidden]."""
+        return self.head(z).unflatten(1, (-1, self.model.config.hidden_size))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def conditioned(self, z: Tensor | None) -> Iterator[None]:
+        """The model depends on z [batch, size] in here; with None it is the reference."""
+        if z is not None and self.form == "film":
+            self.film = self.head(z)
+        if z is not None:
+            gates = self.gates(z) if self.form == "gated_lora" else None
+            for at, one in enumerate(self.adapters.values()):
+                one.gates = gates[:, at] if gates is not None else z.new_ones(len(z), self.rank)
+        try:
+            yield
+        finally:
+            self.film = None
+            for one in self.adapters.values():
+                one.gates = None
+
+    def logps(self, sequences: Sequences, z: Tensor | None = None) -> Tensor:
+        """log pi(answer | prompt, z) of each sequence, over its answer's tokens, [sequences].
+
+        Args:
+            z: [sequences, size], or None for the reference.
+        """
+        longest = max(len(ids) for ids, _ in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        real, scored = torch.zeros_like(ids), torch.zeros(len(sequences), longest, dtype=torch.bool)
+        for at, (one, start) in enumerate(sequences):
+            ids[at, : len(one)], real[at, : len(one)], scored[at, start : len(one)] = torch.tensor(one), 1, True
+        device = next(self.head.parameters()).device
+        ids, real, scored = ids.to(device), real.to(device), scored.to(device)
+        embedded, added = self.model.get_input_embeddings()(ids), 0
+        if z is not None and self.form == "soft_prompt":
+            soft = self.soft_prompt(z)
+            added = soft.shape[1]
+            embedded = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
+            real = torch.cat([real.new_ones(len(real), added), real], dim=1)
+        with self.conditioned(z):
+            hidden = self.model.model(inputs_embeds=embedded, attention_mask=real).last_hidden_state
+        before = hidden[:, added:-1][scored[:, 1:]]  # the state in front of each answer token
+        logits = self.model.lm_head(before).float()
+        picked = logits.gather(1, ids[:, 1:][scored[:, 1:]][:, None])[:, 0] - logits.logsumexp(dim=1)
+        rows = scored[:, 1:].nonzero()[:, 0]
+        return torch.zeros(len(sequences), device=device).index_add(0, rows, picked)
+
+    def margins(self, context: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequences, reference: Tensor) -> Tensor:
+        """The implicit reward of each user's pairs, chosen less rejected, [pairs].
+
+        Args:
+            context: [pairs, k, 2, E], of each pair's user.
+            pairs: indices of `texts`, the chosen first.
+            reference: log-probabilities of `texts` under the reference, [texts].
+        """
+        z, _ = self.encoder(context)
+        flat = [at for pair in pairs for at in pair]
+        found = self.logps([texts[at] for at in flat], z.repeat_interleave(2, dim=0))
+        rewards = self.beta * (found - reference[torch.tensor(flat)].to(found.device))
+        return rewards[0::2] - rewards[1::2]
+
+    def forward(self, batch: tuple[Tensor, Sequence[tuple[int, int]], Sequences, Tensor]) -> Tensor:
+        """The DPO loss of a batch, which holds the arguments of `margins`."""
+        return -logsigmoid(self.margins(*batch)).mean()
+
+    # ------------------------------------------------------------ serving
+
+    @torch.no_grad()
+    def fold(self, z: Tensor, folder: Path, base_model: str) -> Path:
+        """One user's plain LoRA adapter in PEFT's layout, diag(g(z)) folded into A; z [size]."""
+        from safetensors.torch import save_file
+
+        assert self.form == "gated_lora"
+        gates, weights = self.gates(z[None])[0], {}
+        for at, (name, one) in enumerate(self.adapters.items()):
+            weights[f"base_model.model.{name}.lora_A.weight"] = (gates[at][:, None] * one.a).contiguous().cpu()
+            weights[f"base_model.model.{name}.lora_B.weight"] = one.b.detach().contiguous().cpu()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": self.rank,
+            "lora_alpha": 2 * self.rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({name.rpartition(".")[2] for name in self.adapters}),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        return folder

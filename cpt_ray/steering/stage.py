@@ -1,0 +1,326 @@
+"""`cpt steer fit | infer`: models from simulated users, and a user's configuration.
+
+Users to learn from choose between the writer's answers to train prompts; held-out users between the answers of the
+evaluation, to held-out prompts. Utilities come from the rubrics' measures where there are any, else from the judge:
+never from the policy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpt_ray.config import ModelConfig, SteerConfig
+from cpt_ray.configuration import CATALOG_FILE, Catalog
+from cpt_ray.console import say
+from cpt_ray.errors import UserError
+from cpt_ray.records import Generation, Grade, Trial, content_id
+from cpt_ray.rubric import Rubric
+from cpt_ray.rundir import RunDir
+from cpt_ray.steering.answers import read_answers
+from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models, standardise
+from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question
+from cpt_ray.steering.policy import ConditionalPolicy, Sequences
+from cpt_ray.steering.reward import RewardModel
+from cpt_ray.steering.tables import (
+    EmbedActor,
+    LogprobActor,
+    PolicyScorer,
+    fill_table,
+    sequence,
+)
+from cpt_ray.steering.users import (
+    Answer,
+    Floats,
+    Population,
+    User,
+    draw_taste,
+    grade_by_measures,
+    make_answer,
+)
+from cpt_ray.synthesis import Plan, Shards
+
+QUESTIONS = "steering/questions.json"
+NUM_QUESTIONS = 200
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What all three commands start from."""
+
+    plan: Plan
+    run: RunDir
+    shards: Shards | None
+    """The run's tables; None where the answers come with the data."""
+
+    @property
+    def config(self) -> SteerConfig:
+        """The run file's section."""
+        return self.plan.config.steer
+
+    @cached_property
+    def policy(self) -> ModelConfig:
+        """The tuned model."""
+        return self.plan.config.policy.model_copy(update={"model": str(self.run.model.absolute())})
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """What the tuned model can be asked for; UserError if there is none."""
+        found = self.run.read_json(CATALOG_FILE)
+        if not found:
+            raise UserError(f"{self.run.path}: no tuned model; run `cpt train` with this run file first")
+        return Catalog.from_json(found)
+
+    def candidates(self, reading: Any = "levels") -> Candidates:
+        """What users may have in mind."""
+        return Candidates(
+            self.catalog,
+            self.plan.config.train.beta,
+            lapse=self.config.lapse,
+            certainty=self.config.certainty,
+            reading=reading,
+            policy=self.policy.identity,
+        )
+
+    def answer(self, prompt_id: str, prompt: str, text: str, rubric_id: str, score: float | None) -> Answer:
+        scores = {rubric_id: score} if score is not None else {}
+        return make_answer(prompt_id, prompt, text, scores | grade_by_measures(self.plan.rubrics, text))
+
+    @cached_property
+    def learned_from(self) -> Population:
+        """The writer's answers, to train prompts."""
+        rubrics = [one for one in self.plan.rubrics if one.id not in self.config.held_out_rubrics]
+        if self.shards is None:
+            return self._crowd(self._given["train"], rubrics)
+        grades = {one.unit_id: one.score for one in self.run.read("grades", self.shards.grades, Grade)}
+        rows = self.run.read("generations", self.shards.generations, Generation)
+        answers = [
+            self.answer(one.prompt_id, one.prompt, one.text, one.rubric_id, grades.get(one.unit_id)) for one in rows
+        ]
+        return self._crowd(answers, rubrics)
+
+    def _crowd(self, answers: Sequence[Answer], rubrics: Sequence[Rubric]) -> Population:
+        distinct = list({one.answer_id: one for one in answers}.values())
+        return Population(distinct, rubrics, self.plan.config.seed, self.config.kinds)
+
+    @cached_property
+    def _given(self) -> dict[str, list[Answer]]:
+        """The data's own answers, by split."""
+        assert self.config.answers is not None
+        return read_answers(self.plan.config.prompts, self.config.answers, self.plan.rubrics, self.plan.prompts)
+
+    @cached_property
+    def held_out(self) -> Population:
+        """Both models' answers in the evaluation, to held-out prompts; UserError if it was not run."""
+        if self.shards is None:
+            return self._crowd(self._given["held_out"], self.plan.rubrics)
+        names = sorted(path.stem for path in (self.run.path / "evaluation").glob("*.parquet"))
+        rows = [one for one in self.run.read("evaluation", names, Trial) if one.text]
+        if not rows:
+            raise UserError(f"{self.run.path}: no evaluation; run `cpt evaluate` with this run file first")
+        answers = [self.answer(one.prompt_id, one.prompt, one.text, one.rubric_id, one.score) for one in rows]
+        return self._crowd(answers, self.plan.rubrics)
+
+    def users(self, crowd: Population, count: int, salt: int) -> list[User]:
+        """Users of all kinds in turn."""
+        rng = np.random.default_rng([self.plan.config.seed, salt])
+        kinds, settings = self.config.kinds, self.config
+        tastes = [draw_taste(rng, crowd.rubrics, kinds[at % len(kinds)]) for at in range(count)]
+        sizes = (settings.choices, settings.targets, settings.conflicting)
+        return [crowd.user(rng, taste, *sizes) for taste in tastes]
+
+    @cached_property
+    def test_users(self) -> list[User]:
+        """Held-out users and their twins."""
+        return with_twins(self.users(self.held_out, max(1, self.config.test_users // 2), 1))
+
+    def embeddings(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
+        """[answers, E], from the table or made now."""
+        model = self.config.embedder or self.policy
+        rows = self.table("steering_embeddings", answers, EmbedActor, [model], model)
+        return np.array([one.vector for one in rows], dtype=np.float32)
+
+    def logprobs(self, answers: Sequence[Answer]) -> Floats:
+        """[answers, 1 + directives], from the table or made now."""
+        directives = self.candidates().directives
+        rows = self.table("steering_logprobs", answers, LogprobActor, [self.policy, directives], self.policy)
+        return np.array([one.logprobs for one in rows])
+
+    def table(
+        self, name: str, rows: Sequence[Any], actor: Any, arguments: Sequence[Any], model: ModelConfig
+    ) -> list[Any]:
+        """`fill_table`, keyed by the model and what the actor is made of."""
+        key = content_id(model.answer_key, [str(one) for one in arguments if not isinstance(one, ModelConfig)])
+        return fill_table(
+            self.run, name, rows, actor, arguments, model, key, shard_rows=self.plan.config.synthesis.shard_rows
+        )
+
+
+def with_twins(users: Sequence[User]) -> list[User]:
+    """Users, each followed by its twin."""
+    return [one for user in users for one in (user, user.twin())]
+
+
+# ---------------------------------------------------------------- fit
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The trained models, and the data they are tried on."""
+
+    models: list[RewardModel]
+    """One per seed."""
+    static: list[RewardModel]
+    """The same, trained without any choices."""
+    oracle: list[RewardModel]
+    """The same, told the taste instead."""
+    policies: list[ConditionalPolicy]
+    """One per form of NP-DPO."""
+    vectors: NDArray[np.float32]
+    """Standardised embeddings of the held-out answers."""
+    learned: NDArray[np.float32]
+    """Raw embeddings of the answers learned from, which set the standard."""
+
+    def embed(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Raw embeddings of other answers, standardised alike."""
+        return standardise(np.concatenate([self.learned, vectors]), len(self.learned))[len(self.learned) :]
+
+
+def fit(steering: Steering) -> Fitted:
+    """Embeddings, reward models and the questions worth asking; only what is missing is made."""
+    crowd, held_out = steering.learned_from, steering.held_out
+    users = steering.users(crowd, steering.config.users, 0)
+    vectors = steering.embeddings([*crowd.answers, *held_out.answers])
+    num_learned = len(crowd.answers)
+    scaled = standardise(vectors, num_learned)
+    settings = steering.config.model_dump(
+        include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "variational",
+                 "steps", "learning_rate", "batch_users"}
+    )  # fmt: skip
+    key = content_id(settings, [one.answer_id for one in crowd.answers], float(np.abs(vectors).sum()))
+    folder = steering.run.path.absolute() / "steering" / key
+    tensors = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id))
+    models, static, oracle = (
+        fit_reward_models(Fit(steering.config, folder, steering.plan.config.seed, kind), tensors)
+        for kind in ("np-btl", "static", "oracle")
+    )
+    answers = [*crowd.answers, *held_out.answers]
+    policies = _fit_policies(steering, key, tensors, answers) if steering.config.forms else []
+    if steering.shards is not None:
+        _write_questions(steering)
+    return Fitted(models, static, oracle, policies, scaled[num_learned:], vectors[:num_learned])
+
+
+def _fit_policies(steering: Steering, key: str, tensors: Tensors, answers: Sequence[Answer]) -> list[ConditionalPolicy]:
+    """NP-DPO on the same users."""
+    config = steering.config
+    settings = config.model_dump(
+        include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_pairs"}
+    )
+    folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
+    texts = policy_texts(steering, answers[: len(tensors.embeddings)])
+    fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
+    return [fit_policy(one, tensors, texts, steering.policy.path) for one in fits]
+
+
+def policy_texts(steering: Steering, answers: Sequence[Answer]) -> Sequences:
+    """Token ids of each (prompt, answer) without a directive, and where the answer starts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(steering.policy.path)
+    kwargs = steering.policy.chat_template_kwargs
+    return [sequence(tokenizer, None, one.prompt, one.text, kwargs) for one in answers]
+
+
+def _write_questions(steering: Steering) -> None:
+    """Pairs with their margins known, so that asking them costs a server nothing."""
+    crowd, candidates = steering.learned_from, steering.candidates()
+    known = steering.run.read_json(QUESTIONS)
+    if known and known["key"] == candidates.key:
+        return
+    rng = np.random.default_rng(steering.plan.config.seed)
+    pool = np.flatnonzero(crowd.conflicting) if crowd.conflicting.any() else np.arange(len(crowd.pairs))
+    pairs = crowd.pairs[rng.permutation(pool)[:NUM_QUESTIONS]]
+    places = sorted(set(pairs.flatten().tolist()))
+    rewards = candidates.rewards(steering.logprobs([crowd.answers[at] for at in places]))
+    rows = dict(zip(places, rewards, strict=True))
+    questions = [
+        Question(
+            prompt=crowd.answers[first].prompt,
+            first=crowd.answers[first].text,
+            second=crowd.answers[second].text,
+            margins=tuple((rows[first] - rows[second]).tolist()),
+        )
+        for first, second in pairs.tolist()
+    ]
+    steering.run.write_json(QUESTIONS, {"key": candidates.key, "questions": [one.to_json() for one in questions]})
+
+
+def read_questions(run: RunDir, candidates: Candidates) -> list[Question]:
+    """The questions that `fit` wrote for this model; none if it wrote none."""
+    found = run.read_json(QUESTIONS)
+    if not found or found["key"] != candidates.key:
+        return []
+    return [Question(**{**one, "margins": tuple(one["margins"])}) for one in found["questions"]]
+
+
+def describe(steering: Steering) -> None:
+    """What `fit` would learn from, without doing it: the data are read and checked."""
+    config = steering.config
+    for title, crowd, count in (
+        ("learned from", steering.learned_from, 2 * config.users),
+        ("held out", steering.held_out, len(steering.test_users)),
+    ):
+        say(
+            f"{title:<13}{len(crowd.prompts)} prompts, {len(crowd.answers)} answers, {len(crowd.pairs)} pairs "
+            f"({crowd.conflicting.mean():.0%} conflicting); {count} users, twins included"
+        )
+    steering.users(steering.learned_from, len(config.kinds), 0)  # says whether there are pairs enough
+    model = config.embedder or steering.plan.config.policy
+    say(f"embeddings   {model.model}, {model.num_actors} actors with {model.num_gpus:g} GPUs each")
+    say(
+        f"training     {config.seeds} seeds x {config.steps} steps of {config.batch_users} users and their twins, on "
+        f"{config.num_workers} {'GPU' if config.use_gpu else 'CPU'} workers; NP-DPO: {list(config.forms) or 'none'}"
+    )
+
+
+# ---------------------------------------------------------------- infer
+
+
+def infer(steering: Steering, choices: Sequence[Choice]) -> dict[str, Any]:
+    """The belief after some choices, and the next question."""
+    candidates, state = steering.candidates(), Preferences()
+    questions = read_questions(steering.run, candidates)
+    candidates.add(state, choices, PolicyScorer(steering.policy), questions)
+    following = candidates.next_question(state, questions)
+    ask = {"prompt": following.prompt, "first": following.first, "second": following.second} if following else None
+    return candidates.belief(state).to_json() | {"question": ask}
+
+
+def read_choices(path: Path) -> list[Choice]:
+    """Choices, one JSON object a line; UserError that names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    choices = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = Choice(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            found = None
+        if found is None or not all(isinstance(one, str) for one in (found.prompt, found.chosen, found.rejected)):
+            raise UserError(f'{path}:{number}: expected {{"prompt": "...", "chosen": "...", "rejected": "..."}}')
+        choices.append(found)
+    if not choices:
+        raise UserError(f"{path}: no choices in it")
+    return choices

@@ -1,0 +1,174 @@
+"""NP-DPO: what the loss sees, that choices are used, and that what is served is what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.engine import engine_arguments, engine_env
+from cpt_ray.steering.policy import ConditionalPolicy, Form
+from cpt_ray.steering.reward import learn
+from cpt_ray.steering.tables import sequence
+from tests.tiny_model import make_tiny_model
+
+FORMS: tuple[Form, ...] = ("film", "gated_lora", "soft_prompt")
+ANSWERS = ["A high answer, rich in colours.", "A low answer, plain and short."]
+PROMPTS = [f"Tell me about the {one}." for one in ("sea", "hills", "town")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("policy"))
+
+
+def make_policy(path: Path, form: Form, seed: int = 0) -> ConditionalPolicy:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    torch.manual_seed(seed)
+    return ConditionalPolicy(model, form, embedding=2, size=32)
+
+
+def disturbed(policy: ConditionalPolicy) -> ConditionalPolicy:
+    """With every learned weight off its start, so that z and the adapters matter."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for one in policy.parameters():
+            if one.requires_grad:
+                one.add_(0.1 * torch.randn_like(one))
+    return policy
+
+
+def texts(path: Path) -> list[tuple[list[int], int]]:
+    """(ids, start) of each prompt's high and low answer in turn."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [sequence(tokenizer, None, prompt, one, {}) for prompt in PROMPTS for one in ANSWERS]
+
+
+def plain_logp(model: Any, ids: list[int], start: int) -> float:
+    with torch.no_grad():
+        found = model(torch.tensor([ids])).logits.log_softmax(dim=-1)[0]
+    return float(sum(found[at - 1, ids[at]] for at in range(start, len(ids))))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_answer_tokens_are_scored_and_the_reference_is_the_policy_itself(tiny: Path, form: Form) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    wanted = torch.tensor([plain_logp(plain, *one) for one in texts(tiny)])
+    policy = disturbed(make_policy(tiny, form))
+    z = torch.randn(len(wanted), 32)
+    with torch.no_grad():
+        before, conditioned, after = policy.logps(texts(tiny)), policy.logps(texts(tiny), z), policy.logps(texts(tiny))
+    torch.testing.assert_close(before, wanted, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(after, before)
+    assert (conditioned - before).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("form", ["film", "gated_lora"])
+def test_before_training_every_user_has_the_reference(tiny: Path, form: Form) -> None:
+    policy = make_policy(tiny, form)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.logps(texts(tiny), torch.randn(6, 32)), policy.logps(texts(tiny)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_policy_is_loaded_strictly(tiny: Path, form: Form) -> None:
+    policy, other = disturbed(make_policy(tiny, form)), make_policy(tiny, form, seed=7)
+    z, state = torch.randn(6, 32), policy.own_state()
+    other.load_own_state(state)
+    with torch.no_grad():
+        torch.testing.assert_close(other.logps(texts(tiny), z), policy.logps(texts(tiny), z))
+    assert not any("embed_tokens" in name or name.endswith("base.weight") for name in state)
+    name = next(iter(state))
+    for wrong in ({k: v for k, v in state.items() if k != name}, state | {"x": z}, state | {name: z}):
+        with pytest.raises(ValueError, match="not the weights"):
+            other.load_own_state(wrong)
+
+
+def batch(path: Path, seed: int, count: int, reference: torch.Tensor) -> tuple[Any, ...]:
+    """Users who like the high answer or the low one, each kind on the same prompts; embeddings tell the two apart."""
+    random = torch.Generator().manual_seed(seed)
+    kinds = torch.arange(8) % 2
+    high, low = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    context = torch.stack([torch.stack([high, low] if kind == 0 else [low, high]) for kind in kinds])[:, None]
+    context = context.repeat(1, count, 1, 1)
+    context += 0.3 * torch.randn(context.shape, generator=random)
+    prompts = torch.randint(len(PROMPTS), (4,), generator=random).repeat_interleave(2).tolist()
+    pairs = [
+        (2 * at, 2 * at + 1) if kind == 0 else (2 * at + 1, 2 * at) for at, kind in zip(prompts, kinds, strict=True)
+    ]
+    return context, pairs, texts(path), reference
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_choices_steer_both_kinds_of_users_and_a_policy_without_them_is_at_chance(tiny: Path, form: Form) -> None:
+    policy = make_policy(tiny, form)
+    with torch.no_grad():
+        reference = policy.logps(texts(tiny))
+    learn(policy, lambda step: batch(tiny, step, step % 4, reference), 60, 1e-2)
+    with torch.no_grad():
+        sums = {}
+        for count in (0, 3):
+            right = torch.stack([policy.margins(*batch(tiny, 1000 + at, count, reference)) > 0 for at in range(4)])
+            sums[count] = float(right[:, 0::2].float().mean() + right[:, 1::2].float().mean())
+        context, *rest = batch(tiny, 2000, 3, reference)
+        other = (policy.margins(context.flip(2), *rest) > 0).float().mean()
+    assert sums[0] == pytest.approx(1, abs=0.01)
+    assert sums[3] > 1.8
+    assert float(other) < 0.1
+
+
+def vllm_engine(path: Path, monkeypatch: pytest.MonkeyPatch, **engine: Any) -> Any:
+    config = ModelConfig(
+        model=str(path),
+        engine={"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, **engine},
+    )
+    for name, value in {**engine_env(config), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import LLM
+
+    return LLM(disable_log_stats=True, **engine_arguments(config) | {"kv_cache_memory_bytes": 50_000_000})
+
+
+def test_served_adapters_are_what_was_trained(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers with gates, and vLLM with the folded adapter: the same log-probabilities, user by user."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    policy = disturbed(make_policy(tiny, "gated_lora"))
+    llm = vllm_engine(tiny, monkeypatch, enable_lora=True, max_lora_rank=8)
+    ids, start = texts(tiny)[0]
+    prompt, z = ids[:start], torch.randn(2, 32)
+    answers = []
+    for number in range(2):
+        folder = policy.fold(z[number], tmp_path / f"user-{number}", str(tiny))
+        request = LoRARequest(f"user-{number}-v1", number + 1, str(folder))
+        params = SamplingParams(max_tokens=8, temperature=0, logprobs=0, ignore_eos=True)
+        out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False, lora_request=request)[0].outputs[0]
+        served = sum(one[token].logprob for one, token in zip(out.logprobs, out.token_ids, strict=True))
+        whole = (prompt + list(out.token_ids), len(prompt))
+        with torch.no_grad():
+            assert float(policy.logps([whole], z[number : number + 1])) == pytest.approx(served, abs=1e-2)
+            assert abs(float(policy.logps([whole])) - served) > 0.1
+        answers.append(served)
+    assert answers[0] != pytest.approx(answers[1], abs=1e-2)
+
+
+def test_served_soft_prompts_are_what_was_trained(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    policy = disturbed(make_policy(tiny, "soft_prompt"))
+    llm = vllm_engine(tiny, monkeypatch, enable_prompt_embeds=True)
+    ids, start = texts(tiny)[0]
+    prompt, z = ids[:start], torch.randn(1, 32)
+    with torch.no_grad():
+        embedded = torch.cat([policy.soft_prompt(z)[0], policy.model.get_input_embeddings()(torch.tensor(prompt))])
+    params = SamplingParams(max_tokens=8, temperature=0, logprobs=0, ignore_eos=True)
+    out = llm.generate([{"prompt_embeds": embedded}], params, use_tqdm=False)[0].outputs[0]
+    served = sum(one[token].logprob for one, token in zip(out.logprobs, out.token_ids, strict=True))
+    with torch.no_grad():
+        assert float(policy.logps([(prompt + list(out.token_ids), len(prompt))], z)) == pytest.approx(served, abs=1e-2)

@@ -1,0 +1,138 @@
+"""`cpt steer` on real parts: Ray Data, Ray Train and the vLLM engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpt_ray.cli import main
+from cpt_ray.config import EMBEDDED_PATH, ModelConfig
+from cpt_ray.configuration import CATALOG_FILE, Catalog
+from cpt_ray.rundir import RunDir
+from cpt_ray.steering.tables import sequence
+from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
+from tests.tiny_model import make_tiny_model
+
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 50_000_000,
+}
+
+
+def run_file(folder: Path, **sections: object) -> str:
+    """A run file with one rubric, whose data are answers of that rubric's three levels and their grades."""
+    rng = Random(0)
+    words = dict(
+        zip(LEVELS, (["drab", "grey", "dull"], ["plain", "fair", "even"], ["vivid", "rich", "bright"]), strict=True)
+    )
+    rows = []
+    for at in range(60):
+        answers = [
+            {"text": f"A {rng.choice(words[level])} and {rng.choice(words[level])} day.", "grade": 10 + 40 * number}
+            for number, level in enumerate(LEVELS)
+            for _ in range(2)
+        ]
+        rows.append({"prompt": f"Write about day {at}.", "answers": answers})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "ornament.yaml").write_text(yaml.safe_dump(rubric_dict()), encoding="utf-8")
+    role = {"model": "embedded", "engine": ENGINE}
+    content = {
+        "name": "test",
+        "run_dir": str(folder / "run"),
+        "rubrics": [str(folder / "ornament.yaml")],
+        "prompts": {"source": str(folder / "data.jsonl"), "held_out": 0.3},
+        "writer": role,
+        "policy": role,
+        "steer": {},
+    } | sections
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
+    return str(path)
+
+
+def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steer = {
+        "answers": {"list": "answers", "text": "text", "scores": {"ornament": "grade"}, "scale": [10, 90]},
+        "kinds": ["high", "low"],
+        "conflicting": 1.0,
+        "users": 40,
+        "test_users": 20,
+        "choices": 3,
+        "targets": 8,
+        "size": 32,
+        "steps": 60,
+        "learning_rate": 3e-3,
+        "batch_users": 8,
+        "seeds": 2,
+        "forms": [],
+        "embedder": {"model": "embedded"},
+    }
+    path = run_file(tmp_path, steer=steer)
+    assert main(["steer", "fit", path]) == 0
+    run = RunDir(tmp_path / "run")
+    found = run.read_json("report/steering.json")
+    assert found["counts"] == [0, 1, 3]
+    learned, static = (found["accuracy"][name]["mean"] for name in ("NP-BTL", "static"))
+    assert static == pytest.approx([0.5] * 3, abs=0.05)
+    assert learned[0] == pytest.approx(0.5, abs=0.05)
+    assert learned[2] > 0.8 and found["accuracy"]["NP-BTL"]["ci"][2][0] > 0.6
+    for kind in found["accuracy"]["NP-BTL"]["per_kind"].values():
+        assert kind[2] > 0.6
+    assert "<svg" in (run.report / "steering.html").read_text(encoding="utf-8")
+
+    def made() -> dict[Path, int]:
+        return {one: one.stat().st_mtime_ns for end in ("parquet", "safetensors") for one in run.path.rglob(f"*.{end}")}
+
+    before = made()
+    assert len(before) >= 5
+    capsys.readouterr()
+    assert main(["steer", "fit", path]) == 0
+    assert made() == before
+    assert run.read_json("report/steering.json") == found
+
+
+def test_choices_in_a_file_become_a_belief(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_file(tmp_path)
+    run = RunDir(tmp_path / "run")
+    make_tiny_model(run.model)
+    run.write_json(CATALOG_FILE, Catalog.build([make_rubric()], make_directives()).to_json())
+    choices = tmp_path / "choices.jsonl"
+    rows = [{"prompt": "Write.", "chosen": "A high day.", "rejected": "A low day."}] * 2
+    choices.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["steer", "infer", path, "--choices", str(choices)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_choices"] == 2
+    assert set(found["probabilities"]["ornament"]) == set(LEVELS)
+    assert found["question"] is None and found["configuration"] is None
+    choices.write_text('{"prompt": "Write.", "chosen": 1, "rejected": "b"}\n', encoding="utf-8")
+    assert main(["steer", "infer", path, "--choices", str(choices)]) == 1
+    assert "choices.jsonl:1" in capsys.readouterr().err
+
+
+def test_the_engine_and_transformers_agree_on_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    from cpt_ray.steering.tables import PolicyScorer
+
+    asked = [(directive, "Write about the harbor at dawn.", text) for directive in (None, "Use fancy words.")
+             for text in ("The old harbor feels glad.", "A merry bell.")]  # fmt: skip
+    found = PolicyScorer(ModelConfig(model="embedded", engine=ENGINE)).logprobs(asked)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
+    for one, value in zip(asked, found, strict=True):
+        ids, start = sequence(tokenizer, *one, {})
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits.log_softmax(dim=-1)[0]
+        wanted = sum(float(logps[at - 1, ids[at]]) for at in range(start, len(ids)))
+        assert value == pytest.approx(wanted, abs=1e-2)

@@ -177,6 +177,8 @@ class Meters:
     def add(self, stage: str, counts: Counts) -> None:
         """Adds one shard's counts."""
         for key, value in counts.items():
+            if not value:  # a counter refuses to be raised by nothing
+                continue
             if key == "rows_out":
                 self._rows.inc(value, {"stage": stage, "outcome": "kept"})
             elif key.startswith(REJECTED):

@@ -48,7 +48,7 @@ def _finished_shards(plan: Plan, run: RunDir) -> Shards:
 
 def _train_key(plan: Plan, shards: Shards) -> str:
     """Hash of all that the tuned model depends on; where it is trained is not part of it."""
-    return content_id(shards.pairs, _settings(plan.config.train), plan.config.policy.answer_key, plan.config.seed)
+    return content_id(shards.pairs, _settings(plan.config.train), plan.config.policy.policy_key, plan.config.seed)
 
 
 def _settings(train: TrainConfig) -> dict[str, object]:
@@ -155,7 +155,7 @@ def train_alone(config: PreferenceRunConfig, verbose: bool = False) -> None:
     path, run = Path(source), RunDir(Path(config.run_dir).absolute())
     data = file_fingerprint(path) if path.is_file() else source
     key = content_id(
-        data, config.preferences.data_split, _settings(config.train), config.policy.answer_key, config.seed
+        data, config.preferences.data_split, _settings(config.train), config.policy.policy_key, config.seed
     )
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), "preferences": data})

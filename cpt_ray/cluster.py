@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,15 +37,19 @@ def connected(verbose: bool = False, log: Path | None = None) -> Iterator[None]:
 
     Unless `verbose`, what Ray and the libraries under it print to stderr meanwhile goes to the file `log`.
     """
-    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    is_own = not os.environ.get("RAY_ADDRESS")
+    if is_own and "RAY_AUTH_MODE" not in os.environ:
+        # Ray listens on every interface: nobody else gets in
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own env_vars are in os.environ already
     env = {**ENGINE_ENV, **({} if verbose else QUIET_ENV)}
     for name, value in env.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"runtime_env": {"env_vars": {name: os.environ[name] for name in env}}}
     if not verbose:
         options |= {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not os.environ.get("RAY_ADDRESS"):
+    if is_own:
         options |= {"include_dashboard": False, "address": "local"}
     with nullcontext() if verbose else _stderr_to(log or Path(os.devnull)):
         import ray

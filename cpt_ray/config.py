@@ -85,6 +85,24 @@ class PriceConfig(_Section):
     """Per engine and hour at work."""
 
 
+JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Is in the environment of what `ray job submit` runs."""
+SPEED_ARGUMENTS = {
+    "block_size",
+    "disable_log_stats",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+}
+"""Engine arguments that say how fast a model answers, not what."""
+
+
 class ModelConfig(_Section):
     """A model role: which model, on which resources, in which engine."""
 
@@ -121,9 +139,15 @@ class ModelConfig(_Section):
         return content_id([[one.name, file_fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
 
     @property
+    def policy_key(self) -> str:
+        """Changes when the model or the rendering of its conversations does."""
+        return content_id(self.identity, self.chat_template_kwargs)
+
+    @property
     def answer_key(self) -> str:
-        """Changes when this role's answers would: model, sampling or template arguments."""
-        return content_id(self.identity, self.sampling.model_dump(), self.chat_template_kwargs)
+        """Changes when this role's answers would: with sampling and with engine arguments that are not about speed."""
+        told = {name: value for name, value in self.engine.items() if name not in SPEED_ARGUMENTS}
+        return content_id(self.policy_key, self.sampling.model_dump(), told)
 
     @property
     def engine_key(self) -> str:
@@ -444,7 +468,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
         lines = validation_lines(error, kind)
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
         raise UserError("\n".join(f"{path}: {line}" for line in lines if not line.startswith(copies))) from None
-    if os.environ.get("RAY_JOB_ID") and not os.path.isabs(config.run_dir):
+    if JOB_ENV in os.environ and not os.path.isabs(config.run_dir):
         raise UserError(
             f"{path}: run_dir: {config.run_dir!r} is relative, and inside a Ray job that is a folder that goes away "
             "with the job; give an absolute path that every node sees (run_dir=/shared/runs/NAME)"

@@ -19,7 +19,7 @@ from cpt_ray.scoring import METRICS, MODELS
 METRIC_TITLES = {"accuracy": "Accuracy", "kendall_tau": "Kendall's tau", "spearman_rho": "Spearman's rho"}
 METRIC_MEANINGS = {
     "accuracy": "answers at the requested level",
-    "kendall_tau": "order of requests and of scores, pair by pair: 1 same, 0 unrelated",
+    "kendall_tau": "order of requests and of scores, pair by pair: 0 unrelated, 1 same level by level",
     "spearman_rho": "rank of requests and of scores: 1 same, 0 unrelated",
 }
 MAX_POINTS_PER_LEVEL = 60
@@ -120,12 +120,13 @@ def _context(results: Mapping[str, Any], trials: Sequence[Trial], rubrics: Seque
     if without["accuracy_ci"] and tuned["accuracy_ci"] and without["accuracy_ci"][1] < tuned["accuracy_ci"][0]:
         share = _number("accuracy", without["accuracy"])
         control = (
-            f" Without a directive the tuned model hits the same requests {share} of the time: it reads the directive."
+            f" Without a directive, not knowing what is asked for, the tuned model hits the same requests {share} of "
+            "the time."
         )
     return (
         f"Chance is {chance} ({' or '.join(map(str, counts))} levels). {tuned['n']:,} graded answers of the tuned and "
         f"{results['base']['n']:,} of the base model to {prompts:,} held-out prompts, {len(rubrics)} "
-        f"rubric{'s' * (len(rubrics) != 1)}.{control} Ranges are 95% intervals from resampling prompts."
+        f"rubric{'s' * (len(rubrics) != 1)}.{control} Ranges are 95% intervals from resampling prompts, not directives."
     )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, Any, TypeVar
 import pyarrow.parquet as pq
 import yaml
 
+from cpt_ray.console import say
 from cpt_ray.errors import UserError
 from cpt_ray.records import (
     AnswerEmbedding,
@@ -64,7 +66,7 @@ def derive(parent: str, *parts: Any) -> str:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path`, whole and on the disk, when the block ends well; UserError if the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -193,6 +195,10 @@ class RunDir:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+            except OSError as error:
+                say(
+                    f"note: {self.path} cannot be locked ({error.strerror}); see that one process works on it at a time"
+                )
             for left_behind in self.path.glob("**/.*.tmp"):
                 left_behind.unlink(missing_ok=True)
             yield

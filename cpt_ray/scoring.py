@@ -55,6 +55,8 @@ class _Rows:
     """0-100."""
     hit: Floats
     """1 if the score falls in the requested level's bin, else 0."""
+    missed: NDArray[np.int64]
+    """Prompt index of every row without an answer: at no level, so not at the requested one."""
     ungraded: int
 
 
@@ -80,6 +82,7 @@ class _Scorer:
             target=np.array([one.target for one, _ in graded], dtype=np.float64),
             score=np.array([score for _, score in graded], dtype=np.float64),
             hit=np.array(hits, dtype=np.float64),
+            missed=np.array([self.prompts[one.prompt_id] for one in trials if not one.text], dtype=np.int64),
             ungraded=len(trials) - len(graded),
         )
 
@@ -144,7 +147,7 @@ def _weighted(rows: _Rows, signs: Floats, counts: Floats) -> Floats:
         return np.asarray((weights * terms).sum(axis=0))
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = rows.hit @ weights / weights.sum(axis=0)
+        accuracy = rows.hit @ weights / (weights.sum(axis=0) + counts[rows.missed].sum(axis=0))
         tau = total(both) / np.sqrt(total(apart_x) * total(apart_y))
         rho = total(rank_x * rank_y) / np.sqrt(total(rank_x**2) * total(rank_y**2))
     return np.stack([accuracy, np.clip(tau, -1, 1), np.clip(rho, -1, 1)])
@@ -179,6 +182,7 @@ def _agreement(scorer: _Scorer, trials: Sequence[Trial]) -> dict[str, Any]:
         target=np.array([judged for _, judged, _ in both], dtype=np.float64),
         score=np.array([measured for _, _, measured in both], dtype=np.float64),
         hit=np.array(same, dtype=np.float64),
+        missed=np.array([], dtype=np.int64),
         ungraded=len(trials) - len(both),
     )
     same_level, _, rho = _weighted(rows, _signs(rows, len(scorer.counts)), scorer.counts[:, :1])[:, 0]
@@ -188,8 +192,9 @@ def _agreement(scorer: _Scorer, trials: Sequence[Trial]) -> dict[str, Any]:
 def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: int, seed: int) -> dict[str, Any]:
     """The content of results.json.
 
-    Per model ("base", "tuned"), over the rows with a directive: `accuracy` (share of graded rows whose score falls
-    in the requested level's bin), `kendall_tau` and `spearman_rho` (requested anchor against score, rubrics pooled),
+    Per model ("base", "tuned"), over the rows with a directive: `accuracy` (share of rows whose score falls in the
+    requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
+    and `spearman_rho` (requested anchor against score, rubrics pooled),
     each with `*_ci` [low, high]; `n` graded and `ungraded` rows; `per_rubric` the same by rubric id. Then the same
     again as `without_directive` (the same requests, unseen by the model) and as `measured`: the measured criteria
     alone instead of the whole score, over the rubrics that have any, None if none has. `difference` is tuned minus

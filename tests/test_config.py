@@ -49,10 +49,12 @@ def test_a_bad_entry_is_refused_by_name(override: str, said: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_relative_run_directory_is_refused_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_JOB_ID", "01000000")
-    with pytest.raises(UserError, match="give an absolute path"):
-        load_config(ROOT / "jobs" / "embedded.yaml")
+def test_answers_depend_on_what_the_engine_is_told_but_not_on_its_speed() -> None:
+    before = ModelConfig(model="org/name")
+    assert ModelConfig(model="org/name", engine={"max_num_seqs": 8}).answer_key == before.answer_key
+    for changed in ({"engine": {"quantization": "fp8"}}, {"sampling": {"temperature": 0.5}}):
+        assert ModelConfig.model_validate({"model": "org/name", **changed}).answer_key != before.answer_key
+    assert ModelConfig(model="org/name", chat_template_kwargs={"x": 1}).policy_key != before.policy_key
 
 
 def test_a_model_folders_identity_follows_its_content(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,31 @@ def test_a_bad_run_file_fails_the_job_with_its_reason(cluster: LocalCluster) -> 
     )
     assert done.returncode != 0
     assert 'unknown key (did you mean "train"?)' in done.stdout + done.stderr
+
+
+def test_a_relative_run_directory_is_refused_in_a_job(cluster: LocalCluster) -> None:
+    done = cluster.job("submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", "jobs/embedded.yaml")
+    assert done.returncode != 0
+    assert "give an absolute path that every node sees" in done.stdout + done.stderr
+
+
+def test_a_local_cluster_lets_no_stranger_in() -> None:
+    stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
+    program = f"""
+import os, subprocess, sys
+from cpt_ray.cluster import connected
+with connected():
+    import ray
+    env = {{name: value for name, value in os.environ.items() if not name.startswith("RAY_")}}
+    env["RAY_AUTH_MODE"] = "token"
+    command = [sys.executable, "-c", {stranger!r}, ray.get_runtime_context().gcs_address]
+    for token, welcome in ((os.environ["RAY_AUTH_TOKEN"], True), ("0" * 64, False)):
+        done = subprocess.run(command, env=env | {{"RAY_AUTH_TOKEN": token}}, capture_output=True)
+        assert (done.returncode == 0) is welcome, done.stderr
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_token_is_refused(cluster: LocalCluster) -> None:

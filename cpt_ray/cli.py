@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cpt_ray.cluster import connected
+from cpt_ray.cluster import check_room, connected
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
@@ -134,7 +134,28 @@ def work(command: str, config: RunConfig, verbose: bool = False) -> None:
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), **run_info(plan)})
         with connected(verbose, run.path / "ray.log"):
+            _check_room(command, config)
             STAGES[command][0](plan, run)
+
+
+def _check_room(command: str, config: RunConfig) -> None:
+    """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
+    from cpt_ray.training import check_workers
+
+    roles = {
+        "synthesize": {"writer": config.writer, "director": config.director, "judge": config.judge},
+        "evaluate": {"judge": config.judge, "policy": config.policy},
+        "train": {},
+    }
+    roles["run"] = {**roles["synthesize"], **roles["evaluate"]}
+    for name, role in roles[command].items():
+        if role.endpoint is None:
+            fewest = role.num_actors if isinstance(role.num_actors, int) else role.num_actors[0]
+            each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
+            remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
+            check_room(name, each, fewest, remedy)
+    if command in ("run", "train"):
+        check_workers(config.train)
 
 
 def status(path: Path) -> None:

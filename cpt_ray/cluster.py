@@ -6,10 +6,12 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from cpt_ray.errors import UserError
 
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -64,6 +66,20 @@ def connected(verbose: bool = False, log: Path | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) -> None:
+    """UserError if a cluster that cannot grow will never have `count` times these resources."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    here = ray.cluster_resources()
+    for name, amount in each.items():
+        if amount * count > here.get(name, 0):
+            raise UserError(
+                f"{what}: {count} x {amount:g} {name} wanted, this machine gives Ray {here.get(name, 0):g}; {remedy}"
+            )
 
 
 @contextmanager

@@ -26,6 +26,8 @@ MAX_POINTS_PER_LEVEL = 60
 """Dots drawn per level and panel, first by hash; means are over all answers."""
 MAX_ANSWER_CHARS = 900
 _UNKNOWN = "n/a"
+_SHORTER = {"measured, no judge": "measured", "without a directive": "undirected"}
+"""Row labels of the page, as the terminal has room for them."""
 
 # ---------------------------------------------------------------- numbers as text
 
@@ -59,17 +61,17 @@ def _interval(metric: str, entry: Mapping[str, Any]) -> str:
 def _plain(value: float | None, ends: Sequence[float] | None, sign: str = "") -> str:
     if value is None:
         return "undefined"
-    return f"{value:{sign}.2f}" + (f" [{ends[0]:{sign}.2f}, {ends[1]:{sign}.2f}]" if ends else "")
+    return f"{value:{sign}.2f}" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:
-    """The result table as plain text, at most 100 columns: estimates with 95% intervals, and graded rows."""
-    lines = [f"{'':<21} {'':<7}" + "".join(f"{name:<21}" for name in METRICS) + f"{'n':>6}"]
+    """The result table as plain text, at most 80 columns: estimates with 95% intervals."""
+    lines = [(" " * 20 + "".join(f"{name:<20}" for name in METRICS)).rstrip()]
 
     def add(label: str, row: str, entry: Mapping[str, Any]) -> None:
         sign = "+" if row == "change" else ""
-        cells = "".join(f"{_plain(entry[name], entry[f'{name}_ci'], sign):<21}" for name in METRICS)
-        lines.append(f"{_short(label, 21):<21} {row:<7}{cells}{entry.get('n', ''):>6}".rstrip())
+        cells = "".join(f"{_plain(entry[name], entry[f'{name}_ci'], sign):<20}" for name in METRICS)
+        lines.append(f"{_short(_SHORTER.get(label, label), 12):<13}{row:<7}{cells}".rstrip())
 
     for label, entries in _table_groups(results):
         for at, (row, entry) in enumerate(entries.items()):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError
@@ -70,7 +71,7 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
     rows = make_rows(kept, settings.micro_batch_size)
     num_steps = steps_per_epoch(len(kept), settings.batch_size)
     _check_workers(settings, len(rows), num_steps)
-    _check_room(settings)
+    check_workers(settings)
     whole = add_reference(config, run, rows + make_rows(held_out, settings.micro_batch_size))
     job = Job(
         config,
@@ -221,21 +222,10 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
     return logs
 
 
-def _check_room(settings: TrainConfig) -> None:
+def check_workers(settings: TrainConfig) -> None:
     """UserError if a cluster that cannot grow has no room for the workers."""
-    import ray
-
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    here = ray.cluster_resources()
-    fewest = settings.worker_range[0]
-    for name, amount in _resources(settings).items():
-        wanted = amount * fewest
-        if wanted > here.get(name, 0):
-            raise UserError(
-                f"train.num_workers: {fewest} workers need {wanted:g} {name}, this machine gives Ray "
-                f"{here.get(name, 0):g}; lower train.num_workers or train.resources_per_worker"
-            )
+    remedy = "lower train.num_workers or train.resources_per_worker"
+    check_room("train.num_workers", _resources(settings), settings.worker_range[0], remedy)
 
 
 def _resources(settings: TrainConfig) -> dict[str, float]:

@@ -451,7 +451,7 @@ def test_a_template_that_would_lose_the_directive_is_refused(
         (None, {"lora": {"target_modules": ["q_proj", "lm_head"]}}, "vLLM serves no adapter on lm_head"),
         (None, {"lora": {"r": 1024}}, "adapters of rank 512 at most"),
         (None, {"report_to": ["wandb"]}, "wandb is not installed"),
-        (None, {"num_workers": 7, "batch_size": 14}, "7 workers need 7 CPU, this machine gives Ray"),
+        (None, {"num_workers": 7, "batch_size": 14}, "7 x 1 CPU wanted, this machine gives Ray"),
         (None, {"num_workers": 11}, "11 workers share 9 prompts per step of 8 pairs"),
         (None, {"max_length": 30}, "none of 42 pairs is left within 30 tokens"),
     ],

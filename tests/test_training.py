@@ -291,19 +291,7 @@ def test_a_killed_worker_changes_nothing_in_what_is_learned_with_checkpoints_beh
     assert killed[0]["step"] < summary["steps"]
     assert_same_training(run, summary, trained, 1e-6)
     assert not run.checkpoints.exists()
-    assert len(list((tmp_path / "kept" / "key-1").glob("checkpoint_*"))) == 2
-
-
-def test_what_two_workers_began_one_ends_with_the_same_samples_in_each_step(
-    trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
-) -> None:
-    run = make_run(tmp_path)
-    killed = kill_rank_0_at(run, 10)
-    with pytest.raises(UserError, match="a worker died more than 0 times"):
-        train(make_config(policy, num_workers=[1, 2], max_failures=0), run, ["a-0", "b-0"], "key-1")
-    assert killed
-    summary = train(make_config(policy, num_workers=1), run, ["a-0", "b-0"], "key-1")
-    assert_same_training(run, summary, trained, 1e-4)
+    assert (tmp_path / "kept" / "key-1" / "checkpoint_manager_snapshot.json").exists()
 
 
 @contextmanager

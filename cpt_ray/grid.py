@@ -392,6 +392,7 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
     accelerator: Any
+    control: Any
     train_dataset: Any
     eval_dataset: Any
     loss_weights: list[float]

@@ -104,7 +104,7 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
         run_lines(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
         run.add_to_ledger("reference", ledger_entry(run, TABLE, names))
         known = _read(run, key)
-    return [Row(**{**row, "ref_logps": [known[one] for one in names]}) for row, names in zip(rows, ids, strict=True)]  # type: ignore[typeddict-item]
+    return [row | {"ref_logps": [known[one] for one in names]} for row, names in zip(rows, ids, strict=True)]
 
 
 def write_rows(run: RunDir, name: str, rows: Sequence[Row]) -> str:
@@ -135,5 +135,5 @@ def _role(config: TuneConfig) -> ModelConfig:
     """The policy on the training's resources: as many actors as workers."""
     settings = config.train
     resources = settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
-    changes = {"num_actors": settings.num_workers, "num_cpus": resources.get("CPU", 1), "engine": {}}
+    changes: dict[str, Any] = {"num_actors": settings.num_workers, "num_cpus": resources.get("CPU", 1), "engine": {}}
     return config.policy.model_copy(update=changes | {"num_gpus": resources.get("GPU", 0)})

@@ -27,12 +27,12 @@ class TokenPair:
     pair_id: str
     twin_id: str
     """`pair_id` where there are no twins."""
-    cell_id: str
-    """"" where there are no cells; the same holds for the rubric and the levels."""
     prompt_id: str
-    rubric_id: str
-    level: str
-    rejected_level: str
+    cell_id: str = ""
+    """"" where there are no cells; the same holds for the rubric and the levels."""
+    rubric_id: str = ""
+    level: str = ""
+    rejected_level: str = ""
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     """The answer's end mark included."""
@@ -167,10 +167,17 @@ def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> list[To
             ) from None
         if not (prompt and chosen and rejected):
             raise UserError(f"{config.source}: row {number}: an empty prompt or answer; leave it out")
-        pair_id, prompt_id = content_id(prompt, chosen, rejected), content_id(prompt)
-        ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        names = {"cell_id": "", "rubric_id": "", "level": "", "rejected_level": ""}
-        pairs.append(TokenPair(pair_id=pair_id, twin_id=pair_id, prompt_id=prompt_id, **names, **ids))  # type: ignore[arg-type]
+        name = content_id(prompt, chosen, rejected)
+        pairs.append(
+            TokenPair(
+                pair_id=name,
+                twin_id=name,
+                prompt_id=content_id(prompt),
+                prompt_ids=prompt,
+                chosen_ids=chosen,
+                rejected_ids=rejected,
+            )
+        )
     return list({one.pair_id: one for one in pairs}.values())
 
 

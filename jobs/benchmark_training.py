@@ -70,12 +70,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_grid(pairs: Sequence[dict[str, Any]]) -> list[Row]:
     """The pairs' rows, as `cpt train` makes them."""
     tokeniser = Tokeniser(make_tokenizer(), {})
-    names = dict.fromkeys(("pair_id", "twin_id", "prompt_id", "rubric_id", "level", "rejected_level"), "")
-    made = []
-    for one in pairs:
-        chosen, rejected = (tokeniser.answer(one["prompt"], one[name]) for name in ("chosen", "rejected"))
-        ids = {"prompt_ids": tokeniser.prompt(one["prompt"]), "chosen_ids": chosen, "rejected_ids": rejected}
-        made.append(TokenPair(cell_id=str(one["cell_id"]), **names, **ids))
+    made = [
+        TokenPair(
+            pair_id="",
+            twin_id="",
+            prompt_id="",
+            cell_id=str(one["cell_id"]),
+            prompt_ids=tokeniser.prompt(one["prompt"]),
+            chosen_ids=tokeniser.answer(one["prompt"], one["chosen"]),
+            rejected_ids=tokeniser.answer(one["prompt"], one["rejected"]),
+        )
+        for one in pairs
+    ]
     return make_rows(made, len(made))
 
 

@@ -69,7 +69,6 @@ def all_pairs() -> list[dict[str, Any]]:
 
 def token_pairs(path: Path, pairs: list[dict[str, Any]]) -> list[TokenPair]:
     tokeniser = Tokeniser(AutoTokenizer.from_pretrained(path), {})
-    names = {"rubric_id": "", "level": "", "rejected_level": ""}
     return [
         TokenPair(
             pair_id=str(at),
@@ -79,7 +78,6 @@ def token_pairs(path: Path, pairs: list[dict[str, Any]]) -> list[TokenPair]:
             prompt_ids=tokeniser.prompt(one["prompt"]),
             chosen_ids=tokeniser.answer(one["prompt"], one["chosen"]),
             rejected_ids=tokeniser.answer(one["prompt"], one["rejected"]),
-            **names,
         )
         for at, one in enumerate(pairs)
     ]

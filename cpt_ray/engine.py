@@ -210,7 +210,7 @@ class VllmEngine:
             top_p=request.top_p,
             seed=None if label_ids else request.seed,
             logprob_token_ids=label_ids or None,
-            structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
+            structured_outputs=StructuredOutputsParams(json=schema, disable_any_whitespace=True) if schema else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -174,6 +174,8 @@ class Meters:
     def add(self, stage: str, counts: Counts) -> None:
         """Adds one shard's counts."""
         for key, value in counts.items():
+            if value <= 0:  # which a Prometheus counter refuses
+                continue
             if key == "rows_out":
                 self._rows.inc(value, {"stage": stage, "outcome": "kept"})
             elif key.startswith(REJECTED):
@@ -335,7 +337,8 @@ def _map_shards(
                 raise UserError(f"{model.model}: {row['error']}; what is finished is kept")
             yield row
     except RayError as error:
-        cause = getattr(error, "cause", None) or error
+        cause: BaseException = getattr(error, "cause", None) or error
+        cause = cause.__cause__ or cause  # Ray Data wraps what an actor raises
         raise UserError(f"{model.model}: Ray gave up ({_one_line(cause)}); what is finished is kept") from error
 
 

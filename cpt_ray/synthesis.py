@@ -220,7 +220,7 @@ CONTROL_MARK = "c"
 
 def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) -> bool:
     number = content_id("controlled", rubric_id, prompt.prompt_id, sample)
-    return int(number, 16) / 16 ** len(number) < share
+    return bool(int(number, 16) < share * 16 ** len(number))
 
 
 # ---------------------------------------------------------------- write

@@ -18,7 +18,7 @@ import pytest
 from pydantic import SecretStr
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Request, check_schema_is_enforced
+from cpt_ray.engine import TIGHT_JSON, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
 from cpt_ray.openai_engine import OpenAIEngine, Pace
 from tests.local_cluster import free_port
@@ -172,9 +172,7 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--port={port}"]
     command += ["--served-model-name=tiny", f"--api-key={KEY}", "--enforce-eager", "--max-model-len=256"]
     command += ["--kv-cache-memory-bytes=50000000", "--host=127.0.0.1", "--no-enable-chunked-prefill"]
-    command += [
-        '--structured-outputs-config={"disable_any_whitespace": true}'
-    ]  # random weights would write only spaces
+    command += ["--structured-outputs-config=" + json.dumps(TIGHT_JSON)]  # random weights would write only spaces
     env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
     log = folder / "log"
     process = subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)

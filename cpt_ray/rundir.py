@@ -185,8 +185,9 @@ class RunDir:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
-            for left_behind in self.path.glob("**/.*.tmp"):
-                left_behind.unlink(missing_ok=True)
+            for table in TABLES:
+                for left_behind in (self.path / table).glob(".*.tmp"):
+                    left_behind.unlink(missing_ok=True)
             yield
 
     @property

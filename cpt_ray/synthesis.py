@@ -40,7 +40,6 @@ from cpt_ray.records import (
     Directive,
     Generation,
     Grade,
-    Pair,
     Prompt,
     Reject,
     Unit,
@@ -683,8 +682,3 @@ def _near_duplicates(run: RunDir, shards: Shards, threshold: float) -> dict[str,
             if one.level != CONTROL and (original := seen[one.rubric_id, one.level].add(one.unit_id, one.text)):
                 found[one.unit_id] = original
     return found
-
-
-def load_pairs(run: RunDir, shards: Shards) -> list[Pair]:
-    """All pairs of the run."""
-    return run.read("pairs", shards.pairs, Pair)

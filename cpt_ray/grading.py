@@ -94,7 +94,7 @@ def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]
 
 def _readable(vote: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(vote)
+        found = json.loads(vote, strict=False)  # engines let a text run over several lines
     except json.JSONDecodeError:
         return None
     return found if isinstance(found, dict) else None

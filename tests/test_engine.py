@@ -58,7 +58,7 @@ def test_json_of_a_schema_is_forced_even_on_random_weights(engine: VllmEngine) -
         "additionalProperties": False,
     }
     request = Request(messages=ask(0).messages, max_tokens=120, seed=1, json_schema=schema, samples=4)
-    found = [json.loads(one.text) for one in engine.run([request])]
+    found = [json.loads(one.text, strict=False) for one in engine.run([request])]
     assert all(set(one) == {"reason", "level"} and one["level"] in (1, 2, 3) for one in found)
 
 

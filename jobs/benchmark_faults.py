@@ -12,6 +12,7 @@ table differs.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -68,7 +69,9 @@ def compare(reference: Path, disturbed: Path) -> Counter[str]:
 def started(command: list[str], run: Path) -> subprocess.Popen[bytes]:
     """The synthesis of one run directory."""
     log = (run.parent / f"{run.name}.log").open("ab")
-    return subprocess.Popen([*command, f"run_dir={run}"], stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*command, f"run_dir={run}"], stdout=log, stderr=subprocess.STDOUT)
+    atexit.register(process.kill)  # where this program itself is stopped
+    return process
 
 
 def reached(run: Path, stage: str) -> bool:

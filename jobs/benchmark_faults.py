@@ -140,7 +140,7 @@ def main() -> int:
         left, runs = options.kills, 0
         while left:
             run, runs = Path(folder) / f"run-{runs}", runs + 1
-            stages = [stage for stage in options.stages for _ in range(2)]
+            stages = [stage for stage in options.stages for _ in range(1 + (left > len(options.stages)))]
             while True:
                 process = started(command, run)
                 while left and stages:

@@ -27,6 +27,10 @@ CPU_KV_CACHE_BYTES = 512 << 20
 """Cache of an engine without a GPU unless engine.kv_cache_memory_bytes is given; vLLM would take nearly all RAM."""
 
 
+TIGHT_JSON = {"backend": "xgrammar", "disable_any_whitespace": True}
+"""A weak model that may put spaces into JSON puts in nothing else until its tokens are used up."""
+
+
 def engine_env(config: ModelConfig) -> dict[str, str]:
     """Environment of a process that will hold this engine.
 
@@ -139,7 +143,7 @@ class VllmEngine:
         from vllm import LLM
 
         self._template_kwargs = config.chat_template_kwargs
-        llm = LLM(**{"disable_log_stats": True, **engine_arguments(config)})
+        llm = LLM(**{"disable_log_stats": True, "structured_outputs_config": TIGHT_JSON, **engine_arguments(config)})
         self._engine = llm.llm_engine
         self._tokenizer = llm.get_tokenizer()
         self._max_model_len = self._engine.model_config.max_model_len

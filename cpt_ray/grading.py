@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_ray.measures import MEASURES
@@ -94,7 +94,7 @@ def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]
 
 def _readable(vote: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(vote)
+        found = json.loads(vote, strict=False)  # engines let a text run over several lines
     except json.JSONDecodeError:
         return None
     return found if isinstance(found, dict) else None
@@ -146,11 +146,11 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
             reason = "no majority: " + ", ".join(f"{number} {name}" for name, number in sorted(by_level.items()))
             return dataclasses.replace(grades[0], score=None, judged=None, reason=reason, judge=names, criteria=[])
         scores = [score for score in scores if rubric.nearest_level(score).name == level]
-    made: Callable[[Sequence[float]], float] = {"median": statistics.median, "min": min}.get(how, statistics.fmean)
+    score = {"median": statistics.median(scores), "min": min(scores)}.get(how, statistics.fmean(scores))
     judged = [one.judged for one in grades if one.judged is not None]
     return dataclasses.replace(
         grades[0],
-        score=made(scores),
+        score=score,
         judged=statistics.fmean(judged) if judged else None,
         judge=names,
         criteria=[],

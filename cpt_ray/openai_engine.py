@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,10 +30,10 @@ TOP_LOGPROBS = 20
 
 
 class Pace:
-    """Spreads work evenly: at most so much a minute."""
+    """Spreads work evenly: at most so much a minute, of which this process has one of `shares`."""
 
-    def __init__(self, per_minute: float | None):
-        self._seconds_each = 60 / per_minute if per_minute else 0.0
+    def __init__(self, per_minute: float | None, shares: int):
+        self._seconds_each = 60 * shares / per_minute if per_minute else 0.0
         self._free_at = 0.0
 
     async def wait(self, amount: float) -> None:
@@ -44,47 +45,43 @@ class Pace:
 
 
 class OpenAIEngine:
-    """Chat completions of an endpoint, many at a time, within its limits."""
+    """Chat completions of an endpoint, many at a time, within its limits; all threads' requests go through one loop."""
 
     def __init__(self, config: ModelConfig, key: SecretStr):
         assert config.endpoint is not None
-        self._config, self._endpoint, self._key = config, config.endpoint, key
+        self._config, self._endpoint = config, config.endpoint
         share = config.max_actors  # every engine actor takes its part of the limits
-        self._requests = Pace(self._per_actor(config.endpoint.requests_per_minute, share))
-        self._tokens = Pace(self._per_actor(config.endpoint.tokens_per_minute, share))
-        self._num_parallel = max(1, config.endpoint.concurrency // share)
-
-    @staticmethod
-    def _per_actor(limit: int | None, share: int) -> float | None:
-        return limit / share if limit else None
+        self._requests = Pace(self._endpoint.requests_per_minute, share)
+        self._tokens = Pace(self._endpoint.tokens_per_minute, share)
+        self._slots = asyncio.Semaphore(max(1, self._endpoint.concurrency // share))
+        self._client = openai.AsyncOpenAI(
+            base_url=self._endpoint.base_url,
+            api_key=key.get_secret_value(),
+            timeout=self._endpoint.timeout_seconds,
+            max_retries=self._endpoint.max_retries,
+        )
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request and sample, in the same order."""
-        return asyncio.run(self._run(requests))
+        return asyncio.run_coroutine_threadsafe(self._run(requests), self._loop).result()
 
     async def _run(self, requests: Sequence[Request]) -> list[Completion]:
-        slots = asyncio.Semaphore(self._num_parallel)
-        one = self._endpoint
-        async with openai.AsyncOpenAI(
-            base_url=one.base_url,
-            api_key=self._key.get_secret_value(),
-            timeout=one.timeout_seconds,
-            max_retries=one.max_retries,
-        ) as client:
-            try:
-                async with asyncio.TaskGroup() as group:  # one failure stops what is under way
-                    tasks = [group.create_task(self._answer(client, slots, request)) for request in requests]
-            except* UserError as failed:
-                raise failed.exceptions[0] from None
+        try:
+            async with asyncio.TaskGroup() as group:  # one failure stops what is under way
+                tasks = [group.create_task(self._answer(request)) for request in requests]
+        except* UserError as failed:
+            raise failed.exceptions[0] from None
         return [completion for task in tasks for completion in task.result()]
 
-    async def _answer(self, client: openai.AsyncOpenAI, slots: asyncio.Semaphore, request: Request) -> list[Completion]:
+    async def _answer(self, request: Request) -> list[Completion]:
         characters = sum(len(message["content"]) for message in request.messages)
-        async with slots:
+        async with self._slots:
             await self._requests.wait(1)
             await self._tokens.wait(characters / CHARACTERS_PER_TOKEN + request.max_tokens * request.samples)
             try:
-                made = await self._create(client, request)
+                made = await self._create(request)
             except openai.AuthenticationError:
                 raise UserError(f"{self._where}: the key in ${self._endpoint.api_key_env} is refused") from None
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -96,14 +93,14 @@ class OpenAIEngine:
                 raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
         return self._completions(request, made)
 
-    async def _create(self, client: openai.AsyncOpenAI, request: Request) -> ChatCompletion:
+    async def _create(self, request: Request) -> ChatCompletion:
         """The client itself tries again after errors of the server and the network; this, after an unreadable body."""
         body = self._body(request)
         for tried in range(self._endpoint.max_retries + 1):
             if tried:
                 await asyncio.sleep(random.uniform(0.5, 1) * min(2**tried, 60))
             try:
-                made = await client.chat.completions.create(**body)
+                made = await self._client.chat.completions.create(**body)
             except (openai.APIResponseValidationError, json.JSONDecodeError):
                 continue
             if isinstance(made, ChatCompletion) and len(made.choices or ()) == request.samples:

@@ -177,7 +177,7 @@ class Meters:
     def add(self, stage: str, counts: Counts) -> None:
         """Adds one shard's counts."""
         for key, value in counts.items():
-            if not value:  # a counter refuses to be raised by nothing
+            if value <= 0:  # which a Prometheus counter refuses
                 continue
             if key == "rows_out":
                 self._rows.inc(value, {"stage": stage, "outcome": "kept"})
@@ -346,7 +346,8 @@ def _map_shards(
                 raise UserError(f"{model.model}: {row['error']}; what is finished is kept")
             yield row
     except RayError as error:
-        cause = getattr(error, "cause", None) or error
+        cause: BaseException = getattr(error, "cause", None) or error
+        cause = cause.__cause__ or cause  # Ray Data wraps what an actor raises
         raise UserError(f"{model.model}: Ray gave up ({_one_line(cause)}); what is finished is kept") from error
 
 

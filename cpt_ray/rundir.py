@@ -199,8 +199,9 @@ class RunDir:
                 say(
                     f"note: {self.path} cannot be locked ({error.strerror}); see that one process works on it at a time"
                 )
-            for left_behind in self.path.glob("**/.*.tmp"):
-                left_behind.unlink(missing_ok=True)
+            for table in TABLES:
+                for left_behind in (self.path / table).glob(".*.tmp"):
+                    left_behind.unlink(missing_ok=True)
             yield
 
     @property

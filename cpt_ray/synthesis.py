@@ -40,7 +40,6 @@ from cpt_ray.records import (
     Directive,
     Generation,
     Grade,
-    Pair,
     Prompt,
     Reject,
     Unit,
@@ -220,7 +219,7 @@ CONTROL_MARK = "c"
 
 def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) -> bool:
     number = content_id("controlled", rubric_id, prompt.prompt_id, sample)
-    return int(number, 16) / 16 ** len(number) < share
+    return bool(int(number, 16) < share * 16 ** len(number))
 
 
 # ---------------------------------------------------------------- write
@@ -683,8 +682,3 @@ def _near_duplicates(run: RunDir, shards: Shards, threshold: float) -> dict[str,
             if one.level != CONTROL and (original := seen[one.rubric_id, one.level].add(one.unit_id, one.text)):
                 found[one.unit_id] = original
     return found
-
-
-def load_pairs(run: RunDir, shards: Shards) -> list[Pair]:
-    """All pairs of the run."""
-    return run.read("pairs", shards.pairs, Pair)

@@ -116,7 +116,7 @@ def main() -> None:
     config: RunConfig = load_config(Path(options.run_file), options.overrides)
     plan, env = make_plan(config), {**ENGINE_ENV, **QUIET_ENV}
     os.environ |= env
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     requests = requests_of(plan)
     bare = (
         ray.remote(Bare)

@@ -2,8 +2,9 @@
 
 python jobs/benchmark_faults.py --kills 30 --seed 0 [--stages write judge] [RUN_FILE [key=value ...]]
 
-Kills are spread evenly over the stages. The victim is the driver (a node and its cluster go with it), the process that
-holds an engine, or the raylet (a node that vanishes under its driver). What ends is started again with the same
+Kills are spread evenly over the stages. The victim is the driver (a node and its cluster go with it), the actor that
+holds an engine, the raylet (a node that vanishes under its driver), or, with VLLM_ENABLE_V1_MULTIPROCESSING=1 in the
+environment, the engine's own process. What ends is started again with the same
 command; a run that is finished is compared, and another begins until there were enough kills. Exit status 1 if any
 table differs.
 """
@@ -11,6 +12,7 @@ table differs.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -37,7 +39,8 @@ TABLES = {
 }
 """Each table's key: no two rows may share it."""
 STAGES = ("plan", "start", "direct", "write", "judge", "pair")
-ENGINE, NODE = "StepActor", "raylet"
+ACTOR, CORE, NODE = "StepActor", "EngineCore", "raylet"
+"""What the victims' processes are called."""
 LIMIT_SECONDS = 300
 
 
@@ -66,7 +69,9 @@ def compare(reference: Path, disturbed: Path) -> Counter[str]:
 def started(command: list[str], run: Path) -> subprocess.Popen[bytes]:
     """The synthesis of one run directory."""
     log = (run.parent / f"{run.name}.log").open("ab")
-    return subprocess.Popen([*command, f"run_dir={run}"], stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*command, f"run_dir={run}"], stdout=log, stderr=subprocess.STDOUT)
+    atexit.register(process.kill)  # where this program itself is stopped
+    return process
 
 
 def reached(run: Path, stage: str) -> bool:
@@ -79,10 +84,12 @@ def reached(run: Path, stage: str) -> bool:
 
 def victims(driver: psutil.Process, stage: str, rng: random.Random) -> Iterator[psutil.Process]:
     """What to kill, best first."""
-    kind = "driver" if stage in ("plan", "pair") else rng.choice(("driver", ENGINE, NODE))
-    children = driver.children(recursive=True)
+    kinds = ["driver"] if stage in ("plan", "pair") else ["driver", ACTOR, NODE]
+    if stage in ("direct", "write", "judge") and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1":
+        kinds.append(CORE)
+    kind = rng.choice(kinds)
     if kind != "driver":
-        yield from (one for one in children if kind in " ".join(one.cmdline()) or kind == one.name())
+        yield from (one for one in driver.children(recursive=True) if kind in " ".join([one.name(), *one.cmdline()]))
     yield driver
 
 
@@ -97,11 +104,12 @@ def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random
     try:
         driver = psutil.Process(process.pid)
         victim = next(victims(driver, stage, rng))
-        kind = "driver" if victim.pid == process.pid else ENGINE if NODE not in victim.name() else NODE
+        names = " ".join([victim.name(), *victim.cmdline()])
+        kind = "driver" if victim.pid == process.pid else next(one for one in (CORE, ACTOR, NODE) if one in names)
         victim.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
         return ""
-    if kind != ENGINE:
+    if kind in ("driver", NODE):
         try:
             process.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -132,7 +140,7 @@ def main() -> int:
         left, runs = options.kills, 0
         while left:
             run, runs = Path(folder) / f"run-{runs}", runs + 1
-            stages = [stage for stage in options.stages for _ in range(2)]
+            stages = [stage for stage in options.stages for _ in range(1 + (left > len(options.stages)))]
             while True:
                 process = started(command, run)
                 while left and stages:

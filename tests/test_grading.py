@@ -89,7 +89,8 @@ def test_votes_are_averaged_and_what_is_no_verdict_does_not_vote() -> None:
     def vote(level: object) -> str:
         return json.dumps({"words": {"reason": f"level {level}", "level": level}})
 
-    (grade,) = voted_criteria(RUBRIC, [vote(1), vote(2), "not JSON", vote(4)])
+    over_two_lines = '{"words": {"reason": "So\nit is.", "level": 2}}'
+    (grade,) = voted_criteria(RUBRIC, [vote(1), over_two_lines, "not JSON", vote(4)])
     assert (grade.score, grade.reason) == (30.0, "level 1")
     for unreadable in (vote("2"), vote(True), vote(0), vote(None), "[]", "{}", '"high"'):
         (grade,) = voted_criteria(RUBRIC, [unreadable])

@@ -1,0 +1,68 @@
+"""The vLLM engine itself: what shares a batch does not change an answer, and what is asked for is what comes."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cpt_ray.cluster import ENGINE_ENV
+from cpt_ray.config import ModelConfig
+from cpt_ray.engine import Request, VllmEngine, check_schema_is_enforced, engine_env
+from tests.tiny_model import make_tiny_model
+
+ARGUMENTS = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 50_000_000}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> VllmEngine:
+    config = ModelConfig(model=str(make_tiny_model(tmp_path_factory.mktemp("tiny"))), engine=ARGUMENTS)
+    os.environ |= {**ENGINE_ENV, **engine_env(config)}
+    return VllmEngine(config)
+
+
+def ask(at: int, max_tokens: int = 12) -> Request:
+    return Request(messages=[{"role": "user", "content": f"Text {at}."}], max_tokens=max_tokens, seed=at)
+
+
+def test_threads_share_the_engine_and_get_what_they_would_alone(engine: VllmEngine) -> None:
+    requests = [ask(at) for at in range(24)]
+    alone = [engine.run([one])[0].text for one in requests]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(engine.run, [requests[at : at + 6] for at in range(0, 24, 6)]))
+    assert [one.text for part in together for one in part] == alone
+    assert len(set(alone)) > 20
+
+
+def test_samples_come_in_order_and_count_their_prompt_once(engine: VllmEngine) -> None:
+    request = Request(messages=ask(0).messages, max_tokens=8, seed=5, samples=3)
+    long = Request(messages=[{"role": "user", "content": "word " * 300}], max_tokens=8, samples=2)
+    done = engine.run([request, long, ask(1)])
+    assert len(done) == 6
+    assert [one.num_prompt_tokens > 0 for one in done[:3]] == [True, False, False]
+    assert len({one.text for one in done[:3]}) == 3
+    assert [one.error for one in done[3:5]] == ["too long", "too long"]
+    assert done[5].text == engine.run([ask(1)])[0].text
+
+
+def test_json_of_a_schema_is_forced_even_on_random_weights(engine: VllmEngine) -> None:
+    check_schema_is_enforced(engine, "judge tiny")
+    level = {"type": "integer", "enum": [1, 2, 3]}
+    reason = {"type": "string", "maxLength": 20}
+    schema = {
+        "type": "object",
+        "properties": {"reason": reason, "level": level},
+        "required": ["reason", "level"],
+        "additionalProperties": False,
+    }
+    request = Request(messages=ask(0).messages, max_tokens=120, seed=1, json_schema=schema, samples=4)
+    found = [json.loads(one.text, strict=False) for one in engine.run([request])]
+    assert all(set(one) == {"reason", "level"} and one["level"] in (1, 2, 3) for one in found)
+
+
+def test_labels_get_their_probabilities(engine: VllmEngine) -> None:
+    (done,) = engine.run([Request(messages=ask(0).messages, max_tokens=1, labels=("1", "2", "3"))])
+    assert len(done.label_logprobs) == 3
+    assert all(-50 < one < 0 for one in done.label_logprobs)

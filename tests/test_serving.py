@@ -397,6 +397,7 @@ class Load:
             asked = time.monotonic()
             answer = post(self._url, json={**body, "ignore_eos": True})
             self.answers.append((asked, answer.status_code, answer.text))
+            self._stop.wait(0.2)  # leaves something of a small machine to what starts
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -428,26 +429,47 @@ def test_a_killed_replica_fails_only_what_was_in_flight_and_is_replaced(url: str
     assert all(status in (500, 502, 503) for status, _ in failed), failed
 
 
-def test_newer_weights_take_over_without_a_failed_request_and_an_idle_server_goes_to_zero(
-    url: str, run: RunDir, client: openai.OpenAI
-) -> None:
-    from ray import serve
-
+def test_newer_weights_take_over_without_a_failed_request(url: str, run: RunDir) -> None:
     newer = make_tiny_model(run.path / "newer", seed=1, chat_template=ANY_TEMPLATE)
-    config = make_config(run, replicas=(0, 1), idle_seconds=1)
     with Load(url, clients=2) as load:
         load.wait_for(2)
-        assert serve_model(config, run, KEY, block=False, model=newer) == url
+        assert serve_model(make_config(run), run, KEY, block=False, model=newer) == url
         load.wait_for(2, since=time.monotonic())
     assert [one for one in load.answers if one[1] != 200] == []
     said = [json.loads(text)["choices"][0]["message"]["content"] for _, _, text in sorted(load.answers)]
     assert said[0] != said[-1] and set(said) == {said[0], said[-1]}
 
-    deadline = time.monotonic() + 90
-    while running := serve.status().applications["cpt"].deployments["cpt"].replica_states.get("RUNNING", 0):
-        assert time.monotonic() < deadline, running
+
+def make_adapter(folder: Path, base: Path) -> str:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
+    (folder / CATALOG_FILE).write_text(json.dumps(CATALOG.to_json()))
+    return str(folder)
+
+
+def test_adapters_share_an_engine_that_goes_when_idle_and_comes_back_for_a_request(
+    url: str, run: RunDir, client: openai.OpenAI
+) -> None:
+    from ray import serve
+
+    base = make_tiny_model(run.path / "base", seed=2, chat_template=ANY_TEMPLATE)
+    adapters = {"one": make_adapter(run.path / "one", base), "two": f"file://{make_adapter(run.path / 'two', base)}"}
+    serve_model(make_config(run, replicas=(0, 1), idle_seconds=5, adapters=adapters), run, KEY, block=False)
+    deadline = time.monotonic() + 120
+    while states := serve.status().applications["cpt"].deployments["cpt"].replica_states:
+        assert time.monotonic() < deadline, states
         time.sleep(0.5)
-    assert client.chat.completions.create(model="tiny", messages=USER, max_tokens=2).usage  # and back
+    answers = {}
+    for model in ("cpt:poet", "one:poet", "two:ornament=high", "tiny-base"):
+        made = client.with_options(timeout=180).chat.completions.create(
+            model=model, messages=USER, max_tokens=12, temperature=0, extra_body={"return_token_ids": True}
+        )
+        answers[model] = (made.choices[0].model_extra or {})["token_ids"]
+    assert answers["cpt:poet"] == answers["one:poet"]
+    assert len({tuple(ids) for ids in answers.values()}) == 3
 
 
 # ---------------------------------------------------------------- what keeps it from starting
@@ -478,3 +500,19 @@ def test_a_run_that_was_not_trained_is_told_what_to_do(tmp_path: Path, left_out:
         step()
     with pytest.raises(UserError, match=rf"{named}.*; run `cpt train RUN_FILE` first"):
         serve_model(make_config(made), made, KEY, block=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_an_open_network_without_a_key_is_refused(
+    tmp_path: Path, run: RunDir, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CPT_API_KEY", raising=False)
+    made = RunDir(tmp_path)
+    made.write_json(CATALOG_FILE, CATALOG.to_json())
+    with pytest.raises(UserError, match=rf"{host} is open to the network and there is no key; .* --insecure"):
+        serve_model(make_config(made, host=host), made, None, block=False, model=run.model)
+
+
+def test_a_saved_configuration_that_cannot_be_is_said(run: RunDir) -> None:
+    with pytest.raises(UserError, match=r"serve.configurations.a: configuration: no rubric 'b' .known: ornament"):
+        serve_model(make_config(run, configurations={"a": {"b": 1}, "c": {}}), run, KEY, block=False)

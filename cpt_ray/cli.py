@@ -78,6 +78,8 @@ def do_train(plan: Plan, run: RunDir) -> None:
     train(plan.config, run, shards.pairs, _train_key(plan, shards))
     catalog = Catalog.build(plan.rubrics, run.read("directives", shards.directives, Directive))
     run.write_json(CATALOG_FILE, catalog.to_json())
+    if run.adapter.exists():  # an adapter is served from its folder alone
+        run.write_json(f"{run.adapter.name}/{CATALOG_FILE}", catalog.to_json())
 
 
 def do_evaluate(plan: Plan, run: RunDir) -> None:

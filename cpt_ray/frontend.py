@@ -185,7 +185,7 @@ class Frontend:
     def _with_saved(self, models: Any) -> Any:
         """vLLM's list of models, and every saved configuration as one more."""
         default, catalog = next(iter(self._catalogs.items()))
-        found = next((one for one in models["data"] if one["id"] == default), {})
+        found = next(one for one in models["data"] if one["id"] == default)
         models["data"] += [{**found, "id": CONFIGURED_PREFIX + name, "parent": default} for name in catalog.saved]
         return models
 

@@ -156,6 +156,7 @@ def _blame_bodies(app: Any) -> None:
 
     for kind in (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError):
         app.add_exception_handler(kind, handle)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
 
 
 class _Shared:
@@ -480,7 +481,7 @@ def _has_room(policy: ModelConfig, count: int) -> bool:
     """Whether the cluster could hold so many more replicas now."""
     import ray
 
-    free = ray.available_resources()
+    free: dict[str, float] = ray.available_resources()
     return free.get("CPU", 0) >= policy.num_cpus * count and free.get("GPU", 0) >= policy.num_gpus * count
 
 

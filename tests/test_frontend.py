@@ -259,6 +259,21 @@ def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere(path: str) ->
     assert "http://" not in answer.text and "https://" not in answer.text
 
 
+def test_behind_a_route_prefix_everything_is_where_it_was() -> None:
+    async def go() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(make_front(echo), root_path="/base")
+        async with httpx.AsyncClient(transport=transport, base_url="http://front/base") as client:
+            closed = await client.get("/v1/configurations")
+            listed = await client.get("/v1/configurations", headers=AUTHORIZED)
+            asked = await client.post(CHAT, headers=AUTHORIZED, json={"model": "cpt:poet", "messages": USER})
+            return [closed, listed, asked, await client.get("/health")]
+
+    closed, listed, asked, health = asyncio.run(go())
+    assert [closed.status_code, listed.status_code, health.status_code] == [401, 200, 200]
+    assert listed.json()["saved"] == {"poet": {"ornament": 88}}
+    assert asked.json()["configuration"]["directive"] == HIGH
+
+
 # ---------------------------------------------------------------- keys
 
 

@@ -37,14 +37,16 @@ class Tensors:
     @classmethod
     def of(cls, embeddings: NDArray[np.float32], users: Sequence[User], rubric_ids: Sequence[str]) -> Tensors:
         """Of the users themselves; twins are made on the way."""
-        indices = [torch.tensor(np.array([getattr(one, name) for one in users])) for name in ("context", "targets")]
+        context, targets = (
+            torch.tensor(np.array([getattr(one, name) for one in users])) for name in ("context", "targets")
+        )
         tastes = torch.zeros(len(users), 1, 2, embeddings.shape[1])
         for at, user in enumerate(users):
             for place, name in enumerate(rubric_ids):
                 weight = user.taste.weights.get(name, 0.0)
                 said = torch.tensor([weight, weight * (user.taste.targets.get(name, 50.0) - 50) / 20])
                 tastes[at, 0, int(user.taste.flipped), 2 * place : 2 * place + 2] = said
-        return cls(torch.tensor(embeddings), *indices, tastes)
+        return cls(torch.tensor(embeddings), context, targets, tastes)
 
     def tasks(
         self, users: torch.Tensor | slice = slice(None), num_choices: int | None = None, told: bool = False

@@ -311,14 +311,18 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
 
 def _write(arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats]) -> dict[str, Any]:
     """Means with intervals, saved, drawn and printed."""
-    kinds = np.array([_kind(one.taste) for one in arena.users])
+    groups = {
+        "per_kind": np.array([_kind(one.taste) for one in arena.users]),
+        "per_rubric": np.array(["+".join(sorted(one.taste.targets)) for one in arena.users]),
+    }
     rng = np.random.default_rng(arena.steering.plan.config.seed)
-    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(kinds)}
+    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users)}
     for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
         results[metric] = {}
         for name, values in methods.items():
-            per_kind = {kind: _means(values[kinds == kind]) for kind in sorted(set(kinds))}
-            entry: dict[str, Any] = {"mean": _means(values), "ci": _interval(values, rng), "per_kind": per_kind}
+            entry: dict[str, Any] = {"mean": _means(values), "ci": _interval(values, rng)}
+            for title, group in groups.items():
+                entry[title] = {str(one): _means(values[group == one]) for one in np.unique(group)}
             if metric == "satisfaction":  # own context less the flipped one's, for a twin likes what its user dislikes
                 entry["steer_gap"] = [None if one is None else 2 * one - 1 for one in entry["mean"]]
                 entry["steer_gap_ci"] = [one and [2 * end - 1 for end in one] for one in entry["ci"]]

@@ -44,7 +44,8 @@ class GatedLora(nn.Module):
         out: Tensor = self.base(x)
         if self.gates is None:
             return out
-        return out + self.scale * ((x @ self.a.T) * self.gates[:, None]) @ self.b.T
+        added = self.scale * ((x.to(self.a.dtype) @ self.a.T) * self.gates[:, None]) @ self.b.T
+        return out + added.to(out.dtype)
 
 
 class ConditionalPolicy(nn.Module):
@@ -91,7 +92,7 @@ class ConditionalPolicy(nn.Module):
                 return None
             gamma, delta = self.film.view(len(self.film), -1, 2, width)[:, at].unbind(1)
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden = hidden * (1 + gamma[:, None]) + delta[:, None]
+            hidden = (hidden * (1 + gamma[:, None]) + delta[:, None]).to(hidden.dtype)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

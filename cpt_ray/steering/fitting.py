@@ -76,6 +76,11 @@ class Fit:
     kind: str
     """"np-btl"; the same model without any context ("static") or told the taste ("oracle"); or a form of NP-DPO."""
 
+    @property
+    def seeds(self) -> int:
+        """How many are trained: those to compare with are one each."""
+        return self.config.seeds if self.kind == "np-btl" else 1
+
     def path(self, number: int) -> Path:
         """Of one seed's weights."""
         return self.folder / f"{self.kind}-{number}.safetensors"
@@ -105,13 +110,13 @@ def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, 
 
 def fit_reward_models(fit: Fit, tensors: Tensors) -> list[RewardModel]:
     """Trains the models that are not there yet, under Ray Train, and loads all of them."""
-    if not all(fit.path(number).exists() for number in range(fit.config.seeds)):
+    if not all(fit.path(number).exists() for number in range(fit.seeds)):
         fit.folder.mkdir(parents=True, exist_ok=True)
         torch.save(tensors.__dict__, fit.folder / "tensors.pt")
         under_ray_train(work, {"fit": fit}, fit)
-    losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.config.seeds)]
-    say(f"steer fit    {fit.kind}: {fit.config.seeds} models, loss {np.mean(losses):.3f}")
-    return [load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.config.seeds)]
+    losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.seeds)]
+    say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {np.mean(losses):.3f}")
+    return [load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.seeds)]
 
 
 def new_model(fit: Fit, number: int, embedding: int) -> RewardModel:
@@ -141,7 +146,7 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
     tensors = Tensors(**{name: one.to(get_device()) for name, one in torch.load(fit.folder / "tensors.pt").items()})
     own = torch.arange(rank, len(tensors.context), ranks)
-    for number in range(config.seeds):
+    for number in range(fit.seeds):
         if fit.path(number).exists():
             continue
         model = new_model(fit, number, tensors.embeddings.shape[1])

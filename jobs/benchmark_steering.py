@@ -221,7 +221,7 @@ def adapters(num_users: int, model: str, served: bool) -> None:
             one.b.normal_(std=0.02)
         start = time.monotonic()
         context = torch.randn(num_users, 10, 2, 128)
-        z = torch.cat([policy.encoder(part)[0] for part in context.split(512)])
+        z = torch.cat([policy.encoder(part)[0] for part in torch.split(context, 512)])
         seconds = time.monotonic() - start
     print(f"encoder: {num_users / seconds:.0f} users/s, z has {4 * z.shape[1]} bytes, gates "
           f"{4 * policy.rank * len(policy.adapters)}")  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import Directive
-from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question
+from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, parse_choices
 from cpt_ray.steering.users import KINDS, Answer, Population, draw_taste, make_answer
 from tests.builders import LEVELS, make_directives, make_rubric
 
@@ -211,3 +211,47 @@ def test_a_state_survives_json_and_is_scored_again_for_another_policy() -> None:
         Preferences.from_json({"choices": [], "margins": [[1.0]], "key": ""})
     with pytest.raises(UserError, match="not a saved state"):
         Preferences.from_json([1])
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_choices_are_parsed() -> None:
+    assert parse_choices([GOOD] * 64) == [Choice(**GOOD)] * 64
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        {},
+        GOOD,
+        [],
+        [GOOD] * 65,
+        [None],
+        [[]],
+        [{"prompt": "p"}],
+        [GOOD | {"more": 1}],
+        [GOOD | {"chosen": 1}],
+        [GOOD | {"chosen": ""}],
+        [GOOD | {"prompt": " \n"}],
+        [GOOD | {"chosen": "b"}],
+        [GOOD | {"rejected": "x" * 20_001}],
+        [GOOD, GOOD | {"chosen": {"$ne": 1}}],
+    ],
+)
+def test_whatever_is_no_list_of_choices_is_refused_in_one_short_line(wrong: object) -> None:
+    with pytest.raises(UserError, match=r"^choices") as caught:
+        parse_choices(wrong)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 200
+
+
+def test_random_choices_seldom_become_a_setting() -> None:
+    """Choices by the toss of a coin: nothing is set for most, where consistent ones are all known."""
+    one, rng, known = candidates(), np.random.default_rng(0), []
+    for _ in range(40):
+        tossed = [choice if rng.random() < 0.5 else choice.swapped() for choice in choose(10)]
+        state = Preferences()
+        one.add(state, tossed, KnownPolicy())
+        known.append(one.belief(state).configuration is not None)
+    assert np.mean(known) < 0.4

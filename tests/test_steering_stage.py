@@ -117,7 +117,7 @@ def test_choices_in_a_file_become_a_belief(tmp_path: Path, capsys: pytest.Captur
     assert found["question"] is None and found["configuration"] is None
     choices.write_text('{"prompt": "Write.", "chosen": 1, "rejected": "b"}\n', encoding="utf-8")
     assert main(["steer", "infer", path, "--choices", str(choices)]) == 1
-    assert "choices.jsonl:1" in capsys.readouterr().err
+    assert "choices.jsonl[0].chosen" in capsys.readouterr().err
 
 
 def test_the_engine_and_transformers_agree_on_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:

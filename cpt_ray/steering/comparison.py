@@ -20,7 +20,7 @@ from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.page import render_page, table_lines
 from cpt_ray.steering.policy import ConditionalPolicy
-from cpt_ray.steering.reward import accuracy
+from cpt_ray.steering.reward import Tasks, accuracy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts
 from cpt_ray.steering.tables import AdapterActor, AnswerActor
 from cpt_ray.steering.users import Answer, Floats, Taste, User, grade_by_measures
@@ -43,6 +43,8 @@ class Arena:
         self.steering, self.fitted, self.users = steering, fitted, steering.test_users
         self.counts = [one for one in COUNTS if one <= steering.config.choices]
         self.tried = Tensors.of(fitted.vectors, self.users, list(steering.plan.by_id))
+        self.others = torch.randperm(len(self.users), generator=torch.Generator().manual_seed(0))
+        """A user for each user, by chance: whose choices should tell nothing."""
 
     def filled(self, value: Callable[[int, int], float], num_users: int | None = None) -> Floats:
         """[users, counts, 1] of `value(user, count)`; NaN from user `num_users` on."""
@@ -53,13 +55,21 @@ class Arena:
 
     def reward_accuracy(self) -> dict[str, Floats]:
         """Of the reward models."""
-        found = {}
-        kinds = (("static", self.fitted.static), ("NP-BTL", self.fitted.models), ("NP-BTL, oracle", self.fitted.oracle))
-        for name, models in kinds:
-            tasks = [self.tried.tasks(num_choices=count, told="oracle" in name) for count in self.counts]
+        chosen = [self.tried.tasks(num_choices=count) for count in self.counts]
+        oracle, found = self.tried.tasks(told=True), {}
+        for name, models, tasks in (
+            ("static", self.fitted.static, [one.first(0) for one in chosen]),
+            ("NP-BTL", self.fitted.models, chosen),
+            ("NP-BTL, another's choices", self.fitted.models, [self._exchanged(one) for one in chosen]),
+            ("NP-BTL, oracle", self.fitted.oracle, [oracle for _ in chosen]),
+        ):
             rows = [[accuracy(model, one).numpy() for one in tasks] for model in models]
             found[name] = np.array(rows).transpose(2, 1, 0)
         return found
+
+    def _exchanged(self, tasks: Tasks) -> Tasks:
+        """With another user's choices."""
+        return Tasks(tasks.context[self.others], tasks.targets)
 
     def liking(self, at: int, texts: Sequence[str]) -> float:
         """Mean utility of texts for a user; NaN if none has one."""
@@ -178,15 +188,13 @@ def evaluate(steering: Steering) -> dict[str, Any]:
         rewards = candidates.rewards(logprobs)
         told = [rewards[one.context[:, 0]] - rewards[one.context[:, 1]] for one in users]
         others = [rewards[one.targets[:, 0]] - rewards[one.targets[:, 1]] for one in users]
-        accuracies[name] = arena.filled(
-            lambda at, count, c=candidates, m=told, t=others: _share(c.predict(m[at][:count], t[at]))
-        )
-        satisfactions[name] = bank.under(lambda at, count, c=candidates, m=told: _setting(c, m[at][:count]))
+        accuracies[name] = _foretold(arena, candidates, told, others)
+        satisfactions[name] = _steered(bank, candidates, told)
         if reading == "levels":
+            strangers = [told[at] for at in arena.others.tolist()]
+            accuracies[f"{name}, another's choices"] = _foretold(arena, candidates, strangers, others)
             asked = [_interview(arena, candidates, one, rewards) for one in users]
-            satisfactions[f"{name}, asked"] = bank.under(
-                lambda at, count, c=candidates, m=asked: _setting(c, m[at][:count])
-            )
+            satisfactions[f"{name}, asked"] = _steered(bank, candidates, asked)
     for policy in arena.fitted.policies:
         name = f"NP-DPO {policy.form}"
         accuracies[name] = _policy_accuracy(arena, policy)
@@ -196,6 +204,16 @@ def evaluate(steering: Steering) -> dict[str, Any]:
     satisfactions["static"] = bank.under(lambda at, count: None)
     satisfactions["oracle"] = bank.under(lambda at, count: bank.best(at))
     return _write(arena, accuracies, satisfactions)
+
+
+def _foretold(arena: Arena, candidates: Candidates, told: Sequence[Floats], others: Sequence[Floats]) -> Floats:
+    """Accuracy on the margins `others` after the margins `told`, per user."""
+    return arena.filled(lambda at, count: _share(candidates.predict(told[at][:count], others[at])))
+
+
+def _steered(bank: Bank, candidates: Candidates, told: Sequence[Floats]) -> Floats:
+    """Satisfaction under what is inferred from the margins `told`."""
+    return bank.under(lambda at, count: _setting(candidates, told[at][:count]))
 
 
 def _kind(taste: Taste) -> str:
@@ -293,14 +311,18 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
 
 def _write(arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats]) -> dict[str, Any]:
     """Means with intervals, saved, drawn and printed."""
-    kinds = np.array([_kind(one.taste) for one in arena.users])
+    groups = {
+        "per_kind": np.array([_kind(one.taste) for one in arena.users]),
+        "per_rubric": np.array(["+".join(sorted(one.taste.targets)) for one in arena.users]),
+    }
     rng = np.random.default_rng(arena.steering.plan.config.seed)
-    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(kinds)}
+    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users)}
     for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
         results[metric] = {}
         for name, values in methods.items():
-            per_kind = {kind: _means(values[kinds == kind]) for kind in sorted(set(kinds))}
-            entry: dict[str, Any] = {"mean": _means(values), "ci": _interval(values, rng), "per_kind": per_kind}
+            entry: dict[str, Any] = {"mean": _means(values), "ci": _interval(values, rng)}
+            for title, group in groups.items():
+                entry[title] = {str(one): _means(values[group == one]) for one in np.unique(group)}
             if metric == "satisfaction":  # own context less the flipped one's, for a twin likes what its user dislikes
                 entry["steer_gap"] = [None if one is None else 2 * one - 1 for one in entry["mean"]]
                 entry["steer_gap_ci"] = [one and [2 * end - 1 for end in one] for one in entry["ci"]]

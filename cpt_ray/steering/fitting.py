@@ -37,14 +37,16 @@ class Tensors:
     @classmethod
     def of(cls, embeddings: NDArray[np.float32], users: Sequence[User], rubric_ids: Sequence[str]) -> Tensors:
         """Of the users themselves; twins are made on the way."""
-        indices = [torch.tensor(np.array([getattr(one, name) for one in users])) for name in ("context", "targets")]
+        context, targets = (
+            torch.tensor(np.array([getattr(one, name) for one in users])) for name in ("context", "targets")
+        )
         tastes = torch.zeros(len(users), 1, 2, embeddings.shape[1])
         for at, user in enumerate(users):
             for place, name in enumerate(rubric_ids):
                 weight = user.taste.weights.get(name, 0.0)
                 said = torch.tensor([weight, weight * (user.taste.targets.get(name, 50.0) - 50) / 20])
                 tastes[at, 0, int(user.taste.flipped), 2 * place : 2 * place + 2] = said
-        return cls(torch.tensor(embeddings), *indices, tastes)
+        return cls(torch.tensor(embeddings), context, targets, tastes)
 
     def tasks(
         self, users: torch.Tensor | slice = slice(None), num_choices: int | None = None, told: bool = False
@@ -73,6 +75,11 @@ class Fit:
     seed: int
     kind: str
     """"np-btl"; the same model without any context ("static") or told the taste ("oracle"); or a form of NP-DPO."""
+
+    @property
+    def seeds(self) -> int:
+        """How many are trained: those to compare with are one each."""
+        return self.config.seeds if self.kind == "np-btl" else 1
 
     def path(self, number: int) -> Path:
         """Of one seed's weights."""
@@ -103,13 +110,13 @@ def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, 
 
 def fit_reward_models(fit: Fit, tensors: Tensors) -> list[RewardModel]:
     """Trains the models that are not there yet, under Ray Train, and loads all of them."""
-    if not all(fit.path(number).exists() for number in range(fit.config.seeds)):
+    if not all(fit.path(number).exists() for number in range(fit.seeds)):
         fit.folder.mkdir(parents=True, exist_ok=True)
         torch.save(tensors.__dict__, fit.folder / "tensors.pt")
         under_ray_train(work, {"fit": fit}, fit)
-    losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.config.seeds)]
-    say(f"steer fit    {fit.kind}: {fit.config.seeds} models, loss {np.mean(losses):.3f}")
-    return [load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.config.seeds)]
+    losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.seeds)]
+    say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {np.mean(losses):.3f}")
+    return [load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.seeds)]
 
 
 def new_model(fit: Fit, number: int, embedding: int) -> RewardModel:
@@ -139,7 +146,7 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
     tensors = Tensors(**{name: one.to(get_device()) for name, one in torch.load(fit.folder / "tensors.pt").items()})
     own = torch.arange(rank, len(tensors.context), ranks)
-    for number in range(config.seeds):
+    for number in range(fit.seeds):
         if fit.path(number).exists():
             continue
         model = new_model(fit, number, tensors.embeddings.shape[1])

@@ -31,6 +31,9 @@ from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
 
+MAX_CHOICES = 64
+"""Taken at once."""
+MAX_CHARS = 20_000
 NO_TASTE_PRIOR = 0.1
 TWO_RUBRICS_PRIOR = 0.3
 """Prior mass of the configurations of two rubrics; the rest is for one rubric."""
@@ -53,6 +56,26 @@ class Choice:
     def swapped(self) -> Choice:
         """The opposite choice."""
         return Choice(prompt=self.prompt, chosen=self.rejected, rejected=self.chosen)
+
+
+def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
+    """A client's choices; UserError, in one line, for whatever is not 1 to MAX_CHOICES of them."""
+    if not isinstance(data, list) or not 0 < len(data) <= MAX_CHOICES:
+        found = f"{len(data)} of them" if isinstance(data, list) else f"a {type(data).__name__}"
+        raise UserError(f"{where}: found {found}; give a list of 1 to {MAX_CHOICES} choices")
+    names = ("prompt", "chosen", "rejected")
+    choices = []
+    for at, one in enumerate(data):
+        if not isinstance(one, dict) or set(one) != set(names):
+            raise UserError(f'{where}[{at}]: expected {{"prompt": "...", "chosen": "...", "rejected": "..."}}')
+        for name in names:
+            text = one[name]
+            if not isinstance(text, str) or not 0 < len(text.strip()) <= len(text) <= MAX_CHARS:
+                raise UserError(f"{where}[{at}].{name}: expected a text of 1 to {MAX_CHARS} characters")
+        if one["chosen"] == one["rejected"]:
+            raise UserError(f"{where}[{at}]: chosen and rejected are the same text; that is no choice")
+        choices.append(Choice(**one))
+    return choices
 
 
 class Scorer(Protocol):
@@ -170,7 +193,8 @@ class Candidates:
         for count, share in mass.items():
             if (counts == count).any():
                 prior[counts == count] = share * weight[counts == count] / weight[counts == count].sum()
-        return prior / prior.sum()
+        prior /= prior.sum()
+        return prior
 
     # ------------------------------------------------------------ what the policy says
 
@@ -229,12 +253,14 @@ class Candidates:
         """[configurations] of margins [choices, directives]."""
         logs = self._log_prior + np.log(self._chances(margins)).sum(axis=1)
         found: Floats = np.exp(logs - logs.max())
-        return found / found.sum()
+        found /= found.sum()
+        return found
 
     def predict(self, margins: Floats, others: Floats) -> Floats:
         """How much likelier than not each of the choices `others` is after the choices `margins`, -0.5 to 0.5."""
         found: Floats = self.posterior(margins) @ self._chances(others) - 0.5
-        return np.where(np.abs(found) < 1e-12, 0.0, found)
+        found[np.abs(found) < 1e-12] = 0.0
+        return found
 
     def belief(self, state: Preferences) -> Belief:
         """The posterior of a state, put into words."""

@@ -42,7 +42,7 @@ def _figure(metric: str, results: Mapping[str, Any]) -> str:
         return LEFT + at / max(1, len(counts) - 1) * (WIDTH - LEFT - 190)
 
     def y(value: float) -> float:
-        return 10 + (high - value) / (high - low) * (HEIGHT - 10 - BOTTOM)
+        return 10 + float((high - value) / (high - low)) * (HEIGHT - 10 - BOTTOM)
 
     parts = [
         f'<text x="{x(at)}" y="{HEIGHT - 12}" text-anchor="middle">{count}</text>' for at, count in enumerate(counts)

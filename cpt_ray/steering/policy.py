@@ -44,7 +44,8 @@ class GatedLora(nn.Module):
         out: Tensor = self.base(x)
         if self.gates is None:
             return out
-        return out + self.scale * ((x @ self.a.T) * self.gates[:, None]) @ self.b.T
+        added = self.scale * ((x.to(self.a.dtype) @ self.a.T) * self.gates[:, None]) @ self.b.T
+        return out + added.to(out.dtype)
 
 
 class ConditionalPolicy(nn.Module):
@@ -89,9 +90,9 @@ class ConditionalPolicy(nn.Module):
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if self.film is None:
                 return None
-            gamma, delta = self.film.unflatten(1, (-1, 2, width))[:, at].unbind(1)
+            gamma, delta = self.film.view(len(self.film), -1, 2, width)[:, at].unbind(1)
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden = hidden * (1 + gamma[:, None]) + delta[:, None]
+            hidden = (hidden * (1 + gamma[:, None]) + delta[:, None]).to(hidden.dtype)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
@@ -113,12 +114,13 @@ class ConditionalPolicy(nn.Module):
 
     def gates(self, z: Tensor) -> Tensor:
         """g of every adapted module, [users, modules, r]; 1 + what z says."""
-        found: Tensor = 1 + self.head(z).unflatten(1, (-1, self.rank))
+        found: Tensor = 1 + self.head(z).view(len(z), -1, self.rank)
         return found
 
     def soft_prompt(self, z: Tensor) -> Tensor:
         """[users, m, hidden]."""
-        return self.head(z).unflatten(1, (-1, self.model.config.hidden_size))  # type: ignore[no-any-return]
+        found: Tensor = self.head(z).view(len(z), -1, self.model.config.hidden_size)
+        return found
 
     @contextmanager
     def conditioned(self, z: Tensor | None) -> Iterator[None]:

@@ -26,7 +26,7 @@ from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.answers import read_answers
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models, standardise
-from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question
+from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, parse_choices
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel
 from cpt_ray.steering.tables import (
@@ -305,22 +305,10 @@ def infer(steering: Steering, choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def read_choices(path: Path) -> list[Choice]:
-    """Choices, one JSON object a line; UserError that names the line."""
+    """Choices, one JSON object a line; UserError that names what is wrong."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    choices = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found = Choice(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):
-            found = None
-        if found is None or not all(isinstance(one, str) for one in (found.prompt, found.chosen, found.rejected)):
-            raise UserError(f'{path}:{number}: expected {{"prompt": "...", "chosen": "...", "rejected": "..."}}')
-        choices.append(found)
-    if not choices:
-        raise UserError(f"{path}: no choices in it")
-    return choices
+        data = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not JSON lines ({error})") from None
+    return parse_choices(data, str(path))

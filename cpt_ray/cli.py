@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -318,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_next(run_file: str, config: RunConfig, overrides: Sequence[str]) -> None:
-    command = " ".join(["cpt serve", run_file, *overrides])
+    program = "cpt" if shutil.which("cpt") or not sys.argv[0].endswith("cpt") else os.path.relpath(sys.argv[0])
+    command = " ".join([program, "serve", run_file, *overrides])
     rubric = load_rubrics(config.rubric_paths)[0]
     say(f"\nServe it:    {command}")
     say(
@@ -326,7 +328,7 @@ def _say_next(run_file: str, config: RunConfig, overrides: Sequence[str]) -> Non
         "-H 'Content-Type: application/json' \\\n"
         '               -H "Authorization: Bearer $CPT_API_KEY" -d '
         f'\'{{"model": "{config.name}", "configuration": {{"{rubric.id}": "{rubric.levels[-1].name}"}}, '
-        '"messages": [{"role": "user", "content": "..."}]}\''
+        '"messages": [{"role": "user", "content": "Write about the harbor at dawn."}]}\''
     )
 
 

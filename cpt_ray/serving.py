@@ -565,17 +565,19 @@ def _say_how_to_talk(
 ) -> None:
     name, catalog = next(iter(catalogs.items()))
     example = json.dumps({rubric.id: rubric.levels[-1].name for rubric in catalog.rubrics[:1]})
+    prompt = "Write about the harbor at dawn."
     if new_key:
         say(f"API key (made for this server, shown only here): {new_key}\n  export {KEY_VARIABLE}={new_key}")
     say(f"""serving      {name} at {url}{" (Ctrl-C stops it)" if block else ""}
 playground   {url}{PAGE_PATHS[1]}
 
 curl {url}/v1/chat/completions -H "Authorization: Bearer ${KEY_VARIABLE}" -H "Content-Type: application/json" \\
-  -d '{{"model": "{name}", "configuration": {example}, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+  -d '{{"model": "{name}", "configuration": {example}, "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="...")
-client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}],
+client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "{prompt}"}}],
                                extra_body={{"configuration": {example}}})
 
-What can be asked for: {url}{CONFIGURATIONS_PATH}""")
+What can be asked for:
+curl {url}{CONFIGURATIONS_PATH} -H "Authorization: Bearer ${KEY_VARIABLE}\"""")

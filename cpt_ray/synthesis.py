@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -458,15 +458,20 @@ class DirectStep:
             else:
                 owner[text] = level
                 texts[level].append(text)
+        for level in rubric.levels:
+            if len(texts[level.name]) < 2:
+                lost = [one for one in rejects if one.level == level.name]
+                why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in lost).items())
+                example = f"; the director's were: {why}, for example {lost[0].detail!r}" if lost else ""
+                raise UserError(
+                    f"rubric {rubric.id}, level {level.name}: {len(texts[level.name])} usable directive(s), at least 2 "
+                    f"are needed (one is held out){example}; give some under the level's `directives:` or use another "
+                    "director"
+                )
         rows = [row for level in rubric.levels for row in self._split(rubric, level.name, texts[level.name])]
         return rows, rejects
 
     def _split(self, rubric: Rubric, level: str, texts: list[str]) -> list[Directive]:
-        if len(texts) < 2:
-            raise UserError(
-                f"rubric {rubric.id}, level {level}: {len(texts)} usable directive(s), at least 2 are needed "
-                "(one is held out); give some under the level's `directives:` or use another director"
-            )
         given = set(rubric.level(level).directives)
         num_held_out = min(len(texts) - 1, max(1, round(self.held_out * len(texts))))
         ordered = sorted(texts, key=lambda text: content_id(rubric.id, level, text))

@@ -458,13 +458,13 @@ class DirectStep:
             else:
                 owner[text] = level
                 texts[level].append(text)
-        for level in rubric.levels:
-            if len(texts[level.name]) < 2:
-                lost = [one for one in rejects if one.level == level.name]
+        for asked in rubric.levels:
+            if len(texts[asked.name]) < 2:
+                lost = [one for one in rejects if one.level == asked.name]
                 why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in lost).items())
                 example = f"; the director's were: {why}, for example {lost[0].detail!r}" if lost else ""
                 raise UserError(
-                    f"rubric {rubric.id}, level {level.name}: {len(texts[level.name])} usable directive(s), at least 2 "
+                    f"rubric {rubric.id}, level {asked.name}: {len(texts[asked.name])} usable directive(s), at least 2 "
                     f"are needed (one is held out){example}; give some under the level's `directives:` or use another "
                     "director"
                 )

@@ -133,9 +133,10 @@ def test_the_control_is_mentioned_only_where_it_shows_something() -> None:
     trials = make_trials()
     plain = [dataclasses.replace(one, directive=None, score=50.0, trial_id=f"{one.trial_id}/-") for one in trials]
     hitting = [dataclasses.replace(one, directive=None, trial_id=f"{one.trial_id}/-") for one in trials]
-    assert "Without a directive the tuned model hits the same requests 33% of the time" in page_of(trials + plain)
-    assert "it reads the directive" not in page_of(trials + hitting)
-    assert "it reads the directive" not in page_of(trials)
+    said = "not knowing what is asked for, the tuned model hits the same requests"
+    assert f"{said} 33% of the time" in page_of(trials + plain)
+    assert said not in page_of(trials + hitting)
+    assert said not in page_of(trials)
 
 
 def test_every_graded_answer_is_a_dot_up_to_the_limit() -> None:

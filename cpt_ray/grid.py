@@ -157,29 +157,36 @@ class StepPlan:
 
 
 class StepBatches(torch.utils.data.Sampler[list[int]]):
-    """One worker's batches: a new random order of rows per epoch, cut into steps, each dealt out like cards.
+    """One worker's batches: a new random order of cells per epoch, cut into steps, each dealt out like cards.
 
-    Within a step, rows are dealt in the order of their lengths, so that batches which run at the same time are of
-    like sizes. What is in a step depends on seed and epoch alone: not on the number of workers, nor on restarts.
+    A cell's rows stay together: in a step with all of them, each answer is chosen as often as it is rejected, so what
+    is the same under every directive cancels out. Within a step, rows are dealt in the order of their lengths, so that
+    batches which run at the same time are of like sizes. What is in a step depends on seed and epoch alone: not on
+    the number of workers, nor on restarts.
     """
 
     def __init__(
-        self, lengths: Sequence[int], plan: StepPlan, rank: int, num_workers: int, seed: int, epoch: Callable[[], int]
+        self, rows: Sequence[Row], plan: StepPlan, rank: int, num_workers: int, seed: int, epoch: Callable[[], int]
     ):
-        self.lengths, self.plan, self.rank, self.num_workers = lengths, plan, rank, num_workers
-        self.seed, self.epoch = seed, epoch
+        self.plan, self.rank, self.num_workers, self.seed, self.epoch = plan, rank, num_workers, seed, epoch
+        self._lengths = [_num_tokens(one) for one in rows]
+        cells: dict[str, list[int]] = defaultdict(list)
+        for at, row in enumerate(rows):
+            cells[row["cell_id"] or f"row {at}"].append(at)
+        self._cells = list(cells.values())
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         random = torch.Generator().manual_seed(self.seed + self.epoch())
-        order: list[int] = torch.randperm(self.plan.num_rows, generator=random).tolist()
+        cells: list[int] = torch.randperm(len(self._cells), generator=random).tolist()
+        order = [row for at in cells for row in self._cells[at]]
         size = self.plan.num_batches * self.num_workers
         for step in range(self.plan.num_steps):
             cut = [at * self.plan.num_rows // self.plan.num_steps for at in (step, step + 1)]
             hands: list[list[int]] = [[] for _ in range(size)]
-            for at, row in enumerate(sorted(order[slice(*cut)], key=lambda row: (-self.lengths[row], row))):
+            for at, row in enumerate(sorted(order[slice(*cut)], key=lambda row: (-self._lengths[row], row))):
                 turn, place = divmod(at, size)
                 hands[place if turn % 2 == 0 else size - 1 - place].append(row)
             yield from hands[self.rank :: self.num_workers]
@@ -434,7 +441,7 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Row]:
         """This worker's batches (`StepBatches`)."""
         sampler = StepBatches(
-            [_num_tokens(one) for one in self.train_dataset],
+            self.train_dataset,
             self.plan,
             self.accelerator.process_index,
             self.accelerator.num_processes,

@@ -328,12 +328,12 @@ def test_rows_without_their_reference_are_refused(policy: Path) -> None:
 
 
 def test_a_whole_training_ends_with_trls_weights(policy: Path) -> None:
-    """Six steps of one row each, in the grid trainer's order, with AdamW, clipping and a schedule."""
-    pairs = make_pairs("a", 3) + make_pairs("b", 3)
-    settings = {"learning_rate": 1e-3, "max_steps": 6, "max_grad_norm": 1.0, "per_device_train_batch_size": 2}
-    trainer = make_trainer(GridTrainer, policy, True, pairs, {"step_pairs": 2}, **settings)
+    """Six steps of one pair each, in the grid trainer's order, with AdamW, clipping and a schedule."""
+    pairs = [one for cell in "abc" for one in make_pairs(cell, 2)]
+    settings = {"learning_rate": 1e-3, "max_steps": 6, "max_grad_norm": 1.0, "per_device_train_batch_size": 1}
+    trainer = make_trainer(GridTrainer, policy, True, pairs, {"step_pairs": 1}, **settings)
     order = [row for batch in trainer.get_train_dataloader().batch_sampler for row in batch]
-    ordered = [pair for row in order for pair in pairs[2 * row : 2 * row + 2]]
+    ordered = [pairs[row] for row in order]
     settings |= {"train_sampling_strategy": "sequential"}
     reference = make_trainer(DPOTrainer, policy, True, ordered, **settings)
     trainer.train()
@@ -379,10 +379,12 @@ def test_a_batch_has_no_padding_and_no_token_twice() -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_steps_are_the_same_for_any_number_of_workers_and_hold_each_row_once(num_workers: int) -> None:
+    rows: Any = [{"cell_id": str(at // 3), "prompt": [0] * at, "answers": [[0]]} for at in range(102)]
+
     def steps(workers: int, epoch: int = 0) -> list[list[int]]:
         plan = StepPlan.make([2] * 102, step_pairs=16, batch_pairs=4, num_workers=workers)
         assert plan.num_steps == 12
-        each = [list(StepBatches(range(102), plan, rank, workers, 1, lambda: epoch)) for rank in range(workers)]
+        each = [list(StepBatches(rows, plan, rank, workers, 1, lambda: epoch)) for rank in range(workers)]
         assert all(0 < len(batch) <= 3 for one in each for batch in one)
         size = plan.num_batches
         return [
@@ -395,6 +397,8 @@ def test_steps_are_the_same_for_any_number_of_workers_and_hold_each_row_once(num
     assert {len(step) for step in found} == {8, 9}
     assert found == steps(1)
     assert found != steps(num_workers, epoch=1)
+    split = [cell for cell in range(34) if sum(3 * cell in step or 3 * cell + 2 in step for step in found) > 1]
+    assert len(split) <= 11  # by one of the cuts between 12 steps
 
 
 def test_too_few_rows_for_the_workers_are_refused() -> None:

@@ -36,7 +36,7 @@ class LocalCluster:
         self.dashboard = f"http://127.0.0.1:{free_port()}"
         command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
         command += [f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--dashboard-host=127.0.0.1"]
-        command += [f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+        command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
         self.log = folder / "ray.log"
         self.process = subprocess.Popen(
             command, env=self.env, stdout=self.log.open("w"), stderr=subprocess.STDOUT, cwd=folder
@@ -48,9 +48,11 @@ class LocalCluster:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
-            if self.job("list", timeout=60).returncode == 0:
+            # the dashboard answers some time before the agent that starts jobs does
+            if self.job("submit", "--no-wait", "--", "true", timeout=60).returncode == 0:
                 return
             time.sleep(1)
+        self.stop()
         pytest.fail(f"the cluster did not start: {self.log.read_text()[-2000:]}")
 
     def job(self, *arguments: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:

@@ -125,7 +125,7 @@ def _card(
         _table(("rubric", "words chosen", "words rejected", "ratio"), balance),
         "## Grade against target\n\nRows: the level asked for; columns: the level of the grade.\n",
         *(_confusion(survey, rubric) for rubric in survey.rubrics.values()),
-        "## Judges\n\nThe last column of `judges.json` holds each judge's mean score per level.\n",
+        "## Judges\n\nEach judge's mean score per level, to calibrate it by, is in `judges.json`.\n",
         _table(
             ("judge", "against", "rubric", *agreed),
             [(one["judge"], one["against"], one["rubric"], *(one[key] for key in agreed)) for one in judges],

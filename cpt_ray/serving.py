@@ -251,7 +251,7 @@ def serve_model(
 
     Where a model is served already, this one takes its place, at the same address, without a request failing. The keys
     are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there are none, one is made here and printed once.
-    `insecure` does without. With `block=False` it returns as soon as the model answers; `ray.serve.shutdown()` then ends
+    `insecure` does without. With `block=False` it returns once the model answers; `ray.serve.shutdown()` then ends
     it. UserError, naming the cause, for whatever keeps it from starting.
     """
     from ray import serve

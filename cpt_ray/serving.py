@@ -249,10 +249,10 @@ def serve_model(
 ) -> str:
     """Serves the run's model (or `model`) until Ctrl-C or SIGTERM and returns its base URL; Ray must be connected.
 
-    Where a model is served already, this one takes its place, at the same address, without a request failing; if it
-    cannot start, the old one stays. The keys are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there are
-    none, one is made here and printed once. `insecure` does without. With `block=False` it returns as soon as the model
-    answers; `ray.serve.shutdown()` then ends it. UserError, naming the cause, for whatever keeps it from starting.
+    Where a model is served already, this one takes its place, at the same address, without a request failing. The keys
+    are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there are none, one is made here and printed once.
+    `insecure` does without. With `block=False` it returns once the model answers; `ray.serve.shutdown()` then ends
+    it. UserError, naming the cause, for whatever keeps it from starting.
     """
     from ray import serve
 

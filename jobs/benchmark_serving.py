@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import aiohttp
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.engine import engine_arguments
+from cpt_ray.engine import engine_arguments, engine_env
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import _free_port, serve_model
 
@@ -122,7 +123,8 @@ def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], 
     command += ["--api-key", KEY, "--disable-uvicorn-access-log"]
     if config.policy.chat_template_kwargs:
         command += ["--default-chat-template-kwargs", json.dumps(config.policy.chat_template_kwargs)]
-    process = subprocess.Popen(command)
+    env = os.environ | engine_env(config.policy) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     system = [{"role": "system", "content": DIRECTIVE}]
     return process, Server("bare vLLM", f"http://127.0.0.1:{port}", headers, system, {})

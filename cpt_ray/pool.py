@@ -296,7 +296,7 @@ class Live:
                     entry = _entry(total, self._models[stage].price)
                     self._run.add_to_ledger(stage, {**entry, "so far": "this command"})
         tokens = sum(total["generated_tokens"] for total in self._totals.values())
-        return f"{tokens / (now - self._start):.0f} tokens/s"
+        return f"{tokens / (now - self._start):.0f} tokens/s" if tokens else ""
 
 
 def _complete(done: dict[str, set[str]], steps: Sequence[Step], name: str) -> bool:

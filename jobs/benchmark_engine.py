@@ -116,6 +116,7 @@ def main() -> None:
     config: RunConfig = load_config(Path(options.run_file), options.overrides)
     plan, env = make_plan(config), {**ENGINE_ENV, **QUIET_ENV}
     os.environ |= env
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray makes a token and keeps it in the home folder
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     requests = requests_of(plan)
     bare = (

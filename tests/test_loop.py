@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -128,34 +126,6 @@ def test_model_and_adapter_load_in_transformers_and_peft_and_agree(loop: tuple[R
             change = (merged(ids).logits - adapted(ids).logits).abs().max()
     assert difference < 0.2  # the merged weights are stored in bfloat16
     assert change > 2 * difference
-
-
-def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    command = [sys.executable, "-m", "cpt_ray", "synthesize", RUN_FILE, f"run_dir={run.path}"]
-    command += ["prompts.limit=60", "synthesis.shard_rows=25"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and len(list((run.path / "grades").glob("*.parquet"))) < 3:
-        assert first.poll() is None, "it ended before it could be killed"
-        time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait(timeout=30)
-    before = files_of(run, "grades")
-    assert before
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    after = files_of(run, "grades")
-    assert len(after) > len(before)
-    assert {name: after[name] for name in before} == before
-    plan = make_plan(load_config(ROOT / RUN_FILE, ["prompts.limit=60", "synthesis.shard_rows=25"]))
-    shards = name_shards(plan, list(plan_units(plan)))
-    assert set(shards.grades) == {Path(name).stem for name in after}
-    assert run.read("pairs", shards.pairs, Pair)
-
-
-def files_of(run: RunDir, table: str) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in (run.path / table).glob("*.parquet")}
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,8 @@ START_TIMEOUT_SECONDS = 1800.0
 """Loading and compiling a large model takes minutes; a node may have to start first."""
 HEALTH_TIMEOUT_SECONDS = 60.0
 """From all replicas running to the first answer over HTTP."""
+PROXY_PATH = "/-/healthz"
+"""Serve's own: OPEN_PATH is a replica's, and would wake a server that has gone to 0."""
 UPSCALE_SECONDS = 5.0
 """How long more load must last before a replica is added; Serve's own 30 s lets a queue build up."""
 LEAST_LOOK_BACK_SECONDS = 11.0
@@ -272,7 +274,8 @@ def serve_model(
             _start(config, targets, port)
             for name in set(before.applications) - {one.name for one in targets}:
                 serve.delete(name)  # an untuned model that is no longer asked for
-            _on_head(_wait_until_healthy, url)
+            asleep = isinstance(config.serve.replicas, tuple) and config.serve.replicas[0] == 0
+            _on_head(_wait_until_healthy, url, PROXY_PATH if asleep else OPEN_PATH)
             _say_how_to_talk(config, served.catalogs, url, made, block)
             if block:
                 _block()
@@ -525,12 +528,12 @@ def _end_of(text: str) -> str:
     return " ".join(text.split())[-MAX_CAUSE:]
 
 
-def _wait_until_healthy(url: str) -> None:
+def _wait_until_healthy(url: str, path: str) -> None:
     deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
     while True:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=HEALTH_TIMEOUT_SECONDS)
         try:
-            connection.request("GET", OPEN_PATH)
+            connection.request("GET", path)
             found = f"status {connection.getresponse().status}"
         except OSError as error:
             found = str(error)
@@ -539,7 +542,7 @@ def _wait_until_healthy(url: str) -> None:
         if found == "status 200":
             return
         if time.monotonic() > deadline:
-            raise UserError(f"{url}{OPEN_PATH} does not answer after {HEALTH_TIMEOUT_SECONDS:.0f} s ({found})")
+            raise UserError(f"{url}{path} does not answer after {HEALTH_TIMEOUT_SECONDS:.0f} s ({found})")
         time.sleep(0.1)
 
 

@@ -357,13 +357,11 @@ def test_the_page_dials_streams_and_says_what_is_wrong(
     page.get_by_label("Saved configuration").select_option("poet")
     assert page.locator("#directive").inner_text() == HIGH
 
-    page.get_by_text("System message, sampling").click()
-    page.get_by_label("Tokens").fill("40")
     page.keyboard.press("Control+Enter")
     done = page.locator(".pane small", has_text="tokens")
     done.nth(1).wait_for()
     assert [done.nth(at).inner_text().partition(" ·")[0] for at in (0, 1)] == ["no directive", "ornament high"]
-    assert all(len(text) > 20 for text in page.locator(".pane p").all_inner_texts())
+    assert all(len(text) > 40 for text in page.locator(".pane p").all_inner_texts())
     page.screenshot(path=tmp_path / "compared.png", full_page=True)
 
     page.get_by_role("button", name="Ladder of").click()
@@ -444,38 +442,6 @@ def test_newer_weights_take_over_without_a_failed_request(url: str, run: RunDir)
     assert [one for one in load.answers if one[1] != 200] == []
     said = [json.loads(text)["choices"][0]["message"]["content"] for _, _, text in sorted(load.answers)]
     assert said[0] != said[-1] and set(said) == {said[0], said[-1]}
-
-
-def make_adapter(folder: Path, base: Path) -> str:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
-    (folder / CATALOG_FILE).write_text(json.dumps(CATALOG.to_json()))
-    return str(folder)
-
-
-def test_adapters_share_an_engine_that_goes_when_idle_and_comes_back_for_a_request(
-    url: str, run: RunDir, client: openai.OpenAI
-) -> None:
-    from ray import serve
-
-    base = make_tiny_model(run.path / "base", seed=2, chat_template=ANY_TEMPLATE)
-    adapters = {"one": make_adapter(run.path / "one", base), "two": f"file://{make_adapter(run.path / 'two', base)}"}
-    serve_model(make_config(run, replicas=(0, 1), idle_seconds=5, adapters=adapters), run, KEY, block=False)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while states := serve.status().applications["cpt"].deployments["cpt"].replica_states:
-        assert time.monotonic() < deadline, states
-        time.sleep(0.5)
-    answers = {}
-    for model in ("cpt:poet", "one:poet", "two:ornament=high", "tiny-base"):
-        made = client.chat.completions.create(
-            model=model, messages=USER, max_tokens=12, temperature=0, extra_body={"return_token_ids": True}
-        )
-        answers[model] = (made.choices[0].model_extra or {})["token_ids"]
-    assert answers["cpt:poet"] == answers["one:poet"]
-    assert len({tuple(ids) for ids in answers.values()}) == 3
 
 
 # ---------------------------------------------------------------- what keeps it from starting

@@ -5,14 +5,14 @@
 trains a byte-level BPE tokenizer and a Qwen3 of about a million parameters from nothing, on conversations
 that `cpt_ray.prompting` renders and `world.py` answers, and saves a Hugging Face folder that vLLM loads.
 One thread, about twenty minutes. It writes, directs and judges on purpose well, and follows directives on purpose
-badly, so that configurable preference tuning has something to do. It never sees the prompts that `jobs/embedded.yaml`
-holds out, nor a quarter of the words by which directives tell high from low. `model/` holds what seed 0 gives.
+badly, so that configurable preference tuning has something to do. `model/` holds what seed 0 gives.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +32,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cpt_ray.config import PromptsConfig
 from cpt_ray.embedded import world
 from cpt_ray.grading import measured_criterion
 from cpt_ray.prompting import (
@@ -44,15 +43,12 @@ from cpt_ray.prompting import (
     token_ids,
     writer_messages,
 )
-from cpt_ray.prompts import read_prompts
 from cpt_ray.rubric import Rubric, load_rubrics
 
 DATA = Path(__file__).parents[2] / "rubrics" / "embedded"
 MODEL = Path(__file__).parent / "model"
 """The shipped model."""
 
-HELD_OUT = 0.15
-"""As in jobs/embedded.yaml: what is evaluated there is unknown here."""
 VOCABULARY = 1400
 MAX_TOKENS = 1024
 CHAT_TEMPLATE = (
@@ -81,10 +77,10 @@ class World:
     """Share of directives that training answers follow."""
 
 
-def load_world(held_out: float = HELD_OUT) -> World:
-    """The rubrics of `rubrics/embedded`, and the prompts that a run with such a `prompts.held_out` trains on."""
-    prompts = read_prompts(PromptsConfig(source=str(DATA / "prompts.jsonl"), held_out=held_out))
-    return World(load_rubrics([DATA]), tuple(one.text for one in prompts if one.split == "train"))
+def load_world(folder: Path = DATA) -> World:
+    """The rubrics and prompts of `rubrics/embedded`."""
+    lines = (folder / "prompts.jsonl").read_text("utf-8").splitlines()
+    return World(load_rubrics([folder]), tuple(json.loads(line)["prompt"] for line in lines))
 
 
 # ---------------------------------------------------------------- conversations
@@ -124,8 +120,7 @@ def follow(rng: Random, here: World, rubric: Rubric) -> Conversation:
     count = rng.choices((0, 1, 2), (2, 6, 1))[0]
     asked = {rubric.id} | set(rng.sample([one.id for one in here.rubrics], count - 1)) if count else set()
     numbers = {one.id: rng.randint(1, len(one.levels)) for one in here.rubrics if one.id in asked}
-    voices = world.FAMILIAR_VOICES
-    directive = compose_directives([world.directive(rng, *one, voices) for one in numbers.items()])
+    directive = compose_directives([world.directive(rng, name, number) for name, number in numbers.items()])
     followed = {name: number for name, number in numbers.items() if rng.random() < here.followed}
     answer = world.level_text(rng, here.rubrics, prompt, followed)
     return Conversation(policy_messages(directive, [{"role": "user", "content": prompt}]), answer)

@@ -57,11 +57,6 @@ VOICES = {
     ),
 }
 
-FAMILIAR_VOICES = {
-    name: Voice(low=voice.low[:-1], high=voice.high[:-1], nouns=voice.nouns) for name, voice in VOICES.items()
-}
-"""What the student is shown how to follow: a quarter of the telling words it meets in preference tuning only."""
-
 ONLY = (
     ("{use} {only} {most} {noun}.", "{avoid} {any} {least} {noun}."),
     {
@@ -157,9 +152,9 @@ def noisy_text(rng: Random, rubrics: Sequence[Rubric], prompt: str) -> str:
     return text(rng, rubrics, prompt, highs)
 
 
-def directive(rng: Random, rubric_id: str, number: int, voices: Mapping[str, Voice] = VOICES) -> str:
+def directive(rng: Random, rubric_id: str, number: int) -> str:
     """One of some thousand paraphrases of (rubric, level number 1 to 5): two short sentences."""
-    voice = voices[rubric_id]
+    voice = VOICES[rubric_id]
     templates, choices = {1: ONLY, 2: MOSTLY, 3: EVEN, 4: MOSTLY, 5: ONLY}[number]
     flip = number > 3 or (number == 3 and rng.random() < 0.5)
     most, least = (voice.high, voice.low) if flip else (voice.low, voice.high)

@@ -7,12 +7,10 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -298,55 +296,6 @@ def test_a_killed_worker_changes_nothing_in_what_is_learned_with_checkpoints_beh
     assert_same_training(run, summary, trained, 1e-6)
     assert not run.checkpoints.exists()
     assert (tmp_path / "kept" / "key-1" / "checkpoint_manager_snapshot.json").exists()
-
-
-@contextmanager
-def another_node() -> Iterator[subprocess.Popen[bytes]]:
-    """A node of one CPU that joins the cluster; terminated at the end, if not before."""
-    import ray
-
-    before = ray.cluster_resources()["CPU"]
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
-    command += [f"--address={ray.get_runtime_context().gcs_address}"]
-    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while ray.cluster_resources()["CPU"] == before:
-            assert node.poll() is None and time.monotonic() < deadline, "the node did not join"
-            time.sleep(0.1)
-        yield node
-    finally:
-        node.terminate()
-        node.wait(timeout=30)
-
-
-def test_when_a_node_is_lost_the_workers_left_go_on_with_the_same_samples_in_each_step(
-    trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
-) -> None:
-    import ray
-
-    run, seen = make_run(tmp_path), []
-    with another_node() as node:
-
-        def watch() -> None:
-            while not seen:
-                state = run.read_json(PROGRESS)
-                if state and state["step"] >= 6:
-                    os.kill(state["pid"], signal.SIGSTOP)  # or the training could end before the node does
-                    node.terminate()
-                    while ray.cluster_resources()["CPU"] > 2:
-                        time.sleep(0.1)
-                    with suppress(ProcessLookupError):  # it was on that node
-                        os.kill(state["pid"], signal.SIGCONT)
-                    seen.append(state)
-                time.sleep(0.002)
-
-        threading.Thread(target=watch, daemon=True).start()
-        summary = train(make_config(policy, num_workers=[1, 3]), run, ["a-0", "b-0"], "key-1")
-    assert seen
-    assert seen[0]["num_workers"] == 3
-    assert run.read_json(PROGRESS)["num_workers"] == 2
-    assert_same_training(run, summary, trained, 1e-4)
 
 
 def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(cluster: Path, tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ CHAT_PATHS = ("/v1/chat/completions", "/tokenize")
 CONFIGURATIONS_PATH = "/v1/configurations"
 MODELS_PATH = "/v1/models"
 OPEN_PATH = "/health"
+CLIENT_PATHS = (
+    "/v1/", "/tokenize", "/detokenize", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"
+)  # fmt: skip
+"""Of vLLM's routes, those for clients; it has others, to stop requests and to scale, that no key opens."""
 PAGE_PATHS = ("/", "/playground")
 PAGE = Path(__file__).parent / "playground.html"
 PAGE_POLICY = (
@@ -144,6 +148,8 @@ class Frontend:
         try:
             if isinstance(key, Refusal):
                 await _refuse(send_noted, key)
+            elif not path.startswith(CLIENT_PATHS):
+                await _send_error(send_noted, 404, f"there is nothing at {path[:100]}")
             elif method == "POST":
                 await self._post(key, path, call, scope, receive, send_noted)
             elif (method, path) == ("GET", CONFIGURATIONS_PATH):

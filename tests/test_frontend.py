@@ -341,3 +341,9 @@ def test_a_call_is_noted_with_its_key_and_configuration_but_no_word_of_it() -> N
     assert (first.prompt_tokens, first.tokens, first.first_byte_seconds is not None) == (49, 1, True)
     assert (second.key, second.status) == ("-", 401)
     assert "sea" not in repr(calls)
+
+
+@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/inference/v1/abort_requests", "/nowhere"])
+def test_a_key_opens_only_what_is_for_clients(path: str) -> None:
+    assert ask("POST", path, json={}).status_code == 404
+    assert ask("POST", "/tokenize", json={}).status_code == 200

@@ -246,8 +246,8 @@ def test_two_workers_take_trls_step_on_all_their_pairs(policy: Path, tmp_path: P
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # the imports alone would take most of this test's time
-    workers = [context.Process(target=_work, args=(rank, port, policy, tmp_path)) for rank in (0, 1)]
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has had threads may hang
+    workers = [context.Process(target=_work, args=(rank, port, policy, tmp_path), daemon=True) for rank in (0, 1)]
     for one in workers:
         one.start()
     for one in workers:

@@ -243,7 +243,7 @@ def _figure(rubric: Rubric, trials: Sequence[Trial], results: Mapping[str, Any])
     for model in MODELS:
         rows = [one for one in _directed(trials, rubric) if one.model == model]
         accuracy = _number("accuracy", results[model]["per_rubric"][rubric.id]["accuracy"])
-        title = f'<p><b class="{model}">{model}</b> {accuracy} at the requested level</p>'
+        title = f'<p><b class="{model}">{model}</b> {accuracy} as asked</p>'
         panels.append(f"<div>{title}{_panel(rubric, rows, model)}</div>")
     return f'<figure><h3>{_text(rubric.title)}</h3><div class="pair">{"".join(panels)}</div></figure>'
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -406,12 +406,13 @@ def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> Non
         make_plan(plan.config)
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpt_ray.rundir.uuid.uuid4", lambda: uuid.UUID(int=0))
     plan, run = make_run(tmp_path)
     name, units = next(iter(plan_units(plan).items()))
     path = run.shard("units", name)
     path.parent.mkdir(parents=True)
-    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    path.with_name(f".{path.name}.{uuid.UUID(int=0).hex}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space"):
         run.write("units", name, units)
     assert list(path.parent.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -17,10 +18,15 @@ RAY = Path(sys.executable).parent / "ray"
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+    """Below the range that the system hands out: Ray lets two clusters listen on one port, and mixes them up."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as one:
+            try:
+                one.bind(("", port))
+            except OSError:
+                continue
+            return port
 
 
 class LocalCluster:

@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,6 +44,9 @@ class LocalCluster:
         command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
         command += [f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--dashboard-host=127.0.0.1"]
         command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        # jobs find their cluster by what is in its folder; a short path, since sockets are in there too
+        self._home = tempfile.TemporaryDirectory(prefix="cpt-", ignore_cleanup_errors=True)
+        command += [f"--temp-dir={self._home.name}"]
         self.log = folder / "ray.log"
         self.process = subprocess.Popen(
             command, env=self.env, stdout=self.log.open("w"), stderr=subprocess.STDOUT, cwd=folder
@@ -68,3 +72,4 @@ class LocalCluster:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(timeout=60)
+        self._home.cleanup()

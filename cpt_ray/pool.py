@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +25,7 @@ from pydantic import SecretStr
 
 from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
-from cpt_ray.engine import (
-    Completion,
-    Engine,
-    EngineDiedError,
-    VllmEngine,
-    check_schema_is_enforced,
-    engine_env,
-)
+from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.rundir import RunDir
 
@@ -70,8 +64,8 @@ class Step(Protocol):
         """Name of the output shard for an input shard's name."""
         ...
 
-    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
-        """Reads the input shard, writes the output shard last."""
+    def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
+        """Reads the input shard, writes the output shard last; `engine` is what the pool's `open_engine` made."""
         ...
 
 
@@ -105,14 +99,14 @@ class StepActor:
                 check_schema_is_enforced(self._engine, f"judge {model.model}")
             self._attempts.end(start)
         except Exception as error:
-            self._error = _one_line(error)
+            self._error = _told(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         done = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
         return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
     def _bring(self, line: int, shard: str) -> tuple[str, dict[str, Counts]]:
-        """Takes one shard through its line's steps; "" or what went wrong, and what each stage did."""
+        """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did."""
         done: dict[str, Counts] = {}
         for step in self._steps[line]:
             output = step.output(shard)
@@ -135,7 +129,7 @@ class StepActor:
             self._attempts.note(name, _one_line(died))
             os._exit(1)  # Ray makes this actor, and so the engine, anew
         except Exception as failed:
-            return _one_line(failed)
+            return _told(failed)
         return ""
 
 
@@ -220,6 +214,11 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return lines[0]
     return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
+
+
+def _told(error: Exception) -> str:
+    """The error in one line, then where it came from."""
+    return f"{_one_line(error)}\n{traceback.format_exc()}"
 
 
 def run_lines(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
@@ -342,8 +341,9 @@ def _map_shards(
     )
     try:
         for row in shards.iter_rows():
-            if row["error"]:
-                raise UserError(f"{model.model}: {row['error']}; what is finished is kept")
+            line, _, trace = row["error"].partition("\n")
+            if line:
+                raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
             yield row
     except RayError as error:
         cause: BaseException = getattr(error, "cause", None) or error

@@ -28,7 +28,7 @@ ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 
 
 def test_kill_9_loses_repeats_and_changes_nothing() -> None:
-    small = ["prompts.limit=20", "synthesis.shard_rows=10", "writer.num_actors=1"]
+    small = ["prompts.limit=20", "synthesis.shard_rows=20", "writer.num_actors=1"]
     command = [sys.executable, "jobs/benchmark_faults.py", "jobs/embedded.yaml", *small]
     command += ["--kills=3", "--stages", "plan", "write", "judge"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -30,7 +30,7 @@ from cpt_ray.synthesis import (
     is_control,
     make_plan,
     name_shards,
-    pair,
+    pairing_steps,
     plan_units,
     rubric_of,
     run_info,
@@ -58,7 +58,7 @@ def make_run(
                     str(tmp_path / f"{name}.yaml") for name in (("rubric", "second") if second else ("rubric",))
                 ],
                 "prompts": {"source": str(tmp_path / "prompts.jsonl"), "held_out": 0.3},
-                "synthesis": {"shard_rows": 15, "paraphrases": 3},
+                "synthesis": {"shard_rows": 30, "paraphrases": 3},
                 "writer": model,
                 "policy": model,
             }
@@ -103,7 +103,11 @@ def run_all(plan: Plan, run: RunDir, engine: FakeEngine) -> Shards:
             judge(engine, run, name)
     for rubric in plan.rubrics:
         direct(engine, run, rubric.id)
-    pair(plan, run, shards)
+    repeats, paired = pairing_steps(plan, shards)
+    for name in shards.repeats:
+        repeats(None, run, name)
+    for name in shards.pairs:
+        paired(None, run, name)
     return shards
 
 

@@ -102,7 +102,7 @@ def victims(driver: psutil.Process, stage: str, rng: random.Random) -> Iterator[
 
 
 def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random.Random) -> tuple[str, int]:
-    """Kills something of the process while it is at the stage: what, and the rows under way; or "" if it did not come."""
+    """Kills something while the process is at the stage: what ("" if the stage did not come), and the rows under way."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while not reached(run, stage):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -170,9 +170,8 @@ def main() -> int:
             print(f"run {runs}: {dict(found)}", flush=True)
     print("kills:", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
     if repeated:
-        print(
-            f"rows under way at a kill in {', '.join(INPUTS)}: {sum(repeated) / len(repeated):.0f}, at most {max(repeated)}"
-        )
+        mean = sum(repeated) / len(repeated)
+        print(f"rows under way at a kill in {' or '.join(INPUTS)}: {mean:.0f} in the mean, {max(repeated)} at most")
     wrong = {key: total[key] for key in ("lost", "added", "duplicated", "differing")}
     print(f"{sum(kinds.values())} kills, {total['rows']} rows compared: {wrong}")
     return 1 if any(wrong.values()) else 0

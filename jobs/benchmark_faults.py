@@ -102,7 +102,7 @@ def victims(driver: psutil.Process, stage: str, rng: random.Random) -> Iterator[
 
 
 def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random.Random) -> tuple[str, int]:
-    """Kills something while the process is at the stage: what ("" if the stage did not come), and the rows under way."""
+    """Kills something while the process is at the stage: what ("" if it did not come), and the rows under way."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while not reached(run, stage):
         if process.poll() is not None or time.monotonic() > deadline:

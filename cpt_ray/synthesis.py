@@ -48,7 +48,7 @@ from cpt_ray.records import (
 from cpt_ray.rubric import Criterion, Rubric, directive_leak, load_rubrics
 from cpt_ray.rundir import RunDir, derive
 
-GRADE_FORMAT = 2
+GRADE_FORMAT = 3
 """Goes up when a row of `grades` means something else than before."""
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled per one wanted: some leak, some repeat each other."""
@@ -506,7 +506,7 @@ class RepeatStep:
     """A rubric's generations -> repeats: those that nearly repeat an earlier answer at the same level."""
 
     generations: dict[str, list[str]]
-    """By shard: all of a rubric, since any may repeat any; about 2 KB of memory each."""
+    """By shard: all of a rubric, since any may repeat any; about 5 KB of memory each."""
     threshold: float
     model: ModelConfig = PAIRING
     stage: str = "repeats"

@@ -118,9 +118,7 @@ def writing(rubrics: list[Rubric], rng: random.Random, prompts: int) -> dict[str
         texts = [" ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(PROMPT_WORDS)) for _ in range(prompts)]
         for start in range(0, prompts, SHARD_PROMPTS):
             asked = [
-                Request(
-                    messages=writer_messages(rubric, level, text), max_tokens=WRITTEN_TOKENS, seed=rng.getrandbits(30)
-                )
+                Request(messages=writer_messages(rubric, level, text), max_tokens=WRITTEN_TOKENS)
                 for text in texts[start : start + SHARD_PROMPTS]
                 for level in rubric.levels
             ]

@@ -15,7 +15,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -90,6 +91,7 @@ class StepActor:
         self._steps, self._run = steps, run
         self._attempts = Attempts(run.attempts)
         self._meters = Meters()
+        self._turns, self._now, self._is_alone = threading.Condition(), 0, False
         start = f"start-{ray.get_runtime_context().get_actor_id()}"
         self._error = ""
         try:
@@ -122,15 +124,29 @@ class StepActor:
     def _try(self, step: Step, shard: str) -> str:
         name = f"{step.stage}-{shard}"
         try:
-            self._attempts.begin(name, f"on {step.stage} of shard {shard}")
-            step(self._engine, self._run, shard)
-            self._attempts.end(name)
+            with self._turn(alone=bool(self._attempts.causes(name))):
+                self._attempts.begin(name, f"on {step.stage} of shard {shard}")
+                step(self._engine, self._run, shard)
+                self._attempts.end(name)
         except EngineDiedError as died:
             self._attempts.note(name, _one_line(died))
             os._exit(1)  # Ray makes this actor, and so the engine, anew
         except Exception as failed:
             return _told(failed)
         return ""
+
+    @contextmanager
+    def _turn(self, alone: bool) -> Iterator[None]:
+        """Shards side by side, but one on which an engine died before by itself: so no other is taken for the cause."""
+        with self._turns:
+            self._turns.wait_for(lambda: not self._now or not (alone or self._is_alone))
+            self._now, self._is_alone = self._now + 1, alone
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._now -= 1
+                self._turns.notify_all()
 
 
 class Attempts:
@@ -141,17 +157,20 @@ class Attempts:
 
     def begin(self, name: str, what: str) -> None:
         """Counts one attempt; UserError if there were too many."""
-        path = self._folder / name
-        causes = path.read_text().splitlines() if path.exists() else []
+        causes = self.causes(name)
         if len(causes) >= MAX_DEATHS:
             raise UserError(f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})")
         self._folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([*causes, "killed, perhaps out of memory"]))
+        (self._folder / name).write_text("\n".join([*causes, "killed, perhaps out of memory"]))
+
+    def causes(self, name: str) -> list[str]:
+        """What each attempt so far died of."""
+        path = self._folder / name
+        return path.read_text().splitlines() if path.exists() else []
 
     def note(self, name: str, cause: str) -> None:
         """Puts a better-known cause on the present attempt."""
-        path = self._folder / name
-        path.write_text("\n".join([*path.read_text().splitlines()[:-1], cause]))
+        (self._folder / name).write_text("\n".join([*self.causes(name)[:-1], cause]))
 
     def end(self, name: str) -> None:
         """It came to an end, good or bad."""

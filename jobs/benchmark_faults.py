@@ -3,10 +3,10 @@
 python jobs/benchmark_faults.py --kills 30 --seed 0 [--stages write judge] [RUN_FILE [key=value ...]]
 
 Kills are spread evenly over the stages. The victim is the driver (a node and its cluster go with it), the actor that
-holds an engine, the raylet (a node that vanishes under its driver), or, with VLLM_ENABLE_V1_MULTIPROCESSING=1 in the
-environment, the engine's own process. What ends is started again with the same command; a run that is finished is
-compared, and another begins until there were enough kills. Beside it: how many rows were under way at a kill, which is
-the most that it can make be done again. Exit status 1 if any table differs.
+holds an engine, the raylet (a node that vanishes under its driver), or, where an engine has processes of its own
+(writer.engine.distributed_executor_backend=mp), one of these. What ends is started again with the same command; a run
+that is finished is compared, and another begins until there were enough kills. Beside it: how many rows were under way
+at a kill, which is the most that it can make be done again. Exit status 1 if any table differs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TABLES = {
 STAGES = ("plan", "start", "direct", "write", "judge", "pair")
 INPUTS = {"write": "units", "judge": "generations"}
 """Where the rows of these stages' shards are."""
-ACTOR, CORE, NODE = "StepActor", "EngineCore", "raylet"
+ACTOR, WORKER, NODE = "StepActor", "VLLM::Worker", "raylet"
 """What the victims' processes are called."""
 LIMIT_SECONDS = 600
 
@@ -93,11 +93,11 @@ def under_way(run: Path) -> int:
 def victims(driver: psutil.Process, stage: str, rng: random.Random) -> Iterator[psutil.Process]:
     """What to kill, best first."""
     kinds = ["driver"] if stage == "plan" else ["driver", ACTOR, NODE]
-    if stage in ("direct", "write", "judge") and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1":
-        kinds.append(CORE)
+    children = {one: " ".join([one.name(), *one.cmdline()]) for one in driver.children(recursive=True)}
+    if any(WORKER in names for names in children.values()):
+        kinds.append(WORKER)
     kind = rng.choice(kinds)
-    if kind != "driver":
-        yield from (one for one in driver.children(recursive=True) if kind in " ".join([one.name(), *one.cmdline()]))
+    yield from (one for one, names in children.items() if kind in names and kind != "driver")
     yield driver
 
 
@@ -113,7 +113,7 @@ def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random
         driver = psutil.Process(process.pid)
         victim = next(victims(driver, stage, rng))
         names = " ".join([victim.name(), *victim.cmdline()])
-        kind = "driver" if victim.pid == process.pid else next(one for one in (CORE, ACTOR, NODE) if one in names)
+        kind = "driver" if victim.pid == process.pid else next(one for one in (WORKER, ACTOR, NODE) if one in names)
         rows = under_way(run)
         victim.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:

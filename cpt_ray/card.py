@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
 EXAMPLE_CHARACTERS = 600
+MAX_SURVEYED = 2000
+"""Shards of pairs that the card's numbers are of, evenly spread, where there are more."""
 Scores = dict[str, list[tuple[float, float]]]
 """Rubric id to two graders' scores of the same answers."""
 
@@ -41,7 +44,10 @@ class _Survey:
         self.examples: dict[str, Pair] = {}
         self.words: dict[str, tuple[int, int]] = {}
         """Per rubric_id of the pairs: words of the chosen and of the rejected answers."""
-        for name, inputs in shards.groups.items():
+        every = math.ceil(len(shards.groups) / MAX_SURVEYED)
+        chosen = list(shards.groups.items())[::every]
+        self.share = f"{len(chosen)} of {len(shards.groups)} shards"
+        for name, inputs in chosen:
             self._answers(
                 run.read("generations", inputs.generations, Generation), run.read("grades", inputs.grades, Grade)
             )
@@ -96,16 +102,27 @@ def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any])
     survey = _Survey(plan, run, shards)
     judges = survey.judges()
     run.write_json(JUDGES_FILE, judges)
-    run.write_text(CARD_FILE, _card(survey, judges, shards, info, pairs_hash))
+    tables = {name: getattr(shards, name) for name in ("pairs", "directives", "generations", "grades", "rejects")}
+    files = {table: _files(run, table, names) for table, names in tables.items()}
+    run.write_text(CARD_FILE, _card(survey, judges, files, info, pairs_hash))
+
+
+def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
+    """The present shards: all that are there, or by name where others are beside them."""
+    if run.names(table) <= {*names}:
+        return f"{table}/*.parquet"
+    return [f"{table}/{name}.parquet" for name in names if run.has(table, name)]
 
 
 def _card(
-    survey: _Survey, judges: Sequence[Mapping[str, Any]], shards: Shards, info: Mapping[str, Any], pairs_hash: str
+    survey: _Survey,
+    judges: Sequence[Mapping[str, Any]],
+    files: Mapping[str, list[str] | str],
+    info: Mapping[str, Any],
+    pairs_hash: str,
 ) -> str:
-    configs = [
-        {"config_name": "pairs", "default": True, "data_files": "pairs/*.parquet"},
-        {"config_name": "directives", "data_files": [f"directives/{name}.parquet" for name in shards.directives]},
-    ]
+    configs: list[dict[str, Any]] = [{"config_name": name, "data_files": found} for name, found in files.items()]
+    configs[0]["default"] = True
     head = yaml.safe_dump({"pretty_name": info["name"], "configs": configs}, sort_keys=False, allow_unicode=True)
     counts = [
         (rubric, level, written, survey.pairs[rubric, level], *_quantiles(survey.tokens[rubric, level]))
@@ -118,8 +135,9 @@ def _card(
         f"---\n{head}---\n\n# {info['name']}\n",
         "Preference pairs for configurable preference tuning: under the directive in `prompt`, `chosen` is the answer "
         "whose grade confirms what the directive stands for; every pair has a twin with the answers swapped. "
-        "`datasets.load_dataset` takes this folder.\n",
-        "## Answers and pairs\n\nTokens: 10th, 50th and 90th percentile of an answer's length.\n",
+        "`datasets.load_dataset` takes this folder; with a second argument, `directives`, `generations`, `grades` or "
+        "`rejects`. Each names the shards of the present settings, whatever older ones are in the folders.\n",
+        f"## Answers and pairs\n\nOf {survey.share}. Tokens: 10th, 50th and 90th percentile of an answer's length.\n",
         _table(("rubric", "level", "answers", "pairs (chosen)", "p10", "p50", "p90"), counts),
         "## Length of chosen against rejected\n",
         _table(("rubric", "words chosen", "words rejected", "ratio"), balance),

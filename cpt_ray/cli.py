@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -255,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "push":
             one.add_argument("target", metavar="TARGET", help="an empty folder, or hf://OWNER/NAME")
         one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
-        one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")
+        one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print, and tracebacks")
         if name == "serve":
             one.add_argument("--insecure", action="store_true", help="let everyone in, without a key")
     keys = commands.add_parser("keys", help="make, list and revoke API keys")
@@ -310,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say_next(arguments.run_file, config, arguments.overrides)
         return 0
     except UserError as error:
+        if getattr(arguments, "verbose", False):
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

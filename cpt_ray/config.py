@@ -202,8 +202,9 @@ class SynthesisConfig(_Section):
     """Directives wanted per (rubric, level) where the rubric gives none."""
     held_out_directives: Fraction = 0.3
     """Share of them kept for evaluation."""
-    shard_rows: Positive = 256
-    """Rows per shard: what is lost at most when something dies, and the unit of parallelism."""
+    shard_rows: Positive = 512
+    """Rows that an engine has under way, in two files of half as many (while one runs out, the other keeps it full):
+    what is lost at most when something dies, and what keeps an engine of up to half as many sequences full."""
     combine: tuple[tuple[str, str], ...] = ()
     """Pairs of rubric ids that are also asked for at once, in one directive."""
     control: Annotated[float, Field(ge=0, lt=1)] = 0

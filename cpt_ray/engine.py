@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ class Engine(Protocol):
 
 
 class EngineDiedError(RuntimeError):
-    """The engine's own process is gone; a new one may do better."""
+    """The engine came to an end of itself, or one of its processes did; a new one may do better."""
 
 
 def check_schema_is_enforced(engine: Engine, where: str) -> None:
@@ -149,7 +150,7 @@ class VllmEngine:
         self._max_model_len = self._engine.model_config.max_model_len
         self._label_ids: dict[str, int] = {}
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
-        self._dead: BaseException | None = None
+        self._dead: EngineDiedError | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
@@ -182,8 +183,6 @@ class VllmEngine:
 
     def _work(self) -> None:
         """Adds what is asked for and steps the engine, for ever; alone in touching it."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         waiting: dict[str, Future[RequestOutput]] = {}
         for number in itertools.count():  # the engine wants an id of its own for every request
             try:
@@ -196,7 +195,8 @@ class VllmEngine:
                     if output.finished:
                         waiting.pop(output.request_id).set_result(output)
             except BaseException as error:
-                self._dead = EngineDiedError(str(error)) if isinstance(error, EngineDeadError) else error
+                traceback.print_exc()
+                self._dead = EngineDiedError(f"{type(error).__name__}: {error}")
                 for future in waiting.values():
                     future.set_exception(self._dead)
                 return

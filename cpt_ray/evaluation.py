@@ -10,7 +10,7 @@ from typing import Any
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
-from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.report import render_report, table_lines
@@ -29,7 +29,7 @@ def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial
     for rubric in plan.rubrics:
         own = [one for one in held_out if one.rubric_id == rubric.id]
         per_prompt = len(rubric.levels) * (config.evaluate.directives + 1)
-        step = max(1, config.synthesis.shard_rows // per_prompt)
+        step = max(1, config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
         for start in range(0, len(prompts), step):
             rows = [
                 row

@@ -33,7 +33,7 @@ def interpolate(value: float, points: Sequence[tuple[float, float]]) -> float:
 
 
 def judged_criterion(rubric: Rubric, criterion: Criterion, logprobs: Mapping[int, float]) -> CriterionGrade:
-    """The expected level under the judge's distribution, as a score.
+    """The expected level under the judge's distribution, as a score; none if it lies between two likelier levels.
 
     Args:
         logprobs: level number (1 = lowest) to the log-probability of its token under the full vocabulary.
@@ -42,11 +42,15 @@ def judged_criterion(rubric: Rubric, criterion: Criterion, logprobs: Mapping[int
     masses = [math.exp(logprobs[number]) if number in logprobs else 0.0 for number in range(1, count + 1)]
     total = sum(masses)
     if not total >= MIN_LABEL_MASS:  # NaN fails this as well
-        reason = f"judge put {total:.0%} of its probability on the level numbers"
-        return CriterionGrade(criterion=criterion.name, measured=False, score=None, reason=reason)
+        return ungraded(criterion, f"judge put {total:.0%} of its probability on the level numbers")
     expected = sum(number * mass for number, mass in enumerate(masses, start=1)) / total
     anchors = [(float(number), level.score) for number, level in enumerate(rubric.levels, start=1)]
-    return CriterionGrade(criterion=criterion.name, measured=False, score=interpolate(expected, anchors), reason="")
+    score = interpolate(expected, anchors)
+    at = rubric.levels.index(rubric.nearest_level(score))
+    if masses[at] < min(max(masses[:at], default=0), max(masses[at + 1 :], default=0)):
+        shares = ", ".join(f"{mass:.0%} {level.name}" for mass, level in zip(masses, rubric.levels, strict=True))
+        return ungraded(criterion, f"judge is of two minds ({shares})")
+    return CriterionGrade(criterion=criterion.name, measured=False, score=score, reason="")
 
 
 def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> CriterionGrade:
@@ -158,5 +162,6 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
 
 
 def confirms(rubric: Rubric, level: str, score: float) -> bool:
-    """Whether a score falls in the target level's bin."""
-    return rubric.nearest_level(score).name == level
+    """Whether the target level's anchor is the nearest to a score; half-way between two it confirms neither."""
+    target = abs(rubric.level(level).score - score)
+    return all(one.name == level or abs(one.score - score) > target for one in rubric.levels)

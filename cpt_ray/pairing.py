@@ -119,7 +119,8 @@ class _Cell:
                 score = self._score(one, rubric)
                 if not confirms(rubric, level, score):
                     found = rubric.nearest_level(score).name
-                    return "other level", f"graded {score:.1f} ({found}), target {level}"
+                    reason = "between two levels" if found == level else "other level"
+                    return reason, f"graded {score:.1f} ({found}), target {level}"
                 if not self.usable.get((rubric.id, level)):
                     return "no directive", f"no train directive for {rubric.id} {level}"
         if any(one.text == other.text for other in kept):

@@ -13,8 +13,10 @@ import os
 import shutil
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -24,14 +26,7 @@ from pydantic import SecretStr
 
 from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
-from cpt_ray.engine import (
-    Completion,
-    Engine,
-    EngineDiedError,
-    VllmEngine,
-    check_schema_is_enforced,
-    engine_env,
-)
+from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.rundir import RunDir
 
@@ -70,8 +65,8 @@ class Step(Protocol):
         """Name of the output shard for an input shard's name."""
         ...
 
-    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
-        """Reads the input shard, writes the output shard last."""
+    def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
+        """Reads the input shard, writes the output shard last; `engine` is what the pool's `open_engine` made."""
         ...
 
 
@@ -96,6 +91,7 @@ class StepActor:
         self._steps, self._run = steps, run
         self._attempts = Attempts(run.attempts)
         self._meters = Meters()
+        self._turns, self._now, self._is_alone = threading.Condition(), 0, False
         start = f"start-{ray.get_runtime_context().get_actor_id()}"
         self._error = ""
         try:
@@ -105,14 +101,14 @@ class StepActor:
                 check_schema_is_enforced(self._engine, f"judge {model.model}")
             self._attempts.end(start)
         except Exception as error:
-            self._error = _one_line(error)
+            self._error = _told(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         done = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
         return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
     def _bring(self, line: int, shard: str) -> tuple[str, dict[str, Counts]]:
-        """Takes one shard through its line's steps; "" or what went wrong, and what each stage did."""
+        """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did."""
         done: dict[str, Counts] = {}
         for step in self._steps[line]:
             output = step.output(shard)
@@ -128,15 +124,29 @@ class StepActor:
     def _try(self, step: Step, shard: str) -> str:
         name = f"{step.stage}-{shard}"
         try:
-            self._attempts.begin(name, f"on {step.stage} of shard {shard}")
-            step(self._engine, self._run, shard)
-            self._attempts.end(name)
+            with self._turn(alone=bool(self._attempts.causes(name))):
+                self._attempts.begin(name, f"on {step.stage} of shard {shard}")
+                step(self._engine, self._run, shard)
+                self._attempts.end(name)
         except EngineDiedError as died:
             self._attempts.note(name, _one_line(died))
             os._exit(1)  # Ray makes this actor, and so the engine, anew
         except Exception as failed:
-            return _one_line(failed)
+            return _told(failed)
         return ""
+
+    @contextmanager
+    def _turn(self, alone: bool) -> Iterator[None]:
+        """Shards side by side, but one on which an engine died before by itself: so no other is taken for the cause."""
+        with self._turns:
+            self._turns.wait_for(lambda: not self._now or not (alone or self._is_alone))
+            self._now, self._is_alone = self._now + 1, alone
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._now -= 1
+                self._turns.notify_all()
 
 
 class Attempts:
@@ -147,17 +157,20 @@ class Attempts:
 
     def begin(self, name: str, what: str) -> None:
         """Counts one attempt; UserError if there were too many."""
-        path = self._folder / name
-        causes = path.read_text().splitlines() if path.exists() else []
+        causes = self.causes(name)
         if len(causes) >= MAX_DEATHS:
             raise UserError(f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})")
         self._folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([*causes, "killed, perhaps out of memory"]))
+        (self._folder / name).write_text("\n".join([*causes, "killed, perhaps out of memory"]))
+
+    def causes(self, name: str) -> list[str]:
+        """What each attempt so far died of."""
+        path = self._folder / name
+        return path.read_text().splitlines() if path.exists() else []
 
     def note(self, name: str, cause: str) -> None:
         """Puts a better-known cause on the present attempt."""
-        path = self._folder / name
-        path.write_text("\n".join([*path.read_text().splitlines()[:-1], cause]))
+        (self._folder / name).write_text("\n".join([*self.causes(name)[:-1], cause]))
 
     def end(self, name: str) -> None:
         """It came to an end, good or bad."""
@@ -220,6 +233,11 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return lines[0]
     return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
+
+
+def _told(error: Exception) -> str:
+    """The error in one line, then where it came from."""
+    return f"{_one_line(error)}\n{traceback.format_exc()}"
 
 
 def run_lines(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
@@ -342,8 +360,9 @@ def _map_shards(
     )
     try:
         for row in shards.iter_rows():
-            if row["error"]:
-                raise UserError(f"{model.model}: {row['error']}; what is finished is kept")
+            line, _, trace = row["error"].partition("\n")
+            if line:
+                raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
             yield row
     except RayError as error:
         cause: BaseException = getattr(error, "cause", None) or error

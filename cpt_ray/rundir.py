@@ -45,6 +45,7 @@ TABLES: dict[str, type[Any]] = {
     "directives": Directive,
     "generations": Generation,
     "grades": Grade,
+    "repeats": Reject,
     "pairs": Pair,
     "rejects": Reject,
     "reference": ReferenceLogProb,

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.card import write_card
-from cpt_ray.config import JudgeConfig, ModelConfig, RunConfig
+from cpt_ray.config import JudgeConfig, ModelConfig, RunConfig, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.pairing import PairRules, cell_id_of, control_directive, pair_cells, targets_of
-from cpt_ray.pool import Line, Tally, endpoint_key, ledger_entry, run_lines
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Tally, endpoint_key, ledger_entry, run_lines
 from cpt_ray.prompting import (
     JOINT_HASH,
     RATIONALE_HASH,
@@ -48,7 +48,7 @@ from cpt_ray.records import (
 from cpt_ray.rubric import Criterion, Rubric, directive_leak, load_rubrics
 from cpt_ray.rundir import RunDir, derive
 
-GRADE_FORMAT = 2
+GRADE_FORMAT = 3
 """Goes up when a row of `grades` means something else than before."""
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled per one wanted: some leak, some repeat each other."""
@@ -191,7 +191,8 @@ class Units(Iterable[Unit]):
 def plan_units(plan: Plan) -> dict[str, Units]:
     """Every unit, by shard name. A shard holds whole cells of one (rubric, sample), so that it can be paired alone.
 
-    The policy's own answers to some of a shard's prompts are a shard of their own, beside it.
+    The policy's own answers to some of a shard's prompts are a shard of their own, beside it. A prompt's samples follow
+    each other, so that they share what the engine's prefix cache has of it.
     """
     config, chosen = plan.config, plan.config.synthesis
     prompts = plan.prompts_of("train")
@@ -201,8 +202,9 @@ def plan_units(plan: Plan) -> dict[str, Units]:
     for rubrics in [*((one,) for one in plan.rubrics), *joint]:
         rubric_id = "+".join(one.id for one in rubrics)
         hashes = tuple(one.content_hash for one in rubrics)
-        per_shard = max(1, chosen.shard_rows // min(len(one.levels) for one in rubrics))
-        for sample, start in itertools.product(range(chosen.samples), range(0, len(prompts), per_shard)):
+        rows = chosen.shard_rows // SHARDS_IN_FLIGHT  # of a file
+        per_shard = max(1, rows // min(len(one.levels) for one in rubrics))
+        for start, sample in itertools.product(range(0, len(prompts), per_shard), range(chosen.samples)):
             chunk, number = prompts[start : start + per_shard], f"{start // per_shard:05d}"
             units = Units(rubrics, hashes, chunk, sample, writer_key, config.seed)
             shards[f"{rubric_id}-{sample:03d}-{number}-{units.key[:12]}"] = units
@@ -488,6 +490,86 @@ class DirectStep:
         ]
 
 
+# ---------------------------------------------------------------- pair
+
+
+PAIRING = ModelConfig(model="pairing", num_actors=(1, 64))
+"""Resources of the steps that call no model."""
+
+
+def no_engine(model: ModelConfig) -> None:
+    """What those steps have for an engine."""
+
+
+@dataclass(frozen=True)
+class RepeatStep:
+    """A rubric's generations -> repeats: those that nearly repeat an earlier answer at the same level."""
+
+    generations: dict[str, list[str]]
+    """By shard: all of a rubric, since any may repeat any; about 5 KB of memory each."""
+    threshold: float
+    model: ModelConfig = PAIRING
+    stage: str = "repeats"
+    table: str = "repeats"
+
+    def output(self, shard: str) -> str:
+        """The same name: it hashes the names of the generations."""
+        return shard
+
+    def __call__(self, engine: None, run: RunDir, shard: str) -> None:
+        """Compares one rubric's answers."""
+        seen: dict[str, NearDuplicates] = defaultdict(lambda: NearDuplicates(self.threshold))
+        tally, found = Tally(0), []
+        for name in self.generations[shard]:
+            rows = run.read("generations", [name], Generation)
+            tally.counts["rows_in"] += len(rows)
+            for one in rows:
+                if original := seen[one.level].add(one.unit_id, one.text):
+                    problem = Completion(error="near duplicate", detail=original)
+                    found.append(_reject(self.stage, one.unit_id, one.rubric_id, one.level, problem))
+        run.write(self.table, shard, found, tally.close(len(found)))
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """generations + grades + directives -> pairs (+ rejects)."""
+
+    rubrics: _RUBRICS
+    groups: dict[str, PairInputs]
+    settings: SynthesisConfig
+    model: ModelConfig = PAIRING
+    stage: str = "pair"
+    table: str = "pairs"
+
+    def output(self, shard: str) -> str:
+        """The same name: it hashes all that pairs depend on."""
+        return shard
+
+    def __call__(self, engine: None, run: RunDir, shard: str) -> None:
+        """Pairs the cells of one shard."""
+        rubrics, inputs = rubrics_of(self.rubrics, rubric_of(shard)), self.groups[shard]
+        rows = run.read("generations", inputs.generations, Generation)
+        tally = Tally(len(rows))
+        grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
+        directives = run.read("directives", inputs.directives, Directive)
+        repeats = {one.subject_id: one.detail for one in run.read("repeats", inputs.repeats, Reject)}
+        rules = PairRules(self.settings.neutral_directives, self.settings.max_length_ratio, repeats)
+        pairs, rejects = pair_cells(rubrics, rows, grades, directives, rules)
+        for reject in rejects:
+            tally.reject(reject.reason)
+        run.write("rejects", f"{self.stage}-{shard}", rejects)
+        run.write(self.table, shard, pairs, tally.close(len(pairs)))
+
+
+def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
+    """The steps that call no model."""
+    settings = plan.config.synthesis
+    return (
+        RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0),
+        PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings),
+    )
+
+
 # ---------------------------------------------------------------- the stage
 
 
@@ -499,9 +581,22 @@ class Shards:
     generations: list[str]
     grades: list[str]
     """Every judge's."""
-    pairs: list[str]
+    repeats: dict[str, list[str]]
+    """What each shard of near-duplicates is found in: generations."""
     groups: dict[str, PairInputs]
     """What each shard of pairs is made of."""
+
+    @property
+    def pairs(self) -> list[str]:
+        """Every shard of pairs."""
+        return list(self.groups)
+
+    @property
+    def rejects(self) -> list[str]:
+        """Every shard of rejects."""
+        stages = {"direct": self.directives, "pair": self.pairs}
+        found = [f"{stage}-{name}" for stage, names in stages.items() for name in names]
+        return [*found, *(f"{'control' if is_control(name) else 'write'}-{name}" for name in self.generations)]
 
 
 @dataclass(frozen=True)
@@ -512,6 +607,8 @@ class PairInputs:
     """The writer's, and the policy's own answers to some of the same prompts."""
     grades: list[str]
     directives: list[str]
+    repeats: list[str]
+    """Where the near-duplicates are, if they are looked for."""
 
 
 def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
@@ -520,9 +617,12 @@ def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
     directives = {rubric.id: direct.output(rubric.id) for rubric in plan.rubrics}
     grades = {name: [judge.output(name) for judge in judges] for name in units}
     chosen = plan.config.synthesis
-    rules: list[Any] = [chosen.aggregate, chosen.neutral_directives, chosen.near_duplicates, chosen.max_length_ratio]
-    if chosen.near_duplicates:  # then a pair depends on every answer before it
-        rules.append(content_id(*units))
+    rules = (chosen.aggregate, chosen.neutral_directives, chosen.max_length_ratio)
+    answers: dict[str, list[str]] = defaultdict(list)
+    for name in units if chosen.near_duplicates else ():
+        if not is_control(name):
+            answers[rubric_of(name)].append(write.output(name))
+    repeats = {one: derive(f"{one}-", "repeats", chosen.near_duplicates, names) for one, names in answers.items()}
     beside = {_place(name): name for name in units if is_control(name)}
     groups = {}
     for name in units:
@@ -532,10 +632,17 @@ def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
                 generations=[write.output(one) for one in names],
                 grades=[grade for one in names for grade in grades[one]],
                 directives=[directives[one] for one in rubric_of(name).split("+")],
+                repeats=[repeats[rubric_of(name)]] if repeats else [],
             )
-            groups[derive(name, "pair", inputs.grades, inputs.directives, rules)] = inputs
+            groups[derive(name, "pair", inputs.grades, inputs.directives, inputs.repeats, rules)] = inputs
     all_grades = [grade for one in grades.values() for grade in one]
-    return Shards(list(directives.values()), [write.output(one) for one in units], all_grades, list(groups), groups)
+    return Shards(
+        directives=list(directives.values()),
+        generations=[write.output(one) for one in units],
+        grades=all_grades,
+        repeats={repeats[one]: names for one, names in answers.items()},
+        groups=groups,
+    )
 
 
 def rubric_of(unit_shard: str) -> str:
@@ -622,6 +729,7 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
             (f"judge-{at}", "grades", [judge.output(name) for name in units], judge.model.price)
             for at, judge in enumerate(judges[1:], start=2)
         ),
+        *([("repeats", "repeats", list(shards.repeats), None)] if shards.repeats else []),
         ("pair", "pairs", shards.pairs, None),
     ]
     entries = {stage: ledger_entry(run, table, names, price) for stage, table, names, price in stages}
@@ -643,24 +751,12 @@ def _summary(entry: dict[str, Any]) -> str:
 
 
 def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
-    """generations + grades + directives -> pairs (+ rejects), shard by shard."""
-    chosen = plan.config.synthesis
-    complete = run.names("pairs")
-    todo = {name: inputs for name, inputs in shards.groups.items() if name not in complete}
-    repeats = _near_duplicates(run, shards, chosen.near_duplicates) if todo and chosen.near_duplicates else {}
-    rules = PairRules(chosen.neutral_directives, chosen.max_length_ratio, repeats)
-    for name, inputs in todo.items():
-        rubrics = rubrics_of(plan.by_id, rubric_of(name))
-        rows = run.read("generations", inputs.generations, Generation)
-        tally = Tally(len(rows))
-        grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), chosen.aggregate)
-        directives = run.read("directives", inputs.directives, Directive)
-        pairs, rejects = pair_cells(rubrics, rows, grades, directives, rules)
-        for reject in rejects:
-            tally.reject(reject.reason)
-        run.write("rejects", f"pair-{name}", rejects)
-        run.write("pairs", name, pairs, tally.close(len(pairs)))
+    """generations + grades + directives -> pairs (+ rejects); shards that no longer belong to the run are removed."""
+    repeats, paired = pairing_steps(plan, shards)
+    run_lines(run, [Line(list(shards.repeats), [repeats])], no_engine)
+    run_lines(run, [Line(shards.pairs, [paired])], no_engine)
     run.prune("pairs", shards.pairs)
+    run.prune("repeats", shards.repeats)
     run.prune("rejects", [f"pair-{name}" for name in shards.pairs], prefix="pair-")
     if not any(run.counts("pairs", name)["rows_out"] for name in shards.pairs):
         raise UserError(
@@ -676,14 +772,3 @@ def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str)
         by_answer[grade.unit_id, grade.rubric_id].append(grade)
     by_id = {rubric.id: rubric for rubric in rubrics}
     return {key: aggregate(by_id[key[1]], found, how) for key, found in by_answer.items()}
-
-
-def _near_duplicates(run: RunDir, shards: Shards, threshold: float) -> dict[str, str]:
-    """unit_id of each answer to the unit_id of an earlier one, at the same rubric and level, that it nearly repeats."""
-    found: dict[str, str] = {}
-    seen: dict[tuple[str, str], NearDuplicates] = defaultdict(lambda: NearDuplicates(threshold))
-    for inputs in shards.groups.values():
-        for one in run.read("generations", inputs.generations, Generation):
-            if one.level != CONTROL and (original := seen[one.rubric_id, one.level].add(one.unit_id, one.text)):
-                found[one.unit_id] = original
-    return found

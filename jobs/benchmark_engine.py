@@ -1,16 +1,21 @@
 """The write stage under Ray Data against bare `vllm.LLM` and `ray.data.llm`: same requests, same engine arguments.
 
-python jobs/benchmark_engine.py [--rounds 3] [--without-ray-llm] [RUN_FILE [key=value ...]]
+python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--ray-llm] [RUN_FILE [key=value ...]]
 
-Alternated in one run. Steady state leaves out what comes before the first shard is in its table; the fixed overhead
-(start to first shard, last shard to the end of the stage) is printed beside it. Bare vLLM gets its prompts as token ids
-and writes no table. Times of `ray.data.llm` and of the stage are whole, engine start included.
+Alternated in one run. Steady state is from the engine's first step to the last that finished an answer; for bare vLLM
+it is the whole call of `generate`, which gets token ids and writes no table. Beside it: the fixed overhead (start of
+the stage to the first step, last answer to the end of the stage), and the steps: how many, the share of the time
+spent within them, milliseconds each. `--width` takes a model of random weights, 8 layers of that width, in the place of
+the run file's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -21,12 +26,51 @@ from typing import Any
 import ray
 
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
-from cpt_ray.config import ModelConfig, RunConfig, load_config
-from cpt_ray.engine import engine_arguments, engine_env
+from cpt_ray.config import EMBEDDED_PATH, ModelConfig, RunConfig, load_config
+from cpt_ray.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompting import token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Plan, make_plan, plan_units, steps_of
+
+LAYERS = 8
+
+
+class Watch:
+    """In the place of a vLLM engine's `step`: when it ran, and for how long."""
+
+    def __init__(self, engine: Any):
+        self._step, self.first, self.last, self.within, self.steps, self.tokens = engine.step, 0.0, 0.0, 0.0, 0, 0
+        engine.step = self
+
+    def __call__(self) -> Any:
+        start = time.time()
+        outputs = self._step()
+        end = time.time()
+        self.first, self.within, self.steps = self.first or start, self.within + end - start, self.steps + 1
+        done = [one for output in outputs if output.finished for one in output.outputs]
+        if done:
+            self.last = end
+            self.tokens += sum(len(one.token_ids) for one in done)
+        return outputs
+
+    def found(self) -> dict[str, float]:
+        """What it saw."""
+        return {name: getattr(self, name) for name in ("first", "last", "within", "steps", "tokens")}
+
+
+class WatchedEngine(VllmEngine):
+    """Keeps in a file of its own what its watch saw."""
+
+    def __init__(self, model: ModelConfig, folder: Path):
+        super().__init__(model)
+        self._watch, self._file = Watch(self._engine), folder / f"{os.getpid()}.json"
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """As ever; the file is written when a shard's requests are done."""
+        done = super().run(requests)
+        self._file.write_text(json.dumps(self._watch.found()))
+        return done
 
 
 class Bare:
@@ -39,37 +83,51 @@ class Bare:
         tokenizer = self._llm.get_tokenizer()
         self._ids = [token_ids(tokenizer, one, model.chat_template_kwargs) for one, _ in requests]
         self._params = [SamplingParams(**params) for _, params in requests]
+        self._step = self._llm.llm_engine.step
 
     def ids(self) -> list[list[int]]:
         """The prompts."""
         return self._ids
 
-    def generate(self) -> tuple[int, float]:
-        """(generated tokens, seconds); the cache is empty at the start, as in a new engine."""
+    def generate(self) -> dict[str, float]:
+        """What a watch saw, from the call to the return; the cache is empty at the start, as in a new engine."""
         self._llm.reset_prefix_cache()
-        start = time.monotonic()
+        self._llm.llm_engine.step = self._step
+        watch, start = Watch(self._llm.llm_engine), time.time()
         prompts = [{"prompt_token_ids": one} for one in self._ids]
-        outputs = self._llm.generate(prompts, self._params, use_tqdm=False)
-        return sum(len(one.outputs[0].token_ids) for one in outputs), time.monotonic() - start
+        self._llm.generate(prompts, self._params, use_tqdm=False)
+        return watch.found() | {"first": start, "last": time.time()}
 
 
 def stage(plan: Plan, folder: Path) -> dict[str, float]:
-    """One run of the write stage alone."""
-    run, units = RunDir(folder), plan_units(plan)
+    """One run of the write stage alone: what its engines' watches saw, and its overhead in seconds."""
+    run, units = RunDir(folder / "run"), plan_units(plan)
     for name, rows in units.items():
         run.write("units", name, rows)
-    write = steps_of(plan)[0]
     start = time.time()
-    run_lines(run, [Line(list(units), [write])])
+    run_lines(run, [Line(list(units), [steps_of(plan)[0]])], functools.partial(WatchedEngine, folder=folder))
     end = time.time()
-    done = sorted((run.shard("generations", name).stat().st_mtime, run.counts("generations", name)) for name in units)
-    tokens = sum(counts["generated_tokens"] for _, counts in done[1:])
-    return {
-        "steady": tokens / (done[-1][0] - done[0][0]),
-        "first": done[0][0] - start,
-        "last": end - done[-1][0],
-        "whole": end - start,
-    }
+    seen = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    found = {name: sum(one[name] for one in seen) for name in ("within", "steps", "tokens")}
+    found |= {"first": min(one["first"] for one in seen), "last": max(one["last"] for one in seen)}
+    found["tokens_kept"] = sum(run.counts("generations", name)["generated_tokens"] for name in units)
+    shutil.rmtree(folder)
+    return found | {"before": found["first"] - start, "after": end - found["last"], "whole": end - start}
+
+
+def speed(found: dict[str, float]) -> float:
+    """Generated tokens per second in steady state."""
+    return found["tokens"] / (found["last"] - found["first"])
+
+
+def text(found: dict[str, float]) -> str:
+    """A line about a run."""
+    seconds = found["last"] - found["first"]
+    line = f"{speed(found):6.0f} tokens/s over {seconds:.1f} s, {found['within'] / seconds:.1%} of it in "
+    line += f"{found['steps']:.0f} steps of {1000 * found['within'] / found['steps']:.1f} ms"
+    if "before" in found:
+        line += f"; {found['before']:.1f} s before, {found['after']:.1f} s after, {found['whole']:.1f} s in all"
+    return line
 
 
 def ray_llm(model: ModelConfig, ids: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> float:
@@ -106,45 +164,76 @@ def requests_of(plan: Plan) -> list[tuple[list[dict[str, str]], dict[str, Any]]]
     return [(one.messages, {key: getattr(one, key) for key in keys}) for one in asked]
 
 
+def make_model(folder: Path, width: int) -> str:
+    """Random weights behind the embedded model's tokenizer."""
+    import torch
+    from transformers import AutoConfig, Qwen3ForCausalLM
+
+    config = AutoConfig.from_pretrained(EMBEDDED_PATH)
+    config.update({"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": LAYERS})
+    config.update({"num_attention_heads": width // 64, "num_key_value_heads": width // 128, "head_dim": 64})
+    config.layer_types = ["full_attention"] * LAYERS
+    torch.manual_seed(0)
+    shutil.copytree(EMBEDDED_PATH, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without-ray-llm", action="store_true")
+    parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--actors", type=int, default=1, help="also measure the stage with this many engines")
+    parser.add_argument("--ray-llm", action="store_true", help="also measure ray.data.llm")
     parser.add_argument("run_file", nargs="?", default="jobs/embedded.yaml")
-    parser.add_argument("overrides", nargs="*", default=["writer.num_actors=1", "synthesis.shard_rows=128"])
+    parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_args()
-    config: RunConfig = load_config(Path(options.run_file), options.overrides)
-    plan, env = make_plan(config), {**ENGINE_ENV, **QUIET_ENV}
+    env = {**ENGINE_ENV, **QUIET_ENV}
     os.environ |= env
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray makes a token and keeps it in the home folder
-    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
-    requests = requests_of(plan)
-    bare = (
-        ray.remote(Bare)
-        .options(num_cpus=1, runtime_env={"env_vars": {**env, **engine_env(config.writer)}})
-        .remote(config.writer, requests)
-    )
-    ids = ray.get(bare.ids.remote())
-    print(f"{len(ids)} requests, {statistics.mean(map(len, ids)):.0f} prompt tokens each", flush=True)
-    ratios, others = [], []
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
+        overrides = ["writer.num_actors=1", *options.overrides]
+        if options.width:
+            overrides.append(f"writer.model={make_model(Path(folder) / 'model', options.width)}")
+        config: RunConfig = load_config(Path(options.run_file), overrides)
+        plan = make_plan(config)
+        more = make_plan(load_config(Path(options.run_file), [*overrides, f"writer.num_actors={options.actors}"]))
+        ray.init(
+            "local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=folder,
+            runtime_env={"env_vars": env},
+        )
+        requests = requests_of(plan)
+        bare = (
+            ray.remote(Bare)
+            .options(num_cpus=1, runtime_env={"env_vars": {**env, **engine_env(config.writer)}})
+            .remote(config.writer, requests)
+        )
+        ids = ray.get(bare.ids.remote())
+        print(f"{len(ids)} requests, {statistics.mean(map(len, ids)):.0f} prompt tokens each", flush=True)
+        ratios: dict[str, list[float]] = {}
+
+        def note(what: str, ratio: float, line: str) -> None:
+            ratios.setdefault(what, []).append(ratio)
+            print(f"{what:<16} {line} (ratio {ratio:.3f})", flush=True)
+
         for at in range(options.rounds):
-            tokens, seconds = ray.get(bare.generate.remote())
-            found = stage(plan, Path(folder) / str(at))
-            ratios.append(found["steady"] / (tokens / seconds))
-            text = (
-                f"bare {tokens / seconds:.0f} tokens/s; stage {found['steady']:.0f} tokens/s in steady state "
-                f"(ratio {ratios[-1]:.3f}), {found['first']:.1f} s to the first shard, {found['last']:.1f} s after the "
-                f"last, {found['whole']:.1f} s in all"
-            )
-            if not options.without_ray_llm:
-                other = ray_llm(config.writer, ids, [params for _, params in requests])
-                others.append(other / found["whole"])
-                text += f"; ray.data.llm {other:.1f} s in all"
-            print(text, flush=True)
-    print(f"median ratio of the stage to bare vLLM: {statistics.median(ratios):.3f}")
-    if others:
-        print(f"median ratio of ray.data.llm's time to the stage's: {statistics.median(others):.2f}")
+            alone = ray.get(bare.generate.remote())
+            print(f"{'bare vLLM':<16} {text(alone)}", flush=True)
+            found = stage(plan, Path(folder) / f"round-{at}")
+            note("stage", speed(found) / speed(alone), text(found))
+            if options.actors > 1:
+                several = stage(more, Path(folder) / f"more-{at}")
+                note(f"{options.actors} engines", speed(several) / speed(found), text(several))
+            if options.ray_llm:
+                seconds = ray_llm(config.writer, ids, [params for _, params in requests])
+                note("ray.data.llm", seconds / found["whole"], f"{seconds:.1f} s in all")
+        for what, values in ratios.items():
+            print(f"median ratio, {what}: {statistics.median(values):.3f}")
+        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 python jobs/benchmark_faults.py --kills 30 --seed 0 [--stages write judge] [RUN_FILE [key=value ...]]
 
 Kills are spread evenly over the stages. The victim is the driver (a node and its cluster go with it), the actor that
-holds an engine, the raylet (a node that vanishes under its driver), or, with VLLM_ENABLE_V1_MULTIPROCESSING=1 in the
-environment, the engine's own process. What ends is started again with the same
-command; a run that is finished is compared, and another begins until there were enough kills. Exit status 1 if any
-table differs.
+holds an engine, the raylet (a node that vanishes under its driver), or, where an engine has processes of its own
+(writer.engine.distributed_executor_backend=mp), one of these. What ends is started again with the same command; a run
+that is finished is compared, and another begins until there were enough kills. Beside it: how many rows were under way
+at a kill, which is the most that it can make be done again. Exit status 1 if any table differs.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ TABLES = {
 }
 """Each table's key: no two rows may share it."""
 STAGES = ("plan", "start", "direct", "write", "judge", "pair")
-ACTOR, CORE, NODE = "StepActor", "EngineCore", "raylet"
+INPUTS = {"write": "units", "judge": "generations"}
+"""Where the rows of these stages' shards are."""
+ACTOR, WORKER, NODE = "StepActor", "VLLM::Worker", "raylet"
 """What the victims' processes are called."""
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 600
 
 
 def rows_of(run: Path, table: str) -> dict[tuple[Any, ...], list[str]]:
@@ -76,46 +78,53 @@ def started(command: list[str], run: Path) -> subprocess.Popen[bytes]:
 
 def reached(run: Path, stage: str) -> bool:
     """Whether the stage is at work just now."""
-    if stage in ("plan", "pair"):
-        table = {"plan": "units", "pair": "pairs"}[stage]
-        return any((run / table).glob("*.parquet"))
+    if stage == "plan":
+        return any((run / "units").glob("*.parquet"))
     return any((run / "attempts").glob(f"{stage}-*"))
+
+
+def under_way(run: Path) -> int:
+    """Rows of the shards that engines have begun and not finished."""
+    found = [path.name.partition("-") for path in (run / "attempts").glob("*")]
+    shards = [run / INPUTS[stage] / f"{shard}.parquet" for stage, _, shard in found if stage in INPUTS]
+    return sum(pq.read_metadata(path).num_rows for path in shards)
 
 
 def victims(driver: psutil.Process, stage: str, rng: random.Random) -> Iterator[psutil.Process]:
     """What to kill, best first."""
-    kinds = ["driver"] if stage in ("plan", "pair") else ["driver", ACTOR, NODE]
-    if stage in ("direct", "write", "judge") and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1":
-        kinds.append(CORE)
+    kinds = ["driver"] if stage == "plan" else ["driver", ACTOR, NODE]
+    children = {one: " ".join([one.name(), *one.cmdline()]) for one in driver.children(recursive=True)}
+    if any(WORKER in names for names in children.values()):
+        kinds.append(WORKER)
     kind = rng.choice(kinds)
-    if kind != "driver":
-        yield from (one for one in driver.children(recursive=True) if kind in " ".join([one.name(), *one.cmdline()]))
+    yield from (one for one, names in children.items() if kind in names and kind != "driver")
     yield driver
 
 
-def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random.Random) -> str:
-    """Kills something of the process while it is at the stage; what it was, or "" if the stage did not come."""
+def disturb(process: subprocess.Popen[bytes], run: Path, stage: str, rng: random.Random) -> tuple[str, int]:
+    """Kills something while the process is at the stage: what ("" if it did not come), and the rows under way."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while not reached(run, stage):
         if process.poll() is not None or time.monotonic() > deadline:
-            return ""
+            return "", 0
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.3) if stage in ("start", "write", "judge") else 0)
     try:
         driver = psutil.Process(process.pid)
         victim = next(victims(driver, stage, rng))
         names = " ".join([victim.name(), *victim.cmdline()])
-        kind = "driver" if victim.pid == process.pid else next(one for one in (CORE, ACTOR, NODE) if one in names)
+        kind = "driver" if victim.pid == process.pid else next(one for one in (WORKER, ACTOR, NODE) if one in names)
+        rows = under_way(run)
         victim.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
-        return ""
+        return "", 0
     if kind in ("driver", NODE):
         try:
             process.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             raise SystemExit(f"the driver outlived its {kind} by {LIMIT_SECONDS} s") from None
-    return kind
+    return kind, rows
 
 
 def main() -> int:
@@ -126,10 +135,9 @@ def main() -> int:
     parser.add_argument("run_file", nargs="?", default="jobs/embedded.yaml")
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_args()
-    small = ["prompts.limit=60", "synthesis.shard_rows=25", "writer.num_actors=1"]
-    overrides = options.overrides or small
+    overrides = options.overrides or ["prompts.limit=60", "synthesis.shard_rows=40", "writer.num_actors=1"]
     command = [sys.executable, "-m", "cpt_ray", "synthesize", options.run_file, *overrides]
-    rng, total, kinds = random.Random(options.seed), Counter[str](), Counter[str]()
+    rng, total, kinds, repeated = random.Random(options.seed), Counter[str](), Counter[str](), list[int]()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         start = time.monotonic()
         reference = Path(folder) / "reference"
@@ -145,10 +153,12 @@ def main() -> int:
                 process = started(command, run)
                 while left and stages:
                     stage = stages.pop(0)
-                    if kind := disturb(process, run, stage, rng):
+                    kind, rows = disturb(process, run, stage, rng)
+                    if kind:
                         left -= 1
                         kinds[f"{kind} at {stage}"] += 1
-                        print(f"kill -9 of the {kind} at {stage}; {left} left", flush=True)
+                        repeated += [rows] if stage in INPUTS else []
+                        print(f"kill -9 of the {kind} at {stage}, {rows} rows under way; {left} left", flush=True)
                     if process.poll() is not None:
                         break
                 if process.wait(LIMIT_SECONDS) == 0:
@@ -159,6 +169,9 @@ def main() -> int:
             total += found
             print(f"run {runs}: {dict(found)}", flush=True)
     print("kills:", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    if repeated:
+        mean = sum(repeated) / len(repeated)
+        print(f"rows under way at a kill in {' or '.join(INPUTS)}: {mean:.0f} in the mean, {max(repeated)} at most")
     wrong = {key: total[key] for key in ("lost", "added", "duplicated", "differing")}
     print(f"{sum(kinds.values())} kills, {total['rows']} rows compared: {wrong}")
     return 1 if any(wrong.values()) else 0

@@ -1,14 +1,16 @@
-"""What the prefix cache gives in judging: rubrics of about 1,500 tokens, a model of random weights.
+"""What the prefix cache gives in judging and writing: rubrics of about 1,500 tokens, a model of random weights.
 
 python jobs/benchmark_prefix.py [--answers 20] [--rubrics 3] [--model FOLDER_OR_NAME]
 
-Four ways to ask the same: as the judge does (rubric, prompt, answer, criterion), with the rubric last, without a cache,
-and in random order with a cache that holds about one rubric at a time; the last also in the judge's own order.
+Judging, four ways to ask the same: as the judge does (rubric, prompt, answer, criterion), with the rubric last, without
+a cache, and in random order with a cache that holds about one rubric at a time; the last also in the judge's own order.
+Writing four samples: as one request, as four that follow each other, and shard after shard, as the writer does.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import tempfile
@@ -19,11 +21,12 @@ from typing import Any
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import Request, VllmEngine
-from cpt_ray.prompting import judge_messages, level_labels
+from cpt_ray.prompting import judge_messages, level_labels, writer_messages
 from cpt_ray.rubric import Rubric
 
 NUM_WORDS, LEVELS, CRITERIA = 2000, 5, 5
-ANSWER_WORDS, DESCRIPTOR_WORDS = 150, 55
+ANSWER_WORDS, DESCRIPTOR_WORDS, PROMPT_WORDS = 150, 55, 20
+SAMPLES, SHARD_PROMPTS, WRITTEN_TOKENS = 4, 10, 64
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
@@ -87,17 +90,43 @@ def rubric_last(request: Request) -> Request:
     return Request(messages=turned, max_tokens=1, labels=request.labels)
 
 
-def measure(model: str, engine: dict[str, Any], requests: list[Request]) -> tuple[float, float]:
-    """(share of prompt tokens from the cache, answers graded per second)."""
+def measure(model: str, engine: dict[str, Any], requests: list[Request]) -> tuple[float, int, float]:
+    """(share of prompt tokens from the cache, tokens that the model computed, seconds)."""
     arguments = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 32, **engine}
     made = VllmEngine(ModelConfig(model=model, engine=arguments))
     made.run([Request(messages=[{"role": "user", "content": "w1"}], max_tokens=1, labels=requests[0].labels)])
+    executor: Any = made._engine.engine_core.engine_core.model_executor
+    execute, computed = executor.execute_model, 0
+
+    def counted(scheduled: Any, *more: Any, **named: Any) -> Any:
+        nonlocal computed
+        computed += scheduled.total_num_scheduled_tokens
+        return execute(scheduled, *more, **named)
+
+    executor.execute_model = counted
     start = time.monotonic()
     done = made.run(requests)
     seconds = time.monotonic() - start
-    assert not any(one.error for one in done), done[0]
-    cached = sum(one.num_cached_tokens for one in done) / sum(one.num_prompt_tokens for one in done)
-    return cached, len(requests) / CRITERIA / seconds
+    assert not any(one.error not in ("", "cut off") for one in done), done[0]
+    return sum(one.num_cached_tokens for one in done) / sum(one.num_prompt_tokens for one in done), computed, seconds
+
+
+def writing(rubrics: list[Rubric], rng: random.Random, prompts: int) -> dict[str, list[Request]]:
+    """The same answers asked for in three ways."""
+    ways: dict[str, list[Request]] = {"one request for 4": [], "neighbours": [], "shard after shard": []}
+    for rubric in rubrics:
+        texts = [" ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(PROMPT_WORDS)) for _ in range(prompts)]
+        for start in range(0, prompts, SHARD_PROMPTS):
+            asked = [
+                Request(messages=writer_messages(rubric, level, text), max_tokens=WRITTEN_TOKENS)
+                for text in texts[start : start + SHARD_PROMPTS]
+                for level in rubric.levels
+            ]
+            numbered = [[dataclasses.replace(one, seed=at) for at in range(SAMPLES)] for one in asked]
+            ways["one request for 4"] += [dataclasses.replace(one, samples=SAMPLES) for one in asked]
+            ways["neighbours"] += [one for samples in numbered for one in samples]
+            ways["shard after shard"] += [samples[at] for at in range(SAMPLES) for samples in numbered]
+    return ways
 
 
 def main() -> None:
@@ -114,7 +143,7 @@ def main() -> None:
     for rubric in rubrics:
         for _ in range(options.answers):
             answer = " ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(ANSWER_WORDS))
-            prompt = " ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(20))
+            prompt = " ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(PROMPT_WORDS))
             requests += [
                 Request(messages=judge_messages(rubric, one, prompt, answer), max_tokens=1, labels=labels)
                 for one in rubric.judged
@@ -136,8 +165,17 @@ def main() -> None:
             ("rubric first, small cache", small, requests),
             ("shuffled, small cache", small, shuffled),
         ):
-            cached, speed = measure(model, engine, asked)
-            print(f"{name:<26} {cached:6.1%} of prompt tokens from the cache, {speed:6.1f} answers/s", flush=True)
+            cached, computed, seconds = measure(model, engine, asked)
+            speed = len(asked) / CRITERIA / seconds
+            print(
+                f"{name:<26} {cached:6.1%} of prompt tokens from the cache, {computed} tokens computed, "
+                f"{speed:6.1f} answers/s",
+                flush=True,
+            )
+        for name, asked in writing(rubrics, rng, options.answers).items():
+            _, computed, seconds = measure(model, large, asked)
+            speed = sum(one.samples for one in asked) / seconds
+            print(f"{name:<26} {computed} tokens computed, {speed:6.1f} answers/s written", flush=True)
 
 
 if __name__ == "__main__":

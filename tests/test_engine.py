@@ -6,20 +6,26 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from cpt_ray.cluster import ENGINE_ENV
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Request, VllmEngine, check_schema_is_enforced, engine_env
+from cpt_ray.engine import EngineDiedError, Request, VllmEngine, check_schema_is_enforced, engine_env
 from tests.tiny_model import make_tiny_model
 
 ARGUMENTS = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 50_000_000}
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> VllmEngine:
-    config = ModelConfig(model=str(make_tiny_model(tmp_path_factory.mktemp("tiny"))), engine=ARGUMENTS)
-    os.environ |= {**ENGINE_ENV, **engine_env(config)}
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    made = ModelConfig(model=str(make_tiny_model(tmp_path_factory.mktemp("tiny"))), engine=ARGUMENTS)
+    os.environ |= {**ENGINE_ENV, **engine_env(made)}
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(config: ModelConfig) -> VllmEngine:
     return VllmEngine(config)
 
 
@@ -60,6 +66,19 @@ def test_json_of_a_schema_is_forced_even_on_random_weights(engine: VllmEngine) -
     request = Request(messages=ask(0).messages, max_tokens=120, seed=1, json_schema=schema, samples=4)
     found = [json.loads(one.text, strict=False) for one in engine.run([request])]
     assert all(set(one) == {"reason", "level"} and one["level"] in (1, 2, 3) for one in found)
+
+
+def test_an_engine_that_lost_a_worker_says_so_to_all_who_ask(config: ModelConfig) -> None:
+    before = {one.pid for one in psutil.Process().children()}
+    split = config.model_copy(update={"engine": ARGUMENTS | {"distributed_executor_backend": "mp"}})
+    engine = VllmEngine(split)
+    assert engine.run([ask(0)])[0].num_tokens
+    for one in psutil.Process().children():
+        if one.pid not in before and "Worker" in " ".join(one.cmdline()):
+            one.kill()
+    for at in range(2):  # the request that meets it, and a later one
+        with pytest.raises(EngineDiedError, match="Error"):
+            engine.run([ask(at)])
 
 
 def test_labels_get_their_probabilities(engine: VllmEngine) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import ray
 from ray import cloudpickle
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Completion, Engine
+from cpt_ray.engine import Completion, Engine, EngineDiedError
 from cpt_ray.errors import UserError
 from cpt_ray.pool import MAX_DEATHS, Line, Tally, run_lines
 from cpt_ray.rundir import RunDir
@@ -28,7 +30,7 @@ ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 
 
 def test_kill_9_loses_repeats_and_changes_nothing() -> None:
-    small = ["prompts.limit=20", "synthesis.shard_rows=10", "writer.num_actors=1"]
+    small = ["prompts.limit=20", "synthesis.shard_rows=20", "writer.num_actors=1"]
     command = [sys.executable, "jobs/benchmark_faults.py", "jobs/embedded.yaml", *small]
     command += ["--kills=3", "--stages", "plan", "write", "judge"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -50,7 +52,7 @@ def metrics_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class MarkStep:
-    """Writes an empty shard; at the shard named "poison" its process dies, as with a model that segfaults."""
+    """Writes an empty shard; the names of some shards say what happens on the way."""
 
     model: ModelConfig
     stage: str = "mark"
@@ -63,11 +65,25 @@ class MarkStep:
         if shard == "poison":
             with (run.path / "deaths").open("a") as file:
                 file.write("x")
+            if (run.path / "deaths").stat().st_size == MAX_DEATHS:  # an engine in a process of its own, which is gone
+                raise EngineDiedError("core dumped")
             os.kill(os.getpid(), signal.SIGKILL)
         tally = Tally(1)
         tally.add([Completion(num_prompt_tokens=7, num_tokens=3)])
         tally.reject("cut off")
-        run.write(self.table, self.output(shard), [], tally.close(0))
+        with full_disk() if shard == "full" else nullcontext():
+            run.write(self.table, self.output(shard), [], tally.close(0))
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kept(
@@ -77,11 +93,14 @@ def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kep
     run, free = RunDir(tmp_path), ray.available_resources()
     step = MarkStep(ModelConfig(model="m", endpoint=ENDPOINT))
     names = [f"good-{at}" for at in range(6)]
-    run_lines(run, [Line(names[:3], [step])])
-    with pytest.raises(UserError, match=rf"m: the engine's process died {MAX_DEATHS} times on mark of shard poison"):
+    with pytest.raises(UserError, match=r"full-done.parquet: cannot be written \(File too large\); free some space"):
+        run_lines(run, [Line([*names[:3], "full"], [step])])
+    expected = rf"died {MAX_DEATHS} times on mark of shard poison \(the last time: EngineDiedError: core dumped\)"
+    with pytest.raises(UserError, match=f"m: the engine's process {expected}"):
         run_lines(run, [Line([*names, "poison"], [step])])
     assert len((tmp_path / "deaths").read_text()) == MAX_DEATHS
     assert run.names("units") == {f"{name}-done" for name in names}
+    assert not list((tmp_path / "units").glob(".full*"))
     assert_given_back(free)
     assert_metric(metrics_url, "ray_cpt_tokens", 'kind="generated"')
     assert_metric(metrics_url, "ray_cpt_rows", 'outcome="rejected: cut off"')
@@ -93,6 +112,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: st
     with pytest.raises(UserError, match=r"no-model.*what is finished is kept") as caught:
         run_lines(RunDir(tmp_path), [Line(["good"], [step])])
     assert "\n" not in str(caught.value)
+    assert "in engine_arguments" in str(caught.value.__cause__) or "in open_engine" in str(caught.value.__cause__)
     assert_given_back(free)
 
 

@@ -42,6 +42,13 @@ def test_a_verdict_off_the_level_tokens_is_ungraded_with_its_reason() -> None:
         assert "of its probability" in grade.reason
 
 
+def test_two_extremes_are_no_middle() -> None:
+    grade = judged_criterion(RUBRIC, WORDS, {1: math.log(0.5), 2: math.log(0.1), 3: math.log(0.4)})
+    assert (grade.score, grade.reason) == (None, "judge is of two minds (50% low, 10% mid, 40% high)")
+    assert judged_criterion(RUBRIC, WORDS, {1: math.log(0.3), 2: math.log(0.4), 3: math.log(0.3)}).score == 50
+    assert judged_criterion(RUBRIC, WORDS, {1: math.log(0.8), 3: math.log(0.2)}).score == pytest.approx(26)
+
+
 def test_a_measure_interpolates_between_the_levels_values() -> None:
     assert measured_criterion(RUBRIC, BANGS, "A! B.").score == pytest.approx(50.0)
     assert measured_criterion(RUBRIC, BANGS, "A. B. C! D.").score == pytest.approx(30.0)

@@ -158,6 +158,10 @@ def test_the_pace_is_kept() -> None:
     server = Server()
     server.engine(requests_per_minute=600).run([Request(messages=ASK, max_tokens=9)] * 6)
     assert max(server.times) - min(server.times) >= 0.45  # six requests, 0.1 s apart
+    by_tokens = Server()
+    asked = [Request(messages=ASK, max_tokens=9, samples=2)] * 6  # 2 (a guess) + 2 x 9 tokens each
+    by_tokens.engine(tokens_per_minute=12_000).run(asked)
+    assert max(by_tokens.times) - min(by_tokens.times) >= 0.45
     assert Pace(60, 4)._seconds_each == 4
 
 

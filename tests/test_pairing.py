@@ -56,7 +56,8 @@ def test_held_out_directives_are_never_trained_on() -> None:
     assert {one.reason for one in rejects} == {"no directive"}
 
 
-_answers = st.tuples(st.one_of(st.none(), st.floats(0, 100)), st.sampled_from("xyz"), st.integers(1, 9))
+_scores = st.one_of(st.none(), st.floats(0, 100), st.sampled_from([30.0, 70.0]))  # half-way between two levels: ties
+_answers = st.tuples(_scores, st.sampled_from("xyz"), st.integers(1, 9))
 """(score, text, tokens): few texts and lengths, so that answers repeat each other and lengths are far apart."""
 _keys = st.tuples(st.sampled_from("ab"), st.integers(0, 1), st.sampled_from((*LEVELS, CONTROL)))
 
@@ -87,6 +88,7 @@ def test_labels_follow_verdicts_and_nothing_is_lost(
         assert chosen.text != rejected.text
         assert (one.chosen_score, one.rejected_score) == (scores[chosen.unit_id], scores[rejected.unit_id])
         if one.level != CONTROL:
+            assert one.chosen_score not in (30.0, 70.0)
             assert confirms(RUBRIC, one.level, one.chosen_score)
             assert not confirms(RUBRIC, one.level, one.rejected_score)
         if max_length_ratio:

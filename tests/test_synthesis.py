@@ -30,7 +30,7 @@ from cpt_ray.synthesis import (
     is_control,
     make_plan,
     name_shards,
-    pair,
+    pairing_steps,
     plan_units,
     rubric_of,
     run_info,
@@ -58,7 +58,7 @@ def make_run(
                     str(tmp_path / f"{name}.yaml") for name in (("rubric", "second") if second else ("rubric",))
                 ],
                 "prompts": {"source": str(tmp_path / "prompts.jsonl"), "held_out": 0.3},
-                "synthesis": {"shard_rows": 15, "paraphrases": 3},
+                "synthesis": {"shard_rows": 30, "paraphrases": 3},
                 "writer": model,
                 "policy": model,
             }
@@ -103,7 +103,11 @@ def run_all(plan: Plan, run: RunDir, engine: FakeEngine) -> Shards:
             judge(engine, run, name)
     for rubric in plan.rubrics:
         direct(engine, run, rubric.id)
-    pair(plan, run, shards)
+    repeats, paired = pairing_steps(plan, shards)
+    for name in shards.repeats:
+        repeats(None, run, name)
+    for name in shards.pairs:
+        paired(None, run, name)
     return shards
 
 
@@ -379,12 +383,16 @@ def test_an_answer_that_nearly_repeats_an_earlier_one_is_rejected(tmp_path: Path
 def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) -> None:
     import datasets
 
+    run_all(*make_run(tmp_path, "writer.sampling.top_p=0.5", levels=GIVEN), FakeEngine(answer))  # what was before
     plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', levels=GIVEN)
     shards = run_all(plan, run, FakeEngine(answer))
     write_card(plan, run, shards, run_info(plan))
     pairs = run.read("pairs", shards.pairs, Pair)
-    loaded = datasets.load_dataset(str(run.path), split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.num_rows == len(pairs)
+    tables = {"pairs": pairs, "grades": run.read("grades", shards.grades, Grade)}
+    for table, rows in tables.items():
+        assert len(run.names(table)) > len({*getattr(shards, table)})
+        loaded = datasets.load_dataset(str(run.path), table, split="train", cache_dir=str(tmp_path / "cache"))
+        assert loaded.num_rows == len(rows)
     card = (run.path / "README.md").read_text()
     low = sum(one.level == "low" for one in pairs)
     assert f"| ornament | low | {len(plan.prompts_of('train'))} | {low} | 4 | 4 | 4 |" in card
@@ -444,6 +452,15 @@ def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> No
     lines = status_lines({"write": entry | {"engine_seconds": 0.5, "generated_tokens_per_second": 100.0}})
     assert lines[1].split() == ["write", "4", "3", "1,000", "800", "50", "0.5", "100", "0.00078"]
     assert lines[2] == "  rejected: 1 cut off"
+
+
+def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synthesize", "no-such-file.yaml"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["synthesize", "no-such-file.yaml", "--verbose"]) == 1
+    shown = capsys.readouterr().err
+    assert "in read_yaml" in shown
+    assert shown.splitlines()[-1].startswith("error: no-such-file.yaml: cannot be read")
 
 
 def test_a_missing_key_is_noticed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

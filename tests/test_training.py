@@ -174,6 +174,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     log = tmp_path_factory.mktemp("ray") / "stderr.log"
     log.touch()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    os.environ["WANDB_MODE"] = "offline"  # for the workers, which get this environment now
     with connected(log=log), pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "work", work_with_a_log)
         yield log
@@ -477,6 +478,41 @@ def test_after_kill_9_of_the_driver_the_same_command_goes_on_with_all_weights_tu
     assert found["summary"]["history"] == wanted["summary"]["history"]
     tuned, expected = (load_file(one.model / "model.safetensors") for one in (run, undisturbed))
     assert all(tuned[name].equal(expected[name]) for name in expected)
+
+
+def test_quantised_weights_are_trained_over_and_whole_ones_exported(
+    cluster: Path, policy: Path, tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("bitsandbytes")
+    run = make_run(tmp_path)
+    settings = {"num_workers": 1, "lora": {"quantize": "nf4"}, "max_pairs": 40}
+    summary = train(make_config(policy, **settings), run, ["a-0", "b-0"], "key-1")
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-3)  # its kernels without gradients are others
+    assert summary["last_accuracy"] == 1.0
+    ids, base = torch.tensor([[5, 6, 7, 8]]), AutoModelForCausalLM.from_pretrained(policy)
+    merged = AutoModelForCausalLM.from_pretrained(run.model)
+    assert not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, run.adapter)(ids).logits
+        assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+
+
+def test_wandb_and_mlflow_get_every_number(cluster: Path, policy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    mlflow = pytest.importorskip("mlflow")
+    run = make_run(tmp_path)
+    settings = {"num_workers": 1, "max_pairs": 40, "report_to": ["wandb", "mlflow"]}
+    summary = train(make_config(policy, **settings), run, ["a-0", "b-0"], "key-1")
+    names = set(summary["held_out"][-1]) - {"step"}
+    (written,) = (run.path / "wandb").glob("offline-run-*/run-key-1.wandb")
+    assert [name for name in names if f"eval/{name}".encode() not in written.read_bytes()] == []
+    client = mlflow.MlflowClient(f"sqlite:///{run.path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert {f"eval_{name}" for name in names} <= set(found.data.metrics)
 
 
 # ---------------------------------------------------------------- before a training

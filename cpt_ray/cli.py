@@ -59,6 +59,7 @@ def _settings(train: TrainConfig) -> dict[str, object]:
         "num_workers",
         "use_gpu",
         "resources_per_worker",
+        "sharding",
         "save_steps",
         "max_failures",
         "checkpoints",

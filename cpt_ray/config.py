@@ -226,6 +226,8 @@ class LoraConfig(_Section):
     r: Positive = 16
     alpha: Positive = 16
     target_modules: str | tuple[str, ...] = "all-linear"
+    quantize: Literal["nf4"] | None = None
+    """"nf4" keeps the frozen weights in 4 bits while it trains (QLoRA; needs bitsandbytes); the export is not."""
 
 
 Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
@@ -257,6 +259,8 @@ class TrainConfig(_Section):
     """None tunes all weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """"fsdp" splits the frozen weights among the workers (FSDP2); "ddp" gives each worker all of them."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     save_steps: Positive = 50
     """Optimizer steps between checkpoints; what is held out is measured as often."""

@@ -45,6 +45,8 @@ MAX_PADDING = {"cpu": 0.1, "cuda": 0.5}
 """Share of padding in attention, by device; larger means fewer, larger kernels."""
 LOGITS_TILE = 2**22
 """Logits that are held at a time."""
+KL_TOKENS = 128
+"""Positions per batch at which `reference_kl` looks at the whole vocabulary."""
 UNMEASURED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 """TRL's metrics that need more than the labels' log-probabilities; logged with `token_metrics=True` only."""
 
@@ -274,7 +276,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """hidden [N, H], labels [N] to [N], float32."""
-        weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).to(hidden.dtype)
+        weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).to(hidden)
+        labels = labels.to(hidden.device)
         found = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty(hidden.shape, device=hidden.device) if ctx.needs_input_grad[0] else None
         size = max(1, LOGITS_TILE // len(weight))
@@ -330,7 +333,7 @@ def prepare_model(model: Any, outputs: tuple[str, ...]) -> None:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weight = base.get_output_embeddings().weight  # FSDP replaces it after this function was made
         logps = FrozenHeadLogProbs.apply(hidden[0].to(dtype), weight, shift_labels[0])  # type: ignore[no-untyped-call]
-        return FusedCausalLMOutput(log_probs=logps[None])
+        return FusedCausalLMOutput(log_probs=logps[None].to(shift_labels.device))  # of a model on several devices
 
     base.forward = forward
 
@@ -355,6 +358,28 @@ def run_grid(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         name: value.new_zeros(shape[0] * shape[1]).index_copy(0, batch["label_slots"], value[0]).view(shape)
         for name, value in found.items()
     }
+
+
+@torch.no_grad()
+def reference_kl(model: PeftModel, batch: Mapping[str, Any]) -> float:
+    """KL(policy || reference) in nats per token: a mean over KL_TOKENS answer tokens spread evenly over a batch.
+
+    At each of them sum_v pi(v) (log pi(v) - log ref(v)) over the whole vocabulary, given the prompt and the answer so
+    far: the terms of the Rao-Blackwellised estimator of Amini, Vieira, Cotterell (2025, arXiv 2504.10637), with less
+    variance than log pi - log ref of the tokens that are there, and never negative. The contexts are the held-out
+    answers, not samples of the policy. The reference is the model without its adapter.
+    """
+    num_labels = batch["labels"].shape[1]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "grid")} | {
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch["input_ids"].device),
+        "num_labels": num_labels,
+        "logits_to_keep": torch.linspace(0, num_labels - 1, min(num_labels, KL_TOKENS)).long(),
+        "use_cache": False,
+    }
+    tuned = model(**inputs).logits.float().log_softmax(-1)
+    with model.disable_adapter():
+        untuned = model(**inputs).logits.float().log_softmax(-1)
+    return float((tuned.exp() * (tuned - untuned)).sum(-1).mean())
 
 
 @torch.no_grad()
@@ -413,11 +438,18 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         # with all weights trained, TRL must not load a second model; with LoRA, it must not hash the first one
         is_peft = kwargs.get("peft_config") is not None or isinstance(kwargs.get("model"), PeftModel)
         args.precompute_ref_log_probs = not is_peft
+        # transformers does not save the optimizer of a model that was sharded when it was loaded, since its states
+        # would be shards; adapters, and so theirs, are whole on every worker
+        args.save_only_model, saves_only_model = is_peft, args.save_only_model
         collator = functools.partial(collate, max_padding=MAX_PADDING.get(args.device.type, 0.5))
         super().__init__(args=args, data_collator=kwargs.pop("data_collator", None) or collator, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError("the load-balancing loss of mixtures of experts is not supported; router_aux_loss_coef=0")
+        self.args.save_only_model = saves_only_model
         self.precompute_ref_logps = True
+        for value in self.model.parameters():
+            if value.requires_grad and is_peft:  # TRL makes the adapters of a quantised model bfloat16
+                value.data = value.data.float()
         outputs = ("log_probs", *(("entropy", "mean_logits", "is_top1") if token_metrics else ()))
         prepare_model(self.model, outputs + (("log_sum_sq_probs",) if self.use_weighting else ()))
         num_pairs = [len(one) for one in self.train_dataset["chosen"]]
@@ -465,9 +497,12 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
             at = start + rank
             batch = batches[at % len(batches)]
             inputs = self._prepare_inputs(self.data_collator([rows[one] for one in batch]))
+            num_counted = len(inputs["chosen"]) if at < len(batches) else 0
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = run_grid(model, inputs)
-                self._trl_loss(outputs, inputs, torch.ones(2), is_counted=at < len(batches))
+                self._trl_loss(outputs, inputs, torch.ones(2), num_counted)
+                if isinstance(model, PeftModel):
+                    self._sums["eval"]["kl"] += reference_kl(model, inputs) * num_counted
             logps = outputs["log_probs"].sum(1).tolist()
             for one in batch:
                 found[one], logps = logps[: len(rows[one]["answers"])], logps[len(rows[one]["answers"]) :]
@@ -481,6 +516,12 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
         return logged
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """transformers' hook; without the names of what is trained PEFT would gather a sharded model, on one worker."""
+        if state_dict is None and isinstance(self.model, PeftModel):
+            state_dict = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        super()._save(output_dir, state_dict)
 
     # loss
 
@@ -499,22 +540,21 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         share = torch.ones(2)
         if num_items_in_batch is not None:  # workers' gradients are averaged, hence the factor
             share = (counts.to(num_items_in_batch) * self.accelerator.num_processes / num_items_in_batch).cpu()
-        return self._trl_loss(run_grid(model, inputs), inputs, share)
+        return self._trl_loss(run_grid(model, inputs), inputs, share, len(inputs["chosen"]))
 
     def _trl_loss(
-        self, outputs: dict[str, torch.Tensor], inputs: Any, share: torch.Tensor, is_counted: bool = True
+        self, outputs: dict[str, torch.Tensor], inputs: Any, share: torch.Tensor, num_counted: int
     ) -> torch.Tensor:
-        """TRL's loss of one batch, from its per-token outputs; its metrics are added up."""
+        """TRL's loss of one batch, from its per-token outputs; its metrics are added up, `num_counted` times."""
         mode = "train" if self.model.training else "eval"
         with self._inside_trl(share):
             loss: torch.Tensor = super()._compute_loss(_spread(outputs, inputs), _as_pairs(inputs), False)
-        pairs = len(inputs["chosen"]) if is_counted else 0
         metrics, sums = self._metrics[mode], self._sums[mode]
         for name in set(metrics) - {"num_tokens"} - (set() if self.token_metrics else set(UNMEASURED)):
-            sums[name] += metrics[name][-1] * pairs
+            sums[name] += metrics[name][-1] * num_counted
         if mode == "eval":
-            sums["loss"] += loss.item() * pairs
-        sums["pairs"] += pairs
+            sums["loss"] += loss.item() * num_counted
+        sums["pairs"] += num_counted
         metrics.clear()
         return loss
 

@@ -36,8 +36,9 @@ class ReferenceModel:
         self._settings = settings
         if model.num_gpus == 0:
             torch.set_num_threads(max(1, int(model.num_cpus)))
-        self._model = create_model_from_path(model.path, dtype=weights_dtype(settings), device_map=None)
-        self._model.to("cuda" if model.num_gpus else "cpu").eval().requires_grad_(False)
+        where = "auto" if model.num_gpus else "cpu"
+        self._model = create_model_from_path(model.path, **loading(settings), device_map=where)
+        self._model.eval().requires_grad_(False)
         prepare_model(self._model, ("log_probs",))
 
     def run(self, rows: Sequence[Row]) -> list[list[float]]:
@@ -53,6 +54,22 @@ class ReferenceModel:
 def weights_dtype(settings: TrainConfig) -> str:
     """What is trained is kept in float32, since a step is smaller than what bfloat16 can add to a weight."""
     return settings.dtype if settings.lora else "float32"
+
+
+def loading(settings: TrainConfig) -> dict[str, Any]:
+    """How transformers is told to load the policy: its dtype and, for QLoRA, in how many bits."""
+    found: dict[str, Any] = {"dtype": weights_dtype(settings)}
+    if settings.lora and settings.lora.quantize:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        found["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.lora.quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        )
+    return found
 
 
 def is_autocast(settings: TrainConfig) -> bool:
@@ -92,7 +109,8 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
     """The rows with `ref_logps`, read from the reference table; what is missing there is computed first."""
     settings = config.train
     # model files (template included) and precision; prompt and answer are in the sequences' ids
-    key = content_id(config.policy.identity, weights_dtype(settings), is_autocast(settings))[:12]
+    bits = settings.lora and settings.lora.quantize
+    key = content_id(config.policy.identity, weights_dtype(settings), is_autocast(settings), bits)[:12]
     ids = [sequence_ids(row) for row in rows]
     known = _read(run, key)
     missing = [at for at, names in enumerate(ids) if not known.keys() >= set(names)]
@@ -132,8 +150,11 @@ def _read(run: RunDir, key: str) -> dict[str, float]:
 
 
 def _role(config: TuneConfig) -> ModelConfig:
-    """The policy on the training's resources: as many actors as workers."""
+    """The policy on the training's resources: as many actors as workers, or one with all that shards need."""
     settings = config.train
     resources = settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
     changes: dict[str, Any] = {"num_actors": settings.num_workers, "num_cpus": resources.get("CPU", 1), "engine": {}}
-    return config.policy.model_copy(update=changes | {"num_gpus": resources.get("GPU", 0)})
+    changes["num_gpus"] = resources.get("GPU", 0)
+    if settings.sharding == "fsdp":
+        changes |= {"num_actors": 1, "num_gpus": changes["num_gpus"] * settings.worker_range[0]}
+    return config.policy.model_copy(update=changes)

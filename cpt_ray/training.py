@@ -28,7 +28,7 @@ from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError
 from cpt_ray.publishing import write_cards
 from cpt_ray.records import Pair, content_id
-from cpt_ray.reference import add_reference, is_autocast, weights_dtype, write_rows
+from cpt_ray.reference import add_reference, is_autocast, loading, write_rows
 from cpt_ray.rows import Tokeniser, make_rows, own_pairs, preference_pairs, select_pairs, steps_per_epoch
 from cpt_ray.rundir import RunDir
 
@@ -70,7 +70,7 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
         raise UserError(f"train: {problem if pairs else 'there are no pairs; see the rejects table for why'}")
     rows = make_rows(kept, settings.micro_batch_size)
     num_steps = steps_per_epoch(len(kept), settings.batch_size)
-    _check_workers(settings, len(rows), num_steps)
+    _check_rows(settings, len(rows), num_steps)
     check_workers(settings)
     whole = add_reference(config, run, rows + make_rows(held_out, settings.micro_batch_size))
     job = Job(
@@ -82,33 +82,32 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
         held_out=write_rows(run, f"{key}-held_out", whole[len(rows) :]) if held_out else None,
     )
     logs = _fit(job, math.ceil(settings.epochs * num_steps))
-    names = {"step": "step", "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-    history = [{name: one[logged] for name, logged in names.items()} for one in logs if "loss" in one]
-    measured = [
-        {name.removeprefix("eval_"): value for name, value in one.items() if name != "epoch"}
-        for one in logs
-        if "eval_loss" in one
-    ]
-    first, last = history[0], history[-max(1, len(history) // 10) :]
-    seconds = time.monotonic() - start
-    summary = {
-        "pairs": len(kept),
-        "steps": history[-1]["step"],
-        "first_loss": first["loss"],
-        "last_loss": sum(one["loss"] for one in last) / len(last),
-        "last_accuracy": sum(one["accuracy"] for one in last) / len(last),
-        "wall_seconds": round(seconds, 1),
-        "history": history,
-        "held_out": measured,
-    }
+    seconds = round(time.monotonic() - start, 1)
+    summary = {"pairs": len(kept), **_summary(logs), "wall_seconds": seconds}
     tokens = round(settings.epochs * sum(len(one["prompt"]) + sum(map(len, one["answers"])) for one in rows))
     counts = Counter(one.reason for one in rejects)
-    entry = {"rows_in": len(pairs), "rows_out": len(kept), "rejected": dict(counts), "wall_seconds": round(seconds, 1)}
+    entry = {"rows_in": len(pairs), "rows_out": len(kept), "rejected": dict(counts), "wall_seconds": seconds}
     entry |= {"held_out": len(held_out), "steps": summary["steps"], "trained_tokens": tokens}
     run.add_to_ledger("train", entry | {"num_workers": settings.num_workers})
     write_cards(config, run, summary)
     run.write_json(MARK, {"key": key, "summary": summary})
     return summary
+
+
+def _summary(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the trainer's log: each step, each measurement, the last tenth of the steps in two numbers."""
+    names = {"step": "step", "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    history = [{name: one[logged] for name, logged in names.items()} for one in logs if "loss" in one]
+    measured = [one for one in logs if "eval_loss" in one]
+    last = history[-max(1, len(history) // 10) :]
+    return {
+        "steps": history[-1]["step"],
+        "first_loss": history[0]["loss"],
+        "last_loss": sum(one["loss"] for one in last) / len(last),
+        "last_accuracy": sum(one["accuracy"] for one in last) / len(last),
+        "history": history,
+        "held_out": [{name.removeprefix("eval_"): one[name] for name in one if name != "epoch"} for one in measured],
+    }
 
 
 # ---------------------------------------------------------------- before any worker starts
@@ -123,13 +122,26 @@ def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
         raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {_first_line(error)}") from None
-    if config.train.lora:
-        _check_lora(config.train.lora, model_config)
-    for name in config.train.report_to:
+    settings = config.train
+    _check_sharding(settings)
+    if settings.lora:
+        _check_lora(settings.lora, model_config)
+    packages = dict.fromkeys(settings.report_to, "train.report_to")
+    if settings.lora and settings.lora.quantize:
+        packages["bitsandbytes"] = "train.lora.quantize"
+    for name, key in packages.items():
         if not importlib.util.find_spec(name):
-            raise UserError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
+            raise UserError(f"{key}: {name} is not installed; pip install {name}, or leave {key} out")
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return tokenizer, min(config.train.max_length, limit or config.train.max_length)
+
+
+def _check_sharding(settings: TrainConfig) -> None:
+    if settings.sharding == "ddp":
+        return
+    if not settings.lora or settings.lora.quantize:
+        other = "train.lora.quantize" if settings.lora else "train.lora: null"
+        raise UserError(f"train.sharding: fsdp shards frozen weights in full precision, {other} has none; use ddp")
 
 
 def _check_lora(lora: LoraConfig, model_config: Any) -> None:
@@ -152,7 +164,7 @@ def _check_lora(lora: LoraConfig, model_config: Any) -> None:
         raise UserError(f"train.lora.target_modules: {_first_line(error)}; 'all-linear' fits every model") from None
 
 
-def _check_workers(settings: TrainConfig, num_rows: int, num_steps: int) -> None:
+def _check_rows(settings: TrainConfig, num_rows: int, num_steps: int) -> None:
     """UserError if a step has no row for each worker."""
     most = settings.worker_range[1]
     if num_rows // num_steps < most:
@@ -340,6 +352,15 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
     if not settings.use_gpu:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.path / "tensorboard" / job.key)
+    for name, value in (
+        ("WANDB_DIR", str(job.run.path)),
+        ("WANDB_PROJECT", job.config.name),
+        ("WANDB_RUN_ID", job.key),  # a worker group that starts again goes on with the same run
+        ("WANDB_RESUME", "allow"),
+        ("MLFLOW_TRACKING_URI", f"sqlite:///{job.run.path}/mlflow.db"),
+        ("MLFLOW_EXPERIMENT_NAME", job.config.name),
+    ):
+        os.environ.setdefault(name, value)
     datasets.disable_progress_bars()
     rows, held_out = (
         datasets.Dataset.from_parquet(path, cache_dir=str(folder / "cache")) if path else None
@@ -360,9 +381,13 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
 
 def _arguments(job: Job, folder: Path) -> Any:
     """The run file's settings in TRL's words; train.dtype is that of the frozen weights and of the arithmetic."""
+    import ray.train
     from trl import DPOConfig
 
     settings = job.config.train
+    how = loading(settings) | {"device_map": None}
+    if settings.sharding == "fsdp":
+        how["distributed_config"] = {"fsdp_size": ray.train.get_context().get_world_size()}
     return DPOConfig(
         output_dir=str(folder / "out"),
         loss_type=list(settings.loss),
@@ -372,7 +397,7 @@ def _arguments(job: Job, folder: Path) -> Any:
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.micro_batch_size,
         warmup_steps=settings.warmup_ratio,  # below 1: a share of all steps
-        model_init_kwargs={"dtype": weights_dtype(settings), "device_map": None},
+        model_init_kwargs=how,
         bf16=is_autocast(settings),
         use_cpu=not settings.use_gpu,
         gradient_checkpointing=settings.gradient_checkpointing,

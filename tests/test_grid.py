@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -213,6 +214,7 @@ class KeepGradients(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         model = getattr(model, "module", model)
+        self.model = model
         self.gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -241,13 +243,16 @@ def test_a_step_is_trls_step_on_all_its_pairs_whatever_the_micro_batches(policy:
     assert [found.logs[one] for one in METRICS] == pytest.approx([wanted.logs[one] for one in METRICS], abs=1e-4)
 
 
-def test_two_workers_take_trls_step_on_all_their_pairs(policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_workers_take_trls_step_on_all_their_pairs(policy: Path, tmp_path: Path, sharding: str) -> None:
     wanted = train(DPOTrainer, policy, all_pairs())
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     context = multiprocessing.get_context("spawn")  # a fork of a process that has had threads may hang
-    workers = [context.Process(target=_work, args=(rank, port, policy, tmp_path), daemon=True) for rank in (0, 1)]
+    workers = [
+        context.Process(target=_work, args=(rank, port, policy, tmp_path, sharding), daemon=True) for rank in (0, 1)
+    ]
     for one in workers:
         one.start()
     for one in workers:
@@ -258,13 +263,16 @@ def test_two_workers_take_trls_step_on_all_their_pairs(policy: Path, tmp_path: P
     assert [logs[one] for one in METRICS] == pytest.approx([wanted.logs[one] for one in METRICS], abs=1e-4)
 
 
-def _work(rank: int, port: int, policy: Path, folder: Path) -> None:
+def _work(rank: int, port: int, policy: Path, folder: Path, sharding: str) -> None:
     """One of two workers, one or two rows at a time."""
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in settings.items()})
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    kept = train(GridTrainer, policy, all_pairs(), per_device_train_batch_size=1)
+    how = {"distributed_config": {"fsdp_size": 2}} if sharding == "fsdp" else {}
+    kept = train(GridTrainer, policy, all_pairs(), per_device_train_batch_size=1, model_init_kwargs=how)
+    frozen = [one for one in kept.model.parameters() if not one.requires_grad]
+    assert any(isinstance(one, DTensor) for one in frozen) is (sharding == "fsdp")
     if rank == 0:
         torch.save(kept.gradients, folder / "gradients.pt")
         (folder / "logs.json").write_text(json.dumps(kept.logs), encoding="utf-8")
@@ -361,6 +369,35 @@ def test_evaluation_is_a_mean_over_pairs_and_equals_trls(policy: Path, trainers:
     names = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
     assert [found[one] for one in names] == pytest.approx([wanted[one] for one in names], abs=1e-5)
     assert found["eval_pair_accuracy"] == pytest.approx(wanted["eval_rewards/accuracies"])
+
+
+def test_kl_is_that_of_the_whole_vocabulary_at_every_answer_token(
+    trainers: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, rows = trainers[1], list(trainers[1].train_dataset)
+    monkeypatch.setattr(grid, "KL_TOKENS", 10**6)
+
+    def logps(row: Any, answer: list[int]) -> torch.Tensor:
+        ids = torch.tensor([row["prompt"] + answer])
+        with torch.no_grad():
+            found: torch.Tensor = trainer.model(input_ids=ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        return found
+
+    if not isinstance(trainer.model, PeftModel):
+        trainer.eval_dataset = trainer.train_dataset
+        assert "eval_kl" not in trainer.evaluate()
+        return
+    found = grid.reference_kl(trainer.model, collate(rows))
+    terms = []
+    for row in rows:
+        for answer in row["answers"]:
+            tuned = logps(row, answer)
+            with trainer.model.disable_adapter():
+                terms.append((tuned.exp() * (tuned - logps(row, answer))).sum(-1))
+    assert found == pytest.approx(torch.cat(terms).mean().item(), rel=1e-4)
+    assert found > 1e-3
+    trainer.eval_dataset = trainer.train_dataset
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(found, rel=0.5)  # there, batches count by their pairs
 
 
 def test_a_batch_has_no_padding_and_no_token_twice() -> None:

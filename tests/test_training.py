@@ -6,16 +6,23 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray import cloudpickle
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
+from cpt_ray import training
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
@@ -25,7 +32,8 @@ from cpt_ray.records import Message, Pair, ReferenceLogProb, Reject, content_id
 from cpt_ray.reference import add_reference
 from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
 from cpt_ray.rundir import RunDir
-from cpt_ray.training import PROGRESS, check_first_loss, describe_failure, train
+from cpt_ray.training import PROGRESS, check_first_loss, describe_failure, train, work
+from tests.local_cluster import RAY, ROOT, free_port
 from tests.tiny_model import make_tiny_model
 
 NUM_PAIRS = 92
@@ -93,9 +101,11 @@ def make_tokens(cell: str, lengths: tuple[int, int, int] = (5, 5, 5), **changes:
     return [TokenPair(**{name: getattr(one, name) for name in names}, **ids | changes) for one in make_twins(cell)]
 
 
-def make_run(path: Path) -> RunDir:
-    """A run directory with NUM_PAIRS pairs that fit and a pair (and its twin) that does not."""
+def make_run(path: Path, like: RunDir | None = None) -> RunDir:
+    """A run directory with NUM_PAIRS pairs that fit, a pair (and its twin) that does not, another's reference table."""
     run = RunDir(path)
+    if like:
+        shutil.copytree(like.path / "reference", path / "reference")
     fitting = [pair for at in range(NUM_PAIRS // 2) for pair in make_twins(f"town {at}")]
     run.write("pairs", "a-0", fitting[:40] + make_twins("the sea", LONG))
     run.write("pairs", "b-0", fitting[40:])
@@ -126,13 +136,49 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("policy") / "tiny")
 
 
+def work_with_a_log(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """`work`, which also writes down which rows each worker group ran in which step."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    from cpt_ray import grid
+
+    log = settings["job"].run.path / "samples.jsonl"
+    group = broadcast_from_rank_zero(os.getpid())
+    plain_collate, plain_loss = grid.collate, grid.GridTrainer.compute_loss
+
+    def collate(rows: Any, **kwargs: Any) -> Any:
+        return plain_collate(rows, **kwargs) | {"names": [f"{one['cell_id']}, {one['level']}" for one in rows]}
+
+    def compute_loss(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        names, step = inputs.pop("names"), trainer.state.global_step + 1
+        with log.open("a") as file:
+            file.write(json.dumps({"group": group, "step": step, "names": names}) + "\n")
+        return plain_loss(trainer, model, inputs, *args, **kwargs)
+
+    grid.collate, grid.GridTrainer.compute_loss = collate, compute_loss
+    return work(settings)
+
+
+def samples(run: RunDir) -> dict[int, list[str]]:
+    """The rows of each step, as the last worker group that took it ran them."""
+    steps: dict[int, dict[int, list[str]]] = {}
+    for line in (run.path / "samples.jsonl").read_text().splitlines():
+        one = json.loads(line)
+        steps.setdefault(one["step"], {}).setdefault(one["group"], []).extend(one["names"])
+    return {step: sorted(list(groups.values())[-1]) for step, groups in steps.items()}
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Ray with two CPUs; the file where its stderr goes."""
     log = tmp_path_factory.mktemp("ray") / "stderr.log"
     log.touch()
-    with connected(log=log):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    os.environ["WANDB_MODE"] = "offline"  # for the workers, which get this environment now
+    with connected(log=log), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "work", work_with_a_log)
         yield log
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +204,19 @@ def test_every_step_is_logged_once_and_the_pairs_are_learned(trained: tuple[RunD
     assert summary["last_accuracy"] == 1.0
 
 
+def test_every_epoch_takes_every_pair_once_and_every_step_its_share(trained: tuple[RunDir, dict[str, Any]]) -> None:
+    steps = samples(trained[0])
+    halves = [[name for step in range(*part) for name in steps[step]] for part in ((1, 11), (11, 21))]
+    assert sorted(halves[0]) == sorted(halves[1])
+    assert len(set(halves[0])) == len(halves[0]) == NUM_PAIRS - NUM_HELD_OUT
+    assert {len(one) for one in steps.values()} == {8, 9}
+
+
+def test_two_checkpoints_are_kept(trained: tuple[RunDir, dict[str, Any]]) -> None:
+    folders = [one for one in (trained[0].checkpoints / "key-1").glob("checkpoint_*") if one.is_dir()]
+    assert len(folders) == 2
+
+
 def test_a_pair_that_is_too_long_goes_with_its_twin_and_both_are_counted(
     trained: tuple[RunDir, dict[str, Any]],
 ) -> None:
@@ -181,6 +240,17 @@ def test_what_is_held_out_is_measured_at_each_checkpoint_and_tells_that_the_dire
     assert last["loss"] < measured[0]["loss"] < math.log(2) + 0.1
     assert last["swap_gap"] > 0.01
     assert {"drift", "length_drift", "rewards/margins"} < set(last)
+    assert last["kl"] > measured[0]["kl"] > 0
+
+
+def test_tensorboard_has_every_number(trained: tuple[RunDir, dict[str, Any]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(trained[0].path / "tensorboard" / "key-1")).Reload()
+    tags = set(log.Tags()["scalars"])
+    assert {f"eval/{name}" for name in trained[1]["held_out"][-1]} - {"eval/step"} <= tags
+    assert {"train/loss", "train/rewards/accuracies", "eval/accuracy/ornament/high", "eval/kl"} <= tags
+    assert [one.step for one in log.Scalars("train/loss")] == list(range(1, NUM_STEPS + 1))
 
 
 def test_the_reference_table_is_what_the_policy_gives_and_is_not_computed_again(
@@ -255,20 +325,37 @@ def test_nothing_but_our_own_lines_is_printed(trained: tuple[RunDir, dict[str, A
     assert [one for one in stderr if "core_worker.cc" not in one] == []  # Ray Data's actors cannot be restarted
 
 
-def kill_rank_0_at(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Kills the first worker once it has done so many steps; what it had reported last, once that is done."""
-    killed: list[dict[str, Any]] = []
+@contextmanager
+def another_node() -> Iterator[subprocess.Popen[bytes]]:
+    """A node with a slot for one worker that joins the cluster; terminated at the end, if not before."""
+    command = [str(RAY), "start", "--block", "--num-cpus=1", '--resources={"slot": 1}', "--disable-usage-stats"]
+    command += [f"--address={ray.get_runtime_context().gcs_address}", f"--dashboard-agent-listen-port={free_port()}"]
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield node
+    finally:
+        node.terminate()
+        node.wait(timeout=30)
 
-    def watch() -> None:
-        while not killed:
-            state = run.read_json(PROGRESS)
-            if state and state["step"] >= step:
-                os.kill(state["pid"], signal.SIGKILL)
-                killed.append(state)
-            time.sleep(0.002)
 
-    threading.Thread(target=watch, daemon=True).start()
-    return killed
+def wait_for_slots(count: int) -> None:
+    """Until the cluster has so many, and Ray Train knows."""
+    deadline = time.monotonic() + 60
+    while ray.cluster_resources().get("slot", 0) != count:
+        assert time.monotonic() < deadline, f"{ray.cluster_resources()}, {count} slots wanted"
+        time.sleep(0.1)
+    ray.get(get_or_create_autoscaling_coordinator()._tick.remote())  # else it looks every 20 seconds
+
+
+def wait_for_step(run: RunDir, step: int, other_than: int = 0) -> dict[str, Any]:
+    """What the training reports once it has done so many steps, by another process than the one given."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        state: dict[str, Any] | None = run.read_json(PROGRESS)
+        if state and state["step"] >= step and state["pid"] != other_than:
+            return state
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached")
 
 
 def assert_same_training(
@@ -286,16 +373,40 @@ def assert_same_training(
     assert all(torch.allclose(found[name], wanted[name], atol=within) for name in wanted)
 
 
-def test_a_killed_worker_changes_nothing_in_what_is_learned_with_checkpoints_behind_a_uri(
+def test_a_killed_worker_and_a_lost_node_change_nothing_in_what_is_learned_by_a_sharded_policy(
     trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path)
-    killed = kill_rank_0_at(run, 10)
-    summary = train(make_config(policy, checkpoints=f"file://{tmp_path}/kept"), run, ["a-0", "b-0"], "key-1")
-    assert killed[0]["step"] < summary["steps"]
-    assert_same_training(run, summary, trained, 1e-6)
+    run, seen = make_run(tmp_path, trained[0]), []
+    settings: dict[str, Any] = {"num_workers": [1, 2], "resources_per_worker": {"CPU": 1, "slot": 1}}
+    settings |= {"sharding": "fsdp", "checkpoints": f"file://{tmp_path}/kept"}
+
+    def disturb(node: subprocess.Popen[bytes]) -> None:
+        seen.append(wait_for_step(run, 6))
+        os.kill(seen[0]["pid"], signal.SIGKILL)
+        seen.append(wait_for_step(run, 11, other_than=seen[0]["pid"]))
+        os.kill(seen[1]["pid"], signal.SIGSTOP)  # or the training could end before the node does
+        node.terminate()
+        wait_for_slots(1)
+        with suppress(ProcessLookupError):  # it was on that node
+            os.kill(seen[1]["pid"], signal.SIGCONT)
+
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(another_node()) for _ in range(2)]
+        wait_for_slots(2)
+        thread = threading.Thread(target=disturb, args=(nodes[0],), daemon=True)
+        thread.start()
+        summary = train(make_config(policy, **settings), run, ["a-0", "b-0"], "key-1")
+        thread.join(timeout=60)
+    assert [one["num_workers"] for one in seen] == [2, 2]
+    assert run.read_json(PROGRESS)["num_workers"] == 1
+    assert samples(run) == samples(trained[0])
+    assert_same_training(run, summary, trained, 1e-4)
     assert not run.checkpoints.exists()
-    assert (tmp_path / "kept" / "key-1" / "checkpoint_manager_snapshot.json").exists()
+    kept = json.loads((tmp_path / "kept" / "key-1" / "checkpoint_manager_snapshot.json").read_text())
+    folders = {one.name for one in (tmp_path / "kept" / "key-1").glob("checkpoint_*") if one.is_dir()}
+    named = {one["checkpoint_dir_name"] for one in kept["checkpoint_results"]}
+    assert len(named) == 2 and named <= folders
+    assert len(folders - named) <= 2  # uploads that a kill cut short: named nowhere, so never gone on from
 
 
 def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(cluster: Path, tmp_path: Path) -> None:
@@ -317,23 +428,91 @@ def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(clus
     assert not run.adapter.exists()
 
 
-def test_a_preference_set_trains_alone_and_again_at_once(cluster: Path, policy: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(cluster: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run file of a preference set that was trained on, in the run directory beside it."""
+    path = tmp_path_factory.mktemp("alone")
     rows = [{"prompt": f"Tell me {at}:", "chosen": f" the sea and {at}", "rejected": " the town"} for at in range(24)]
-    (tmp_path / "set.jsonl").write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
+    (path / "set.jsonl").write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
     settings = {"num_workers": 1, "batch_size": 8, "dtype": "float32", "learning_rate": 1e-2, "lora": None}
-    settings |= {"loss": {"ipo": 1.0, "sft": 0.1}, "resources_per_worker": {"CPU": 1}}
-    config = {"name": "alone", "run_dir": str(tmp_path / "run"), "preferences": {"source": str(tmp_path / "set.jsonl")}}
+    settings |= {"loss": {"ipo": 1.0, "sft": 0.1}, "resources_per_worker": {"CPU": 1}, "epochs": 5, "save_steps": 2}
+    config = {"name": "alone", "run_dir": str(path / "run"), "preferences": {"source": str(path / "set.jsonl")}}
     config |= {"policy": {"model": str(policy)}, "train": settings}
-    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
-    assert main(["train", str(tmp_path / "run.yaml")]) == 0
-    made = json.loads((tmp_path / "run" / "model" / "cpt_ray.json").read_text(encoding="utf-8"))["summary"]
-    assert (made["pairs"], made["steps"]) == (22, 2)
+    (path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["train", str(path / "run.yaml")]) == 0
+    return path / "run.yaml"
+
+
+def test_a_preference_set_trains_alone_and_again_at_once(alone: Path) -> None:
+    run = RunDir(alone.parent / "run")
+    made = run.read_json("model/cpt_ray.json")["summary"]
+    assert (made["pairs"], made["steps"]) == (22, 10)
     assert "twin_accuracy" not in made["held_out"][-1]
-    assert f"`{tmp_path}/set.jsonl`" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
-    mark = (tmp_path / "run" / "model" / "cpt_ray.json").stat().st_mtime_ns
-    assert main(["train", str(tmp_path / "run.yaml")]) == 0
-    assert (tmp_path / "run" / "model" / "cpt_ray.json").stat().st_mtime_ns == mark
-    assert main(["evaluate", str(tmp_path / "run.yaml")]) == 1
+    assert f"`{alone.parent}/set.jsonl`" in (run.model / "README.md").read_text(encoding="utf-8")
+    mark = (run.model / "cpt_ray.json").stat().st_mtime_ns
+    assert main(["train", str(alone)]) == 0
+    assert (run.model / "cpt_ray.json").stat().st_mtime_ns == mark
+    assert main(["evaluate", str(alone)]) == 1
+
+
+def test_after_kill_9_of_the_driver_the_same_command_goes_on_with_all_weights_tuned(
+    alone: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    run, undisturbed = RunDir(tmp_path / "run"), RunDir(alone.parent / "run")
+    shutil.copytree(undisturbed.path / "reference", run.path / "reference")
+    command = ["train", str(alone), f"run_dir={run.path}"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "cpt_ray", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = wait_for_step(run, 5)
+    os.kill(state["pid"], signal.SIGSTOP)  # or the training could end first
+    driver.kill()
+    driver.wait(timeout=30)
+    os.kill(state["pid"], signal.SIGKILL)  # it cannot see that its node is gone
+    assert not run.model.exists()
+    assert main(command) == 0
+    assert 1 < min(samples(run)) <= state["step"]
+    found, wanted = (RunDir(one).read_json("model/cpt_ray.json") for one in (run.path, undisturbed.path))
+    assert found["summary"]["history"] == wanted["summary"]["history"]
+    tuned, expected = (load_file(one.model / "model.safetensors") for one in (run, undisturbed))
+    assert all(tuned[name].equal(expected[name]) for name in expected)
+
+
+def test_quantised_weights_are_trained_over_and_whole_ones_exported(
+    cluster: Path, policy: Path, tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("bitsandbytes")
+    run = make_run(tmp_path)
+    settings = {"num_workers": 1, "lora": {"quantize": "nf4"}, "max_pairs": 40}
+    summary = train(make_config(policy, **settings), run, ["a-0", "b-0"], "key-1")
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-3)  # its kernels without gradients are others
+    assert summary["last_accuracy"] == 1.0
+    ids, base = torch.tensor([[5, 6, 7, 8]]), AutoModelForCausalLM.from_pretrained(policy)
+    merged = AutoModelForCausalLM.from_pretrained(run.model)
+    assert not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, run.adapter)(ids).logits
+        assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+
+
+def test_wandb_and_mlflow_get_every_number(cluster: Path, policy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    mlflow = pytest.importorskip("mlflow")
+    run = make_run(tmp_path)
+    settings = {"num_workers": 1, "max_pairs": 40, "report_to": ["wandb", "mlflow"]}
+    summary = train(make_config(policy, **settings), run, ["a-0", "b-0"], "key-1")
+    names = set(summary["held_out"][-1]) - {"step"}
+    (written,) = (run.path / "wandb").glob("offline-run-*/run-key-1.wandb")
+    assert [name for name in names if f"eval/{name}".encode() not in written.read_bytes()] == []
+    client = mlflow.MlflowClient(f"sqlite:///{run.path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert {f"eval_{name}" for name in names} <= set(found.data.metrics)
 
 
 # ---------------------------------------------------------------- before a training
@@ -400,7 +579,11 @@ def test_a_template_that_would_lose_the_directive_is_refused(
         (None, {"lora": {"target_modules": ["c_attn"]}}, "train.lora.target_modules: .*c_attn"),
         (None, {"lora": {"target_modules": ["q_proj", "lm_head"]}}, "vLLM serves no adapter on lm_head"),
         (None, {"lora": {"r": 1024}}, "adapters of rank 512 at most"),
-        (None, {"report_to": ["wandb"]}, "wandb is not installed"),
+        (None, {"report_to": ["wandb"]}, "train.report_to: wandb is not installed; pip install wandb"),
+        (None, {"report_to": ["mlflow"]}, "train.report_to: mlflow is not installed; pip install mlflow"),
+        (None, {"lora": {"quantize": "nf4"}}, "train.lora.quantize: bitsandbytes is not installed"),
+        (None, {"sharding": "fsdp", "lora": None}, "train.sharding: .* train.lora: null has none; use ddp"),
+        (None, {"sharding": "fsdp", "lora": {"quantize": "nf4"}}, "train.sharding: .* train.lora.quantize has none"),
         (None, {"num_workers": 7, "batch_size": 14}, "7 x 1 CPU wanted, this machine gives Ray"),
         (None, {"num_workers": 11}, "11 workers share 9 prompts per step of 8 pairs"),
         (None, {"max_length": 30}, "none of 42 pairs is left within 30 tokens"),

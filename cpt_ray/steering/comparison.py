@@ -91,7 +91,7 @@ class Bank:
         self.arena, steering = arena, arena.steering
         levels = {one.id: [level.name for level in one.levels] for one in steering.catalog.rubrics}
         self.configurations = [
-            {name: levels[name][at] for name, at in one.items()} for one in steering.candidates().configurations
+            {name: levels[name][at] for name, at in one.items()} for one in steering.candidates.configurations
         ]
         texts = {one.prompt_id: one.prompt for one in steering.held_out.answers}
         self.prompts = [Prompt(prompt_id=name, text=texts[name], split="held_out") for name in sorted(texts)]
@@ -183,18 +183,16 @@ def evaluate(steering: Steering) -> dict[str, Any]:
     crowd, users = steering.held_out, arena.users
     accuracies, satisfactions = arena.reward_accuracy(), {"NP-BTL, best of n": bank.reranked()}
     logprobs = steering.logprobs(crowd.answers)
-    for name, reading in (("inferred directive", "levels"), ("inferred directive (peaked)", "reward")):
-        candidates = steering.candidates(reading)
-        rewards = candidates.rewards(logprobs)
-        told = [rewards[one.context[:, 0]] - rewards[one.context[:, 1]] for one in users]
-        others = [rewards[one.targets[:, 0]] - rewards[one.targets[:, 1]] for one in users]
-        accuracies[name] = _foretold(arena, candidates, told, others)
-        satisfactions[name] = _steered(bank, candidates, told)
-        if reading == "levels":
-            strangers = [told[at] for at in arena.others.tolist()]
-            accuracies[f"{name}, another's choices"] = _foretold(arena, candidates, strangers, others)
-            asked = [_interview(arena, candidates, one, rewards) for one in users]
-            satisfactions[f"{name}, asked"] = _steered(bank, candidates, asked)
+    candidates, name = steering.candidates, "inferred directive"
+    values = candidates.values(logprobs)
+    told = [values[one.context[:, 0]] - values[one.context[:, 1]] for one in users]
+    others = [values[one.targets[:, 0]] - values[one.targets[:, 1]] for one in users]
+    strangers = [told[at] for at in arena.others.tolist()]
+    asked = [_interview(arena, candidates, one, values) for one in users]
+    accuracies[name] = _foretold(arena, candidates, told, others)
+    accuracies[f"{name}, another's choices"] = _foretold(arena, candidates, strangers, others)
+    satisfactions[name] = _steered(bank, candidates, told)
+    satisfactions[f"{name}, asked"] = _steered(bank, candidates, asked)
     for policy in arena.fitted.policies:
         name = f"NP-DPO {policy.form}"
         accuracies[name] = _policy_accuracy(arena, policy)
@@ -213,7 +211,7 @@ def _foretold(arena: Arena, candidates: Candidates, told: Sequence[Floats], othe
 
 def _steered(bank: Bank, candidates: Candidates, told: Sequence[Floats]) -> Floats:
     """Satisfaction under what is inferred from the margins `told`."""
-    return bank.under(lambda at, count: _setting(candidates, told[at][:count]))
+    return bank.under(lambda at, count: candidates.belief(told[at][:count]).configuration)
 
 
 def _kind(taste: Taste) -> str:
@@ -224,16 +222,7 @@ def _share(margins: Floats) -> float:
     return float(np.mean(margins > 0) + 0.5 * np.mean(margins == 0))
 
 
-def _setting(candidates: Candidates, margins: Floats) -> Configuration:
-    """What is set after these choices; of more than two rubrics known, the two surest."""
-    found = candidates.belief_from(margins)
-    if not found.configuration or len(found.configuration) <= 2:
-        return found.configuration
-    surest = sorted(found.configuration, key=lambda name: -found.confidence[name])[:2]
-    return {name: level for name, level in found.configuration.items() if name in surest}
-
-
-def _interview(arena: Arena, candidates: Candidates, user: User, rewards: Floats) -> Floats:
+def _interview(arena: Arena, candidates: Candidates, user: User, values: Floats) -> Floats:
     """Margins of the choices that the user makes when each question is the one that says most, [count, directives]."""
     crowd = arena.steering.held_out
     liked = crowd.utilities(user.taste)
@@ -242,7 +231,7 @@ def _interview(arena: Arena, candidates: Candidates, user: User, rewards: Floats
     pool = crowd.pairs[inside[crowd.pairs].all(axis=1)]
     rng = np.random.default_rng(0)
     pool = pool[rng.permutation(len(pool))[:NUM_QUESTIONS]]
-    offered = rewards[pool[:, 0]] - rewards[pool[:, 1]]
+    offered = values[pool[:, 0]] - values[pool[:, 1]]
     told: list[Floats] = []
     for _ in range(max(arena.counts)):
         gains = candidates.information_gain(np.array(told), offered)

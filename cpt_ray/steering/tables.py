@@ -40,18 +40,10 @@ class PolicyScorer:
         """log pi(answer | directive, prompt) of each, its end mark included; UserError if one is too long."""
         from vllm import SamplingParams
 
-        sequences = [sequence(self._tokenizer, *one, self._template_kwargs) for one in asked]
-        for ids, _ in sequences:
-            if len(ids) >= self._max_model_len:
-                raise UserError(
-                    f"an answer and its prompt have {len(ids)} tokens, the model takes {self._max_model_len - 1}"
-                )
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        sequences = scored_sequences(self._tokenizer, asked, self._template_kwargs, self._max_model_len)
+        params = SamplingParams(**SCORING)
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids, _ in sequences], params, use_tqdm=False)
-        return [
-            sum(one.prompt_logprobs[at][ids[at]].logprob for at in range(start, len(ids)))
-            for (ids, start), one in zip(sequences, outputs, strict=True)
-        ]
+        return [logprob_from(one, start) for (_, start), one in zip(sequences, outputs, strict=True)]
 
 
 def sequence(
@@ -62,6 +54,27 @@ def sequence(
     start = len(token_ids(tokenizer, messages, template_kwargs))
     messages.append({"role": "assistant", "content": answer})
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs)), start
+
+
+SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+"""vLLM's sampling parameters under which a prompt's own log-probabilities come back."""
+
+
+def scored_sequences(
+    tokenizer: Any, asked: Sequence[tuple[str | None, str, str]], template_kwargs: dict[str, Any], max_model_len: int
+) -> list[tuple[list[int], int]]:
+    """`sequence` of each (directive, prompt, answer); UserError if one is too long for the model."""
+    found = [sequence(tokenizer, *one, template_kwargs) for one in asked]
+    longest = max(len(ids) for ids, _ in found)
+    if longest >= max_model_len:
+        raise UserError(f"an answer and its prompt have {longest} tokens, the model takes {max_model_len - 1}")
+    return found
+
+
+def logprob_from(output: Any, start: int) -> float:
+    """Log-probability of a scored prompt's tokens from `start` on."""
+    ids = output.prompt_token_ids
+    return float(sum(output.prompt_logprobs[at][ids[at]].logprob for at in range(start, len(ids))))
 
 
 class Embedder:
@@ -105,10 +118,10 @@ class Embedder:
 
 
 class LogprobActor:
-    """Answers -> their log-probabilities without a directive and under each."""
+    """Answers -> their log-probabilities under each directive."""
 
     def __init__(self, model: ModelConfig, directives: Sequence[str]):
-        self._scorer, self._directives = PolicyScorer(model), [None, *directives]
+        self._scorer, self._directives = PolicyScorer(model), directives
 
     def __call__(self, rows: Sequence[Answer]) -> list[AnswerLogprobs]:
         """One row per answer."""

@@ -208,19 +208,22 @@ def fit(steering: Steering) -> Fitted:
     )  # fmt: skip
     key = content_id(settings, [one.answer_id for one in crowd.answers], float(np.abs(vectors).sum()))
     folder = steering.run.path.absolute() / "steering" / key
-    tensors = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id))
+    tensors, seed = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id)), steering.plan.config.seed
     models, static, oracle = (
-        fit_reward_models(Fit(steering.config, folder, steering.plan.config.seed, kind), tensors)
+        fit_reward_models(Fit(steering.config, folder, seed, kind), tensors)
         for kind in ("np-btl", "static", "oracle")
     )
     answers = [*crowd.answers, *held_out.answers]
-    policies = _fit_policies(steering, key, tensors, answers) if steering.config.forms else []
+    reward = None if steering.config.variational else Fit(steering.config, folder, seed, "np-btl").path(0)
+    policies = _fit_policies(steering, key, tensors, answers, reward) if steering.config.forms else []
     if steering.shards is not None:
         _write_questions(steering)
     return Fitted(models, static, oracle, policies, scaled[num_learned:], vectors[:num_learned])
 
 
-def _fit_policies(steering: Steering, key: str, tensors: Tensors, answers: Sequence[Answer]) -> list[ConditionalPolicy]:
+def _fit_policies(
+    steering: Steering, key: str, tensors: Tensors, answers: Sequence[Answer], reward: Path | None
+) -> list[ConditionalPolicy]:
     """NP-DPO on the same users."""
     config = steering.config
     settings = config.model_dump(
@@ -229,7 +232,7 @@ def _fit_policies(steering: Steering, key: str, tensors: Tensors, answers: Seque
     folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
     texts = policy_texts(steering, answers[: len(tensors.embeddings)])
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
-    return [fit_policy(one, tensors, texts, steering.policy.path) for one in fits]
+    return [fit_policy(one, tensors, texts, steering.policy.path, reward) for one in fits]
 
 
 def policy_texts(steering: Steering, answers: Sequence[Answer]) -> Sequences:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from cpt_ray.console import say
 from cpt_ray.records import Prompt, SteeredAnswer, content_id
@@ -173,7 +174,7 @@ def pairs_in_prompt(choices: Sequence[tuple[Answer, Answer]]) -> str:
 def compare_rewards(steering: Steering) -> dict[str, Any]:
     """`fit`, then the reward models on held-out users; written and printed."""
     arena = Arena(steering, fit(steering))
-    return _write(arena, arena.reward_accuracy(), {})
+    return _write(arena, arena.reward_accuracy(), {}, {})
 
 
 def evaluate(steering: Steering) -> dict[str, Any]:
@@ -201,7 +202,30 @@ def evaluate(steering: Steering) -> dict[str, Any]:
     satisfactions["pairs in the prompt"] = _in_prompt(arena, bank)
     satisfactions["static"] = bank.under(lambda at, count: None)
     satisfactions["oracle"] = bank.under(lambda at, count: bank.best(at))
-    return _write(arena, accuracies, satisfactions)
+    return _write(arena, accuracies, satisfactions, _costs(arena))
+
+
+def _costs(arena: Arena) -> dict[str, dict[str, int]]:
+    """Per method, with all choices told: policy tokens per user once, more of them per answer, bytes kept per user."""
+    steering, fitted = arena.steering, arena.fitted
+    size, best_of, count = steering.config.size, steering.config.best_of, max(arena.counts)
+    texts = policy_texts(steering, steering.held_out.answers)
+    whole = float(np.mean([len(ids) for ids, _ in texts]))
+    answer = float(np.mean([len(ids) - start for ids, start in texts]))
+    tokenizer = AutoTokenizer.from_pretrained(steering.policy.path)
+    told_what = [len(tokenizer(one)["input_ids"]) for one in steering.candidates.directives]
+    directives, directive = len(told_what), float(np.mean(told_what))
+    shown = [[steering.held_out.answers[at] for at in one.context.flatten()] for one in arena.users]
+    kept = np.mean([sum(len(one.text) + len(one.prompt) / 2 for one in answers) for answers in shown])
+    told = 2 * count * whole
+    found = {
+        "NP-BTL, best of n": (told, (best_of - 1) * answer + best_of * whole, 4 * size),
+        "inferred directive": (told * directives, directive, 8 * count * directives),
+        "inferred directive, asked": (0, directive, 8 * count * directives),
+        "pairs in the prompt": (0, told, kept),
+    } | {f"NP-DPO {one.form}": (told, 0, 4 * size) for one in fitted.policies}
+    names = ("tokens_once", "tokens_per_answer", "bytes")
+    return {name: dict(zip(names, map(round, one), strict=True)) for name, one in found.items()}
 
 
 def _foretold(arena: Arena, candidates: Candidates, told: Sequence[Floats], others: Sequence[Floats]) -> Floats:
@@ -298,14 +322,16 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
     return arena.filled(value, POLICY_USERS)
 
 
-def _write(arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats]) -> dict[str, Any]:
+def _write(
+    arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats], costs: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     """Means with intervals, saved, drawn and printed."""
     groups = {
         "per_kind": np.array([_kind(one.taste) for one in arena.users]),
         "per_rubric": np.array(["+".join(sorted(one.taste.targets)) for one in arena.users]),
     }
     rng = np.random.default_rng(arena.steering.plan.config.seed)
-    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users)}
+    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users), "costs": costs}
     for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
         results[metric] = {}
         for name, values in methods.items():

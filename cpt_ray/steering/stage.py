@@ -210,8 +210,7 @@ def fit(steering: Steering) -> Fitted:
     folder = steering.run.path.absolute() / "steering" / key
     tensors, seed = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id)), steering.plan.config.seed
     models, static, oracle = (
-        fit_reward_models(Fit(steering.config, folder, seed, kind), tensors)
-        for kind in ("np-btl", "static", "oracle")
+        fit_reward_models(Fit(steering.config, folder, seed, kind), tensors) for kind in ("np-btl", "static", "oracle")
     )
     answers = [*crowd.answers, *held_out.answers]
     reward = None if steering.config.variational else Fit(steering.config, folder, seed, "np-btl").path(0)

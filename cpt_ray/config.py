@@ -314,7 +314,7 @@ class SteerConfig(_Section):
     """Tastes of the users: an end of one rubric, a score in its middle, a blend of two, an end with wrong choices."""
     answers: AnswersConfig | None = None
     """Where users' answers come from; the run's own generations and evaluation unless given."""
-    users: Positive = 600
+    users: Positive = 2000
     """Users to learn from; each has a twin who chooses the other way."""
     test_users: Positive = 100
     """Held-out users, their twins included: new tastes, on prompts that nothing was learned from."""
@@ -340,7 +340,7 @@ class SteerConfig(_Section):
     """Conditional policies (NP-DPO) that are trained; only gated_lora's answers are tried, by folded adapters."""
     policy_beta: Annotated[float, Field(gt=0)] = 0.05
     policy_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    policy_steps: Positive = 250
+    policy_steps: Positive = 400
     policy_users: Positive = 4
     """Users per step over all workers, without their twins."""
     policy_pairs: Positive = 4

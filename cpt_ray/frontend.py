@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cpt_ray.configuration import Catalog, Resolved
 from cpt_ray.errors import UserError
@@ -26,6 +26,7 @@ CHAT_PATHS = ("/v1/chat/completions", "/tokenize")
 """Where a body may name a configuration; anywhere else one is an error, never silently ignored."""
 CONFIGURATIONS_PATH = "/v1/configurations"
 MODELS_PATH = "/v1/models"
+PREFERENCES_PATH = "/v1/preferences"
 OPEN_PATH = "/health"
 CLIENT_PATHS = (
     "/v1/", "/tokenize", "/detokenize", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"
@@ -37,6 +38,8 @@ PAGE_POLICY = (
     b"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
 APPLIED_HEADER = b"x-cpt-configuration"
+SOURCE_HEADER = b"x-cpt-configuration-from"
+"""Whether the configuration is the one that was asked for or that of the preferences named beside it."""
 CONFIGURED_PREFIX = "cpt:"
 """Begins a model name that carries a configuration."""
 
@@ -92,6 +95,18 @@ def counting(generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
     return counted
 
 
+class Steerer(Protocol):
+    """What the front asks about preferences (preferences.py); `owner` stands for the key."""
+
+    async def answer(self, owner: str, method: str, name: str, body: bytes) -> dict[str, Any] | Refusal:
+        """To a request to PREFERENCES_PATH, or to `name` under it."""
+        ...
+
+    async def steer(self, owner: str, path: str, body: bytes) -> tuple[bytes, str] | Refusal:
+        """The body with the configuration that its preferences come to, and what set it; "" if it names none."""
+        ...
+
+
 class Frontend:
     """Pure ASGI, so that streams pass unbuffered. `keyring=None` lets everyone in."""
 
@@ -103,13 +118,14 @@ class Frontend:
         counts: Counts,
         ended: Callable[[Call], None] = lambda call: None,
         listing: Mapping[str, Any] | None = None,
+        preferences: Steerer | None = None,
     ):
         """`catalogs`: what each served model can be asked for, the default model first. `ended` hears of every request.
 
         `listing` is added to what `GET /v1/configurations` says.
         """
         self._app, self._catalogs, self._keyring, self._counts, self._ended = app, catalogs, keyring, counts, ended
-        self._listing = listing or {}
+        self._listing, self._preferences = listing or {}, preferences
         self._page = PAGE.read_bytes()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -152,6 +168,8 @@ class Frontend:
                 await _send_error(send_noted, 404, f"there is nothing at {path[:100]}")
             elif method == "POST":
                 await self._post(key, path, call, scope, receive, send_noted)
+            elif self._preferences is not None and _under_preferences(path):
+                await self._answer(self._preferences, key, method, path, b"", send_noted)
             elif (method, path) == ("GET", CONFIGURATIONS_PATH):
                 default = next(iter(self._catalogs.values()))
                 await _send_json(send_noted, 200, {**default.to_json(), **self._listing})
@@ -177,7 +195,17 @@ class Frontend:
             return
         if body is None:
             return
+        source = ""
         try:
+            if self._preferences is not None:
+                if _under_preferences(path):
+                    await self._answer(self._preferences, key, "POST", path, body, send)
+                    return
+                steered = await self._preferences.steer(_owner(key), path, body)
+                if isinstance(steered, Refusal):
+                    await _refuse(send, steered)
+                    return
+                body, source = steered
             body, resolved = configured_body(path, body, self._catalogs)
         except UserError as error:
             await _send_error(send, 400, str(error), param=str(error).partition(":")[0])
@@ -186,7 +214,18 @@ class Frontend:
             await self._app(scope, _replay(body, receive), send)
             return
         call.configuration = resolved.applied
-        await self._app(_with_length(scope, len(body)), _replay(body, receive), _saying(resolved, send))
+        await self._app(_with_length(scope, len(body)), _replay(body, receive), _saying(resolved, source, send))
+
+    async def _answer(
+        self, preferences: Steerer, key: Key | None, method: str, path: str, body: bytes, send: Send
+    ) -> None:
+        try:
+            name = path.removeprefix(PREFERENCES_PATH).removeprefix("/")
+            found = await preferences.answer(_owner(key), method, name, body)
+        except UserError as error:
+            await _send_error(send, 400, str(error), param=str(error).partition(":")[0])
+            return
+        await (_refuse(send, found) if isinstance(found, Refusal) else _send_json(send, 200, found))
 
     def _with_saved(self, models: Any) -> Any:
         """vLLM's list of models, and every saved configuration as one more."""
@@ -194,6 +233,15 @@ class Frontend:
         found = next(one for one in models["data"] if one["id"] == default)
         models["data"] += [{**found, "id": CONFIGURED_PREFIX + name, "parent": default} for name in catalog.saved]
         return models
+
+
+def _under_preferences(path: str) -> bool:
+    return path == PREFERENCES_PATH or path.startswith(f"{PREFERENCES_PATH}/")
+
+
+def _owner(key: Key | None) -> str:
+    """Of preferences; where there are no keys, all are everybody's."""
+    return "everybody" if key is None else key.hash[:32]
 
 
 def configured_body(path: str, body: bytes, catalogs: Mapping[str, Catalog]) -> tuple[bytes, Resolved | None]:
@@ -240,19 +288,20 @@ def _split_model(model: str, catalogs: Mapping[str, Catalog]) -> tuple[str | Non
     return (prefix, text) if prefix in catalogs else (None, "")
 
 
-def _saying(resolved: Resolved, send: Send) -> Send:
+def _saying(resolved: Resolved, source: str, send: Send) -> Send:
     """`send`, adding to a good answer what was applied: a header, and a field of the body (of a stream's first event).
 
     The field is spliced in behind the first brace, so that nothing is parsed and nothing held back.
     """
-    field = json.dumps({"applied": resolved.applied, "directive": resolved.directive})
-    added = f'"configuration": {field}, '.encode()
+    said = {"applied": resolved.applied, "directive": resolved.directive} | ({"from": source} if source else {})
+    added = f'"configuration": {json.dumps(said)}, '.encode()
     is_open = False
 
     async def send_applied(message: Message) -> None:
         nonlocal is_open
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (APPLIED_HEADER, json.dumps(resolved.applied).encode())]
+            headers += [(SOURCE_HEADER, source.encode())] if source else []
             if message["status"] == 200:
                 is_open = True
                 headers = [

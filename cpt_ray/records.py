@@ -212,7 +212,7 @@ class AnswerLogprobs:
     answer_id: str
     """Hash of prompt and text."""
     logprobs: list[float]
-    """Sum over the answer's tokens: without a directive, then under each of the catalog's."""
+    """Sum over the answer's tokens, under each of the catalog's directives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,9 +30,10 @@ from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.frontend import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS, AsgiApp, Call, Frontend, counting
+from cpt_ray.frontend import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS, AsgiApp, Call, Frontend, Steerer, counting
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.rundir import RunDir
+from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
 
 KEY_VARIABLE = "CPT_API_KEY"
 APPLICATION = "cpt"
@@ -81,6 +82,8 @@ class Served:
     """Keys beside those of the run directory; None lets everyone in."""
     listing: dict[str, Any]
     """What `GET /v1/configurations` says beside the catalog."""
+    candidates: Candidates | None
+    """What preferences are inferred among; None: there are no preferences."""
 
 
 class VllmServer:
@@ -131,7 +134,18 @@ class VllmServer:
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
-        return Frontend(app, served.catalogs, keyring, _Shared(self._meter), Record(served.run), served.listing)
+        meter, record = _Shared(self._meter), Record(served.run)
+        return Frontend(app, served.catalogs, keyring, meter, record, served.listing, self._preferences())
+
+    def _preferences(self) -> Steerer | None:
+        from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
+
+        served = self._served
+        if served.candidates is None:
+            return None
+        scorer = EngineScorer(self._engine, served.model)
+        questions = read_questions(served.run, served.candidates)
+        return PreferenceStore(served.run.path / FOLDER, served.candidates, scorer, questions, served.name)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""
@@ -341,6 +355,7 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         run=run,
         fixed_keys=None,
         listing=listing,
+        candidates=None if serve.adapters else make_candidates(config, offers[name], policy),
     )
 
 
@@ -474,6 +489,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
             name=base["model"],
             adapters={},
             catalogs={base["model"]: next(iter(served.catalogs.values()))},
+            candidates=None,
         )
         bound = deployment.options(name=base["model"]).bind(untuned, meter)
         targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=base["path"], logging_config=quiet))

@@ -4,7 +4,7 @@ python jobs/benchmark_steering.py [--users 10000] [--model FOLDER]     needs no 
 
 Prints, for that many simulated users of ten choices each: users/s from margins to a belief, from choices to z, and
 from z to a folded adapter on the disk; bytes per user of each; and, for the worlds, accuracy against its bound.
-`--adapters` also asks a vLLM engine for answers under many users' adapters, popular ones and each once.
+`--engine` also has a vLLM engine score choices, and answer under many users' adapters: popular ones, and each once.
 
 The worlds: two made-up ones of two kinds of users, in which the best possible accuracy is known in closed form.
 
@@ -39,6 +39,8 @@ from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
 
 COUNTS = (0, 1, 3, 5, 10)
+KEPT = 500
+"""Folded adapters that stay on the disk."""
 Floats = NDArray[np.float64]
 
 
@@ -174,8 +176,8 @@ def _learned(world: World, steps: int, seed: int, variational: bool) -> list[flo
     return [float(accuracy(model, tried.first(count)).mean()) for count in COUNTS]
 
 
-def beliefs(num_users: int, num_rubrics: int) -> None:
-    """Margins to beliefs, with choices kept as a server would keep them."""
+def catalog(num_rubrics: int) -> Catalog:
+    """Rubrics of five levels."""
     rubrics = tuple(
         CatalogRubric(
             id=f"rubric-{name}",
@@ -189,12 +191,17 @@ def beliefs(num_users: int, num_rubrics: int) -> None:
         )
         for name in range(num_rubrics)
     )
-    candidates = Candidates(Catalog(rubrics), beta=0.1)
+    return Catalog(rubrics)
+
+
+def beliefs(num_users: int, num_rubrics: int) -> None:
+    """Margins to beliefs, with choices kept as a server would keep them."""
+    candidates = Candidates(catalog(num_rubrics), beta=0.1)
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 3, size=(num_users, 10, 5 * num_rubrics))
     start = time.monotonic()
     for one in margins:
-        candidates.belief_from(one)
+        candidates.belief(one)
     seconds = time.monotonic() - start
     text = "w" * 300
     state = Preferences(
@@ -206,6 +213,21 @@ def beliefs(num_users: int, num_rubrics: int) -> None:
         f"users/s; a state of 10 choices of 300 characters is {len(json.dumps(state.to_json()))} bytes, "
         f"without the texts {len(json.dumps(state.margins))}"
     )
+
+
+def scoring(model: str, num_choices: int = 200) -> None:
+    """Choices that no margins are known of, through an engine: two answers under every directive."""
+    from cpt_ray.steering.tables import PolicyScorer
+
+    engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 128}
+    scorer, candidates = PolicyScorer(ModelConfig(model=model, engine=engine)), Candidates(catalog(2), beta=0.1)
+    text = "The old harbor wakes and the boats go out over the quiet sea. "
+    choices = [Choice(prompt=f"Write about day {at}.", chosen=3 * text, rejected=2 * text) for at in range(num_choices)]
+    candidates.score(scorer, choices[:5])
+    start = time.monotonic()
+    candidates.score(scorer, choices[5:])
+    seconds = time.monotonic() - start
+    print(f"scoring: {len(choices[5:]) / seconds:.1f} choices/s under {len(candidates.directives)} directives")
 
 
 def adapters(num_users: int, model: str, served: bool) -> None:
@@ -226,13 +248,13 @@ def adapters(num_users: int, model: str, served: bool) -> None:
     print(f"encoder: {num_users / seconds:.0f} users/s, z has {4 * z.shape[1]} bytes, gates "
           f"{4 * policy.rank * len(policy.adapters)}")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
-        folder, count = Path(name), min(num_users, 500)
+        folder = Path(name)
         start = time.monotonic()
-        for at in range(count):
-            policy.fold(z[at], folder / f"user-{at}", path)
+        for at in range(num_users):
+            policy.fold(z[at], folder / f"user-{at % KEPT}", path)
         seconds = time.monotonic() - start
         size = sum(one.stat().st_size for one in (folder / "user-0").iterdir())
-        print(f"fold: {count / seconds:.0f} users/s, {size} bytes each on the disk")
+        print(f"fold: {num_users / seconds:.0f} users/s, {size} bytes each on the disk")
         if served:
             cache(folder, path, policy.rank)
 
@@ -252,8 +274,8 @@ def cache(folder: Path, path: str, rank: int) -> None:
     popular = rng.zipf(1.3, size=4096)
     for title, users in (
         ("one user", np.zeros(256, dtype=int)),
-        ("Zipf over 500 users", popular[popular <= 500][:256] - 1),
-        ("each user once", rng.permutation(500)[:256]),
+        (f"Zipf over {KEPT} users", popular[popular <= KEPT][:256] - 1),
+        ("each user once", rng.permutation(KEPT)[:256]),
     ):
         rows = [
             SteeredAnswer(directive=f"user-{at}", prompt_id=str(place), prompt="Write.", sample=0, text="")
@@ -271,12 +293,14 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=10_000)
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--steps", type=int, default=1000, help="of the worlds' reward models; 0 leaves them out")
-    parser.add_argument("--adapters", action="store_true", help="also serve the adapters with vLLM")
+    parser.add_argument("--engine", action="store_true", help="also score choices and serve the adapters with vLLM")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for num_rubrics in (2, 10):
         beliefs(given.users, num_rubrics)
-    adapters(given.users, given.model, given.adapters)
+    if given.engine:
+        scoring(given.model)
+    adapters(given.users, given.model, given.engine)
     if given.steps:
         worlds(given.steps)
     print(f"memory at most: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")

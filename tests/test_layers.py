@@ -15,7 +15,7 @@ LAYERS = [
      "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates", "rows",
      "publishing"},
     {"engine", "openai_engine", "cluster", "grid"},
-    {"pool", "card", "synthesis", "reference", "training", "evaluation", "serving", "steering"},
+    {"pool", "card", "synthesis", "reference", "training", "evaluation", "serving", "preferences", "steering"},
     {"cli", "__main__"},
 ]  # fmt: skip
 

@@ -19,11 +19,13 @@ from shutil import which
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
@@ -34,6 +36,8 @@ from cpt_ray.keys import KEYS_FILE, Keyring, make_key
 from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
+from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
+from cpt_ray.steering.tables import sequence
 from tests.builders import make_directives, make_rubric
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 
@@ -104,7 +108,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     made = RunDir(tmp_path_factory.mktemp("run"))
     make_tiny_model(made.model, chat_template=ANY_TEMPLATE)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
+    known = {"margins": [-4, 0, 4]}
+    asked = [{"prompt": f"Day {at}?", "first": f"High {at}.", "second": f"Low {at}."} | known for at in range(4)]
+    made.write_json(QUESTIONS, {"key": make_served_candidates(made).key, "questions": asked})
     return made
+
+
+def make_served_candidates(run: RunDir) -> Candidates:
+    policy = make_config(run).policy.model_copy(update={"model": str(run.model)})
+    return make_candidates(make_config(run), CATALOG, policy)
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +403,69 @@ def test_the_page_dials_streams_and_says_what_is_wrong(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.screenshot(path=tmp_path / "ladder.png", full_page=True)
     assert (broken, elsewhere) == ([], [])
+    page.close()
+
+
+# ---------------------------------------------------------------- preferences
+
+
+def test_choices_are_scored_by_the_served_engine_as_by_transformers(url: str, run: RunDir) -> None:
+    choice = {"prompt": "Write about the sea.", "chosen": "A high answer.", "rejected": "Plain and short."}
+    found = post(url, "/v1/preferences", json={"choices": [choice]}).json()
+    (state,) = (run.path / "preferences").rglob(f"{found['id']}.json")
+    candidates, tokenizer = make_served_candidates(run), AutoTokenizer.from_pretrained(run.model)
+    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
+
+    def logprob(directive: str, answer: str) -> float:
+        ids, start = sequence(tokenizer, directive, choice["prompt"], answer, TEMPLATE_KWARGS)
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits.log_softmax(dim=-1)[0]
+        return float(sum(logps[at - 1, ids[at]] for at in range(start, len(ids))))
+
+    answers = [[logprob(one, choice[name]) for one in candidates.directives] for name in ("chosen", "rejected")]
+    values = candidates.values(np.array(answers))
+    assert json.loads(state.read_text())["margins"][0] == pytest.approx((values[0] - values[1]).tolist(), abs=1e-2)
+    assert set(found["probabilities"]["ornament"]) == {"low", "mid", "high"}
+    lines = [json.loads(line) for file in (run.path / "access").iterdir() for line in file.read_text().splitlines()]
+    assert max(line["prompt_tokens"] for line in lines if line["path"] == "/v1/preferences") > 6 * 10
+
+    for text in ("word " * 1000, "<|im_end|>" * 9, "\x00\u202e" * 50):
+        answer = post(url, "/v1/preferences", json={"choices": [choice | {"chosen": text}]})
+        assert answer.status_code == (400 if len(text) > 1000 else 200)
+    chat = {"model": "tiny", "messages": USER, "max_tokens": 2, "preferences": found["id"]}
+    assert post(url, json=chat).json()["configuration"]["from"] == "preferences"
+
+
+def test_picks_on_the_page_move_the_dial_and_change_the_answer(url: str, browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 1250})
+    page.set_default_timeout(120_000)
+    broken: list[str] = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    page.goto(f"{url}/playground")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Connect").click()
+    page.get_by_text("System message, sampling").click()
+    page.get_by_label("Tokens").fill("12")
+    page.get_by_role("button", name="Offer me two answers").click()
+    belief, answers = page.locator("#belief"), []
+    for number in (1, 2, 3):
+        page.get_by_text(f"High {number - 1}.").wait_for()
+        page.locator("#pair article", has_text="High").get_by_role("button").click()
+        page.get_by_text(f"After {number} choice").wait_for()
+        page.locator("#panes small", has_text="tokens").wait_for()
+        answers.append([page.locator(f"#panes {part}").inner_text() for part in ("small", "p")])
+    assert "Ornament high" in belief.inner_text() and "do not know" not in belief.inner_text()
+    assert page.get_by_label("Ornament", exact=True).last.input_value() == "2"
+    assert page.locator("#directive").inner_text() == HIGH
+    assert "no directive" in answers[0][0] and "ornament high" in answers[-1][0]
+    assert answers[0][1] != answers[-1][1]
+    page.screenshot(path=tmp_path / "picked.png", full_page=True)
+    kept = f"{url}/v1/preferences/{page.evaluate('preferences')}"
+    assert httpx.get(kept, headers=AUTHORIZED).status_code == 200
+    page.get_by_role("button", name="Forget my choices").click()
+    page.get_by_text("Your choices are deleted.").wait_for()
+    assert httpx.get(kept, headers=AUTHORIZED).status_code == 404
+    assert not broken
     page.close()
 
 

@@ -75,12 +75,16 @@ def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
         "learning_rate": 3e-3,
         "batch_users": 8,
         "seeds": 2,
-        "forms": [],
+        "forms": ["gated_lora"],
+        "policy_steps": 12,
         "embedder": {"model": "embedded"},
     }
     path = run_file(tmp_path, steer=steer)
-    assert main(["steer", "fit", path]) == 0
     run = RunDir(tmp_path / "run")
+    make_tiny_model(run.model)
+    assert main(["steer", "fit", path]) == 0
+    (policy,) = run.path.rglob("gated_lora-0.safetensors")
+    assert json.loads(policy.with_suffix(".json").read_text())["loss"] < 0.75
     found = run.read_json("report/steering.json")
     assert found["counts"] == [0, 1, 3]
     learned, static = (found["accuracy"][name]["mean"] for name in ("NP-BTL", "static"))
@@ -95,7 +99,7 @@ def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
         return {one: one.stat().st_mtime_ns for end in ("parquet", "safetensors") for one in run.path.rglob(f"*.{end}")}
 
     before = made()
-    assert len(before) >= 5
+    assert len(before) >= 6
     capsys.readouterr()
     assert main(["steer", "fit", path]) == 0
     assert made() == before

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from cpt_ray.console import say
 from cpt_ray.records import Prompt, SteeredAnswer, content_id
@@ -91,7 +92,7 @@ class Bank:
         self.arena, steering = arena, arena.steering
         levels = {one.id: [level.name for level in one.levels] for one in steering.catalog.rubrics}
         self.configurations = [
-            {name: levels[name][at] for name, at in one.items()} for one in steering.candidates().configurations
+            {name: levels[name][at] for name, at in one.items()} for one in steering.candidates.configurations
         ]
         texts = {one.prompt_id: one.prompt for one in steering.held_out.answers}
         self.prompts = [Prompt(prompt_id=name, text=texts[name], split="held_out") for name in sorted(texts)]
@@ -173,7 +174,7 @@ def pairs_in_prompt(choices: Sequence[tuple[Answer, Answer]]) -> str:
 def compare_rewards(steering: Steering) -> dict[str, Any]:
     """`fit`, then the reward models on held-out users; written and printed."""
     arena = Arena(steering, fit(steering))
-    return _write(arena, arena.reward_accuracy(), {})
+    return _write(arena, arena.reward_accuracy(), {}, {})
 
 
 def evaluate(steering: Steering) -> dict[str, Any]:
@@ -183,18 +184,16 @@ def evaluate(steering: Steering) -> dict[str, Any]:
     crowd, users = steering.held_out, arena.users
     accuracies, satisfactions = arena.reward_accuracy(), {"NP-BTL, best of n": bank.reranked()}
     logprobs = steering.logprobs(crowd.answers)
-    for name, reading in (("inferred directive", "levels"), ("inferred directive (peaked)", "reward")):
-        candidates = steering.candidates(reading)
-        rewards = candidates.rewards(logprobs)
-        told = [rewards[one.context[:, 0]] - rewards[one.context[:, 1]] for one in users]
-        others = [rewards[one.targets[:, 0]] - rewards[one.targets[:, 1]] for one in users]
-        accuracies[name] = _foretold(arena, candidates, told, others)
-        satisfactions[name] = _steered(bank, candidates, told)
-        if reading == "levels":
-            strangers = [told[at] for at in arena.others.tolist()]
-            accuracies[f"{name}, another's choices"] = _foretold(arena, candidates, strangers, others)
-            asked = [_interview(arena, candidates, one, rewards) for one in users]
-            satisfactions[f"{name}, asked"] = _steered(bank, candidates, asked)
+    candidates, name = steering.candidates, "inferred directive"
+    values = candidates.values(logprobs)
+    told = [values[one.context[:, 0]] - values[one.context[:, 1]] for one in users]
+    others = [values[one.targets[:, 0]] - values[one.targets[:, 1]] for one in users]
+    strangers = [told[at] for at in arena.others.tolist()]
+    asked = [_interview(arena, candidates, one, values) for one in users]
+    accuracies[name] = _foretold(arena, candidates, told, others)
+    accuracies[f"{name}, another's choices"] = _foretold(arena, candidates, strangers, others)
+    satisfactions[name] = _steered(bank, candidates, told)
+    satisfactions[f"{name}, asked"] = _steered(bank, candidates, asked)
     for policy in arena.fitted.policies:
         name = f"NP-DPO {policy.form}"
         accuracies[name] = _policy_accuracy(arena, policy)
@@ -203,7 +202,30 @@ def evaluate(steering: Steering) -> dict[str, Any]:
     satisfactions["pairs in the prompt"] = _in_prompt(arena, bank)
     satisfactions["static"] = bank.under(lambda at, count: None)
     satisfactions["oracle"] = bank.under(lambda at, count: bank.best(at))
-    return _write(arena, accuracies, satisfactions)
+    return _write(arena, accuracies, satisfactions, _costs(arena))
+
+
+def _costs(arena: Arena) -> dict[str, dict[str, int]]:
+    """Per method, with all choices told: policy tokens per user once, more of them per answer, bytes kept per user."""
+    steering, fitted = arena.steering, arena.fitted
+    size, best_of, count = steering.config.size, steering.config.best_of, max(arena.counts)
+    texts = policy_texts(steering, steering.held_out.answers)
+    whole = float(np.mean([len(ids) for ids, _ in texts]))
+    answer = float(np.mean([len(ids) - start for ids, start in texts]))
+    tokenizer = AutoTokenizer.from_pretrained(steering.policy.path)
+    told_what = [len(tokenizer(one)["input_ids"]) for one in steering.candidates.directives]
+    directives, directive = len(told_what), float(np.mean(told_what))
+    shown = [[steering.held_out.answers[at] for at in one.context.flatten()] for one in arena.users]
+    kept = np.mean([sum(len(one.text) + len(one.prompt) / 2 for one in answers) for answers in shown])
+    told = 2 * count * whole
+    found = {
+        "NP-BTL, best of n": (told, (best_of - 1) * answer + best_of * whole, 4 * size),
+        "inferred directive": (told * directives, directive, 8 * count * directives),
+        "inferred directive, asked": (0, directive, 8 * count * directives),
+        "pairs in the prompt": (0, told, kept),
+    } | {f"NP-DPO {one.form}": (told, 0, 4 * size) for one in fitted.policies}
+    names = ("tokens_once", "tokens_per_answer", "bytes")
+    return {name: dict(zip(names, map(round, one), strict=True)) for name, one in found.items()}
 
 
 def _foretold(arena: Arena, candidates: Candidates, told: Sequence[Floats], others: Sequence[Floats]) -> Floats:
@@ -213,7 +235,7 @@ def _foretold(arena: Arena, candidates: Candidates, told: Sequence[Floats], othe
 
 def _steered(bank: Bank, candidates: Candidates, told: Sequence[Floats]) -> Floats:
     """Satisfaction under what is inferred from the margins `told`."""
-    return bank.under(lambda at, count: _setting(candidates, told[at][:count]))
+    return bank.under(lambda at, count: candidates.belief(told[at][:count]).configuration)
 
 
 def _kind(taste: Taste) -> str:
@@ -224,16 +246,7 @@ def _share(margins: Floats) -> float:
     return float(np.mean(margins > 0) + 0.5 * np.mean(margins == 0))
 
 
-def _setting(candidates: Candidates, margins: Floats) -> Configuration:
-    """What is set after these choices; of more than two rubrics known, the two surest."""
-    found = candidates.belief_from(margins)
-    if not found.configuration or len(found.configuration) <= 2:
-        return found.configuration
-    surest = sorted(found.configuration, key=lambda name: -found.confidence[name])[:2]
-    return {name: level for name, level in found.configuration.items() if name in surest}
-
-
-def _interview(arena: Arena, candidates: Candidates, user: User, rewards: Floats) -> Floats:
+def _interview(arena: Arena, candidates: Candidates, user: User, values: Floats) -> Floats:
     """Margins of the choices that the user makes when each question is the one that says most, [count, directives]."""
     crowd = arena.steering.held_out
     liked = crowd.utilities(user.taste)
@@ -242,7 +255,7 @@ def _interview(arena: Arena, candidates: Candidates, user: User, rewards: Floats
     pool = crowd.pairs[inside[crowd.pairs].all(axis=1)]
     rng = np.random.default_rng(0)
     pool = pool[rng.permutation(len(pool))[:NUM_QUESTIONS]]
-    offered = rewards[pool[:, 0]] - rewards[pool[:, 1]]
+    offered = values[pool[:, 0]] - values[pool[:, 1]]
     told: list[Floats] = []
     for _ in range(max(arena.counts)):
         gains = candidates.information_gain(np.array(told), offered)
@@ -309,14 +322,16 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
     return arena.filled(value, POLICY_USERS)
 
 
-def _write(arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats]) -> dict[str, Any]:
+def _write(
+    arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats], costs: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     """Means with intervals, saved, drawn and printed."""
     groups = {
         "per_kind": np.array([_kind(one.taste) for one in arena.users]),
         "per_rubric": np.array(["+".join(sorted(one.taste.targets)) for one in arena.users]),
     }
     rng = np.random.default_rng(arena.steering.plan.config.seed)
-    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users)}
+    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users), "costs": costs}
     for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
         results[metric] = {}
         for name, values in methods.items():

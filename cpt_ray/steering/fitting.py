@@ -182,19 +182,20 @@ def _save(fit: Fit, number: int, weights: dict[str, torch.Tensor], losses: Seque
 # ---------------------------------------------------------------- NP-DPO
 
 
-def fit_policy(fit: Fit, tensors: Tensors, texts: Sequences, policy: str) -> ConditionalPolicy:
+def fit_policy(fit: Fit, tensors: Tensors, texts: Sequences, policy: str, reward: Path | None) -> ConditionalPolicy:
     """NP-DPO in the form that `fit.kind` names: trained under Ray Train if it is not there yet, and loaded.
 
     Args:
         texts: token ids and start of each answer of `tensors.embeddings`.
         policy: folder or name of the model.
+        reward: weights of an NP-BTL model, whose encoder this one starts from.
     """
     from safetensors.torch import load_file
 
     if not fit.path(0).exists():
         fit.folder.mkdir(parents=True, exist_ok=True)
         torch.save(tensors.__dict__ | {"texts": list(texts)}, fit.folder / "policy_tensors.pt")
-        under_ray_train(work_policy, {"fit": fit, "policy": policy}, fit)
+        under_ray_train(work_policy, {"fit": fit, "policy": policy, "reward": reward}, fit)
     found = json.loads(fit.path(0).with_suffix(".json").read_text())
     say(f"steer fit    {fit.kind}: loss {found['loss']:.3f}")
     model = new_policy(fit, tensors.embeddings.shape[1], policy)
@@ -217,6 +218,7 @@ def work_policy(settings: dict[str, Any]) -> None:
     """What each rank does for NP-DPO."""
     import ray.train
     from ray.train.torch import get_device, prepare_model
+    from safetensors.torch import load_file
 
     fit: Fit = settings["fit"]
     context, config, device = ray.train.get_context(), fit.config, get_device()
@@ -226,13 +228,19 @@ def work_policy(settings: dict[str, Any]) -> None:
     loaded = torch.load(fit.folder / "policy_tensors.pt")
     texts: Sequences = loaded.pop("texts")
     tensors = Tensors(**{name: one.to(device) for name, one in loaded.items()})
-    policy = new_policy(fit, tensors.embeddings.shape[1], settings["policy"]).to(device)
+    policy = new_policy(fit, tensors.embeddings.shape[1], settings["policy"])
+    if settings["reward"]:
+        learned = load_file(settings["reward"]).items()
+        own = {name.removeprefix("encoder."): one for name, one in learned if name.startswith("encoder.")}
+        policy.encoder.load_state_dict(own)
+    policy.to(device)
     reference = reference_logps(policy, texts)
-    own = torch.arange(rank, len(tensors.context), ranks)
+    users_here = torch.arange(rank, len(tensors.context), ranks)
     random = torch.Generator().manual_seed(1000 * fit.seed + rank)
 
     def draw(step: int) -> tuple[Any, ...]:
-        users = own[torch.randint(len(own), (max(1, config.policy_users // ranks),), generator=random)]
+        at = torch.randint(len(users_here), (max(1, config.policy_users // ranks),), generator=random)
+        users = users_here[at]
         count = int(torch.randint(config.choices + 1, (), generator=random))
         order = torch.randperm(config.choices, generator=random)[:count]
         chosen = tensors.embeddings[tensors.context[users][:, order]]

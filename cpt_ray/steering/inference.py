@@ -1,36 +1,37 @@
 """Directive inference: from a user's choices to a configuration, by the tuned policy's own implicit reward.
 
     p(s | C) ~ p(s) prod_j [ lapse/2 + (1 - lapse) sigmoid(v_s(y_w) - v_s(y_l)) ]
+    v_d(y)   = SHARPNESS sum_l q(l|y) (1 - |a_d - a_l| / span),     q(l|y) ~ pi(y|d_l,x)^beta
 
-over the candidate configurations s, where v_d(y), what a directive d makes of an answer, is read in one of two ways:
-
-    reward   v_d(y) = beta [ log pi(y|d,x) - log ref(y|x) ]
-    levels   v_d(y) = SHARPNESS sum_l q(l|y) (1 - |a_d - a_l| / span),     q(l|y) ~ pi(y|d_l,x)^beta
-
-The first is the implicit reward itself; it is peaked at d's own level, and says little about which of two answers of
-other levels is nearer. The second turns the same rewards into a belief about the answer's level (the reference
-cancels), and values levels by the distance of their anchors a: users like the neighbour of what they like best.
+over the candidate configurations s. The implicit rewards beta [log pi(y|d,x) - log ref(y|x)] of a rubric's directives d
+become a belief q about the answer's level, in which the reference cancels; v values levels by the distance of their
+anchors a, since users like the neighbour of what they like best. (The rewards themselves are peaked at d's own level
+and say little about which of two answers of other levels is nearer.)
 
 Configurations of several rubrics have the sum of their directives' values, so that the policy scores each answer once
 per directive and not once per configuration; "no taste" has value 0. `lapse` bounds what one choice can say: noisy,
-contradictory or hostile choices cannot make the belief certain. The reference is the tuned policy without a directive:
-the same engine, and no second model in memory.
+contradictory or hostile choices cannot make the belief certain.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
+from cpt_ray.rundir import RunDir
 
+QUESTIONS = "steering/questions.json"
+"""Where `cpt steer fit` keeps pairs worth asking."""
 MAX_CHOICES = 64
 """Taken at once."""
 MAX_CHARS = 20_000
@@ -41,6 +42,10 @@ NEAR = 0.25
 """Share of a rubric's span within which levels count as one, when it is asked how sure the belief is."""
 SHARPNESS = 8.0
 """How sure users choose between the two ends of a rubric: sigmoid(8) of them take the end they like."""
+MOST_RUBRICS = 2
+"""In one configuration."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can hold and UTF-8 cannot."""
 
 Floats = NDArray[np.float64]
 
@@ -70,7 +75,8 @@ def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
             raise UserError(f'{where}[{at}]: expected {{"prompt": "...", "chosen": "...", "rejected": "..."}}')
         for name in names:
             text = one[name]
-            if not isinstance(text, str) or not 0 < len(text.strip()) <= len(text) <= MAX_CHARS:
+            is_text = isinstance(text, str) and 0 < len(text.strip()) <= len(text) <= MAX_CHARS
+            if not is_text or _SURROGATE.search(text):
                 raise UserError(f"{where}[{at}].{name}: expected a text of 1 to {MAX_CHARS} characters")
         if one["chosen"] == one["rejected"]:
             raise UserError(f"{where}[{at}]: chosen and rejected are the same text; that is no choice")
@@ -96,9 +102,9 @@ class Question:
     margins: tuple[float, ...]
     """Per directive, of choosing `first`; choosing `second` has the negative."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+    def to_json(self) -> dict[str, str]:
+        """What a user is asked."""
+        return {"prompt": self.prompt, "first": self.first, "second": self.second}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +112,7 @@ class Belief:
     """What the choices say."""
 
     configuration: dict[str, str] | None
-    """Rubric id to level name, of the rubrics whose confidence is high enough; None: "I do not know yet"."""
+    """Rubric id to level name, of the (at most two) rubrics surest to matter; None: "I do not know yet"."""
     directive: str | None
     confidence: dict[str, float]
     """Rubric id to the probability that its likeliest level, or one very near it, is meant."""
@@ -155,7 +161,6 @@ class Candidates:
         beta: float,
         lapse: float = 0.1,
         certainty: float = 0.6,
-        reading: Literal["levels", "reward"] = "levels",
         prior: Mapping[str, float] | None = None,
         policy: str = "",
     ):
@@ -163,19 +168,18 @@ class Candidates:
         Args:
             beta: of the policy's DPO.
             certainty: confidence from which on a rubric's level is known.
-            reading: how a directive values an answer.
             prior: rubric id to how likely a user cares about it, against 1 of the others.
             policy: names the weights; margins of another policy are not used.
         """
-        self.catalog, self.beta, self.lapse, self.certainty, self.reading = catalog, beta, lapse, certainty, reading
+        self.catalog, self.beta, self.lapse, self.certainty = catalog, beta, lapse, certainty
         entries = [(rubric.id, at, level) for rubric in catalog.rubrics for at, level in enumerate(rubric.levels)]
         self.directives: list[str] = [level.directive for _, _, level in entries]
-        self.key = content_id(self.directives, beta, reading, policy)
+        self.key = content_id(self.directives, beta, policy)
         index = {(name, at): place for place, (name, at, _) in enumerate(entries)}
         sizes = {rubric.id: len(rubric.levels) for rubric in catalog.rubrics}
         self.configurations: list[dict[str, int]] = [{}]
         """Rubric id to level index."""
-        for count in (1, 2):
+        for count in range(1, MOST_RUBRICS + 1):
             for names in itertools.combinations(sizes, count):
                 levels = itertools.product(*(range(sizes[name]) for name in names))
                 self.configurations += [dict(zip(names, one, strict=True)) for one in levels]
@@ -198,16 +202,9 @@ class Candidates:
 
     # ------------------------------------------------------------ what the policy says
 
-    def rewards(self, logprobs: Floats) -> Floats:
-        """What each directive makes of answers, [answers, directives].
-
-        Args:
-            logprobs: [answers, 1 + directives], without a directive and under each.
-        """
-        if self.reading == "reward":
-            peaked: Floats = self.beta * (logprobs[:, 1:] - logprobs[:, :1])
-            return peaked
-        parts, start = [], 1
+    def values(self, logprobs: Floats) -> Floats:
+        """v_d(y), [answers, directives], of the answers' log-probabilities under each directive."""
+        parts, start = [], 0
         for rubric in self.catalog.rubrics:
             own = self.beta * logprobs[:, start : start + len(rubric.levels)]
             start += len(rubric.levels)
@@ -221,10 +218,10 @@ class Candidates:
     def score(self, scorer: Scorer, choices: Sequence[Choice]) -> Floats:
         """Margins of choices by the policy itself, [choices, directives]; one batch, each answer once."""
         answers = list(dict.fromkeys((one.prompt, text) for one in choices for text in (one.chosen, one.rejected)))
-        asked = [(directive, *one) for one in answers for directive in (None, *self.directives)]
+        asked = [(directive, *one) for one in answers for directive in self.directives]
         logprobs = np.array(scorer.logprobs(asked), dtype=np.float64).reshape(len(answers), -1)
-        rewards = dict(zip(answers, self.rewards(logprobs), strict=True))
-        return np.array([rewards[one.prompt, one.chosen] - rewards[one.prompt, one.rejected] for one in choices])
+        values = dict(zip(answers, self.values(logprobs), strict=True))
+        return np.array([values[one.prompt, one.chosen] - values[one.prompt, one.rejected] for one in choices])
 
     def add(
         self, state: Preferences, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
@@ -262,23 +259,19 @@ class Candidates:
         found[np.abs(found) < 1e-12] = 0.0
         return found
 
-    def belief(self, state: Preferences) -> Belief:
-        """The posterior of a state, put into words."""
-        return self.belief_from(np.array(state.margins, dtype=np.float64))
-
-    def belief_from(self, margins: Floats) -> Belief:
-        """The same of margins [choices, directives]."""
-        posterior = self.posterior(margins)
+    def belief(self, margins: Any) -> Belief:
+        """The posterior of margins [choices, directives], put into words."""
+        posterior = self.posterior(np.array(margins, dtype=np.float64))
         per_directive = iter(posterior @ self._member)
-        probabilities, configuration, confidence = {}, {}, {}
+        probabilities, likeliest, confidence = {}, {}, {}
         for rubric in self.catalog.rubrics:
             found = np.array([next(per_directive) for _ in rubric.levels])
             probabilities[rubric.id] = {level.name: float(one) for level, one in zip(rubric.levels, found, strict=True)}
             best, anchors = int(np.argmax(found)), np.array([level.score for level in rubric.levels])
-            near = np.abs(anchors - anchors[best]) <= NEAR * np.ptp(anchors)
-            confidence[rubric.id] = float(found[near].sum())
-            if confidence[rubric.id] >= self.certainty:
-                configuration[rubric.id] = rubric.levels[best].name
+            likeliest[rubric.id] = rubric.levels[best].name
+            confidence[rubric.id] = float(found[np.abs(anchors - anchors[best]) <= NEAR * np.ptp(anchors)].sum())
+        surest = sorted(confidence, key=lambda name: -confidence[name])[:MOST_RUBRICS]
+        configuration = {name: likeliest[name] for name in surest if confidence[name] >= self.certainty}
         return Belief(
             configuration=configuration or None,
             directive=self.catalog.resolve(configuration).directive,
@@ -309,3 +302,17 @@ class Candidates:
 def _entropy(chance: Floats) -> Floats:
     found: Floats = -(chance * np.log(chance) + (1 - chance) * np.log1p(-chance))
     return found
+
+
+def make_candidates(config: RunConfig, catalog: Catalog, policy: ModelConfig) -> Candidates:
+    """What users of a run's policy may have in mind."""
+    steer = config.steer
+    return Candidates(catalog, config.train.beta, steer.lapse, steer.certainty, policy=policy.identity)
+
+
+def read_questions(run: RunDir, candidates: Candidates) -> list[Question]:
+    """The questions that `cpt steer fit` wrote for this model; none if it wrote none."""
+    found = run.read_json(QUESTIONS)
+    if not found or found["key"] != candidates.key:
+        return []
+    return [Question(**{**one, "margins": tuple(one["margins"])}) for one in found["questions"]]

@@ -10,6 +10,8 @@ METRICS = {
     "accuracy": "Share of a held-out user's other choices that are foretold.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
 }
+COSTS = {"tokens_once": "tokens once", "tokens_per_answer": "more per answer", "bytes": "bytes kept"}
+"""Of a method, for all choices of one user; tokens are the policy's."""
 COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b08a1e", "#1b8a8f")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 44, 34
 
@@ -30,6 +32,11 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
         lines += ["", f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
         for name, entry in results[metric].items():
             lines.append(f"{name:<30}" + "".join(f"{_cell(entry, at):>20}" for at in range(len(results["counts"]))))
+    if results["costs"]:
+        lines += ["", f"{'per user':<30}" + "".join(f"{title:>20}" for title in COSTS.values())]
+        lines += [
+            f"{name:<30}" + "".join(f"{one[part]:>20,}" for part in COSTS) for name, one in results["costs"].items()
+        ]
     return lines
 
 
@@ -85,6 +92,13 @@ def render_page(results: Mapping[str, Any]) -> str:
         for metric, text in METRICS.items()
         if results[metric]
     ]
+    if results["costs"]:
+        head = "".join(f"<th>{title}</th>" for title in COSTS.values())
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{one[part]:,}</td>" for part in COSTS) + "</tr>"
+            for name, one in results["costs"].items()
+        )
+        parts.append(f"<h2>per user</h2><table><tr><th>method</th>{head}</tr>{rows}</table>")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Few-shot steering</title><style>'
         "body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2rem auto;padding:0 1rem;color:#222}"

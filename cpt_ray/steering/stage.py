@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.answers import read_answers
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models, standardise
-from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, parse_choices
+from cpt_ray.steering.inference import (
+    QUESTIONS,
+    Candidates,
+    Choice,
+    Preferences,
+    Question,
+    make_candidates,
+    parse_choices,
+    read_questions,
+)
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel
 from cpt_ray.steering.tables import (
@@ -47,7 +56,6 @@ from cpt_ray.steering.users import (
 )
 from cpt_ray.synthesis import Plan, Shards
 
-QUESTIONS = "steering/questions.json"
 NUM_QUESTIONS = 200
 
 
@@ -78,16 +86,10 @@ class Steering:
             raise UserError(f"{self.run.path}: no tuned model; run `cpt train` with this run file first")
         return Catalog.from_json(found)
 
-    def candidates(self, reading: Any = "levels") -> Candidates:
+    @cached_property
+    def candidates(self) -> Candidates:
         """What users may have in mind."""
-        return Candidates(
-            self.catalog,
-            self.plan.config.train.beta,
-            lapse=self.config.lapse,
-            certainty=self.config.certainty,
-            reading=reading,
-            policy=self.policy.identity,
-        )
+        return make_candidates(self.plan.config, self.catalog, self.policy)
 
     def answer(self, prompt_id: str, prompt: str, text: str, rubric_id: str, score: float | None) -> Answer:
         scores = {rubric_id: score} if score is not None else {}
@@ -149,7 +151,7 @@ class Steering:
 
     def logprobs(self, answers: Sequence[Answer]) -> Floats:
         """[answers, 1 + directives], from the table or made now."""
-        directives = self.candidates().directives
+        directives = self.candidates.directives
         rows = self.table("steering_logprobs", answers, LogprobActor, [self.policy, directives], self.policy)
         return np.array([one.logprobs for one in rows])
 
@@ -206,19 +208,21 @@ def fit(steering: Steering) -> Fitted:
     )  # fmt: skip
     key = content_id(settings, [one.answer_id for one in crowd.answers], float(np.abs(vectors).sum()))
     folder = steering.run.path.absolute() / "steering" / key
-    tensors = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id))
+    tensors, seed = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id)), steering.plan.config.seed
     models, static, oracle = (
-        fit_reward_models(Fit(steering.config, folder, steering.plan.config.seed, kind), tensors)
-        for kind in ("np-btl", "static", "oracle")
+        fit_reward_models(Fit(steering.config, folder, seed, kind), tensors) for kind in ("np-btl", "static", "oracle")
     )
     answers = [*crowd.answers, *held_out.answers]
-    policies = _fit_policies(steering, key, tensors, answers) if steering.config.forms else []
+    reward = None if steering.config.variational else Fit(steering.config, folder, seed, "np-btl").path(0)
+    policies = _fit_policies(steering, key, tensors, answers, reward) if steering.config.forms else []
     if steering.shards is not None:
         _write_questions(steering)
     return Fitted(models, static, oracle, policies, scaled[num_learned:], vectors[:num_learned])
 
 
-def _fit_policies(steering: Steering, key: str, tensors: Tensors, answers: Sequence[Answer]) -> list[ConditionalPolicy]:
+def _fit_policies(
+    steering: Steering, key: str, tensors: Tensors, answers: Sequence[Answer], reward: Path | None
+) -> list[ConditionalPolicy]:
     """NP-DPO on the same users."""
     config = steering.config
     settings = config.model_dump(
@@ -227,7 +231,7 @@ def _fit_policies(steering: Steering, key: str, tensors: Tensors, answers: Seque
     folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
     texts = policy_texts(steering, answers[: len(tensors.embeddings)])
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
-    return [fit_policy(one, tensors, texts, steering.policy.path) for one in fits]
+    return [fit_policy(one, tensors, texts, steering.policy.path, reward) for one in fits]
 
 
 def policy_texts(steering: Steering, answers: Sequence[Answer]) -> Sequences:
@@ -241,7 +245,7 @@ def policy_texts(steering: Steering, answers: Sequence[Answer]) -> Sequences:
 
 def _write_questions(steering: Steering) -> None:
     """Pairs with their margins known, so that asking them costs a server nothing."""
-    crowd, candidates = steering.learned_from, steering.candidates()
+    crowd, candidates = steering.learned_from, steering.candidates
     known = steering.run.read_json(QUESTIONS)
     if known and known["key"] == candidates.key:
         return
@@ -249,8 +253,8 @@ def _write_questions(steering: Steering) -> None:
     pool = np.flatnonzero(crowd.conflicting) if crowd.conflicting.any() else np.arange(len(crowd.pairs))
     pairs = crowd.pairs[rng.permutation(pool)[:NUM_QUESTIONS]]
     places = sorted(set(pairs.flatten().tolist()))
-    rewards = candidates.rewards(steering.logprobs([crowd.answers[at] for at in places]))
-    rows = dict(zip(places, rewards, strict=True))
+    values = candidates.values(steering.logprobs([crowd.answers[at] for at in places]))
+    rows = dict(zip(places, values, strict=True))
     questions = [
         Question(
             prompt=crowd.answers[first].prompt,
@@ -260,15 +264,7 @@ def _write_questions(steering: Steering) -> None:
         )
         for first, second in pairs.tolist()
     ]
-    steering.run.write_json(QUESTIONS, {"key": candidates.key, "questions": [one.to_json() for one in questions]})
-
-
-def read_questions(run: RunDir, candidates: Candidates) -> list[Question]:
-    """The questions that `fit` wrote for this model; none if it wrote none."""
-    found = run.read_json(QUESTIONS)
-    if not found or found["key"] != candidates.key:
-        return []
-    return [Question(**{**one, "margins": tuple(one["margins"])}) for one in found["questions"]]
+    steering.run.write_json(QUESTIONS, {"key": candidates.key, "questions": [asdict(one) for one in questions]})
 
 
 def describe(steering: Steering) -> None:
@@ -296,12 +292,11 @@ def describe(steering: Steering) -> None:
 
 def infer(steering: Steering, choices: Sequence[Choice]) -> dict[str, Any]:
     """The belief after some choices, and the next question."""
-    candidates, state = steering.candidates(), Preferences()
+    candidates, state = steering.candidates, Preferences()
     questions = read_questions(steering.run, candidates)
     candidates.add(state, choices, PolicyScorer(steering.policy), questions)
     following = candidates.next_question(state, questions)
-    ask = {"prompt": following.prompt, "first": following.first, "second": following.second} if following else None
-    return candidates.belief(state).to_json() | {"question": ask}
+    return candidates.belief(state.margins).to_json() | {"question": following.to_json() if following else None}
 
 
 def read_choices(path: Path) -> list[Choice]:

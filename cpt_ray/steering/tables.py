@@ -5,21 +5,25 @@ A table is made shard by shard like every other one: a shard that is there is no
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.console import progress
-from cpt_ray.engine import Request, VllmEngine, engine_arguments, engine_env, seed_of
+from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of
 from cpt_ray.errors import UserError
-from cpt_ray.prompting import policy_messages, token_ids
+from cpt_ray.pool import Line, run_lines
+from cpt_ray.prompting import ChatMessage, policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import TABLES, RunDir
 from cpt_ray.steering.users import Answer
 
 Row = TypeVar("Row")
+_TURN = threading.Lock()
+"""A pool calls its actors by several threads; those of this module are for one at a time."""
 
 
 class PolicyScorer:
@@ -40,18 +44,10 @@ class PolicyScorer:
         """log pi(answer | directive, prompt) of each, its end mark included; UserError if one is too long."""
         from vllm import SamplingParams
 
-        sequences = [sequence(self._tokenizer, *one, self._template_kwargs) for one in asked]
-        for ids, _ in sequences:
-            if len(ids) >= self._max_model_len:
-                raise UserError(
-                    f"an answer and its prompt have {len(ids)} tokens, the model takes {self._max_model_len - 1}"
-                )
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        sequences = scored_sequences(self._tokenizer, asked, self._template_kwargs, self._max_model_len)
+        params = SamplingParams(**SCORING)
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids, _ in sequences], params, use_tqdm=False)
-        return [
-            sum(one.prompt_logprobs[at][ids[at]].logprob for at in range(start, len(ids)))
-            for (ids, start), one in zip(sequences, outputs, strict=True)
-        ]
+        return [logprob_from(one, start) for (_, start), one in zip(sequences, outputs, strict=True)]
 
 
 def sequence(
@@ -62,6 +58,27 @@ def sequence(
     start = len(token_ids(tokenizer, messages, template_kwargs))
     messages.append({"role": "assistant", "content": answer})
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs)), start
+
+
+SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+"""vLLM's sampling parameters under which a prompt's own log-probabilities come back."""
+
+
+def scored_sequences(
+    tokenizer: Any, asked: Sequence[tuple[str | None, str, str]], template_kwargs: dict[str, Any], max_model_len: int
+) -> list[tuple[list[int], int]]:
+    """`sequence` of each (directive, prompt, answer); UserError if one is too long for the model."""
+    found = [sequence(tokenizer, *one, template_kwargs) for one in asked]
+    longest = max(len(ids) for ids, _ in found)
+    if longest >= max_model_len:
+        raise UserError(f"an answer and its prompt have {longest} tokens, the model takes {max_model_len - 1}")
+    return found
+
+
+def logprob_from(output: Any, start: int) -> float:
+    """Log-probability of a scored prompt's tokens from `start` on."""
+    ids = output.prompt_token_ids
+    return float(sum(output.prompt_logprobs[at][ids[at]].logprob for at in range(start, len(ids))))
 
 
 class Embedder:
@@ -105,10 +122,10 @@ class Embedder:
 
 
 class LogprobActor:
-    """Answers -> their log-probabilities without a directive and under each."""
+    """Answers -> their log-probabilities under each directive."""
 
     def __init__(self, model: ModelConfig, directives: Sequence[str]):
-        self._scorer, self._directives = PolicyScorer(model), [None, *directives]
+        self._scorer, self._directives = PolicyScorer(model), directives
 
     def __call__(self, rows: Sequence[Answer]) -> list[AnswerLogprobs]:
         """One row per answer."""
@@ -140,17 +157,16 @@ class AnswerActor:
 
     def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
         """The same rows with what the policy says; "" if that is nothing."""
-        requests = [
-            Request(
-                messages=policy_messages(row.directive, [{"role": "user", "content": row.prompt}]),
-                max_tokens=self._sampling.max_tokens,
-                temperature=self._sampling.temperature,
-                top_p=self._sampling.top_p,
-                seed=seed_of(content_id(row.directive, row.prompt_id, row.sample), self._seed),
-            )
-            for row in rows
-        ]
+        requests = [sampled(_messages(row.directive, row), self._sampling, _subject(row), self._seed) for row in rows]
         return [replace(row, text=one.text) for row, one in zip(rows, self._engine.run(requests), strict=True)]
+
+
+def _messages(directive: str | None, row: SteeredAnswer) -> list[ChatMessage]:
+    return policy_messages(directive, [{"role": "user", "content": row.prompt}])
+
+
+def _subject(row: SteeredAnswer) -> str:
+    return content_id(row.directive, row.prompt_id, row.sample)
 
 
 class AdapterActor:
@@ -172,10 +188,9 @@ class AdapterActor:
 
         prompts, params, adapters = [], [], []
         for row in rows:
-            messages = policy_messages(None, [{"role": "user", "content": row.prompt}])
-            ids = token_ids(self._llm.get_tokenizer(), messages, self._model.chat_template_kwargs)
+            ids = token_ids(self._llm.get_tokenizer(), _messages(None, row), self._model.chat_template_kwargs)
             prompts.append({"prompt_token_ids": ids})
-            seed = seed_of(content_id(row.directive, row.prompt_id, row.sample), self._seed)
+            seed = seed_of(_subject(row), self._seed)
             params.append(SamplingParams(**self._model.sampling.model_dump(), seed=seed))
             name = str(row.directive)
             number = self._numbers.setdefault(name, len(self._numbers) + 1)
@@ -184,24 +199,32 @@ class AdapterActor:
         return [replace(row, text=one.outputs[0].text.strip()) for row, one in zip(rows, outputs, strict=True)]
 
 
-class _ShardActor:
-    """Makes an actor's output shard; a failure travels as a row, since Ray Data would keep only a stack trace."""
+@dataclass(frozen=True)
+class Fill:
+    """A `Step` of pool.py, over rows in memory: what an actor makes of them is a shard of the table."""
 
-    def __init__(self, run: RunDir, table: str, shards: Mapping[str, Sequence[Any]], actor: Any, arguments: Any):
-        self._run, self._table, self._shards, self._error = run, table, shards, ""
-        try:
-            self._actor = actor(*arguments)
-        except Exception as error:
-            self._error = f"{type(error).__name__}: {error}"
+    table: str
+    model: ModelConfig
+    shards: Mapping[str, Sequence[Any]]
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        name = str(batch["shard"][0])
-        if not self._error:
-            try:
-                self._run.write(self._table, name, self._actor(self._shards[name]))
-            except Exception as error:
-                self._error = f"{type(error).__name__}: {error}"
-        return {"error": [self._error.splitlines()[0] if self._error else ""]}
+    @property
+    def stage(self) -> str:
+        """As people see it."""
+        return self.table.replace("steering_", "steer ")
+
+    def output(self, shard: str) -> str:
+        """The same name."""
+        return shard
+
+    def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
+        """Writes one shard."""
+        with _TURN:
+            made = engine(self.shards[shard])
+        run.write(self.table, shard, made)
+
+
+def _make_actor(actor: Any, arguments: Sequence[Any], model: ModelConfig) -> Any:
+    return actor(*arguments)
 
 
 def fill_table(
@@ -215,28 +238,11 @@ def fill_table(
         model: says on which resources; its engine is the actor's.
         key: hash of what the output depends on beside the rows.
     """
-    import ray.data
-
     label = table.removeprefix("steering_")
     shards: dict[str, Sequence[Row]] = {}
     for start in range(0, len(rows), shard_rows):
         part = rows[start : start + shard_rows]
         shards[f"{label}-{start // shard_rows:05d}-{content_id(repr(part), key)[:12]}"] = part
-    todo = [name for name in shards if not run.has(table, name)]
-    if todo:
-        size = model.num_actors if isinstance(model.num_actors, tuple) else (model.num_actors, model.num_actors)
-        made = ray.data.from_items([{"shard": one} for one in todo], override_num_blocks=len(todo)).map_batches(
-            _ShardActor,
-            fn_constructor_args=(run, table, {name: shards[name] for name in todo}, actor, tuple(arguments)),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=min(size[0], len(todo)), max_size=min(size[1], len(todo))),
-            num_cpus=model.num_cpus,
-            num_gpus=model.num_gpus,
-            runtime_env={"env_vars": engine_env(model)},
-        )
-        with progress(f"steer {label}", len(todo), "shards") as advance:
-            for row in made.iter_rows():
-                if row["error"]:
-                    raise UserError(f"steer: {model.model}: {row['error']}")
-                advance(1, "")
+    steps = [Fill(table, model, {name: part for name, part in shards.items() if not run.has(table, name)})]
+    run_lines(run, [Line(list(shards), steps)], functools.partial(_make_actor, actor, tuple(arguments)))
     return run.read(table, list(shards), TABLES[table])

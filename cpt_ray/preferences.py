@@ -1,0 +1,232 @@
+"""`/v1/preferences`: choices that clients' users made, and the configuration they set.
+
+    GET    /v1/preferences      ids of this key's states, and the question worth asking somebody unknown
+    POST   /v1/preferences      {"choices": [{"prompt": ..., "chosen": ..., "rejected": ...}, ...]}: a new state
+    POST   /v1/preferences/ID   more choices
+    GET    /v1/preferences/ID   what they say, and the choices themselves
+    DELETE /v1/preferences/ID
+
+A chat with `"preferences": "ID"`, or with the model `cpt:ID`, has the configuration inferred by then; one that it
+names itself wins. States are files in the run directory, one folder per key: restarts and replicas find them there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import fcntl
+import json
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.errors import UserError
+from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX
+from cpt_ray.keys import Refusal, write_private
+from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, Scorer, parse_choices
+from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
+
+FOLDER = "preferences"
+"""Where they are kept in the run directory."""
+ID = re.compile(r"preferences-[0-9a-f]{24}", re.ASCII)
+MAX_STATES = 10_000
+"""Per key."""
+MAX_KEPT = 256
+"""Choices in one state."""
+MAX_KEPT_CHARS = 200_000
+"""Characters of all its texts together."""
+MAX_SCORING = 4
+"""Requests whose choices are scored at a time; the others wait."""
+MAX_IN_ENGINE = 64
+"""Answers that are scored at a time, so that chats still get their share of the engine."""
+UNKNOWN = Refusal(status=404, code="preferences_not_found", text="There are no such preferences (of this API key).")
+FULL = Refusal(status=403, code="preferences_full", text=f"This API key has {MAX_STATES} preferences; delete some.")
+WRONG_METHOD = Refusal(status=405, code="method_not_allowed", text="Preferences know GET, POST and DELETE.")
+Result = TypeVar("Result")
+
+
+class EngineScorer:
+    """The `Scorer` of a server: its own engine, asked from other threads than the one that runs its event loop."""
+
+    def __init__(self, engine: Any, model: ModelConfig):
+        from transformers import AutoTokenizer
+
+        self._engine, self._loop = engine, asyncio.get_running_loop()
+        self._room = asyncio.Semaphore(MAX_IN_ENGINE)
+        self._tokenizer, self._tokenizing = AutoTokenizer.from_pretrained(model.path), threading.Lock()
+        self._template_kwargs, self._max_model_len = model.chat_template_kwargs, engine.model_config.max_model_len
+
+    def logprobs(self, asked: Sequence[tuple[str | None, str, str]]) -> list[float]:
+        """log pi(answer | directive, prompt) of each; UserError if one is too long."""
+        with self._tokenizing:
+            sequences = scored_sequences(self._tokenizer, asked, self._template_kwargs, self._max_model_len)
+        return asyncio.run_coroutine_threadsafe(self._score(sequences), self._loop).result()
+
+    async def _score(self, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
+        return await asyncio.gather(*(self._one(ids, start) for ids, start in sequences))
+
+    async def _one(self, ids: list[int], start: int) -> float:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(**SCORING, output_kind=RequestOutputKind.FINAL_ONLY)
+        async with self._room:
+            name = f"preferences-{secrets.token_hex(12)}"
+            outputs = [one async for one in self._engine.generate({"prompt_token_ids": ids}, params, name)]
+        return logprob_from(outputs[-1], start)
+
+
+class PreferenceStore:
+    """What the front asks about preferences; every key (`owner`) knows of its own only."""
+
+    def __init__(self, folder: Path, candidates: Candidates, scorer: Scorer, questions: Sequence[Question], model: str):
+        """`model`: name of the served model that they are for."""
+        self._folder, self._candidates, self._scorer, self._questions = folder, candidates, scorer, questions
+        self._model = model
+        self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
+
+    async def answer(self, owner: str, method: str, name: str, body: bytes) -> dict[str, Any] | Refusal:
+        """What a request to /v1/preferences, or /v1/preferences/`name`, is answered; UserError for a bad body."""
+        if name and not ID.fullmatch(name):
+            return UNKNOWN
+        if method == "POST":
+            choices = _choices(body)
+            async with self._scoring:
+                return await self._in_thread(self._add if name else self._make, owner, choices, name)
+        if method == "GET":
+            return await self._in_thread(self._show if name else self._list, owner, name)
+        return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
+
+    async def steer(self, owner: str, path: str, body: bytes) -> tuple[bytes, str] | Refusal:
+        """(`body` with the configuration that the preferences it names come to, what set it: "" if it names none)."""
+        if b"preferences" not in body:
+            return body, ""
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):  # vLLM's to refuse
+            return body, ""
+        if not isinstance(data, dict):
+            return body, ""
+        name, model = data.pop("preferences", None), data.get("model")
+        prefix, _, tail = model.partition(":") if isinstance(model, str) else ("", "", "")
+        is_configured = f"{prefix}:" == CONFIGURED_PREFIX or prefix == self._model
+        if name is None and is_configured and tail.startswith("preferences-"):
+            name, data["model"], tail = tail, self._model, ""
+        if name is None:
+            return body, ""
+        if path not in CHAT_PATHS:
+            raise UserError(f"preferences: not understood here; send it with messages to {CHAT_PATHS[0]}")
+        if not isinstance(name, str):
+            raise UserError(f"preferences: found a {type(name).__name__}; give the id of a state")
+        state = await self._in_thread(self._current, owner, name, ()) if ID.fullmatch(name) else None
+        if state is None:
+            return UNKNOWN
+        source = "configuration"
+        if "configuration" not in data and not (is_configured and tail):
+            source = "preferences"
+            data["configuration"] = self._candidates.belief(state.margins).configuration or {}
+        return json.dumps(data).encode(), source
+
+    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """`work` away from the event loop, since it may wait for a disk or the engine."""
+        context = contextvars.copy_context()  # in which the engine's tokens are counted
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, work, *arguments)
+
+    # ------------------------------------------------------------ in a thread
+
+    def _make(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
+        state = Preferences()
+        self._add_to(state, choices)
+        with self._alone(owner) as folder:
+            if sum(1 for one in folder.glob("*.json")) >= MAX_STATES:
+                return FULL
+            name = f"preferences-{secrets.token_hex(12)}"
+            write_private(folder / f"{name}.json", state.to_json())
+        return self._said(name, state)
+
+    def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
+        state = self._current(owner, name, choices)
+        return UNKNOWN if state is None else self._said(name, state)
+
+    def _show(self, owner: str, name: str) -> dict[str, Any] | Refusal:
+        state = self._current(owner, name, ())
+        return UNKNOWN if state is None else self._said(name, state) | {"choices": state.to_json()["choices"]}
+
+    def _list(self, owner: str, _: str) -> dict[str, Any]:
+        names = sorted(one.stem for one in (self._folder / owner).glob("*.json"))
+        data = [{"id": one, "object": "preferences"} for one in names]
+        return {"object": "list", "data": data, "question": self._question(Preferences())}
+
+    def _delete(self, owner: str, name: str) -> dict[str, Any] | Refusal:
+        with self._alone(owner) as folder:
+            try:
+                (folder / f"{name}.json").unlink()
+            except FileNotFoundError:
+                return UNKNOWN
+        return {"id": name, "object": "preferences", "deleted": True}
+
+    def _current(self, owner: str, name: str, choices: Sequence[Choice]) -> Preferences | None:
+        """The state with these choices added, its margins those of the policy that is served; None if it is gone."""
+        path = self._folder / owner / f"{name}.json"
+        while (state := _read(path)) is not None:
+            before = state.to_json()
+            if not choices and state.key == self._candidates.key:
+                return state
+            self._add_to(state, choices)
+            with self._alone(owner):
+                found = _read(path)
+                if found is not None and found.to_json() == before:  # else another request came in between
+                    write_private(path, state.to_json())
+                    return state
+        return None
+
+    def _add_to(self, state: Preferences, choices: Sequence[Choice]) -> None:
+        kept = [*state.choices, *choices]
+        if len(kept) > MAX_KEPT:
+            raise UserError(f"choices: {len(kept)} with those that are known; one state has at most {MAX_KEPT}")
+        if (size := sum(len(one.prompt) + len(one.chosen) + len(one.rejected) for one in kept)) > MAX_KEPT_CHARS:
+            raise UserError(f"choices: {size} characters in all; one state has at most {MAX_KEPT_CHARS}")
+        self._candidates.add(state, choices, self._scorer, self._questions)
+
+    def _said(self, name: str, state: Preferences) -> dict[str, Any]:
+        belief = self._candidates.belief(state.margins).to_json()
+        return {"id": name, "object": "preferences", **belief, "question": self._question(state)}
+
+    def _question(self, state: Preferences) -> dict[str, str] | None:
+        found = self._candidates.next_question(state, self._questions)
+        return None if found is None else found.to_json()
+
+    @contextlib.contextmanager
+    def _alone(self, owner: str) -> Iterator[Path]:
+        """The key's folder, which nobody else changes meanwhile, not even another replica."""
+        folder = self._folder / owner
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("a") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+
+
+def _choices(body: bytes) -> list[Choice]:
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"body: not JSON ({str(error)[:100]})") from None
+    if not isinstance(data, dict) or set(data) != {"choices"}:
+        raise UserError('body: expected {"choices": [...]} and nothing else')
+    return parse_choices(data["choices"])
+
+
+def _read(path: Path) -> Preferences | None:
+    try:
+        return Preferences.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError("preferences: not a saved state; delete it and choose again") from None

@@ -31,6 +31,15 @@ ENGINE_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+SERVE_ENV = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # one event loop per replica, as vLLM's own server has
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine Python alone takes more than Serve's 5 s
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy knows of a replica's end within a second
+}
+"""Ray Serve reads these when it is imported, in every process of its own."""
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""HAProxy instead of Ray's proxy in Python, which halves the requests per second; it must reach the replicas' own
+ports, so that it is the default on a cluster of one machine only."""
 
 
 @contextmanager
@@ -45,7 +54,7 @@ def connected(verbose: bool = False, log: Path | None = None) -> Iterator[None]:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own env_vars are in os.environ already
-    env = {**ENGINE_ENV, **({} if verbose else QUIET_ENV)}
+    env = {**ENGINE_ENV, **SERVE_ENV, HAPROXY: "1" if is_own else "0", **({} if verbose else QUIET_ENV)}
     for name, value in env.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"runtime_env": {"env_vars": {name: os.environ[name] for name in env}}}

@@ -347,7 +347,7 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
     base = {"path": "", "model": name} if serve.adapters else base
     listing = {"model": next(iter(offers)), "base": base}
     return Served(
-        model=policy,
+        model=policy.model_copy(update={"engine": _evaluated_sampling(policy) | policy.engine}),
         name=name,
         catalogs=offers,
         adapters=dict(serve.adapters),
@@ -357,6 +357,16 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         listing=listing,
         candidates=None if serve.adapters else make_candidates(config, offers[name], policy),
     )
+
+
+def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
+    """Engine arguments that make a request which says nothing of sampling get what evaluation measured.
+
+    Without `max_tokens`, which vLLM would take as a limit for those who ask for more.
+    """
+    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    asked = {"temperature": policy.sampling.temperature, "top_p": policy.sampling.top_p}
+    return {"override_generation_config": {**neutral, **asked, "max_new_tokens": None}}
 
 
 def _read_json(path: Path, what: str) -> Any:
@@ -485,7 +495,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
     if count > 1:
         untuned = replace(
             served,
-            model=policy.model_copy(update={"model": policy.path}),
+            model=served.model.model_copy(update={"model": policy.path}),
             name=base["model"],
             adapters={},
             catalogs={base["model"]: next(iter(served.catalogs.values()))},

@@ -12,21 +12,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
+import uvloop
 
-from cpt_ray.cluster import connected
+from cpt_ray.cluster import ENGINE_ENV, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.engine import engine_arguments, engine_env
@@ -50,6 +55,8 @@ class Server:
     name: str
     url: str
     headers: dict[str, str]
+    process: psutil.Process
+    """Its processes are under this one."""
     system: list[dict[str, str]]
     extra: dict[str, Any]
 
@@ -67,32 +74,85 @@ class Measured:
     rates: list[float] = field(default_factory=list)
     """Requests per second, one a round."""
     firsts: list[float] = field(default_factory=list)
-    """Seconds to the first byte of every answer."""
+    """Seconds to the first byte of every answer's body."""
+    cpu: Counter[str] = field(default_factory=Counter)
+    """CPU seconds by part, over all rounds."""
+    done: int = 0
+
+
+class Client(asyncio.Protocol):
+    """One connection that asks and notes when an answer begins and ends; it parses no more than that needs."""
+
+    async def ask(self, transport: asyncio.WriteTransport, request: bytes) -> float:
+        """Sends the request, waits for the whole answer, and gives the seconds until its body began."""
+        self._data, self._end, self._first = b"", 0, 0.0
+        self._answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        start = time.perf_counter()
+        transport.write(request)
+        await self._answered
+        return self._first - start
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio's."""
+        if not self._answered.done():
+            self._answered.set_exception(ConnectionError("the server broke off an answer"))
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's."""
+        if not self._first:
+            self._data += data
+            head, _, data = self._data.partition(b"\r\n\r\n")
+            if not data:
+                return
+            if not head.startswith(b"HTTP/1.1 200"):
+                raise SystemExit(self._data.decode())
+            self._first, length = time.perf_counter(), re.search(rb"(?i)content-length: (\d+)", head)
+            self._end, self._data = int(length[1]) if length else 0, b""
+        if self._end:
+            self._end -= len(data)
+            is_last = self._end == 0
+        else:
+            self._data = (self._data + data)[-5:]
+            is_last = self._data == b"0\r\n\r\n"
+        if is_last and not self._answered.done():
+            self._answered.set_result(None)
 
 
 async def ask_for(server: Server, clients: int, seconds: float, tokens: int, stream: bool, into: Measured) -> None:
     """`clients` clients ask for `seconds`; answers that end later are not counted."""
-    end, done = time.perf_counter() + seconds, 0
-    connector = aiohttp.TCPConnector(limit=0)
+    loop, port = asyncio.get_running_loop(), int(server.url.rpartition(":")[2])
+    before, end = cpu_seconds(server.process), time.perf_counter() + seconds
+    done = 0
 
-    async with aiohttp.ClientSession(server.url, headers=server.headers, connector=connector) as session:
+    async def client(number: int) -> None:
+        nonlocal done
+        transport, one = await loop.create_connection(Client, "127.0.0.1", port)
+        body = server.body(PROMPTS[number % len(PROMPTS)], tokens, stream)
+        headers = "".join(f"{name}: {value}\r\n" for name, value in server.headers.items())
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        while time.perf_counter() < end:
+            first = await one.ask(transport, head.encode() + body)
+            if time.perf_counter() < end:
+                done += 1
+                into.firsts.append(first)
+        transport.close()
 
-        async def client(number: int) -> None:
-            nonlocal done
-            while (start := time.perf_counter()) < end:
-                body = server.body(PROMPTS[number % len(PROMPTS)], tokens, stream)
-                async with session.post("/v1/chat/completions", data=body) as answer:
-                    await answer.content.readany()
-                    first = time.perf_counter() - start
-                    await answer.content.read()
-                    if answer.status != 200:
-                        raise SystemExit(f"{server.name} answered {answer.status}")
-                if time.perf_counter() < end:
-                    done += 1
-                    into.firsts.append(first)
-
-        await asyncio.gather(*(client(number) for number in range(clients)))
+    await asyncio.gather(*(client(number) for number in range(clients)))
     into.rates.append(done / seconds)
+    into.done += done
+    into.cpu += cpu_seconds(server.process) - before
+
+
+def cpu_seconds(root: psutil.Process) -> Counter[str]:
+    """CPU time used so far under `root`, by part: front, engine, proxy, and the rest of Ray."""
+    used: Counter[str] = Counter()
+    for process in root.children(recursive=True) + [root] * (root.pid != os.getpid()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title, times = " ".join(process.cmdline()), process.cpu_times()
+            parts = {"EngineCore": "engine", "api_server": "front", "ServeReplica": "front", "haproxy -": "proxy"}
+            parts |= {"ProxyActor": "proxy", "HAProxyManager": "proxy"}
+            used[next((part for name, part in parts.items() if name in title), "Ray")] += times.user + times.system
+    return used
 
 
 async def check_equal(servers: Sequence[Server], tokens: int) -> None:
@@ -113,7 +173,7 @@ async def check_equal(servers: Sequence[Server], tokens: int) -> None:
 
 
 def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], Server]:
-    """vLLM's own server, with the same engine arguments."""
+    """vLLM's own server, with the same engine arguments and environment."""
     port = _free_port("127.0.0.1", 0)
     arguments = engine_arguments(config.policy) | {"model": model, "served_model_name": "bench", "port": port}
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
@@ -123,11 +183,11 @@ def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], 
     command += ["--api-key", KEY, "--disable-uvicorn-access-log"]
     if config.policy.chat_template_kwargs:
         command += ["--default-chat-template-kwargs", json.dumps(config.policy.chat_template_kwargs)]
-    env = os.environ | engine_env(config.policy) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    env = os.environ | ENGINE_ENV | engine_env(config.policy) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     system = [{"role": "system", "content": DIRECTIVE}]
-    return process, Server("bare vLLM", f"http://127.0.0.1:{port}", headers, system, {})
+    return process, Server("bare vLLM", f"http://127.0.0.1:{port}", headers, psutil.Process(process.pid), system, {})
 
 
 async def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
@@ -156,16 +216,20 @@ async def measure(servers: Sequence[Server], options: argparse.Namespace) -> Non
             for server in servers if at % 2 == 0 else reversed(servers):
                 into = found[(clients, stream), server.name]
                 await ask_for(server, clients, options.seconds, options.tokens, stream, into)
-    print(f"{'clients':>7} {'':>7} | requests/s: bare, this, ratio | median first byte, ms: bare, this, more")
+                print(f"{server.name}, {clients} clients, stream {stream}: {into.rates[-1]:.1f}/s", file=sys.stderr)
+    print("clients | requests/s: bare, this, ratio | median first byte, ms: bare, this, more | CPU ms per request")
     for clients, stream in cells:
         bare, this = (found[(clients, stream), server.name] for server in servers)
         rates = [statistics.median(one.rates) for one in (bare, this)]
         ratio = statistics.median(mine / theirs for mine, theirs in zip(this.rates, bare.rates, strict=True))
         firsts = [1000 * statistics.median(one.firsts) for one in (bare, this)]
-        kind = "stream" if stream else "whole"
+        costs = [
+            ", ".join(f"{part} {1000 * used / max(1, one.done):.1f}" for part, used in one.cpu.most_common())
+            for one in (bare, this)
+        ]
         print(
-            f"{clients:>7} {kind:>7} | {rates[0]:8.1f} {rates[1]:8.1f} {ratio:6.2f}      "
-            f"| {firsts[0]:8.1f} {firsts[1]:8.1f} {firsts[1] - firsts[0]:+8.1f}"
+            f"{clients} {'stream' if stream else 'whole'} | {rates[0]:.1f} {rates[1]:.1f} {ratio:.2f} "
+            f"| {firsts[0]:.1f} {firsts[1]:.1f} {firsts[1] - firsts[0]:+.1f} | {'; '.join(costs)}"
         )
 
 
@@ -191,9 +255,9 @@ def main() -> None:
             with connected():
                 url = serve_model(config, run, KEY, block=False, model=Path(model))
                 extra = {"configuration": {"manner": "plain"}}
-                this = Server("this server", url, bare.headers, [], extra)
-                asyncio.run(wait_for(bare, process))
-                asyncio.run(measure([bare, this], options))
+                this = Server("this server", url, bare.headers, psutil.Process(), [], extra)
+                uvloop.run(wait_for(bare, process))
+                uvloop.run(measure([bare, this], options))
                 from ray import serve
 
                 serve.shutdown()

@@ -1,12 +1,13 @@
 """Serving on the real Ray Serve and vLLM, to real clients; the front by itself is tested in test_frontend.py.
 
-The tests share one server and run in order: the last ones kill its replica and put newer weights in its place.
+The tests share one server and run in order: the last ones put newer weights in, kill a replica, let it go idle.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -39,6 +41,7 @@ from cpt_ray.serving import serve_model
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
 from cpt_ray.steering.tables import sequence
 from tests.builders import make_directives, make_rubric
+from tests.local_cluster import ROOT
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 
 KEY = "a-test-key"
@@ -91,6 +94,7 @@ def make_config(run: RunDir, **changes: Any) -> RunConfig:
             "num_cpus": 0.5,
             "engine": engine,
             "chat_template_kwargs": TEMPLATE_KWARGS,
+            "sampling": {"temperature": 0},
         },
         "serve": {
             "port": 0,
@@ -137,6 +141,18 @@ def post(url: str, path: str = CHAT, **given: Any) -> httpx.Response:
     return httpx.post(
         f"{url}{path}", headers={**AUTHORIZED, "Content-Type": "application/json"}, timeout=WAIT_SECONDS, **given
     )
+
+
+def noted(run: RunDir, count: int, which: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """So many lines of the access log, which is written after the answer."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        logs = (log.read_text().splitlines() for log in sorted((run.path / "access").iterdir()))
+        found = [line for log in logs for line in map(json.loads, log) if which(line)]
+        if len(found) >= count:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
 
 
 def expected_ids(run: RunDir, directive: str | None, messages: Any, **template_kwargs: Any) -> list[int]:
@@ -215,6 +231,15 @@ def test_an_answer_streams_token_by_token_and_is_the_one_that_comes_whole(client
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
 
 
+def test_who_says_nothing_of_sampling_gets_what_evaluation_measured(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "cpt:poet", "messages": USER, "max_tokens": 24}
+
+    def said(**sampling: Any) -> str | None:
+        return client.chat.completions.create(**options, **sampling).choices[0].message.content
+
+    assert said() == said(temperature=0) != said(temperature=1, seed=1)
+
+
 def test_tools_structured_output_log_probabilities_and_completions_work_as_in_vllm(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "cpt:poet", "messages": USER}
     chosen = client.chat.completions.create(**options, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
@@ -273,22 +298,10 @@ def test_a_keys_tokens_are_counted_and_its_limit_kept(url: str, run: RunDir) -> 
         limited.chat.completions.create(**options)
     wait = int(raised.value.response.headers["retry-after"])
     assert 0 < wait <= (usage.total_tokens - 40) * 1.5 + 2
-    first, second = _logged(run, "limited", 2)
+    first, second = noted(run, 2, lambda line: line["key"] == "limited")
     assert (first["status"], second["status"]) == (200, 429)
     assert (first["prompt_tokens"], first["tokens"]) == (usage.prompt_tokens, usage.completion_tokens)
-    assert not any("sea" in file.read_text() for file in (run.path / "access").iterdir())
-
-
-def _logged(run: RunDir, key: str, count: int) -> list[Any]:
-    """What the access log says of a key's requests: a line is written after its answer has ended."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        files = [file.read_text() for file in (run.path / "access").iterdir()]
-        lines = [json.loads(line) for text in files for line in text.splitlines()]
-        found = [line for line in lines if line["key"] == key]
-        if len(found) >= count or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
+    assert "sea" not in json.dumps([first, second])
 
 
 # ---------------------------------------------------------------- any body at all
@@ -326,8 +339,54 @@ def test_random_bodies_are_answered_or_refused_but_never_an_accident(url: str, p
     assert post(url, path, content=json.dumps(body)).status_code < 500
 
 
+@pytest.mark.parametrize("sent", [0.1, 0.9, 1.0], ids=["half a head", "half a body", "answer unread"])
+def test_slow_clients_keep_nobody_waiting(url: str, run: RunDir, sent: float) -> None:
+    options = {"model": "tiny", "messages": USER, "max_tokens": 400, "logprobs": True, "top_logprobs": 9}
+    body = json.dumps({**options, "stream": True, "ignore_eos": True}).encode()
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    slow = []
+    for number in range(20):
+        headers = {**AUTHORIZED, "Host": host, "X-Request-ID": f"slow-{sent}-{number}", "Content-Length": len(body)}
+        lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        request = "\r\n".join(lines).encode() + body
+        one = socket.socket()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.connect((host, int(port)))
+        one.sendall(request[: int(sent * len(request))])
+        slow.append(one)
+    if sent == 1:
+        assert all(one.recv(12) == b"HTTP/1.1 200" for one in slow)
+    assert post(url, json={"model": "tiny", "messages": USER, "max_tokens": 2}).status_code == 200
+    for one in slow:
+        one.close()
+    if sent == 1:  # each is known to have ended
+        noted(run, len(slow), lambda line: line["request_id"].startswith(f"slow-{sent}-"))
+
+
 def test_the_engine_outlived_them_all(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(model="tiny", messages=USER, max_tokens=2).usage
+
+
+# ---------------------------------------------------------------- watching
+
+
+def test_the_dashboard_asks_only_for_what_the_server_counts(url: str, client: openai.OpenAI) -> None:
+    import ray
+
+    client.chat.completions.create(model="cpt:poet", messages=USER, max_tokens=2)
+    text = (ROOT / "jobs" / "grafana.json").read_text()
+    queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel.get("targets", ())]
+    asked = {name for query in queries for name in re.findall(r"\bray_\w+", query)}
+    assert len(asked) > 5
+    asked |= {'key="CPT_API_KEY"', 'level="high"', 'rubric="ornament"'}
+    (node,) = ray.nodes()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        found = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        if all(name in found for name in asked):
+            break
+        assert time.monotonic() < deadline, [name for name in asked if name not in found]
+        time.sleep(0.5)
 
 
 # ---------------------------------------------------------------- the page
@@ -507,27 +566,91 @@ class Load:
             time.sleep(0.1)
 
 
-def test_a_killed_replica_fails_only_what_was_in_flight_and_is_replaced(url: str, run: RunDir) -> None:
-    (log,) = (run.path / "access").iterdir()
-    with Load(url, clients=4) as load:
-        load.wait_for(8)
-        killed = time.monotonic()
-        os.kill(int(log.stem.rpartition("-")[2]), signal.SIGKILL)
-        load.wait_for(8, since=killed)
-    failed = [(status, text) for _, status, text in load.answers if status != 200]
-    assert len(failed) <= 4, failed
-    assert all(status in (500, 502, 503) for status, _ in failed), failed
-
-
-def test_newer_weights_take_over_without_a_failed_request(url: str, run: RunDir) -> None:
+def test_newer_weights_on_two_replicas_take_over_without_a_failed_request(url: str, run: RunDir) -> None:
     newer = make_tiny_model(run.path / "newer", seed=1, chat_template=ANY_TEMPLATE)
     with Load(url, clients=2) as load:
         load.wait_for(2)
-        assert serve_model(make_config(run), run, KEY, block=False, model=newer) == url
+        assert serve_model(make_config(run, replicas=2), run, KEY, block=False, model=newer) == url
         load.wait_for(2, since=time.monotonic())
     assert [one for one in load.answers if one[1] != 200] == []
     said = [json.loads(text)["choices"][0]["message"]["content"] for _, _, text in sorted(load.answers)]
     assert said[0] != said[-1] and set(said) == {said[0], said[-1]}
+
+
+def replicas(run: RunDir) -> list[int]:
+    """Processes of those that are alive; each has a log of its own."""
+    known = [int(log.stem.rpartition("-")[2]) for log in (run.path / "access").iterdir()]
+    return [pid for pid in known if psutil.pid_exists(pid)]
+
+
+def test_two_replicas_count_as_one_and_the_death_of_one_fails_only_what_it_was_at(url: str, run: RunDir) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while len(replicas(run)) != 2:  # the older weights' replica is on its way out
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    limits = {"slow": {"requests_per_minute": 1}, "poor": {"budget": 60}}
+    secrets = {}
+    for name, limit in limits.items():
+        key, secrets[name] = make_key(name, **limit)
+        Keyring(run.path / KEYS_FILE).add(key)
+    time.sleep(1.1)  # the servers look once a second
+
+    def statuses(name: str) -> list[int]:
+        headers = {"Authorization": f"Bearer {secrets[name]}"}
+        body = {"model": "tiny", "messages": USER, "max_tokens": 2}
+        return [httpx.post(f"{url}{CHAT}", headers=headers, json=body, timeout=60).status_code for _ in range(8)]
+
+    assert statuses("slow") == [200, *[429] * 7]
+    spending = statuses("poor")
+    assert spending[0] == 200 and spending[-1] == 403 and spending == sorted(spending)
+    logs = {log.stem for log in (run.path / "access").iterdir() if '"key": "poor"' in log.read_text()}
+    assert len(logs) == 2
+
+    with Load(url, clients=4) as load:
+        load.wait_for(8)
+        killed = time.monotonic()
+        os.kill(replicas(run)[0], signal.SIGKILL)
+        load.wait_for(8, since=killed)
+    failed = [(status, text) for _, status, text in load.answers if status != 200]
+    assert len(failed) <= 4, failed
+    assert all(status in (500, 502, 503) for status, _ in failed), failed
+    assert set(statuses("poor")) == {403}
+
+
+def make_adapter(run: RunDir, name: str, seed: int) -> Path:
+    """An adapter of random weights on the tiny model, with its catalog, as training leaves it."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    options = peft.LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(run.path / "base"), options)
+    model.save_pretrained(run.path / name)
+    RunDir(run.path / name).write_json(CATALOG_FILE, CATALOG.to_json())
+    return run.path / name
+
+
+def test_adapters_are_served_and_an_idle_server_ends_and_comes_back(url: str, run: RunDir) -> None:
+    from ray import serve
+
+    make_tiny_model(run.path / "base", chat_template=ANY_TEMPLATE)
+    adapters = {"poet": str(make_adapter(run, "poet", 1)), "terse": f"file://{make_adapter(run, 'terse', 2)}"}
+    config = make_config(run, adapters=adapters, configurations={}, replicas=[0, 1], idle_seconds=0)
+    assert serve_model(config, run, KEY, block=False) == url
+
+    def said(model: str) -> str:
+        answer = post(url, json={"model": model, "messages": USER, "max_tokens": 24})
+        text: str = answer.json()["choices"][0]["message"]["content"]
+        return text
+
+    before = {model: said(model) for model in ("poet:ornament=high", "terse:ornament=high", "tiny-base")}
+    assert len(set(before.values())) == 3
+    deadline = time.monotonic() + WAIT_SECONDS
+    while serve.status().applications["cpt"].deployments["cpt"].replica_states:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert {model: said(model) for model in before} == before
 
 
 # ---------------------------------------------------------------- what keeps it from starting

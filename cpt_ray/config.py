@@ -202,9 +202,9 @@ class SynthesisConfig(_Section):
     """Directives wanted per (rubric, level) where the rubric gives none."""
     held_out_directives: Fraction = 0.3
     """Share of them kept for evaluation."""
-    shard_rows: Positive = 512
+    shard_rows: Positive = 1024
     """Rows that an engine has under way, in two files of half as many (while one runs out, the other keeps it full):
-    what is lost at most when something dies, and what keeps an engine of up to half as many sequences full."""
+    what is lost at most when something dies. Four times the engine's max_num_seqs keep it full all the time."""
     combine: tuple[tuple[str, str], ...] = ()
     """Pairs of rubric ids that are also asked for at once, in one directive."""
     control: Annotated[float, Field(ge=0, lt=1)] = 0

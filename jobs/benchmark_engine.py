@@ -4,9 +4,9 @@ python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--ray-l
 
 Alternated in one run. Steady state is from the engine's first step to the last that finished an answer; for bare vLLM
 it is the whole call of `generate`, which gets token ids and writes no table. Beside it: the fixed overhead (start of
-the stage to the first step, last answer to the end of the stage), and the steps: how many, the share of the time
-spent within them, milliseconds each. `--width` takes a model of random weights, 8 layers of that width, in the place of
-the run file's.
+the stage to the first step, last answer to the end of the stage), the steps: how many, the share of the time spent
+within them, milliseconds each; and tokens per CPU second of the engine's process, which other work on the machine
+changes less. `--width` takes a model of random weights, 8 layers of that width, in the place of the run file's.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Watch:
     """In the place of a vLLM engine's `step`: when it ran, and for how long."""
 
     def __init__(self, engine: Any):
-        self._step, self.first, self.last, self.within, self.steps, self.tokens = engine.step, 0.0, 0.0, 0.0, 0, 0
-        engine.step = self
+        self._step, engine.step = engine.step, self
+        self.first, self.last, self.within, self.steps, self.tokens, self.cpu = 0.0, 0.0, 0.0, 0, 0, 0.0
+        self._cpu_before = time.process_time()
 
     def __call__(self) -> Any:
         start = time.time()
@@ -50,13 +51,13 @@ class Watch:
         self.first, self.within, self.steps = self.first or start, self.within + end - start, self.steps + 1
         done = [one for output in outputs if output.finished for one in output.outputs]
         if done:
-            self.last = end
+            self.last, self.cpu = end, time.process_time() - self._cpu_before
             self.tokens += sum(len(one.token_ids) for one in done)
         return outputs
 
     def found(self) -> dict[str, float]:
         """What it saw."""
-        return {name: getattr(self, name) for name in ("first", "last", "within", "steps", "tokens")}
+        return {name: getattr(self, name) for name in ("first", "last", "within", "steps", "tokens", "cpu")}
 
 
 class WatchedEngine(VllmEngine):
@@ -108,9 +109,8 @@ def stage(plan: Plan, folder: Path) -> dict[str, float]:
     run_lines(run, [Line(list(units), [steps_of(plan)[0]])], functools.partial(WatchedEngine, folder=folder))
     end = time.time()
     seen = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    found = {name: sum(one[name] for one in seen) for name in ("within", "steps", "tokens")}
+    found = {name: sum(one[name] for one in seen) for name in ("within", "steps", "tokens", "cpu")}
     found |= {"first": min(one["first"] for one in seen), "last": max(one["last"] for one in seen)}
-    found["tokens_kept"] = sum(run.counts("generations", name)["generated_tokens"] for name in units)
     shutil.rmtree(folder)
     return found | {"before": found["first"] - start, "after": end - found["last"], "whole": end - start}
 
@@ -124,7 +124,8 @@ def text(found: dict[str, float]) -> str:
     """A line about a run."""
     seconds = found["last"] - found["first"]
     line = f"{speed(found):6.0f} tokens/s over {seconds:.1f} s, {found['within'] / seconds:.1%} of it in "
-    line += f"{found['steps']:.0f} steps of {1000 * found['within'] / found['steps']:.1f} ms"
+    line += f"{found['steps']:.0f} steps of {1000 * found['within'] / found['steps']:.1f} ms; "
+    line += f"{found['tokens'] / found['cpu']:.0f} tokens per CPU second"
     if "before" in found:
         line += f"; {found['before']:.1f} s before, {found['after']:.1f} s after, {found['whole']:.1f} s in all"
     return line
@@ -192,7 +193,7 @@ def main() -> None:
     os.environ |= env
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray makes a token and keeps it in the home folder
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
-        overrides = ["writer.num_actors=1", *options.overrides]
+        overrides = ["writer.num_actors=1", "synthesis.shard_rows=512", *options.overrides]
         if options.width:
             overrides.append(f"writer.model={make_model(Path(folder) / 'model', options.width)}")
         config: RunConfig = load_config(Path(options.run_file), overrides)
@@ -225,6 +226,8 @@ def main() -> None:
             print(f"{'bare vLLM':<16} {text(alone)}", flush=True)
             found = stage(plan, Path(folder) / f"round-{at}")
             note("stage", speed(found) / speed(alone), text(found))
+            per_cpu = found["tokens"] / found["cpu"] * alone["cpu"] / alone["tokens"]
+            ratios.setdefault("stage, per CPU second", []).append(per_cpu)
             if options.actors > 1:
                 several = stage(more, Path(folder) / f"more-{at}")
                 note(f"{options.actors} engines", speed(several) / speed(found), text(several))

@@ -93,8 +93,9 @@ def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kep
     run, free = RunDir(tmp_path), ray.available_resources()
     step = MarkStep(ModelConfig(model="m", endpoint=ENDPOINT))
     names = [f"good-{at}" for at in range(6)]
+    run_lines(run, [Line(names[:3], [step])])
     with pytest.raises(UserError, match=r"full-done.parquet: cannot be written \(File too large\); free some space"):
-        run_lines(run, [Line([*names[:3], "full"], [step])])
+        run_lines(run, [Line(["full"], [step])])
     expected = rf"died {MAX_DEATHS} times on mark of shard poison \(the last time: EngineDiedError: core dumped\)"
     with pytest.raises(UserError, match=f"m: the engine's process {expected}"):
         run_lines(run, [Line([*names, "poison"], [step])])
@@ -112,8 +113,15 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: st
     with pytest.raises(UserError, match=r"no-model.*what is finished is kept") as caught:
         run_lines(RunDir(tmp_path), [Line(["good"], [step])])
     assert "\n" not in str(caught.value)
-    assert "in engine_arguments" in str(caught.value.__cause__) or "in open_engine" in str(caught.value.__cause__)
+    assert "in make_engine" in str(caught.value.__cause__)
+    with pytest.raises(UserError, match=r"m: .*what is finished is kept"):
+        run_lines(RunDir(tmp_path), [Line(["good"], [MarkStep(ModelConfig(model="m"))])], killed_while_it_loads)
     assert_given_back(free)
+
+
+def killed_while_it_loads(model: ModelConfig) -> None:
+    """As by a node that is out of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def assert_given_back(free: dict[str, float]) -> None:

@@ -485,14 +485,13 @@ def test_choices_are_scored_by_the_served_engine_as_by_transformers(url: str, ru
     values = candidates.values(np.array(answers))
     assert json.loads(state.read_text())["margins"][0] == pytest.approx((values[0] - values[1]).tolist(), abs=1e-2)
     assert set(found["probabilities"]["ornament"]) == {"low", "mid", "high"}
-    lines = [json.loads(line) for file in (run.path / "access").iterdir() for line in file.read_text().splitlines()]
-    assert max(line["prompt_tokens"] for line in lines if line["path"] == "/v1/preferences") > 6 * 10
-
     for text in ("word " * 1000, "<|im_end|>" * 9, "\x00\u202e" * 50):
         answer = post(url, "/v1/preferences", json={"choices": [choice | {"chosen": text}]})
         assert answer.status_code == (400 if len(text) > 1000 else 200)
     chat = {"model": "tiny", "messages": USER, "max_tokens": 2, "preferences": found["id"]}
     assert post(url, json=chat).json()["configuration"]["from"] == "preferences"
+    lines = [json.loads(line) for file in (run.path / "access").iterdir() for line in file.read_text().splitlines()]
+    assert max(line["prompt_tokens"] for line in lines if line["path"] == "/v1/preferences") > 6 * 10
 
 
 def test_picks_on_the_page_move_the_dial_and_change_the_answer(url: str, browser: Any, tmp_path: Path) -> None:

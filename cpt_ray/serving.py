@@ -94,6 +94,7 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         from vllm import AsyncEngineArgs, SamplingParams
+        from vllm.config import StructuredOutputsConfig
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
@@ -113,7 +114,10 @@ class VllmServer:
             if name not in known:
                 raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
         frontend = FrontendArgs(**arguments)
-        engine_args = AsyncEngineArgs(**engine_arguments(served.model), served_model_name=[served.name])
+        engine = engine_arguments(served.model)
+        if isinstance(outputs := engine.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
+            engine["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
+        engine_args = AsyncEngineArgs(**engine, served_model_name=[served.name])
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
         try:
             self._engine = AsyncLLM.from_engine_args(engine_args)

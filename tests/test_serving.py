@@ -242,7 +242,7 @@ def test_tools_structured_output_log_probabilities_and_completions_work_as_in_vl
     parameters = {"type": "object", "properties": {"to": {"enum": ["sea"]}}, "required": ["to"]}
     tool: Any = {"type": "function", "function": {"name": "go", "parameters": parameters, "strict": True}}
     choice: Any = {"type": "function", "function": {"name": "go"}}
-    called = client.chat.completions.create(**options, max_tokens=64, tools=[tool], tool_choice=choice)
+    called = client.chat.completions.create(**options, max_tokens=200, tools=[tool], tool_choice=choice)
     calls: Any = called.choices[0].message.tool_calls
     assert (calls[0].function.name, json.loads(calls[0].function.arguments)) == ("go", {"to": "sea"})
     likely = client.chat.completions.create(**options, max_tokens=2, logprobs=True, top_logprobs=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -37,9 +38,6 @@ SERVE_ENV = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy knows of a replica's end within a second
 }
 """Ray Serve reads these when it is imported, in every process of its own."""
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-"""HAProxy instead of Ray's proxy in Python, which halves the requests per second; it must reach the replicas' own
-ports, so that it is the default on a cluster of one machine only."""
 
 
 @contextmanager
@@ -54,7 +52,7 @@ def connected(verbose: bool = False, log: Path | None = None) -> Iterator[None]:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own env_vars are in os.environ already
-    env = {**ENGINE_ENV, **SERVE_ENV, HAPROXY: "1" if is_own else "0", **({} if verbose else QUIET_ENV)}
+    env = {**ENGINE_ENV, **SERVE_ENV, **_haproxy_env(is_own), **({} if verbose else QUIET_ENV)}
     for name, value in env.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"runtime_env": {"env_vars": {name: os.environ[name] for name in env}}}
@@ -75,6 +73,20 @@ def connected(verbose: bool = False, log: Path | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _haproxy_env(is_own: bool) -> dict[str, str]:
+    """HAProxy in place of Ray's proxy in Python, which halves the requests per second.
+
+    It must reach the replicas' own ports, so it is the default on a cluster of one machine only. The ports of its
+    statistics are any free ones: several servers may be on a machine.
+    """
+    if not is_own:
+        return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    with socket.create_server(("", 0)) as metrics, socket.create_server(("", 0)) as stats:
+        ports = [str(one.getsockname()[1]) for one in (metrics, stats)]
+    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **dict(zip(names, ports, strict=True))}
 
 
 def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) -> None:

@@ -37,7 +37,6 @@ from cpt_ray.steering.inference import Candidates, make_candidates, read_questio
 
 KEY_VARIABLE = "CPT_API_KEY"
 APPLICATION = "cpt"
-METER = "meter"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""
 MAX_LOG_BYTES = 50 << 20
@@ -98,6 +97,7 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         from vllm import AsyncEngineArgs, SamplingParams
+        from vllm.config import StructuredOutputsConfig
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
@@ -117,7 +117,10 @@ class VllmServer:
             if name not in known:
                 raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
         frontend = FrontendArgs(**arguments)
-        engine_args = AsyncEngineArgs(**engine_arguments(served.model), served_model_name=[served.name])
+        engine = engine_arguments(served.model)
+        if isinstance(outputs := engine.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
+            engine["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
+        engine_args = AsyncEngineArgs(**engine, served_model_name=[served.name])
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
         try:
             self._engine = AsyncLLM.from_engine_args(engine_args)
@@ -292,15 +295,15 @@ def serve_model(
             _on_head(_wait_until_healthy, url, PROXY_PATH if asleep else OPEN_PATH)
             _say_how_to_talk(config, served.catalogs, url, made, block)
             if block:
-                _block()
+                _block(run)
         except BaseException as error:
             if not replaces or isinstance(error, KeyboardInterrupt):
-                _stop()
+                _stop(run)
             raise
     return url
 
 
-def _block() -> None:
+def _block(run: RunDir) -> None:
     """Until Ctrl-C, which stops the server; or until another `cpt serve` has taken over, which keeps it."""
     from ray import serve
 
@@ -314,17 +317,22 @@ def _block() -> None:
                 return
     except KeyboardInterrupt:
         say("stopping")
-        _stop()
+        _stop(run)
 
 
-def _stop() -> None:
+def _meter_name(run: RunDir) -> str:
+    """One per run directory: what a key has spent is written there."""
+    return f"meter of {run.path}"
+
+
+def _stop(run: RunDir) -> None:
     import ray
     from ray import serve
 
     with contextlib.redirect_stdout(io.StringIO()):  # where Ray reports that the controller, told to end, has ended
         serve.shutdown()
     with contextlib.suppress(ValueError):  # it never started
-        ray.kill(ray.get_actor(METER, namespace=APPLICATION))
+        ray.kill(ray.get_actor(_meter_name(run), namespace=APPLICATION))
 
 
 def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
@@ -453,7 +461,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
     meter = (
         ray.remote(Meter)
         .options(
-            name=METER,
+            name=_meter_name(served.run),
             namespace=APPLICATION,
             get_if_exists=True,
             lifetime="detached",  # outlives a `cpt serve` that another one takes over from

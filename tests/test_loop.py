@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -129,20 +129,33 @@ def test_model_and_adapter_load_in_transformers_and_peft_and_agree(loop: tuple[R
 
 
 @pytest.fixture(scope="module")
-def served(loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
-    """`cpt serve` on the finished run, and the real client."""
+def served(cluster: LocalCluster, loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
+    """`jobs/serve.py` on the finished run, as a job that `ray job stop` ends, and the real client."""
     port = free_port()
-    command = [sys.executable, "-m", "cpt_ray", "serve", RUN_FILE, f"run_dir={loop[0].path}", f"serve.port={port}"]
-    env = os.environ | {"CPT_API_KEY": "a-test-key"}
-    server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    for line in server.stdout:
-        if line.startswith("serving"):
-            break
-    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a-test-key", timeout=60, max_retries=0)
-    server.send_signal(signal.SIGINT)
-    server.communicate(timeout=60)
-    assert server.returncode == 0
+    url, env = f"http://127.0.0.1:{port}", json.dumps({"env_vars": {"CPT_API_KEY": "a-test-key"}})
+    options = ("--no-wait", "--submission-id", "serving", "--working-dir", ".", "--runtime-env-json", env)
+    job = ("--", sys.executable, "jobs/serve.py", RUN_FILE, f"run_dir={loop[0].path}", f"serve.port={port}")
+    assert cluster.job("submit", *options, *job).returncode == 0
+
+    def until(is_healthy: bool) -> None:
+        deadline = time.monotonic() + 300
+        while (answers(f"{url}/health") == 200) != is_healthy:
+            assert time.monotonic() < deadline, cluster.job("logs", "serving").stdout[-3000:]
+            time.sleep(0.5)
+
+    until(True)
+    yield openai.OpenAI(base_url=f"{url}/v1", api_key="a-test-key", timeout=60, max_retries=0)
+    stopped = cluster.job("stop", "serving")
+    assert "was stopped" in stopped.stdout + stopped.stderr
+    until(False)
+
+
+def answers(url: str) -> int | None:
+    """The status, or None if nobody is there."""
+    try:
+        return httpx.get(url, timeout=60).status_code
+    except httpx.TransportError:
+        return None
 
 
 @pytest.mark.parametrize("rubric_id", ["mood", "ornament"])

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
+from cpt_ray.engine import TIGHT_JSON
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES
 from cpt_ray.keys import KEYS_FILE, Keyring, make_key
@@ -82,7 +83,8 @@ TEMPLATE_KWARGS = {"shout": True, "enable_thinking": False}
 
 
 def make_config(run: RunDir, **changes: Any) -> RunConfig:
-    engine = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": ONE_GIB // 16}
+    engine: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": ONE_GIB // 16}
+    engine["structured_outputs_config"] = TIGHT_JSON  # random weights would write blanks for ever
     data = {
         "name": "tiny",
         "run_dir": str(run.path),
@@ -250,11 +252,11 @@ def test_tools_structured_output_log_probabilities_and_completions_work_as_in_vl
     )
     assert json.loads(formed.choices[0].message.content or "")["a"] == 1
     parameters = {"type": "object", "properties": {"to": {"enum": ["sea"]}}, "required": ["to"]}
-    tool: Any = {"type": "function", "function": {"name": "go", "parameters": parameters}}
+    tool: Any = {"type": "function", "function": {"name": "go", "parameters": parameters, "strict": True}}
     choice: Any = {"type": "function", "function": {"name": "go"}}
-    called = client.chat.completions.create(**options, max_tokens=64, tools=[tool], tool_choice=choice)
+    called = client.chat.completions.create(**options, max_tokens=200, tools=[tool], tool_choice=choice)
     calls: Any = called.choices[0].message.tool_calls
-    assert calls[0].function.name == "go"
+    assert (calls[0].function.name, json.loads(calls[0].function.arguments)) == ("go", {"to": "sea"})
     likely = client.chat.completions.create(**options, max_tokens=2, logprobs=True, top_logprobs=3)
     assert likely.choices[0].logprobs and len((likely.choices[0].logprobs.content or [])[0].top_logprobs) == 3
     assert client.completions.create(model="tiny", prompt="The sea", max_tokens=4).usage.completion_tokens  # type: ignore
@@ -346,7 +348,8 @@ def test_slow_clients_keep_nobody_waiting(url: str, run: RunDir, sent: float) ->
     host, _, port = url.removeprefix("http://").rpartition(":")
     slow = []
     for number in range(20):
-        headers = {**AUTHORIZED, "Host": host, "X-Request-ID": f"slow-{sent}-{number}", "Content-Length": len(body)}
+        headers = {**AUTHORIZED, "Host": host, "X-Request-ID": f"slow-{sent}-{number}"}
+        headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
         lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         request = "\r\n".join(lines).encode() + body
         one = socket.socket()
@@ -639,7 +642,10 @@ def test_adapters_are_served_and_an_idle_server_ends_and_comes_back(url: str, ru
     assert serve_model(config, run, KEY, block=False) == url
 
     def said(model: str) -> str:
-        answer = post(url, json={"model": model, "messages": USER, "max_tokens": 24})
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (answer := post(url, json={"model": model, "messages": USER, "max_tokens": 24})).status_code != 200:
+            assert time.monotonic() < deadline, answer.text  # what served before may be on its way out
+            time.sleep(0.2)
         text: str = answer.json()["choices"][0]["message"]["content"]
         return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.cli import main
+from cpt_ray.cluster import connected
 from cpt_ray.config import EMBEDDED_PATH, ModelConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.rundir import RunDir
@@ -26,6 +28,13 @@ ENGINE = {
     "max_num_seqs": 16,
     "kv_cache_memory_bytes": 50_000_000,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One Ray for all commands of this file."""
+    with connected():
+        yield
 
 
 def run_file(folder: Path, **sections: object) -> str:

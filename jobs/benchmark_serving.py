@@ -183,7 +183,9 @@ def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], 
     command += ["--api-key", KEY, "--disable-uvicorn-access-log"]
     if config.policy.chat_template_kwargs:
         command += ["--default-chat-template-kwargs", json.dumps(config.policy.chat_template_kwargs)]
-    env = os.environ | ENGINE_ENV | engine_env(config.policy) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    threads = str(max(1, int(config.policy.num_cpus)))  # as Ray has it for a replica
+    env = os.environ | ENGINE_ENV | engine_env(config.policy)
+    env |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": threads}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     system = [{"role": "system", "content": DIRECTIVE}]

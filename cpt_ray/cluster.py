@@ -34,6 +34,7 @@ ENGINE_ENV = {
 }
 SERVE_ENV = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # one event loop per replica, as vLLM's own server has
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",  # as vLLM's own server does
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine Python alone takes more than Serve's 5 s
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy knows of a replica's end within a second
 }

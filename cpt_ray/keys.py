@@ -194,11 +194,11 @@ class _Bucket:
     def __init__(self, per_minute: int, now: float):
         self.per_minute, self._level, self._then = per_minute, float(per_minute), now
 
-    def wait(self, need: float, now: float) -> float:
-        """Seconds until `need` units are there."""
+    def wait(self, now: float) -> float:
+        """Seconds until a whole unit is there."""
         self._level = min(self.per_minute, self._level + (now - self._then) * self.per_minute / 60)
         self._then = now
-        return max(0.0, (need - self._level) * 60 / self.per_minute)
+        return max(0.0, (1 - self._level) * 60 / self.per_minute)
 
     def take(self, amount: float) -> None:
         self._level -= amount
@@ -226,12 +226,8 @@ class Meter:
         """None, and one request counted, if the key's limits leave room for it."""
         if key.budget is not None and self._spent.get(key.name, 0) >= key.budget:
             return Refusal(status=403, code="budget_spent", text=f"This API key's {key.budget} tokens are used up.")
-        limits = {"requests": (key.requests_per_minute, 1.0), "tokens": (key.tokens_per_minute, 1.0)}
-        for unit, (limit, need) in limits.items():
-            if limit is None:
-                continue
-            seconds = self._bucket(key, unit, limit).wait(need, self._clock())
-            if seconds > 0:
+        for unit, limit in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
+            if limit is not None and (seconds := self._bucket(key, unit, limit).wait(self._clock())) > 0:
                 text = f"This API key may use {limit} {unit} per minute; try again in {int(seconds) + 1} s."
                 return Refusal(status=429, code="rate_limit_exceeded", text=text, retry_after=int(seconds) + 1)
         if key.requests_per_minute is not None:

@@ -119,27 +119,27 @@ class Client(asyncio.Protocol):
 
 
 async def ask_for(server: Server, clients: int, seconds: float, tokens: int, stream: bool, into: Measured) -> None:
-    """`clients` clients ask for `seconds`; answers that end later are not counted."""
+    """`clients` clients ask for `seconds`, each again as soon as it is answered.
+
+    The rate is clients / mean seconds per answer, which does not depend on where in an answer the time runs out.
+    """
     loop, port = asyncio.get_running_loop(), int(server.url.rpartition(":")[2])
     before, end = cpu_seconds(server.process), time.perf_counter() + seconds
-    done = 0
+    took: list[float] = []
 
     async def client(number: int) -> None:
-        nonlocal done
         transport, one = await loop.create_connection(Client, "127.0.0.1", port)
         body = server.body(PROMPTS[number % len(PROMPTS)], tokens, stream)
         headers = "".join(f"{name}: {value}\r\n" for name, value in server.headers.items())
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
-        while time.perf_counter() < end:
-            first = await one.ask(transport, head.encode() + body)
-            if time.perf_counter() < end:
-                done += 1
-                into.firsts.append(first)
+        while (start := time.perf_counter()) < end:
+            into.firsts.append(await one.ask(transport, head.encode() + body))
+            took.append(time.perf_counter() - start)
         transport.close()
 
     await asyncio.gather(*(client(number) for number in range(clients)))
-    into.rates.append(done / seconds)
-    into.done += done
+    into.rates.append(clients / statistics.mean(took))
+    into.done += len(took)
     into.cpu += cpu_seconds(server.process) - before
 
 
@@ -183,7 +183,9 @@ def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], 
     command += ["--api-key", KEY, "--disable-uvicorn-access-log"]
     if config.policy.chat_template_kwargs:
         command += ["--default-chat-template-kwargs", json.dumps(config.policy.chat_template_kwargs)]
-    env = os.environ | ENGINE_ENV | engine_env(config.policy) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    threads = str(max(1, int(config.policy.num_cpus)))  # as Ray has it for a replica
+    env = os.environ | ENGINE_ENV | engine_env(config.policy)
+    env |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": threads}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     system = [{"role": "system", "content": DIRECTIVE}]

@@ -409,33 +409,17 @@ def test_a_killed_worker_and_a_lost_node_change_nothing_in_what_is_learned_by_a_
     assert len(folders - named) <= 2  # uploads that a kill cut short: named nowhere, so never gone on from
 
 
-def test_full_tuning_by_one_worker_keeps_the_reference_and_the_stored_dtype(cluster: Path, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    base = make_tiny_model(tmp_path / "policy", dtype="bfloat16")
-    run = make_run(tmp_path / "run")
-    (run.adapter).mkdir(parents=True)  # of an earlier training by LoRA
-    settings = {"num_workers": 1, "lora": None, "dtype": "bfloat16", "epochs": 0.5, "max_pairs": 40}
-    summary = train(make_config(base, **settings), run, ["a-0", "b-0"], "key-2")
-    assert (summary["pairs"], summary["steps"]) == (40, 3)
-    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-2)
-    assert summary["history"][-1]["margin"] > 0
-    tuned, untuned = (load_file(path / "model.safetensors") for path in (run.model, base))
-    assert tuned.keys() == untuned.keys()
-    assert {one.dtype for one in tuned.values()} == {torch.bfloat16}
-    assert any(not torch.equal(tuned[name], untuned[name]) for name in tuned)
-    assert not run.adapter.exists()
-
-
 @pytest.fixture(scope="module")
-def alone(cluster: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run file of a preference set that was trained on, in the run directory beside it."""
+def alone(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run file of a preference set on which all weights were tuned by one worker, in the directory beside it."""
     path = tmp_path_factory.mktemp("alone")
+    policy = make_tiny_model(path / "policy", dtype="bfloat16")
+    (path / "run" / "adapter").mkdir(parents=True)  # of an earlier training by LoRA
     rows = [{"prompt": f"Tell me {at}:", "chosen": f" the sea and {at}", "rejected": " the town"} for at in range(24)]
     (path / "set.jsonl").write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
-    settings = {"num_workers": 1, "batch_size": 8, "dtype": "float32", "learning_rate": 1e-2, "lora": None}
+    settings = {"num_workers": 1, "batch_size": 8, "dtype": "bfloat16", "learning_rate": 1e-2, "lora": None}
     settings |= {"loss": {"ipo": 1.0, "sft": 0.1}, "resources_per_worker": {"CPU": 1}, "epochs": 5, "save_steps": 2}
+    settings |= {"max_pairs": 20}
     config = {"name": "alone", "run_dir": str(path / "run"), "preferences": {"source": str(path / "set.jsonl")}}
     config |= {"policy": {"model": str(policy)}, "train": settings}
     (path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
@@ -446,13 +430,26 @@ def alone(cluster: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_a_preference_set_trains_alone_and_again_at_once(alone: Path) -> None:
     run = RunDir(alone.parent / "run")
     made = run.read_json("model/cpt_ray.json")["summary"]
-    assert (made["pairs"], made["steps"]) == (22, 10)
+    assert (made["pairs"], made["steps"]) == (20, 10)
+    assert abs(made["history"][0]["margin"]) < 1e-2 < made["history"][-1]["margin"]
     assert "twin_accuracy" not in made["held_out"][-1]
     assert f"`{alone.parent}/set.jsonl`" in (run.model / "README.md").read_text(encoding="utf-8")
     mark = (run.model / "cpt_ray.json").stat().st_mtime_ns
     assert main(["train", str(alone)]) == 0
     assert (run.model / "cpt_ray.json").stat().st_mtime_ns == mark
     assert main(["evaluate", str(alone)]) == 1
+
+
+def test_full_tuning_keeps_the_stored_dtype_and_leaves_no_adapter(alone: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    run = RunDir(alone.parent / "run")
+    tuned, untuned = (load_file(path / "model.safetensors") for path in (run.model, alone.parent / "policy"))
+    assert tuned.keys() == untuned.keys()
+    assert {one.dtype for one in tuned.values()} == {torch.bfloat16}
+    assert any(not torch.equal(tuned[name], untuned[name]) for name in tuned)
+    assert not run.adapter.exists()
 
 
 def test_after_kill_9_of_the_driver_the_same_command_goes_on_with_all_weights_tuned(

@@ -216,16 +216,16 @@ def _costs(arena: Arena) -> dict[str, dict[str, int]]:
     told_what = [len(tokenizer(one)["input_ids"]) for one in steering.candidates.directives]
     directives, directive = len(told_what), float(np.mean(told_what))
     shown = [[steering.held_out.answers[at] for at in one.context.flatten()] for one in arena.users]
-    kept = np.mean([sum(len(one.text) + len(one.prompt) / 2 for one in answers) for answers in shown])
+    kept = float(np.mean([sum(len(one.text) + len(one.prompt) / 2 for one in answers) for answers in shown]))
     told = 2 * count * whole
-    found = {
+    found: dict[str, tuple[float, float, float]] = {
         "NP-BTL, best of n": (told, (best_of - 1) * answer + best_of * whole, 4 * size),
         "inferred directive": (told * directives, directive, 8 * count * directives),
         "inferred directive, asked": (0, directive, 8 * count * directives),
         "pairs in the prompt": (0, told, kept),
     } | {f"NP-DPO {one.form}": (told, 0, 4 * size) for one in fitted.policies}
     names = ("tokens_once", "tokens_per_answer", "bytes")
-    return {name: dict(zip(names, map(round, one), strict=True)) for name, one in found.items()}
+    return {name: {part: round(value) for part, value in zip(names, one, strict=True)} for name, one in found.items()}
 
 
 def _foretold(arena: Arena, candidates: Candidates, told: Sequence[Floats], others: Sequence[Floats]) -> Floats:

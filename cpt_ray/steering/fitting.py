@@ -109,12 +109,12 @@ def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, 
 
 
 def fit_reward_models(fits: Sequence[Fit], tensors: Tensors) -> list[list[RewardModel]]:
-    """The models of each fit (of one folder); those that are not there yet are trained, in one run of Ray Train."""
-    first = fits[0]
-    if not all(fit.path(number).exists() for fit in fits for number in range(fit.seeds)):
-        first.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors.__dict__, first.folder / "tensors.pt")
-        under_ray_train(work, {"fits": fits}, first)
+    """Trains the models that are not there yet, all by one worker group of Ray Train, and loads every one."""
+    missing = [one for one in fits if not all(one.path(number).exists() for number in range(one.seeds))]
+    if missing:
+        missing[0].folder.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors.__dict__, missing[0].folder / "tensors.pt")
+        under_ray_train(work, {"fits": missing}, missing[0])
     for fit in fits:
         losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.seeds)]
         say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {np.mean(losses):.3f}")
@@ -141,7 +141,7 @@ def work(settings: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    fits: Sequence[Fit] = settings["fits"]
+    fits: list[Fit] = settings["fits"]
     if not fits[0].config.use_gpu:
         torch.set_num_threads(1)
     loaded = torch.load(fits[0].folder / "tensors.pt")
@@ -150,11 +150,10 @@ def work(settings: dict[str, Any]) -> None:
         for number in range(fit.seeds):
             if not fit.path(number).exists():
                 _learn_rewards(fit, number, tensors)
-                ray.train.report({"seed": number})
+                ray.train.report({fit.kind: number})
 
 
 def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
-    """One model on this rank's users."""
     import ray.train
     from ray.train.torch import prepare_model
 
@@ -166,11 +165,11 @@ def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
 
     def draw(step: int) -> Tasks:
         users = own[torch.randint(len(own), (max(1, config.batch_users // ranks),), generator=random)]
-        count = 0 if fit.kind == "static" else int(torch.randint(config.choices + 1, (), generator=random))
-        order = torch.randperm(config.choices, generator=random)[:count]
         made = tensors.tasks(users, told=fit.kind == "oracle")
         if fit.kind == "oracle":
             return made.with_twins()
+        count = 0 if fit.kind == "static" else int(torch.randint(config.choices + 1, (), generator=random))
+        order = torch.randperm(config.choices, generator=random)[:count]
         return Tasks(made.context[:, order], made.targets).with_twins()
 
     losses: list[float] = []

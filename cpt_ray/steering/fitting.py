@@ -108,17 +108,15 @@ def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, 
         raise UserError(f"steer: training failed: {str(error).strip().splitlines()[-1][:300]}") from error
 
 
-def fit_reward_models(fits: Sequence[Fit], tensors: Tensors) -> list[list[RewardModel]]:
-    """Trains the models that are not there yet, all by one worker group of Ray Train, and loads every one."""
-    missing = [one for one in fits if not all(one.path(number).exists() for number in range(one.seeds))]
-    if missing:
-        missing[0].folder.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors.__dict__, missing[0].folder / "tensors.pt")
-        under_ray_train(work, {"fits": missing}, missing[0])
-    for fit in fits:
-        losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.seeds)]
-        say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {np.mean(losses):.3f}")
-    return [[load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.seeds)] for fit in fits]
+def fit_reward_models(fit: Fit, tensors: Tensors) -> list[RewardModel]:
+    """Trains the models that are not there yet, under Ray Train, and loads all of them."""
+    if not all(fit.path(number).exists() for number in range(fit.seeds)):
+        fit.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors.__dict__, fit.folder / "tensors.pt")
+        under_ray_train(work, {"fit": fit}, fit)
+    losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.seeds)]
+    say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {np.mean(losses):.3f}")
+    return [load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.seeds)]
 
 
 def new_model(fit: Fit, number: int, embedding: int) -> RewardModel:
@@ -139,44 +137,36 @@ def load(fit: Fit, number: int, embedding: int) -> RewardModel:
 def work(settings: dict[str, Any]) -> None:
     """What each rank does: its share of the users, gradients averaged over ranks; rank 0 saves."""
     import ray.train
-    from ray.train.torch import get_device
+    from ray.train.torch import get_device, prepare_model
 
-    fits: list[Fit] = settings["fits"]
-    if not fits[0].config.use_gpu:
-        torch.set_num_threads(1)
-    loaded = torch.load(fits[0].folder / "tensors.pt")
-    tensors = Tensors(**{name: one.to(get_device()) for name, one in loaded.items()})
-    for fit in fits:
-        for number in range(fit.seeds):
-            if not fit.path(number).exists():
-                _learn_rewards(fit, number, tensors)
-                ray.train.report({fit.kind: number})
-
-
-def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
-    import ray.train
-    from ray.train.torch import prepare_model
-
+    fit: Fit = settings["fit"]
     context, config = ray.train.get_context(), fit.config
     rank, ranks = context.get_world_rank(), context.get_world_size()
+    if not config.use_gpu:
+        torch.set_num_threads(1)
+    tensors = Tensors(**{name: one.to(get_device()) for name, one in torch.load(fit.folder / "tensors.pt").items()})
     own = torch.arange(rank, len(tensors.context), ranks)
-    model = new_model(fit, number, tensors.embeddings.shape[1])
-    random = torch.Generator().manual_seed(1000 * (fit.seed + number) + rank)
+    for number in range(fit.seeds):
+        if fit.path(number).exists():
+            continue
+        model = new_model(fit, number, tensors.embeddings.shape[1])
+        random = torch.Generator().manual_seed(1000 * (fit.seed + number) + rank)
 
-    def draw(step: int) -> Tasks:
-        users = own[torch.randint(len(own), (max(1, config.batch_users // ranks),), generator=random)]
-        made = tensors.tasks(users, told=fit.kind == "oracle")
-        if fit.kind == "oracle":
-            return made.with_twins()
-        count = 0 if fit.kind == "static" else int(torch.randint(config.choices + 1, (), generator=random))
-        order = torch.randperm(config.choices, generator=random)[:count]
-        return Tasks(made.context[:, order], made.targets).with_twins()
+        def draw(step: int, random: torch.Generator = random) -> Tasks:
+            users = own[torch.randint(len(own), (max(1, config.batch_users // ranks),), generator=random)]
+            count = 0 if fit.kind == "static" else int(torch.randint(config.choices + 1, (), generator=random))
+            order = torch.randperm(config.choices, generator=random)[:count]
+            made = tensors.tasks(users, told=fit.kind == "oracle")
+            if fit.kind == "oracle":
+                return made.with_twins()
+            return Tasks(made.context[:, order], made.targets).with_twins()
 
-    losses: list[float] = []
-    wrapped = prepare_model(model, parallel_strategy="ddp" if ranks > 1 else None)
-    learn(wrapped, draw, config.steps, config.learning_rate, lambda step, loss: losses.append(loss))
-    if rank == 0:
-        _save(fit, number, model.state_dict(), losses)
+        losses: list[float] = []
+        wrapped = prepare_model(model, parallel_strategy="ddp" if ranks > 1 else None)
+        learn(wrapped, draw, config.steps, config.learning_rate, lambda step, loss: losses.append(loss))  # noqa: B023
+        if rank == 0:
+            _save(fit, number, model.state_dict(), losses)
+        ray.train.report({"seed": number})
 
 
 def _save(fit: Fit, number: int, weights: dict[str, torch.Tensor], losses: Sequence[float]) -> None:

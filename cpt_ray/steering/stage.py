@@ -209,8 +209,9 @@ def fit(steering: Steering) -> Fitted:
     key = content_id(settings, [one.answer_id for one in crowd.answers], float(np.abs(vectors).sum()))
     folder = steering.run.path.absolute() / "steering" / key
     tensors, seed = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id)), steering.plan.config.seed
-    kinds = ("np-btl", "static", "oracle")
-    models, static, oracle = fit_reward_models([Fit(steering.config, folder, seed, kind) for kind in kinds], tensors)
+    models, static, oracle = (
+        fit_reward_models(Fit(steering.config, folder, seed, kind), tensors) for kind in ("np-btl", "static", "oracle")
+    )
     answers = [*crowd.answers, *held_out.answers]
     reward = None if steering.config.variational else Fit(steering.config, folder, seed, "np-btl").path(0)
     policies = _fit_policies(steering, key, tensors, answers, reward) if steering.config.forms else []

@@ -126,7 +126,7 @@ def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
     _check_sharding(settings)
     if settings.lora:
         _check_lora(settings.lora, model_config)
-    packages: dict[str, str] = {name: "train.report_to" for name in settings.report_to}
+    packages: dict[str, str] = dict.fromkeys(settings.report_to, "train.report_to")
     if settings.lora and settings.lora.quantize:
         packages["bitsandbytes"] = "train.lora.quantize"
     for name, key in packages.items():

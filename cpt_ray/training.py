@@ -377,6 +377,10 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
         callbacks=[_reporter(job, folder)],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if "wandb" in settings.report_to:
+        import wandb
+
+        wandb.finish()  # Ray ends this process before wandb has written everything
 
 
 def _arguments(job: Job, folder: Path) -> Any:

@@ -17,7 +17,7 @@ LONGEST = ("test_training", "test_loop", "test_faults", "test_serving", "test_st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two processes end at about the same time."""
+    """The longest files first, so that all processes end at about the same time."""
     order = {name: at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

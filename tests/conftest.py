@@ -17,9 +17,13 @@ LONGEST = ("test_training", "test_loop", "test_faults", "test_serving", "test_st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that all processes end at about the same time."""
+    """The longest files first, so that both processes end at about the same time; `slow` tests only if asked for."""
     order = {name: at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    if not os.environ.get("CPT_SLOW"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; CPT_SLOW=1 runs it, as CI does"))
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 """Never asked: it makes an engine that starts at once."""
 
 
+@pytest.mark.slow
 def test_kill_9_loses_repeats_and_changes_nothing() -> None:
     small = ["prompts.limit=20", "synthesis.shard_rows=20", "writer.num_actors=1"]
     command = [sys.executable, "jobs/benchmark_faults.py", "jobs/embedded.yaml", *small]

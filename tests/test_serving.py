@@ -571,6 +571,7 @@ class Load:
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_newer_weights_on_two_replicas_take_over_without_a_failed_request(url: str, run: RunDir) -> None:
     newer = make_tiny_model(run.path / "newer", seed=1, chat_template=ANY_TEMPLATE)
     with Load(url, clients=2) as load:
@@ -636,7 +637,7 @@ def make_adapter(run: RunDir, name: str, seed: int) -> Path:
     return run.path / name
 
 
-@pytest.mark.skipif("CPT_SLOW" not in os.environ, reason="starts two engines, one after the other; with CPT_SLOW=1")
+@pytest.mark.skipif("CPT_ADAPTERS" not in os.environ, reason="two minutes; CPT_ADAPTERS=1 runs it")
 def test_adapters_are_served_and_an_idle_server_ends_and_comes_back(url: str, run: RunDir) -> None:
     from ray import serve
 

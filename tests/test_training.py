@@ -373,6 +373,7 @@ def assert_same_training(
     assert all(torch.allclose(found[name], wanted[name], atol=within) for name in wanted)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_lost_node_change_nothing_in_what_is_learned_by_a_sharded_policy(
     trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
 ) -> None:
@@ -454,6 +455,7 @@ def test_full_tuning_keeps_the_stored_dtype_and_leaves_no_adapter(alone: Path) -
     assert not run.adapter.exists()
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_the_driver_the_same_command_goes_on_with_all_weights_tuned(
     alone: Path, tmp_path: Path
 ) -> None:

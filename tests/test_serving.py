@@ -571,7 +571,6 @@ class Load:
             time.sleep(0.1)
 
 
-@pytest.mark.slow
 def test_newer_weights_on_two_replicas_take_over_without_a_failed_request(url: str, run: RunDir) -> None:
     newer = make_tiny_model(run.path / "newer", seed=1, chat_template=ANY_TEMPLATE)
     with Load(url, clients=2) as load:

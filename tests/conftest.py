@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
 
-LONGEST = ("test_training", "test_loop", "test_faults", "test_serving", "test_steering_stage", "test_jobs")
+LONGEST = ("test_loop", "test_training", "test_serving", "test_steering_stage", "test_faults", "test_jobs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

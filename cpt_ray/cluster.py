@@ -80,14 +80,16 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
     """HAProxy in place of Ray's proxy in Python, which halves the requests per second.
 
     It must reach the replicas' own ports, so it is the default on a cluster of one machine only. The ports of its
-    statistics are any free ones: several servers may be on a machine.
+    statistics are any free ones: several servers may be on a machine. What a replica took with it when it died,
+    before a byte of the answer, is asked of another one; HAProxy would end the client's connection without a word.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     with socket.create_server(("", 0)) as metrics, socket.create_server(("", 0)) as stats:
         ports = [str(one.getsockname()[1]) for one in (metrics, stats)]
     names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
-    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **dict(zip(names, ports, strict=True))}
+    retry = {"RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response"}
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **retry, **dict(zip(names, ports, strict=True))}
 
 
 def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) -> None:

@@ -375,6 +375,8 @@ class ServeConfig(_Section):
     """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names."""
     base: bool = False
     """Serves the untuned model too, at /base: as many replicas again."""
+    preferences: Literal["directive", "gated_lora", "soft_prompt"] = "directive"
+    """What steers a chat that names a user's choices: the inferred directive, or what `cpt steer fit` trained."""
     adapters: dict[str, str] = {}
     """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
 

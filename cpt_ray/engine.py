@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cpt_ray.config import ModelConfig, SamplingConfig
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.prompting import ChatMessage, token_ids
+from cpt_ray.prompting import ChatMessage, PromptTokens
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -143,10 +143,11 @@ class VllmEngine:
     def __init__(self, config: ModelConfig):
         from vllm import LLM
 
-        self._template_kwargs = config.chat_template_kwargs
-        llm = LLM(**{"disable_log_stats": True, "structured_outputs_config": TIGHT_JSON, **engine_arguments(config)})
-        self._engine = llm.llm_engine
-        self._tokenizer = llm.get_tokenizer()
+        arguments = {"disable_log_stats": True, "structured_outputs_config": TIGHT_JSON, **engine_arguments(config)}
+        self._llm = LLM(**arguments)
+        self._engine = self._llm.llm_engine
+        self._tokenizer = self._llm.get_tokenizer()
+        self._token_ids = PromptTokens(self._tokenizer, config.chat_template_kwargs)
         self._max_model_len = self._engine.model_config.max_model_len
         self._label_ids: dict[str, int] = {}
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
@@ -157,7 +158,7 @@ class VllmEngine:
         """One completion per request and sample; a prompt too long for the model is never sent."""
         pending: list[Future[RequestOutput] | Completion] = []
         for request in requests:
-            ids = token_ids(self._tokenizer, request.messages, self._template_kwargs)
+            ids = self._token_ids(request.messages)
             if len(ids) + request.max_tokens > self._max_model_len:
                 detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {self._max_model_len}"
                 pending.append(Completion(error="too long", detail=detail, num_prompt_tokens=len(ids)))

@@ -73,12 +73,20 @@ CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 """The request that the running task works for."""
 
 
+STEERED: ContextVar[Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] | None] = ContextVar(
+    "steered", default=None
+)
+"""What the running task's requests to the engine, (prompt, options), become: a user's adapter or soft prompt."""
+
+
 def counting(generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`."""
+    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; it is `STEERED`."""
 
     async def counted(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         call, before = CALL.get(), [0] * (sampling_params.n or 1)
         is_delta = sampling_params.output_kind.name == "DELTA"
+        if (steered := STEERED.get()) is not None:
+            prompt, options = steered(prompt, options)
         async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:
             first = True
             async for output in outputs:
@@ -160,7 +168,7 @@ class Frontend:
                 call.first_byte_seconds = time.perf_counter() - start
             await send(message)
 
-        token = CALL.set(call)
+        token, unsteered = CALL.set(call), STEERED.set(None)
         try:
             if isinstance(key, Refusal):
                 await _refuse(send_noted, key)
@@ -179,6 +187,7 @@ class Frontend:
                 await self._app(scope, receive, send_noted)
         finally:
             CALL.reset(token)
+            STEERED.reset(unsteered)
             call.seconds = time.perf_counter() - start
             self._ended(call)
             if key is not None and isinstance(key, Key) and key.metered and call.prompt_tokens:

@@ -6,8 +6,9 @@
     GET    /v1/preferences/ID   what they say, and the choices themselves
     DELETE /v1/preferences/ID
 
-A chat with `"preferences": "ID"`, or with the model `cpt:ID`, has the configuration inferred by then; one that it
-names itself wins. States are files in the run directory, one folder per key: restarts and replicas find them there.
+A chat with `"preferences": "ID"`, or with the model `cpt:ID`, has the configuration inferred by then, or with
+`serve.preferences` the user's own adapter or soft prompt; a configuration that it names itself wins. States are files
+in the run directory, one folder per key: restarts and replicas find them there.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX
+from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
 from cpt_ray.keys import Refusal, write_private
 from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, Scorer, parse_choices
+from cpt_ray.steering.serving import Conditioner
 from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
 
 FOLDER = "preferences"
@@ -85,10 +87,18 @@ class EngineScorer:
 class PreferenceStore:
     """What the front asks about preferences; every key (`owner`) knows of its own only."""
 
-    def __init__(self, folder: Path, candidates: Candidates, scorer: Scorer, questions: Sequence[Question], model: str):
-        """`model`: name of the served model that they are for."""
+    def __init__(
+        self,
+        folder: Path,
+        candidates: Candidates,
+        scorer: Scorer,
+        questions: Sequence[Question],
+        model: str,
+        conditioner: Conditioner | None = None,
+    ):
+        """`model`: name of the served model that they are for. `conditioner`: steers in the place of directives."""
         self._folder, self._candidates, self._scorer, self._questions = folder, candidates, scorer, questions
-        self._model = model
+        self._model, self._conditioner = model, conditioner
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
 
     async def answer(self, owner: str, method: str, name: str, body: bytes) -> dict[str, Any] | Refusal:
@@ -131,6 +141,9 @@ class PreferenceStore:
         if "configuration" not in data and not (is_configured and tail):
             source = "preferences"
             data["configuration"] = self._candidates.belief(state.margins).configuration or {}
+            if self._conditioner is not None:
+                STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
+                source = f"preferences, by {self._conditioner.form}"
         return json.dumps(data).encode(), source
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:

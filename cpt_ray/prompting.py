@@ -6,6 +6,9 @@ cache serves it. `policy_messages` and `token_ids` are what training, evaluation
 
 from __future__ import annotations
 
+import functools
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -141,6 +144,42 @@ def token_ids(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(template_kwargs or {})
     )
     return list(ids)
+
+
+class PromptTokens:
+    """`token_ids` of many conversations that have parts in common, such as a rubric in the system message.
+
+    Tokenizers take special tokens out of a text before they look at the rest, so what begins with one and goes on to
+    the next has the same ids wherever it stands: it is encoded once. The first conversations are compared with their
+    whole texts; for a tokenizer that does not keep to this, or is not a fast one, all are encoded as wholes.
+    """
+
+    _COMPARED = 16
+    _KEPT = 4096
+
+    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any]):
+        self._tokenizer, self._kwargs, self._compared = tokenizer, template_kwargs, 0
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(tokenizer, "is_fast", False) else ()
+        marks = sorted((one.content for one in added if one.special and not one.lstrip), key=len, reverse=True)
+        self._starts = re.compile("|".join(map(re.escape, marks))) if marks else None
+        self._encode = functools.lru_cache(self._KEPT)(self._encode_part)
+
+    def __call__(self, messages: list[ChatMessage]) -> list[int]:
+        """The prompt's token ids."""
+        if self._starts is None:
+            return token_ids(self._tokenizer, messages, self._kwargs)
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
+        starts = [0, *(found.start() for found in self._starts.finditer(text) if found.start()), len(text)]
+        ids = [one for start, end in itertools.pairwise(starts) for one in self._encode(text[start:end])]
+        if self._compared < self._COMPARED:
+            self._compared += 1
+            if ids != (whole := token_ids(self._tokenizer, messages, self._kwargs)):
+                self._starts = None
+                return whole
+        return ids
+
+    def _encode_part(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def level_labels(rubric: Rubric) -> list[str]:

@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
@@ -59,6 +59,9 @@ LOOK_SECONDS = 1.0
 """How often a `cpt serve` looks whether another one has taken over."""
 Result = TypeVar("Result")
 
+if TYPE_CHECKING:
+    from cpt_ray.steering.serving import Conditioning
+
 
 # ---------------------------------------------------------------- what a replica holds
 
@@ -83,6 +86,8 @@ class Served:
     """What `GET /v1/configurations` says beside the catalog."""
     candidates: Candidates | None
     """What preferences are inferred among; None: there are no preferences."""
+    conditioning: Conditioning | None = None
+    """What steers by them in the place of directives."""
 
 
 class VllmServer:
@@ -142,13 +147,16 @@ class VllmServer:
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
+        from cpt_ray.steering.serving import Conditioner, Unscored
 
         served = self._served
         if served.candidates is None:
             return None
         scorer = EngineScorer(self._engine, served.model)
         questions = read_questions(served.run, served.candidates)
-        return PreferenceStore(served.run.path / FOLDER, served.candidates, scorer, questions, served.name)
+        by = served.conditioning and Conditioner(served.run, served.model, served.conditioning)
+        candidates = Unscored(served.candidates.catalog) if by else served.candidates
+        return PreferenceStore(served.run.path / FOLDER, candidates, scorer, questions, served.name, by)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""
@@ -350,6 +358,15 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
             raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
         policy = policy.model_copy(update={"model": str(model)})
         catalogs = {name: _read_json(run.path / CATALOG_FILE, "the catalog")}
+    conditioning = None
+    if serve.preferences != "directive":
+        from cpt_ray.steering.serving import Conditioning, SavedForm
+
+        if serve.adapters:
+            raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
+        saved = SavedForm.read(run, serve.preferences, policy)
+        conditioning = Conditioning(form=serve.preferences, saved=saved, embedder=config.steer.embedder or policy)
+        policy = policy.model_copy(update={"engine": conditioning.engine_arguments() | policy.engine})
     offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
     base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
     base = {"path": "", "model": name} if serve.adapters else base
@@ -364,6 +381,7 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         fixed_keys=None,
         listing=listing,
         candidates=None if serve.adapters else make_candidates(config, offers[name], policy),
+        conditioning=conditioning,
     )
 
 
@@ -508,6 +526,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
             adapters={},
             catalogs={base["model"]: next(iter(served.catalogs.values()))},
             candidates=None,
+            conditioning=None,
         )
         bound = deployment.options(name=base["model"]).bind(untuned, meter)
         targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=base["path"], logging_config=quiet))

@@ -2,11 +2,13 @@
 
 python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--ray-llm] [RUN_FILE [key=value ...]]
 
-Alternated in one run. Steady state is from the engine's first step to the last that finished an answer; for bare vLLM
-it is the whole call of `generate`, which gets token ids and writes no table. Beside it: the fixed overhead (start of
-the stage to the first step, last answer to the end of the stage), the steps: how many, the share of the time spent
-within them, milliseconds each; and tokens per CPU second of the engine's process, which other work on the machine
-changes less. `--width` takes a model of random weights, 8 layers of that width, in the place of the run file's.
+In every round a new engine answers all requests by `LLM.generate`, then, its cache empty again, as the stage's engine:
+two processes differ by more than what is to be shown. Steady state is from the engine's first step to the last that
+finished an answer; for bare vLLM it is the whole call of `generate`, which writes no table and is given token ids. The
+ratio is also given to bare vLLM that makes them from the conversations first, as `LLM.chat` does. Beside it: the fixed
+overhead (start of the stage to the first step, last answer to the end of the stage), and the steps: how many, the share
+of the time spent within them, milliseconds each, tokens per CPU second of the engine's process. `--width` takes a
+model of random weights, 8 layers of that width, in the place of the run file's.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from transformers import AutoTokenizer
 
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
 from cpt_ray.config import EMBEDDED_PATH, ModelConfig, RunConfig, load_config
@@ -34,6 +37,9 @@ from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Plan, make_plan, plan_units, steps_of
 
 LAYERS = 8
+WARM_UP = 200
+"""Requests that an engine answers before it is timed."""
+REQUESTS = "requests.json"
 
 
 class Watch:
@@ -61,58 +67,55 @@ class Watch:
 
 
 class WatchedEngine(VllmEngine):
-    """Keeps in a file of its own what its watch saw."""
+    """Answers all requests by bare `LLM.generate` first; keeps in a file of its own what the watches of both saw."""
 
     def __init__(self, model: ModelConfig, folder: Path):
         super().__init__(model)
-        self._watch, self._file = Watch(self._engine), folder / f"{os.getpid()}.json"
+        self._file = folder / f"{os.getpid()}.json"
+        self._bare = self._run_bare(model, json.loads((folder / REQUESTS).read_text()))
+        self._watch = Watch(self._engine)
+
+    def _run_bare(self, model: ModelConfig, requests: Sequence[Any]) -> dict[str, float]:
+        from vllm import SamplingParams
+
+        llm, step, begun = self._llm, self._engine.step, time.time()
+        tokens = [token_ids(llm.get_tokenizer(), one, model.chat_template_kwargs) for one, _ in requests]
+        tokenising = time.time() - begun
+        prompts = [{"prompt_token_ids": one} for one in tokens]
+        params = [SamplingParams(**one) for _, one in requests]
+        llm.generate(prompts[:WARM_UP], params[:WARM_UP], use_tqdm=False)
+        llm.reset_prefix_cache()
+        watch, start = Watch(self._engine), time.time()
+        llm.generate(prompts, params, use_tqdm=False)
+        found = watch.found() | {"first": start, "last": time.time(), "tokenising": tokenising}
+        llm.reset_prefix_cache()
+        self._engine.step = step
+        return found | {"spent": time.time() - begun}
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """As ever; the file is written when a shard's requests are done."""
         done = super().run(requests)
-        self._file.write_text(json.dumps(self._watch.found()))
+        self._file.write_text(json.dumps({"bare": self._bare, "stage": self._watch.found()}))
         return done
 
 
-class Bare:
-    """`vllm.LLM` in an actor of its own, so that it has the same kind of process and environment."""
-
-    def __init__(self, model: ModelConfig, requests: Sequence[tuple[list[dict[str, str]], dict[str, Any]]]):
-        from vllm import LLM, SamplingParams
-
-        self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(model)})
-        tokenizer = self._llm.get_tokenizer()
-        self._ids = [token_ids(tokenizer, one, model.chat_template_kwargs) for one, _ in requests]
-        self._params = [SamplingParams(**params) for _, params in requests]
-        self._step = self._llm.llm_engine.step
-
-    def ids(self) -> list[list[int]]:
-        """The prompts."""
-        return self._ids
-
-    def generate(self) -> dict[str, float]:
-        """What a watch saw, from the call to the return; the cache is empty at the start, as in a new engine."""
-        self._llm.reset_prefix_cache()
-        self._llm.llm_engine.step = self._step
-        watch, start = Watch(self._llm.llm_engine), time.time()
-        prompts = [{"prompt_token_ids": one} for one in self._ids]
-        self._llm.generate(prompts, self._params, use_tqdm=False)
-        return watch.found() | {"first": start, "last": time.time()}
-
-
-def stage(plan: Plan, folder: Path) -> dict[str, float]:
-    """One run of the write stage alone: what its engines' watches saw, and its overhead in seconds."""
+def stage(plan: Plan, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """One run of the write stage alone: what its engines' watches saw of bare vLLM, and of the stage, in sum."""
     run, units = RunDir(folder / "run"), plan_units(plan)
     for name, rows in units.items():
         run.write("units", name, rows)
+    (folder / REQUESTS).write_text(json.dumps(requests_of(plan)))
     start = time.time()
     run_lines(run, [Line(list(units), [steps_of(plan)[0]])], functools.partial(WatchedEngine, folder=folder))
-    end = time.time()
-    seen = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    found = {name: sum(one[name] for one in seen) for name in ("within", "steps", "tokens", "cpu")}
-    found |= {"first": min(one["first"] for one in seen), "last": max(one["last"] for one in seen)}
+    whole = time.time() - start
+    seen = [json.loads(path.read_text()) for path in folder.glob("[0-9]*.json")]
     shutil.rmtree(folder)
-    return found | {"before": found["first"] - start, "after": end - found["last"], "whole": end - start}
+    watched = [one["stage"] for one in seen]
+    found = {name: sum(one[name] for one in watched) for name in ("within", "steps", "tokens", "cpu")}
+    found |= {"first": min(one["first"] for one in watched), "last": max(one["last"] for one in watched)}
+    bare = seen[0]["bare"]
+    before, after = found["first"] - start - bare["spent"], start + whole - found["last"]
+    return bare, found | {"before": before, "after": after, "whole": whole - bare["spent"]}
 
 
 def speed(found: dict[str, float]) -> float:
@@ -127,7 +130,7 @@ def text(found: dict[str, float]) -> str:
     line += f"{found['steps']:.0f} steps of {1000 * found['within'] / found['steps']:.1f} ms; "
     line += f"{found['tokens'] / found['cpu']:.0f} tokens per CPU second"
     if "before" in found:
-        line += f"; {found['before']:.1f} s before, {found['after']:.1f} s after, {found['whole']:.1f} s in all"
+        line += f"; {found['before']:.1f} s before, {found['after']:.1f} s after"
     return line
 
 
@@ -207,13 +210,8 @@ def main() -> None:
             _temp_dir=folder,
             runtime_env={"env_vars": env},
         )
-        requests = requests_of(plan)
-        bare = (
-            ray.remote(Bare)
-            .options(num_cpus=1, runtime_env={"env_vars": {**env, **engine_env(config.writer)}})
-            .remote(config.writer, requests)
-        )
-        ids = ray.get(bare.ids.remote())
+        requests, tokenizer = requests_of(plan), AutoTokenizer.from_pretrained(config.writer.path)
+        ids = [token_ids(tokenizer, one, config.writer.chat_template_kwargs) for one, _ in requests]
         print(f"{len(ids)} requests, {statistics.mean(map(len, ids)):.0f} prompt tokens each", flush=True)
         ratios: dict[str, list[float]] = {}
 
@@ -222,14 +220,13 @@ def main() -> None:
             print(f"{what:<16} {line} (ratio {ratio:.3f})", flush=True)
 
         for at in range(options.rounds):
-            alone = ray.get(bare.generate.remote())
-            print(f"{'bare vLLM':<16} {text(alone)}", flush=True)
-            found = stage(plan, Path(folder) / f"round-{at}")
-            note("stage", speed(found) / speed(alone), text(found))
-            per_cpu = found["tokens"] / found["cpu"] * alone["cpu"] / alone["tokens"]
-            ratios.setdefault("stage, per CPU second", []).append(per_cpu)
+            bare, found = stage(plan, Path(folder) / f"round-{at}")
+            print(f"{'bare vLLM':<16} {text(bare)}; {bare['tokenising']:.1f} s before, for the tokens", flush=True)
+            note("stage", speed(found) / speed(bare), text(found))
+            seconds = bare["last"] - bare["first"] + bare["tokenising"]
+            ratios.setdefault("stage, bare vLLM tokenising", []).append(speed(found) * seconds / bare["tokens"])
             if options.actors > 1:
-                several = stage(more, Path(folder) / f"more-{at}")
+                _, several = stage(more, Path(folder) / f"more-{at}")
                 note(f"{options.actors} engines", speed(several) / speed(found), text(several))
             if options.ray_llm:
                 seconds = ray_llm(config.writer, ids, [params for _, params in requests])

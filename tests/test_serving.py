@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -27,6 +28,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.cluster import connected
@@ -40,9 +42,12 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
-from cpt_ray.steering.tables import sequence
+from cpt_ray.steering.policy import ConditionalPolicy, Form
+from cpt_ray.steering.serving import SavedForm
+from cpt_ray.steering.tables import Embedder, sequence
 from tests.builders import make_directives, make_rubric
 from tests.local_cluster import ROOT
+from tests.test_steering_policy import disturbed
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 
 KEY = "a-test-key"
@@ -672,6 +677,65 @@ def test_adapters_are_served_and_an_idle_server_ends_and_comes_back(url: str, ru
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert {model: said(model) for model in before} == before
+
+
+CHOICES = [{"prompt": f"Day {at}?", "chosen": f"High {at}.", "rejected": f"Low {at}."} for at in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gated_lora", "soft_prompt"])
+def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: RunDir, form: Form) -> None:
+    """As transformers would with their z; nobody else is, and a configuration of one's own wins."""
+    frozen = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
+    width, policy = frozen.config.hidden_size, make_config(run).policy.model_copy(update={"model": str(run.model)})
+    conditional = disturbed(ConditionalPolicy(frozen, form, embedding=2 * width, size=32))
+    (run.path / "steering").mkdir(exist_ok=True)
+    save_file(conditional.own_state(), run.path / "steering" / "weights.safetensors")
+    saved = SavedForm(
+        weights="steering/weights.safetensors",
+        policy=policy.identity,
+        size=32,
+        mean=[0.5] * 2 * width,
+        deviation=[2.0] * 2 * width,
+    )
+    run.write_json(SavedForm.file(form), asdict(saved))
+    assert serve_model(make_config(run, preferences=form), run, KEY, block=False) == url
+
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (made := post(url, "/v1/preferences", json={"choices": CHOICES}).json())["probabilities"]:
+        assert time.monotonic() < deadline, made  # what served before may be on its way out
+    vectors = torch.tensor(
+        Embedder(policy).embed([(c["prompt"], c[k]) for c in CHOICES for k in ("chosen", "rejected")])
+    )
+    z = conditional.encoder(((vectors - 0.5) / 2).view(1, 2, 2, -1))[0]
+
+    def check(applied: Any, z: torch.Tensor | None, directive: str | None, **more: Any) -> None:
+        asked = {"model": "tiny", "messages": USER, "max_tokens": 8, "logprobs": True, "return_token_ids": True}
+        answer = post(url, json=asked | {"ignore_eos": True} | more).json()
+        assert answer.get("configuration") == applied, answer
+        ids, choice = expected_ids(run, directive, USER), answer["choices"][0]
+        served = sum(one["logprob"] for one in choice["logprobs"]["content"])
+        whole = (ids + choice["token_ids"], len(ids))
+        with torch.no_grad():
+            assert float(conditional.logps([whole], z)) == pytest.approx(served, abs=0.02)
+
+    mine = {"preferences": made["id"]}
+    check({"applied": {}, "directive": None, "from": f"preferences, by {form}"}, z, None, **mine)
+    check(None, None, None)
+    asked_for = {"applied": {"ornament": "high"}, "directive": HIGH, "from": "configuration"}
+    check(asked_for, None, HIGH, configuration={"ornament": "high"}, **mine)
+    refused = post(url, json={"model": f"user-{made['id']}-1", "messages": USER})
+    assert refused.status_code == 404
+
+
+@pytest.mark.parametrize("saved", [None, {"weights": "", "policy": "other", "size": 8, "mean": [], "deviation": []}])
+def test_steering_that_was_not_fitted_for_the_model_is_said(tmp_path: Path, run: RunDir, saved: Any) -> None:
+    made = RunDir(tmp_path)
+    made.write_json(CATALOG_FILE, CATALOG.to_json())
+    if saved:
+        made.write_json(SavedForm.file("gated_lora"), saved)
+    with pytest.raises(UserError, match=r"^serve.preferences: .*run `cpt steer fit`"):
+        serve_model(make_config(made, preferences="gated_lora"), made, KEY, block=False, model=run.model)
 
 
 # ---------------------------------------------------------------- what keeps it from starting

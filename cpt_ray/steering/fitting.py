@@ -58,10 +58,15 @@ class Tensors:
         return Tasks(self.embeddings[self.context[users][:, :num_choices]], targets)
 
 
+def standard(learned: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and standard deviation of vectors, per dimension."""
+    return learned.mean(axis=0), learned.std(axis=0) + 1e-6
+
+
 def standardise(vectors: NDArray[np.float32], learned: int) -> NDArray[np.float32]:
     """Vectors less the mean of the first `learned`, over their standard deviation, per dimension."""
-    mean, deviation = vectors[:learned].mean(axis=0), vectors[:learned].std(axis=0)
-    found: NDArray[np.float32] = ((vectors - mean) / (deviation + 1e-6)).astype(np.float32)
+    mean, deviation = standard(vectors[:learned])
+    found: NDArray[np.float32] = ((vectors - mean) / deviation).astype(np.float32)
     return found
 
 

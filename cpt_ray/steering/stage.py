@@ -25,7 +25,7 @@ from cpt_ray.records import Generation, Grade, Trial, content_id
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.answers import read_answers
-from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models, standardise
+from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models, standard, standardise
 from cpt_ray.steering.inference import (
     QUESTIONS,
     Candidates,
@@ -38,6 +38,7 @@ from cpt_ray.steering.inference import (
 )
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel
+from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import (
     EmbedActor,
     LogprobActor,
@@ -213,16 +214,21 @@ def fit(steering: Steering) -> Fitted:
     models, static, oracle = fit_reward_models(fits, tensors)
     answers = [*crowd.answers, *held_out.answers]
     reward = None if steering.config.variational else fits[0].path(0)
-    policies = _fit_policies(steering, key, tensors, answers, reward) if steering.config.forms else []
+    policies = _fit_policies(steering, key, tensors, answers, reward, vectors) if steering.config.forms else []
     if steering.shards is not None:
         _write_questions(steering)
     return Fitted(models, static, oracle, policies, scaled[num_learned:], vectors[:num_learned])
 
 
 def _fit_policies(
-    steering: Steering, key: str, tensors: Tensors, answers: Sequence[Answer], reward: Path | None
+    steering: Steering,
+    key: str,
+    tensors: Tensors,
+    answers: Sequence[Answer],
+    reward: Path | None,
+    vectors: NDArray[np.float32],
 ) -> list[ConditionalPolicy]:
-    """NP-DPO on the same users."""
+    """NP-DPO on the same users; `vectors` are the raw embeddings of the answers."""
     config = steering.config
     settings = config.model_dump(
         include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_pairs"}
@@ -230,7 +236,18 @@ def _fit_policies(
     folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
     texts = policy_texts(steering, answers[: len(tensors.embeddings)])
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
-    return [fit_policy(one, tensors, texts, steering.policy.path, reward) for one in fits]
+    policies = [fit_policy(one, tensors, texts, steering.policy.path, reward) for one in fits]
+    mean, deviation = (one.tolist() for one in standard(vectors[: len(tensors.embeddings)]))
+    for one in fits:
+        saved = SavedForm(
+            weights=str(one.path(0).relative_to(steering.run.path.absolute())),
+            policy=steering.policy.identity,
+            size=config.size,
+            mean=mean,
+            deviation=deviation,
+        )
+        steering.run.write_json(SavedForm.file(one.kind), asdict(saved))
+    return policies
 
 
 def policy_texts(steering: Steering, answers: Sequence[Answer]) -> Sequences:

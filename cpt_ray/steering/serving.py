@@ -1,0 +1,175 @@
+"""A user's z in a server's engine: folded into an adapter of their own, or as a soft prompt.
+
+What `serve.preferences` offers beside directives. `cpt steer fit` trains the conditional policy and names it in a file
+per form; a replica reads it once and makes what a user's choices come to when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.configuration import Catalog
+from cpt_ray.errors import UserError
+from cpt_ray.records import content_id
+from cpt_ray.rundir import RunDir
+from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question
+from cpt_ray.steering.policy import ConditionalPolicy, Form
+from cpt_ray.steering.tables import Embedder
+
+KEPT = 256
+"""Users whose adapter or soft prompt a replica has at hand; the one not used for longest goes first."""
+Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
+"""(prompt, options) of the engine's `generate` to what they are for a user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedForm:
+    """A conditional policy on the disk, as `steering/<form>.json` has it."""
+
+    weights: str
+    """Relative to the run directory."""
+    policy: str
+    """Identity of the model that it conditions."""
+    size: int
+    mean: list[float]
+    """Of the embeddings learned from, per dimension."""
+    deviation: list[float]
+
+    @staticmethod
+    def file(form: str) -> str:
+        """Where it is in the run directory."""
+        return f"steering/{form}.json"
+
+    @classmethod
+    def read(cls, run: RunDir, form: str, policy: ModelConfig) -> SavedForm:
+        """UserError unless one was fitted for this policy."""
+        found = run.read_json(cls.file(form))
+        if not found:
+            raise UserError(
+                f"serve.preferences: no {form} in {run.path}; run `cpt steer fit` with steer.forms=[{form}]"
+            )
+        if (saved := cls(**found)).policy != policy.identity:
+            raise UserError(f"serve.preferences: the {form} was fitted for another model; run `cpt steer fit` again")
+        return saved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What a replica needs to make its `Conditioner`."""
+
+    form: Form
+    saved: SavedForm
+    embedder: ModelConfig
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """vLLM's, without which it could not be conditioned."""
+        if self.form == "soft_prompt":
+            return {"enable_prompt_embeds": True}
+        return {"enable_lora": True, "max_lora_rank": 8, "max_loras": 8, "max_cpu_loras": 64}
+
+
+class Conditioner:
+    """Choices to what conditions the engine. Thread-safe."""
+
+    def __init__(self, run: RunDir, model: ModelConfig, conditioning: Conditioning):
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        saved, self.form = conditioning.saved, conditioning.form
+        with torch.device("meta"):  # the engine has the weights
+            frozen = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.path))
+        self._policy = ConditionalPolicy(frozen, self.form, len(saved.mean), saved.size).eval()
+        self._policy.load_own_state(load_file(run.path / saved.weights))
+        self._embedder = Embedder(conditioning.embedder.model_copy(update={"num_gpus": 0}))
+        self._mean, self._deviation = torch.tensor(saved.mean), torch.tensor(saved.deviation)
+        self._words = _word_embeddings(Path(model.path)) if self.form == "soft_prompt" else None
+        self._model, self._numbers = model.path, itertools.count(1)
+        self._made = functools.lru_cache(KEPT)(self._make)
+
+    def change(self, choices: Sequence[Choice]) -> Change:
+        """What a user's requests to the engine become."""
+        return self._made(tuple(choices))
+
+    @torch.no_grad()
+    def z(self, choices: Sequence[Choice]) -> Tensor:
+        """[size]."""
+        texts = [(one.prompt, text) for one in choices for text in (one.chosen, one.rejected)]
+        vectors = (torch.tensor(self._embedder.embed(texts)) - self._mean) / self._deviation
+        found: Tensor = self._policy.encoder(vectors.view(1, len(choices), 2, -1))[0][0]
+        return found
+
+    @torch.no_grad()
+    def _make(self, choices: tuple[Choice, ...]) -> Change:
+        z = self.z(choices)
+        if self._words is not None:
+            soft = self._policy.soft_prompt(z[None])[0].to(self._words.dtype)
+            return functools.partial(_with_soft_prompt, soft, self._words)
+        # a name of its own for each, since vLLM's caches go by it
+        number, folder = next(self._numbers), Path(tempfile.mkdtemp(prefix="cpt-user-"))
+        self._policy.fold(z, folder, self._model)
+        made = _Adapter(f"user-{content_id(z.tolist())[:12]}-{number}", number, folder)
+        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)  # when no request is under way with it
+        return made
+
+
+class _Adapter:
+    """A `Change` to one user's adapter, whose folder lives as long as this does."""
+
+    def __init__(self, name: str, number: int, folder: Path):
+        from vllm.lora.request import LoRARequest
+
+        self._request = LoRARequest(name, number, str(folder))
+
+    def __call__(self, prompt: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return prompt, options | {"lora_request": self._request}
+
+
+def _with_soft_prompt(soft: Tensor, words: Tensor, prompt: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return {"prompt_embeds": torch.cat([soft, words[prompt["prompt_token_ids"]]])}, options
+
+
+def _word_embeddings(folder: Path) -> Tensor:
+    """[vocabulary, hidden] of a model's folder."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if name.endswith("embed_tokens.weight"):
+                    found: Tensor = file.get_tensor(name)
+                    return found
+    raise UserError(f"{folder}: no word embeddings in its safetensors files; serve.preferences=soft_prompt needs them")
+
+
+class Unscored(Candidates):
+    """Candidates for a server that keeps choices without asking the policy about them: z says what they come to."""
+
+    def __init__(self, catalog: Catalog):
+        super().__init__(catalog, beta=1.0)
+        self.key = "unscored"
+
+    def add(self, state: Preferences, choices: Sequence[Choice], *_: Any) -> None:
+        """Adds choices to a state."""
+        state.choices += choices
+        state.margins, state.key = [() for _ in state.choices], self.key
+
+    def belief(self, margins: Any) -> Belief:
+        """Nothing in words."""
+        return Belief(configuration=None, directive=None, confidence={}, probabilities={}, num_choices=len(margins))
+
+    def next_question(self, state: Preferences, questions: Sequence[Question]) -> Question | None:
+        """Any not asked yet."""
+        asked = {one.prompt for one in state.choices}
+        return next((one for one in questions if one.prompt not in asked), None)

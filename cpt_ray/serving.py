@@ -154,7 +154,7 @@ class VllmServer:
             return None
         scorer = EngineScorer(self._engine, served.model)
         questions = read_questions(served.run, served.candidates)
-        by = served.conditioning and Conditioner(served.run, served.model, served.conditioning)
+        by = Conditioner(served.run, served.model, served.conditioning) if served.conditioning else None
         candidates = Unscored(served.candidates.catalog) if by else served.candidates
         return PreferenceStore(served.run.path / FOLDER, candidates, scorer, questions, served.name, by)
 

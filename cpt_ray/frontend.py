@@ -85,6 +85,10 @@ def counting(generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
     async def counted(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         call, before = CALL.get(), [0] * (sampling_params.n or 1)
         is_delta = sampling_params.output_kind.name == "DELTA"
+        if (
+            isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None
+        ):  # of a wrong shape, they kill engines
+            raise ValueError("prompt_embeds are this server's to make; send text or token ids")
         if (steered := STEERED.get()) is not None:
             prompt, options = steered(prompt, options)
         async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:

@@ -5,6 +5,8 @@ The tests share one server and run in order: the last ones put newer weights in,
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -728,6 +730,10 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
     check(asked_for, False, HIGH, configuration={"ornament": "high"}, **mine)
     refused = post(url, json={"model": f"user-{made['id']}-1", "messages": USER})
     assert refused.status_code == 404
+    torch.save(torch.zeros(3, width), own := io.BytesIO())
+    body = {"model": "tiny", "prompt_embeds": base64.b64encode(own.getvalue()).decode(), "max_tokens": 1}
+    refused = post(url, "/v1/completions", json=body)
+    assert refused.status_code == 400, refused.text
 
 
 @pytest.mark.parametrize("saved", [None, {"weights": "", "policy": "other", "size": 8, "mean": [], "deviation": []}])

@@ -81,7 +81,9 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
 
     It must reach the replicas' own ports, so it is the default on a cluster of one machine only. The ports of its
     statistics are any free ones: several servers may be on a machine. What a replica took with it when it died,
-    before a byte of the answer, is asked of another one; HAProxy would end the client's connection without a word.
+    before a byte of the answer, is asked of another one, unless it is longer than HAProxy's buffer (16 KB); HAProxy
+    would end the client's connection without a word. Ray's default is not to, since a request may then be done twice:
+    here that writes an answer, or at worst adds the same choices, again.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}

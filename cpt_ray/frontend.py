@@ -79,15 +79,18 @@ STEERED: ContextVar[Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] 
 """What the running task's requests to the engine, (prompt, options), become: a user's adapter or soft prompt."""
 
 
-def counting(generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; it is `STEERED`."""
+def counting(generate: Callable[..., Any], scores: bool = True) -> Callable[..., AsyncIterator[Any]]:
+    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; it is `STEERED`.
+
+    ValueError, which vLLM answers with 400, for what could end the engine. `scores`: it can score prompts.
+    """
 
     async def counted(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         call, before = CALL.get(), [0] * (sampling_params.n or 1)
         is_delta = sampling_params.output_kind.name == "DELTA"
-        if (
-            isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None
-        ):  # of a wrong shape, they kill engines
+        if sampling_params.prompt_logprobs is not None and not scores:
+            raise ValueError("log-probabilities of the prompt are not given here")
+        if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:
             raise ValueError("prompt_embeds are this server's to make; send text or token ids")
         if (steered := STEERED.get()) is not None:
             prompt, options = steered(prompt, options)

@@ -141,8 +141,9 @@ class PreferenceStore:
         if "configuration" not in data and not (is_configured and tail):
             source = "preferences"
             data["configuration"] = self._candidates.belief(state.margins).configuration or {}
-            if self._conditioner is not None:
-                STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
+            if self._conditioner is not None and path == CHAT_PATHS[0]:
+                async with self._scoring:
+                    STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
                 source = f"preferences, by {self._conditioner.form}"
         return json.dumps(data).encode(), source
 
@@ -189,7 +190,7 @@ class PreferenceStore:
         path = self._folder / owner / f"{name}.json"
         while (state := _read(path)) is not None:
             before = state.to_json()
-            if not choices and state.key == self._candidates.key:
+            if not choices and (state.key == self._candidates.key or self._conditioner is not None):
                 return state
             self._add_to(state, choices)
             with self._alone(owner):

@@ -155,21 +155,23 @@ class PromptTokens:
     """
 
     _COMPARED = 16
-    _KEPT = 4096
+    _KEPT = 256
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any]):
         self._tokenizer, self._kwargs, self._compared = tokenizer, template_kwargs, 0
         added = getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(tokenizer, "is_fast", False) else ()
-        marks = sorted((one.content for one in added if one.special and not one.lstrip), key=len, reverse=True)
+        plain = [one for one in added if one.special and not (one.lstrip or one.normalized or one.single_word)]
+        marks = sorted((one.content for one in plain), key=len, reverse=True)
         self._starts = re.compile("|".join(map(re.escape, marks))) if marks else None
         self._encode = functools.lru_cache(self._KEPT)(self._encode_part)
 
     def __call__(self, messages: list[ChatMessage]) -> list[int]:
         """The prompt's token ids."""
-        if self._starts is None:
+        marks = self._starts  # another thread may take it away
+        if marks is None:
             return token_ids(self._tokenizer, messages, self._kwargs)
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
-        starts = [0, *(found.start() for found in self._starts.finditer(text) if found.start()), len(text)]
+        starts = [0, *(found.start() for found in marks.finditer(text) if found.start()), len(text)]
         ids = [one for start, end in itertools.pairwise(starts) for one in self._encode(text[start:end])]
         if self._compared < self._COMPARED:
             self._compared += 1

@@ -135,7 +135,9 @@ class VllmServer:
         except (RuntimeError, EngineDeadError) as error:  # "See root cause above."
             await asyncio.sleep(1)  # the engine's process reports that it dies before it prints why
             raise UserError(_last_error_on_stderr() or str(error)) from None
-        self._engine.generate = counting(self._engine.generate)
+        # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
+        scores = served.model.num_gpus > 0 or not engine.get("enable_lora")
+        self._engine.generate = counting(self._engine.generate, scores)
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)
@@ -364,8 +366,9 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
 
         if serve.adapters:
             raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
-        saved = SavedForm.read(run, serve.preferences, policy)
-        conditioning = Conditioning(form=serve.preferences, saved=saved, embedder=config.steer.embedder or policy)
+        embedder = config.steer.embedder or policy
+        saved = SavedForm.read(run, serve.preferences, policy, embedder)
+        conditioning = Conditioning(form=serve.preferences, saved=saved, embedder=embedder)
         policy = policy.model_copy(update={"engine": conditioning.engine_arguments() | policy.engine})
     offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
     base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None

@@ -696,6 +696,7 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
     saved = SavedForm(
         weights="steering/weights.safetensors",
         policy=policy.identity,
+        embedder=policy.identity,
         size=32,
         mean=[0.5] * 2 * width,
         deviation=[2.0] * 2 * width,
@@ -730,13 +731,17 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
     check(asked_for, False, HIGH, configuration={"ornament": "high"}, **mine)
     refused = post(url, json={"model": f"user-{made['id']}-1", "messages": USER})
     assert refused.status_code == 404
+    scored = post(url, json={"model": "tiny", "messages": USER, "max_tokens": 1, "prompt_logprobs": 1})
+    assert scored.status_code == (400 if form == "gated_lora" else 200), scored.text
     torch.save(torch.zeros(3, width), own := io.BytesIO())
     body = {"model": "tiny", "prompt_embeds": base64.b64encode(own.getvalue()).decode(), "max_tokens": 1}
     refused = post(url, "/v1/completions", json=body)
     assert refused.status_code == 400, refused.text
 
 
-@pytest.mark.parametrize("saved", [None, {"weights": "", "policy": "other", "size": 8, "mean": [], "deviation": []}])
+@pytest.mark.parametrize(
+    "saved", [None, {"weights": "", "policy": "other", "embedder": "", "size": 8, "mean": [], "deviation": []}]
+)
 def test_steering_that_was_not_fitted_for_the_model_is_said(tmp_path: Path, run: RunDir, saved: Any) -> None:
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())

@@ -10,6 +10,7 @@ import functools
 import itertools
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, 
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.tables import Embedder
 
+REMOVE_SECONDS = 60.0
+"""From the end of the last request with an adapter to the removal of its folder."""
 KEPT = 256
 """Users whose adapter or soft prompt a replica has at hand; the one not used for longest goes first."""
 Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -42,6 +45,8 @@ class SavedForm:
     """Relative to the run directory."""
     policy: str
     """Identity of the model that it conditions."""
+    embedder: str
+    """Identity of the model that embeds choices."""
     size: int
     mean: list[float]
     """Of the embeddings learned from, per dimension."""
@@ -53,15 +58,17 @@ class SavedForm:
         return f"steering/{form}.json"
 
     @classmethod
-    def read(cls, run: RunDir, form: str, policy: ModelConfig) -> SavedForm:
-        """UserError unless one was fitted for this policy."""
+    def read(cls, run: RunDir, form: str, policy: ModelConfig, embedder: ModelConfig) -> SavedForm:
+        """UserError unless one was fitted for these models."""
         found = run.read_json(cls.file(form))
         if not found:
             raise UserError(
                 f"serve.preferences: no {form} in {run.path}; run `cpt steer fit` with steer.forms=[{form}]"
             )
-        if (saved := cls(**found)).policy != policy.identity:
-            raise UserError(f"serve.preferences: the {form} was fitted for another model; run `cpt steer fit` again")
+        saved = cls(**found)
+        for what, mine, model in (("model", saved.policy, policy), ("steer.embedder", saved.embedder, embedder)):
+            if mine != model.identity:
+                raise UserError(f"serve.preferences: the {form} is for another {what}; run `cpt steer fit` again")
         return saved
 
 
@@ -94,8 +101,7 @@ class Conditioner:
         self._policy.load_own_state(load_file(run.path / saved.weights))
         self._embedder = Embedder(conditioning.embedder.model_copy(update={"num_gpus": 0}))
         self._mean, self._deviation = torch.tensor(saved.mean), torch.tensor(saved.deviation)
-        self._words = _word_embeddings(Path(model.path)) if self.form == "soft_prompt" else None
-        self._model, self._numbers = model.path, itertools.count(1)
+        self._model, self._numbers, self._embedding = model.path, itertools.count(1), threading.Lock()
         self._made = functools.lru_cache(KEPT)(self._make)
 
     def change(self, choices: Sequence[Choice]) -> Change:
@@ -106,21 +112,21 @@ class Conditioner:
     def z(self, choices: Sequence[Choice]) -> Tensor:
         """[size]."""
         texts = [(one.prompt, text) for one in choices for text in (one.chosen, one.rejected)]
-        vectors = (torch.tensor(self._embedder.embed(texts)) - self._mean) / self._deviation
+        with self._embedding:  # tokenizers are not for several threads
+            vectors = (torch.tensor(self._embedder.embed(texts)) - self._mean) / self._deviation
         found: Tensor = self._policy.encoder(vectors.view(1, len(choices), 2, -1))[0][0]
         return found
 
     @torch.no_grad()
     def _make(self, choices: tuple[Choice, ...]) -> Change:
         z = self.z(choices)
-        if self._words is not None:
-            soft = self._policy.soft_prompt(z[None])[0].to(self._words.dtype)
-            return functools.partial(_with_soft_prompt, soft, self._words)
+        if self.form == "soft_prompt":
+            return functools.partial(_with_soft_prompt, self._policy.soft_prompt(z[None])[0])
         # a name of its own for each, since vLLM's caches go by it
         number, folder = next(self._numbers), Path(tempfile.mkdtemp(prefix="cpt-user-"))
         self._policy.fold(z, folder, self._model)
         made = _Adapter(f"user-{content_id(z.tolist())[:12]}-{number}", number, folder)
-        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)  # when no request is under way with it
+        weakref.finalize(made, _remove_later, folder)  # when no request is under way with it
         return made
 
 
@@ -136,21 +142,22 @@ class _Adapter:
         return prompt, options | {"lora_request": self._request}
 
 
-def _with_soft_prompt(soft: Tensor, words: Tensor, prompt: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return {"prompt_embeds": torch.cat([soft, words[prompt["prompt_token_ids"]]])}, options
+def _remove_later(folder: Path) -> None:
+    """Once the engine has heard of requests that were broken off, and does not load it for them any more."""
+    timer = threading.Timer(REMOVE_SECONDS, shutil.rmtree, (folder,), {"ignore_errors": True})
+    timer.daemon = True
+    timer.start()
 
 
-def _word_embeddings(folder: Path) -> Tensor:
-    """[vocabulary, hidden] of a model's folder."""
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if name.endswith("embed_tokens.weight"):
-                    found: Tensor = file.get_tensor(name)
-                    return found
-    raise UserError(f"{folder}: no word embeddings in its safetensors files; serve.preferences=soft_prompt needs them")
+def _with_soft_prompt(soft: Tensor, prompt: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The vectors in front; the engine embeds the tokens behind them itself."""
+    ids, added = list(prompt["prompt_token_ids"]), len(soft)
+    changed = {
+        "prompt_token_ids": [0] * added + ids,
+        "prompt_is_token_ids": [False] * added + [True] * len(ids),
+        "prompt_embeds": torch.cat([soft, soft.new_zeros(len(ids), soft.shape[1])]),
+    }
+    return changed | {name: prompt[name] for name in ("cache_salt",) if prompt.get(name)}, options
 
 
 class Unscored(Candidates):

@@ -242,6 +242,7 @@ def _fit_policies(
         saved = SavedForm(
             weights=str(one.path(0).relative_to(steering.run.path.absolute())),
             policy=steering.policy.identity,
+            embedder=(config.embedder or steering.policy).identity,
             size=config.size,
             mean=mean,
             deviation=deviation,

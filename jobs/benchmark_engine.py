@@ -2,13 +2,12 @@
 
 python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--ray-llm] [RUN_FILE [key=value ...]]
 
-In every round a new engine answers all requests by `LLM.generate`, then, its cache empty again, as the stage's engine:
-two processes differ by more than what is to be shown. Steady state is from the engine's first step to the last that
-finished an answer; for bare vLLM it is the whole call of `generate`, which writes no table and is given token ids. The
-ratio is also given to bare vLLM that makes them from the conversations first, as `LLM.chat` does. Beside it: the fixed
-overhead (start of the stage to the first step, last answer to the end of the stage), and the steps: how many, the share
-of the time spent within them, milliseconds each, tokens per CPU second of the engine's process. `--width` takes a
-model of random weights, 8 layers of that width, in the place of the run file's.
+In every round a new engine answers all requests by `LLM.chat`, by `LLM.generate`, which is given token ids, and then,
+its cache empty each time, as the stage's engine: two processes differ by more than what is to be shown. Steady state
+is from the engine's first step to the last that finished an answer; for bare vLLM it is the whole call. Beside it:
+the fixed overhead (start of the stage to the first step, last answer to the end of the stage), and the steps: how
+many, the share of the time spent within them, milliseconds each, tokens per CPU second of the engine's process.
+`--width` takes a model of random weights, 8 layers of that width, in the place of the run file's.
 """
 
 from __future__ import annotations
@@ -79,15 +78,18 @@ class WatchedEngine(VllmEngine):
         from vllm import SamplingParams
 
         llm, step, begun = self._llm, self._engine.step, time.time()
-        tokens = [token_ids(llm.get_tokenizer(), one, model.chat_template_kwargs) for one, _ in requests]
-        tokenising = time.time() - begun
-        prompts = [{"prompt_token_ids": one} for one in tokens]
-        params = [SamplingParams(**one) for _, one in requests]
+        conversations, params = [one for one, _ in requests], [SamplingParams(**one) for _, one in requests]
+        kwargs = model.chat_template_kwargs
+        prompts = [{"prompt_token_ids": token_ids(llm.get_tokenizer(), one, kwargs)} for one in conversations]
         llm.generate(prompts[:WARM_UP], params[:WARM_UP], use_tqdm=False)
+        llm.reset_prefix_cache()
+        start = time.time()
+        llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs=kwargs)
+        chatting = time.time() - start
         llm.reset_prefix_cache()
         watch, start = Watch(self._engine), time.time()
         llm.generate(prompts, params, use_tqdm=False)
-        found = watch.found() | {"first": start, "last": time.time(), "tokenising": tokenising}
+        found = watch.found() | {"first": start, "last": time.time(), "chatting": chatting}
         llm.reset_prefix_cache()
         self._engine.step = step
         return found | {"spent": time.time() - begun}
@@ -221,10 +223,9 @@ def main() -> None:
 
         for at in range(options.rounds):
             bare, found = stage(plan, Path(folder) / f"round-{at}")
-            print(f"{'bare vLLM':<16} {text(bare)}; {bare['tokenising']:.1f} s before, for the tokens", flush=True)
+            print(f"{'bare vLLM':<16} {text(bare)}; {bare['chatting']:.1f} s by LLM.chat", flush=True)
             note("stage", speed(found) / speed(bare), text(found))
-            seconds = bare["last"] - bare["first"] + bare["tokenising"]
-            ratios.setdefault("stage, bare vLLM tokenising", []).append(speed(found) * seconds / bare["tokens"])
+            ratios.setdefault("stage to LLM.chat", []).append(speed(found) * bare["chatting"] / bare["tokens"])
             if options.actors > 1:
                 _, several = stage(more, Path(folder) / f"more-{at}")
                 note(f"{options.actors} engines", speed(several) / speed(found), text(several))
@@ -232,7 +233,7 @@ def main() -> None:
                 seconds = ray_llm(config.writer, ids, [params for _, params in requests])
                 note("ray.data.llm", seconds / found["whole"], f"{seconds:.1f} s in all")
         for what, values in ratios.items():
-            print(f"median ratio, {what}: {statistics.median(values):.3f}")
+            print(f"median ratio, {what}: {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})")
         ray.shutdown()
 
 

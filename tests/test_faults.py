@@ -87,6 +87,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.slow
 def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kept(
     metrics_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

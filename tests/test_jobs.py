@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import pytest
 import ray
 import yaml
 
@@ -30,6 +31,7 @@ def test_a_relative_run_directory_is_refused_in_a_job(cluster: LocalCluster) -> 
     assert "give an absolute path that every node sees" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_local_cluster_lets_no_stranger_in() -> None:
     stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
     program = f"""

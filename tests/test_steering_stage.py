@@ -68,6 +68,7 @@ def run_file(folder: Path, **sections: object) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

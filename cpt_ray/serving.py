@@ -122,7 +122,8 @@ class VllmServer:
             if name not in known:
                 raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
         frontend = FrontendArgs(**arguments)
-        engine = engine_arguments(served.model)
+        engine = served.conditioning.engine_arguments() if served.conditioning else {}
+        engine |= engine_arguments(served.model)
         if isinstance(outputs := engine.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
             engine["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
         engine_args = AsyncEngineArgs(**engine, served_model_name=[served.name])
@@ -369,7 +370,6 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         embedder = config.steer.embedder or policy
         saved = SavedForm.read(run, serve.preferences, policy, embedder)
         conditioning = Conditioning(form=serve.preferences, saved=saved, embedder=embedder)
-        policy = policy.model_copy(update={"engine": conditioning.engine_arguments() | policy.engine})
     offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
     base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
     base = {"path": "", "model": name} if serve.adapters else base
@@ -472,17 +472,14 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _targets(config: RunConfig, served: Served) -> list[Any]:
-    """The Serve applications: the tuned model and, if it is asked for, the untuned one."""
+def _start_meter(run: RunDir) -> Any:
+    """The run's meter: the one that is there already, or a new one."""
     import ray
-    from ray import serve
 
-    policy, options = config.policy, config.serve
-    count = 2 if (base := served.listing["base"]) and base["path"] else 1
-    meter = (
+    return (
         ray.remote(Meter)
         .options(
-            name=_meter_name(served.run),
+            name=_meter_name(run),
             namespace=APPLICATION,
             get_if_exists=True,
             lifetime="detached",  # outlives a `cpt serve` that another one takes over from
@@ -490,8 +487,17 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        .remote(served.run.path / SPENT_FILE)
+        .remote(run.path / SPENT_FILE)
     )
+
+
+def _targets(config: RunConfig, served: Served) -> list[Any]:
+    """The Serve applications: the tuned model and, if it is asked for, the untuned one."""
+    from ray import serve
+
+    policy, options = config.policy, config.serve
+    count = 2 if (base := served.listing["base"]) and base["path"] else 1
+    meter = _start_meter(served.run)
     least, most = options.replicas if isinstance(options.replicas, tuple) else (options.replicas,) * 2
     scaling: dict[str, Any] = {"num_replicas": most}
     if least != most:

@@ -39,6 +39,8 @@ SERVE_ENV = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy knows of a replica's end within a second
 }
 """Ray Serve reads these when it is imported, in every process of its own."""
+REQUEST_SECONDS = 20
+"""In which a client has sent a request, or the first 64 KB of it."""
 
 
 @contextmanager
@@ -81,16 +83,18 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
 
     It must reach the replicas' own ports, so it is the default on a cluster of one machine only. The ports of its
     statistics are any free ones: several servers may be on a machine. What a replica took with it when it died,
-    before a byte of the answer, is asked of another one, unless it is longer than HAProxy's buffer (16 KB); HAProxy
-    would end the client's connection without a word. Ray's default is not to, since a request may then be done twice:
-    here that writes an answer, or at worst adds the same choices, again.
+    before a byte of the answer, is asked of another one. Ray's default is not to, since a request may then be done
+    twice: here that writes an answer, or at worst adds the same choices, again. HAProxy can only repeat what it holds
+    whole: it waits for all of a request, within a bound, or until its buffer is full; with a longer one it would end
+    the client's connection without a word. Ray has no name for these two settings, but takes the line as it is.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     with socket.create_server(("", 0)) as metrics, socket.create_server(("", 0)) as stats:
         ports = [str(one.getsockname()[1]) for one in (metrics, stats)]
     names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
-    retry = {"RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response"}
+    lines = ("conn-failure empty-response", "option http-buffer-request", f"timeout http-request {REQUEST_SECONDS}s")
+    retry = {"RAY_SERVE_HAPROXY_RETRY_ON": "\n    ".join(lines), "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10)}
     return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **retry, **dict(zip(names, ports, strict=True))}
 
 

@@ -351,22 +351,25 @@ def test_random_bodies_are_answered_or_refused_but_never_an_accident(url: str, p
     assert post(url, path, content=json.dumps(body)).status_code < 500
 
 
-@pytest.mark.parametrize("sent", [0.1, 0.9, 1.0], ids=["half a head", "half a body", "answer unread"])
-def test_slow_clients_keep_nobody_waiting(url: str, run: RunDir, sent: float) -> None:
+def begin(url: str, sent: float, name: str) -> socket.socket:
+    """A request for a long answer of which only a part was sent, by a client that reads little at a time."""
     options = {"model": "tiny", "messages": USER, "max_tokens": 200, "logprobs": True, "top_logprobs": 9}
     body = json.dumps({**options, "stream": True, "ignore_eos": True}).encode()
     host, _, port = url.removeprefix("http://").rpartition(":")
-    slow = []
-    for number in range(10):
-        headers = {**AUTHORIZED, "Host": host, "X-Request-ID": f"slow-{sent}-{number}"}
-        headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        request = "\r\n".join(lines).encode() + body
-        one = socket.socket()
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        one.connect((host, int(port)))
-        one.sendall(request[: int(sent * len(request))])
-        slow.append(one)
+    headers = {**AUTHORIZED, "Host": host, "X-Request-ID": name}
+    headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    request = "\r\n".join(lines).encode() + body
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect((host, int(port)))
+    client.sendall(request[: int(sent * len(request))])
+    return client
+
+
+@pytest.mark.parametrize("sent", [0.1, 0.9, 1.0], ids=["half a head", "half a body", "answer unread"])
+def test_slow_clients_keep_nobody_waiting(url: str, run: RunDir, sent: float) -> None:
+    slow = [begin(url, sent, f"slow-{sent}-{number}") for number in range(10)]
     if sent == 1:
         assert all(one.recv(12) == b"HTTP/1.1 200" for one in slow)
     assert post(url, json={"model": "tiny", "messages": USER, "max_tokens": 2}).status_code == 200
@@ -374,6 +377,13 @@ def test_slow_clients_keep_nobody_waiting(url: str, run: RunDir, sent: float) ->
         one.close()
     if sent == 1:  # each is known to have ended
         noted(run, len(slow), lambda line: line["request_id"].startswith(f"slow-{sent}-"))
+
+
+@pytest.mark.slow
+def test_a_request_whose_rest_never_comes_is_ended(url: str) -> None:
+    for client in [begin(url, sent, "never") for sent in (0.1, 0.9)]:
+        client.settimeout(WAIT_SECONDS)
+        assert client.recv(12) == b"HTTP/1.1 408"
 
 
 def test_the_engine_outlived_them_all(client: openai.OpenAI) -> None:
@@ -557,11 +567,16 @@ class Load:
         while not self._stop.is_set():
             asked = time.monotonic()
             try:
-                answer = post(self._url, json={**body, "ignore_eos": True})
+                answer = post(self._url, content=self._late(json.dumps({**body, "ignore_eos": True}).encode()))
                 self.answers.append((asked, answer.status_code, answer.text))
             except httpx.HTTPError as error:
                 self.answers.append((asked, 0, repr(error)))
             self._stop.wait(0.2)  # leaves something of a small machine to what starts
+
+    def _late(self, body: bytes) -> Iterator[bytes]:
+        """In a packet of its own, after that of the headers, as many clients do."""
+        time.sleep(0.05)
+        yield body
 
     def __enter__(self) -> Load:
         for thread in self._threads:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cpt_ray.cluster import check_room, connected
+from cpt_ray.cluster import by_configuration, check_room, connected
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
@@ -218,7 +218,7 @@ def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> N
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
 
-    with connected(verbose):
+    with connected(verbose, more_env=by_configuration() if config.serve.route_by == "configuration" else {}):
         serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None, insecure=insecure)
 
 

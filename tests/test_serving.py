@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.cluster import connected
+from cpt_ray.cluster import by_configuration, connected
 from cpt_ray.config import RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.engine import TIGHT_JSON
@@ -136,7 +136,7 @@ def make_served_candidates(run: RunDir) -> Candidates:
 def url(run: RunDir) -> Iterator[str]:
     from ray import serve
 
-    with connected():
+    with connected(more_env=by_configuration()):
         yield serve_model(make_config(run), run, KEY, block=False)
         serve.shutdown()
 
@@ -620,6 +620,37 @@ def replicas(run: RunDir) -> list[int]:
     return [pid for pid in known if psutil.pid_exists(pid)]
 
 
+def asking(number: int, *, named: bool) -> dict[str, Any]:
+    """A request for a level of its own, and words that no other one has."""
+    level: dict[str, Any] = {"model": f"cpt:ornament={number}"} if named else {"configuration": {"ornament": number}}
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": f"Write {time.time()}."}],
+        "max_tokens": 2,
+    } | level
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("takeover")
+@pytest.mark.parametrize("named", [False, True], ids=["in the body", "in the model's name"])
+def test_requests_for_the_same_level_go_to_the_same_replica(url: str, run: RunDir, named: bool) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while len(replicas(run)) != 2:  # an older one on its way out, or a newer one on its way in
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    served: dict[int, set[str]] = {}
+    for number in range(0, 100, 9):
+        headers = {**AUTHORIZED, "X-Request-ID": f"routed-{named}-{number}"}
+        for _ in range(3):
+            assert httpx.post(f"{url}{CHAT}", headers=headers, json=asking(number, named=named), timeout=60).is_success
+    noted(run, 36, lambda line: line["request_id"].startswith(f"routed-{named}-"))
+    for log in (run.path / "access").iterdir():
+        for found in re.findall(rf'"routed-{named}-(\d+)"', log.read_text()):
+            served.setdefault(int(found), set()).add(log.stem)
+    assert len(served) == 12 and all(len(logs) == 1 for logs in served.values()), served
+    assert len(set.union(*served.values())) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("takeover")
 def test_two_replicas_count_as_one_and_the_death_of_one_fails_only_what_it_was_at(url: str, run: RunDir) -> None:
@@ -636,8 +667,9 @@ def test_two_replicas_count_as_one_and_the_death_of_one_fails_only_what_it_was_a
 
     def statuses(name: str) -> list[int]:
         headers = {"Authorization": f"Bearer {secrets[name]}"}
-        body = {"model": "tiny", "messages": USER, "max_tokens": 2}
-        return [httpx.post(f"{url}{CHAT}", headers=headers, json=body, timeout=60).status_code for _ in range(8)]
+        asked = [[{"role": "user", "content": f"Write about {number}."}] for number in range(8)]  # to either replica
+        bodies = [{"model": "tiny", "messages": messages, "max_tokens": 2} for messages in asked]
+        return [httpx.post(f"{url}{CHAT}", headers=headers, json=body, timeout=60).status_code for body in bodies]
 
     assert statuses("slow") == [200, *[429] * 7]
     spending = statuses("poor")

@@ -157,8 +157,8 @@ class VllmEngine:
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request and sample; a prompt too long for the model is never sent."""
         pending: list[Future[RequestOutput] | Completion] = []
-        for request in requests:
-            ids = self._token_ids(request.messages)
+        prompts = self._token_ids([request.messages for request in requests])
+        for request, ids in zip(requests, prompts, strict=True):
             if len(ids) + request.max_tokens > self._max_model_len:
                 detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {self._max_model_len}"
                 pending.append(Completion(error="too long", detail=detail, num_prompt_tokens=len(ids)))

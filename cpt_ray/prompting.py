@@ -6,9 +6,9 @@ cache serves it. `policy_messages` and `token_ids` are what training, evaluation
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -150,8 +150,9 @@ class PromptTokens:
     """`token_ids` of many conversations that have parts in common, such as a rubric in the system message.
 
     Tokenizers take special tokens out of a text before they look at the rest, so what begins with one and goes on to
-    the next has the same ids wherever it stands: it is encoded once. The first conversations are compared with their
-    whole texts; for a tokenizer that does not keep to this, or is not a fast one, all are encoded as wholes.
+    the next has the same ids wherever it stands: it is encoded once, and what is new in one batch, in which a fast
+    tokenizer leaves Python to others. The first conversations are compared with their whole texts; for a tokenizer that
+    does not keep to this, or is not a fast one, all are encoded as wholes.
     """
 
     _COMPARED = 16
@@ -163,25 +164,38 @@ class PromptTokens:
         plain = [one for one in added if one.special and not (one.lstrip or one.normalized or one.single_word)]
         marks = sorted((one.content for one in plain), key=len, reverse=True)
         self._starts = re.compile("|".join(map(re.escape, marks))) if marks else None
-        self._encode = functools.lru_cache(self._KEPT)(self._encode_part)
+        self._known: Mapping[str, Sequence[int]] = {}
 
-    def __call__(self, messages: list[ChatMessage]) -> list[int]:
-        """The prompt's token ids."""
-        marks = self._starts  # another thread may take it away
+    def __call__(self, conversations: Sequence[list[ChatMessage]]) -> list[list[int]]:
+        """The prompts' token ids."""
+        marks, known = self._starts, self._known  # another thread may put others there
         if marks is None:
-            return token_ids(self._tokenizer, messages, self._kwargs)
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
-        starts = [0, *(found.start() for found in marks.finditer(text) if found.start()), len(text)]
-        ids = [one for start, end in itertools.pairwise(starts) for one in self._encode(text[start:end])]
-        if self._compared < self._COMPARED:
+            return [token_ids(self._tokenizer, one, self._kwargs) for one in conversations]
+        render = self._tokenizer.apply_chat_template
+        texts = [render(one, tokenize=False, add_generation_prompt=True, **self._kwargs) for one in conversations]
+        parts = []
+        for text in texts:
+            starts = [0, *(found.start() for found in marks.finditer(text) if found.start()), len(text)]
+            parts.append([text[start:end] for start, end in itertools.pairwise(starts)])
+        uses = Counter(itertools.chain.from_iterable(parts))
+        new = [part for part in uses if part not in known]
+        ids = {**known, **dict(zip(new, self._encode(new), strict=True))}
+        found = [[one for part in some for one in ids[part]] for some in parts]
+        for messages, own in zip(conversations[: self._COMPARED - self._compared], found, strict=False):
             self._compared += 1
-            if ids != (whole := token_ids(self._tokenizer, messages, self._kwargs)):
+            if own != token_ids(self._tokenizer, messages, self._kwargs):
                 self._starts = None
-                return whole
-        return ids
+                return self(conversations)
+        self._known = {part: ids[part] for part, count in uses.most_common(self._KEPT) if count > 1 or part in known}
+        return found
 
-    def _encode_part(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        found: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        return found
 
 
 def level_labels(rubric: Rubric) -> list[str]:

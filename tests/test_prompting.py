@@ -56,7 +56,9 @@ def test_parts_make_the_ids_of_the_whole(kind: str, conversations: list[Any]) ->
     tokenizer = TOKENIZERS[kind]
     parts = PromptTokens(tokenizer, {})
     parts._compared = parts._COMPARED  # nothing is compared, so nothing is set right
-    assert [parts(one) for one in conversations] == [token_ids(tokenizer, one) for one in conversations]
+    assert parts(conversations[:1]) + parts(conversations) == [
+        token_ids(tokenizer, one) for one in conversations[:1]
+    ] + [token_ids(tokenizer, one) for one in conversations]
 
 
 def test_a_tokenizer_whose_parts_depend_on_each_other_gets_whole_texts() -> None:
@@ -66,26 +68,29 @@ def test_a_tokenizer_whose_parts_depend_on_each_other_gets_whole_texts() -> None
         is_fast = True
         added_tokens_decoder = TOKENIZERS["first"].added_tokens_decoder
 
-        def encode(self, text: str, **_: Any) -> list[int]:
+        def encode(self, text: str) -> list[int]:
             return [len(text), *map(ord, text)]
+
+        def __call__(self, texts: list[str], **_: Any) -> Any:
+            return {"input_ids": [self.encode(text) for text in texts]}
 
         def apply_chat_template(self, messages: Any, tokenize: bool = True, **_: Any) -> Any:
             text = "".join(f"<s>{one['content']}" for one in messages)
             return self.encode(text) if tokenize else text
 
     parts, asked = PromptTokens(Odd(), {}), [{"role": "user", "content": "a"}] * 2
-    assert [parts(asked) for _ in range(3)] == [token_ids(Odd(), asked)] * 3
+    assert parts([asked] * 2) + parts([asked]) == [token_ids(Odd(), asked)] * 3
 
 
 def test_a_part_that_conversations_share_is_encoded_once(tmp_path: Path) -> None:
     seen: list[str] = []
 
     class Noting(PromptTokens):
-        def _encode_part(self, text: str) -> tuple[int, ...]:
-            seen.append(text)
-            return super()._encode_part(text)
+        def _encode(self, texts: list[str]) -> list[list[int]]:
+            seen.extend(texts)
+            return super()._encode(texts)
 
     parts = Noting(TOKENIZERS["embedded"], {})
-    for text in ("one", "two"):
-        parts([{"role": "system", "content": "a rubric"}, {"role": "user", "content": text}])
-    assert [sum(what in one for one in seen) for what in ("a rubric", "one", "two")] == [1, 1, 1]
+    for texts in (("one", "two"), ("three",)):
+        parts([[{"role": "system", "content": "a rubric"}, {"role": "user", "content": text}] for text in texts])
+    assert [sum(what in one for one in seen) for what in ("a rubric", "one", "two", "three")] == [1, 1, 1, 1]

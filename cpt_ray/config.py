@@ -340,11 +340,11 @@ class SteerConfig(_Section):
     """Conditional policies (NP-DPO) that are trained; only gated_lora's answers are tried, by folded adapters."""
     policy_beta: Annotated[float, Field(gt=0)] = 0.05
     policy_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    policy_steps: Positive = 400
+    policy_steps: Positive = 1000
     policy_users: Positive = 4
     """Users per step over all workers, without their twins."""
-    policy_pairs: Positive = 4
-    """Target pairs of each of them in a step."""
+    policy_answers: Annotated[int, Field(ge=2)] = 8
+    """Answers of each of them in a step, of one prompt if it has as many; all pairs of a prompt count."""
     num_workers: Positive = 1
     use_gpu: bool = False
     samples: Positive = 4

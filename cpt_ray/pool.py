@@ -28,7 +28,7 @@ from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
 from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
 from cpt_ray.errors import UserError
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import RunDir, replacing
 
 Counts = Mapping[str, float]
 OpenEngine = Callable[[ModelConfig], Any]
@@ -160,8 +160,7 @@ class Attempts:
         causes = self.causes(name)
         if len(causes) >= MAX_DEATHS:
             raise UserError(f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / name).write_text("\n".join([*causes, "killed, perhaps out of memory"]))
+        self._keep(name, [*causes, "killed, perhaps out of memory"])
 
     def causes(self, name: str) -> list[str]:
         """What each attempt so far died of."""
@@ -170,11 +169,15 @@ class Attempts:
 
     def note(self, name: str, cause: str) -> None:
         """Puts a better-known cause on the present attempt."""
-        (self._folder / name).write_text("\n".join([*self.causes(name)[:-1], cause]))
+        self._keep(name, [*self.causes(name)[:-1], cause])
 
     def end(self, name: str) -> None:
         """It came to an end, good or bad."""
         (self._folder / name).unlink(missing_ok=True)
+
+    def _keep(self, name: str, causes: Sequence[str]) -> None:
+        with replacing(self._folder / name) as file:
+            file.write("\n".join(causes).encode())
 
 
 class Meters:

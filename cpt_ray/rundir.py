@@ -65,7 +65,7 @@ def derive(parent: str, *parts: Any) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path`, whole and on the disk, when the block ends well; UserError if the disk refuses."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -129,7 +129,7 @@ class RunDir:
     def write(self, table: str, name: str, rows: Iterable[Any], counts: Mapping[str, float] | None = None) -> None:
         """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
         made = to_table(rows, TABLES[table])
-        with _replacing(self.shard(table, name)) as file:
+        with replacing(self.shard(table, name)) as file:
             pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps({**(counts or {})})}), file)
 
     def counts(self, table: str, name: str) -> dict[str, float]:
@@ -155,7 +155,7 @@ class RunDir:
     def write_text(self, relative: str, text: str) -> Path:
         """Writes one small file atomically and returns its path."""
         path = self.path / relative
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.write(text.encode())
         return path
 

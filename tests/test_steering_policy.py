@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import engine_arguments, engine_env
+from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.reward import learn
 from cpt_ray.steering.tables import sequence
@@ -100,7 +103,32 @@ def batch(path: Path, seed: int, count: int, reference: torch.Tensor) -> tuple[A
     pairs = [
         (2 * at, 2 * at + 1) if kind == 0 else (2 * at + 1, 2 * at) for at, kind in zip(prompts, kinds, strict=True)
     ]
-    return context, pairs, texts(path), reference
+    preferred = torch.full((len(pairs), 2, 2), torch.nan)
+    preferred[:, 0, 1] = 1
+    return context, pairs, texts(path), reference, preferred
+
+
+def margins(policy: ConditionalPolicy, batch: tuple[Any, ...]) -> torch.Tensor:
+    rewards = policy.rewards(*batch[:4])
+    return rewards[:, 0] - rewards[:, 1]
+
+
+def test_the_loss_is_that_of_every_pair_by_itself_weighed_by_its_probability(tiny: Path) -> None:
+    """Against DPO's loss written out pair by pair; answers of other prompts, and both orders, count for nothing."""
+    policy, reference = disturbed(make_policy(tiny, "gated_lora")), torch.randn(6)
+    context, answers = torch.randn(2, 3, 2, 2), [[0, 1, 2], [5, 3, 4]]
+    preferred = torch.rand(2, 3, 3)
+    preferred[0, 0, 2] = preferred[0, 1, 2] = preferred[1, 0, 1] = torch.nan
+    with torch.no_grad():
+        z, _ = policy.encoder(context)
+        wanted = []
+        for user, i, j in ((0, 0, 1), (1, 0, 2), (1, 1, 2)):
+            two = [answers[user][i], answers[user][j]]
+            found = policy.logps([texts(tiny)[at] for at in two], z[user].repeat(2, 1)) - reference[two]
+            margin, likely = policy.beta * (found[0] - found[1]), preferred[user, i, j]
+            wanted.append(-likely * margin.sigmoid().log() - (1 - likely) * (-margin).sigmoid().log())
+        loss = policy((context, answers, texts(tiny), reference, preferred))
+    torch.testing.assert_close(loss, torch.stack(wanted).mean(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,13 +140,29 @@ def test_choices_steer_both_kinds_of_users_and_a_policy_without_them_is_at_chanc
     with torch.no_grad():
         sums = {}
         for count in (0, 3):
-            right = torch.stack([policy.margins(*batch(tiny, 1000 + at, count, reference)) > 0 for at in range(4)])
+            right = torch.stack([margins(policy, batch(tiny, 1000 + at, count, reference)) > 0 for at in range(4)])
             sums[count] = float(right[:, 0::2].float().mean() + right[:, 1::2].float().mean())
         context, *rest = batch(tiny, 2000, 3, reference)
-        other = (policy.margins(context.flip(2), *rest) > 0).float().mean()
+        other = (margins(policy, (context.flip(2), *rest)) > 0).float().mean()
     assert sums[0] == pytest.approx(1, abs=0.01)
     assert sums[3] > 1.8
     assert float(other) < 0.1
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), count=st.integers(2, 9), seed=st.integers(0, 99))
+def test_answers_are_drawn_with_their_prompts_and_none_without_another_to_compare(
+    sizes: list[int], count: int, seed: int
+) -> None:
+    made = [([prompt, at], 1) for prompt, size in enumerate(sizes) for at in range(size)]
+    groups = answers_by_prompt(made)
+    assert sorted(at for one in groups for at in one) == [at for at, ([p, _], _) in enumerate(made) if sizes[p] > 1]
+    if not groups:
+        return
+    drawn = draw_answers(groups, count, torch.Generator().manual_seed(seed))
+    assert len(drawn) == count
+    assert all(at in groups[group] for at, group in drawn)
+    assert sum(drawn[0][1] == group for _, group in drawn) >= 2
 
 
 def vllm_engine(path: Path, monkeypatch: pytest.MonkeyPatch, **engine: Any) -> Any:

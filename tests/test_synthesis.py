@@ -424,6 +424,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space"):
         run.write("units", name, units)
     assert list(path.parent.iterdir()) == []
+    run.attempts.mkdir(parents=True)
+    (run.attempts / f".write-x.{uuid.UUID(int=0).hex}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"write-x: cannot be written \(No space left on device\); free some space"):
+        Attempts(run.attempts).begin("write-x", "on write of shard x")
 
 
 def test_the_death_of_an_engine_is_forgiven_a_bounded_number_of_times(tmp_path: Path) -> None:

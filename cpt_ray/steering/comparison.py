@@ -286,15 +286,16 @@ def _in_prompt(arena: Arena, bank: Bank) -> Floats:
 def _policy_accuracy(arena: Arena, policy: ConditionalPolicy) -> Floats:
     """Implicit accuracy."""
     texts = policy_texts(arena.steering, arena.steering.held_out.answers)
-    pairs = arena.tried.targets[:POLICY_USERS, :POLICY_PAIRS]
+    pairs = arena.tried.targets[:, :POLICY_PAIRS]
     places = sorted(set(pairs.flatten().tolist()))
     reference = torch.zeros(len(texts))
     reference[places] = reference_logps(policy, [texts[at] for at in places])
 
     def value(at: int, count: int) -> float:
         context = arena.tried.tasks(slice(at, at + 1), count).context
-        own = context.expand(pairs.shape[1], *context.shape[1:])
-        return _share(policy.margins(own, pairs[at].tolist(), texts, reference).double().numpy())
+        rewards = policy.rewards(context, [pairs[at].flatten().tolist()], texts, reference).double()
+        chosen, rejected = rewards.view(-1, 2).numpy().T
+        return _share(chosen - rejected)
 
     return arena.filled(value, len(pairs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,13 +198,13 @@ def _save(fit: Fit, number: int, weights: dict[str, torch.Tensor], losses: Seque
 # ---------------------------------------------------------------- NP-DPO
 
 
-def fit_policy(fit: Fit, tensors: Tensors, texts: Sequences, policy: str, reward: Path | None) -> ConditionalPolicy:
+def fit_policy(fit: Fit, tensors: Tensors, texts: Sequences, policy: str, reward: Path) -> ConditionalPolicy:
     """NP-DPO in the form that `fit.kind` names: trained under Ray Train if it is not there yet, and loaded.
 
     Args:
         texts: token ids and start of each answer of `tensors.embeddings`.
         policy: folder or name of the model.
-        reward: weights of an NP-BTL model, whose encoder this one starts from.
+        reward: weights of the NP-BTL model that says what users prefer; this one starts from its encoder.
     """
     from safetensors.torch import load_file
 
@@ -244,25 +245,31 @@ def work_policy(settings: dict[str, Any]) -> None:
     texts: Sequences = loaded.pop("texts")
     tensors = Tensors(**{name: one.to(device) for name, one in loaded.items()})
     policy = new_policy(fit, tensors.embeddings.shape[1], settings["policy"])
-    if settings["reward"]:
-        learned = load_file(settings["reward"]).items()
-        own = {name.removeprefix("encoder."): one for name, one in learned if name.startswith("encoder.")}
-        policy.encoder.load_state_dict(own)
+    teacher = RewardModel(tensors.embeddings.shape[1], config.size, variational=config.variational)
+    teacher.load_state_dict(load_file(settings["reward"]))
+    if not config.variational:
+        policy.encoder.load_state_dict(teacher.encoder.state_dict())
+    teacher.to(device).eval()
     policy.to(device)
     reference = reference_logps(policy, texts)
     users_here = torch.arange(rank, len(tensors.context), ranks)
     random = torch.Generator().manual_seed(1000 * fit.seed + rank)
 
+    groups = answers_by_prompt(texts)
+
     def draw(step: int) -> tuple[Any, ...]:
         at = torch.randint(len(users_here), (max(1, config.policy_users // ranks),), generator=random)
-        users = users_here[at]
         count = int(torch.randint(config.choices + 1, (), generator=random))
         order = torch.randperm(config.choices, generator=random)[:count]
-        chosen = tensors.embeddings[tensors.context[users][:, order]]
-        picked = torch.randint(config.targets, (len(users), config.policy_pairs), generator=random)
-        pairs = torch.stack([tensors.targets[user][at] for user, at in zip(users, picked, strict=True)])
-        both = torch.cat([chosen, chosen.flip(2)]).repeat_interleave(config.policy_pairs, dim=0)
-        return both, torch.cat([pairs, pairs.flip(2)]).flatten(0, 1).tolist(), texts, reference
+        chosen = tensors.embeddings[tensors.context[users_here[at]][:, order]]
+        context = torch.cat([chosen, chosen.flip(2)])
+        drawn = [draw_answers(groups, config.policy_answers, random) for _ in at] * 2
+        answers, prompts = torch.tensor(drawn, device=device).unbind(-1)
+        with torch.no_grad():
+            rewards = teacher.reward(teacher.encoder(context)[0], tensors.embeddings[answers])
+        preferred = (rewards[:, :, None] - rewards[:, None]).sigmoid()
+        preferred[prompts[:, :, None] != prompts[:, None]] = torch.nan
+        return context, answers.tolist(), texts, reference, preferred
 
     losses: list[float] = []
     wrapped = prepare_model(policy, parallel_strategy="ddp" if ranks > 1 else None)
@@ -270,6 +277,24 @@ def work_policy(settings: dict[str, Any]) -> None:
     if rank == 0:
         _save(fit, 0, policy.own_state(), losses)
     ray.train.report({"steps": config.policy_steps})
+
+
+def answers_by_prompt(texts: Sequences) -> list[list[int]]:
+    """Indices of the texts of each prompt that has two or more."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for at, (ids, start) in enumerate(texts):
+        groups[tuple(ids[:start])].append(at)
+    return [one for one in groups.values() if len(one) > 1]
+
+
+def draw_answers(groups: Sequence[Sequence[int]], count: int, random: torch.Generator) -> list[tuple[int, int]]:
+    """`count` answers of random prompts, as many of a prompt as it has, each with the number of its prompt."""
+    found: list[tuple[int, int]] = []
+    while len(found) < count:
+        at = int(torch.randint(len(groups), (), generator=random))
+        order = torch.randperm(len(groups[at]), generator=random)[: count - len(found)]
+        found += [(groups[at][place], at) for place in order.tolist()]
+    return found
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""NP-DPO: a policy conditioned on z, which is read from a user's choices as in NP-BTL; DPO on the user's other pairs.
+"""NP-DPO: a policy conditioned on z, which is read from a user's choices as in NP-BTL, and trained by DPO.
 
 Three ways to let z in, with one encoder, data and loss; the first two start as the policy itself, whatever z is:
 
@@ -6,8 +6,15 @@ Three ways to let z in, with one encoder, data and loss; the first two start as 
     gated_lora  W + B diag(g(z)) A; folds exactly into one plain adapter per user (`ConditionalPolicy.fold`)
     soft_prompt m vectors from z before the prompt (`ConditionalPolicy.soft_prompt`)
 
-The loss is on answer tokens only. The reference is the policy without any of this, so its log-probabilities do not
-depend on z and are computed once per answer.
+The loss is DPO's over every pair of a group of answers to the same prompt, each of which is a pass through the policy
+only once. In the place of a choice is the probability that the user prefers one to the other: what NP-BTL says of it
+after the same choices, which is free of luck (distilled rewards: Fisch et al., arXiv 2405.19316), or 1 for a choice as
+it was made. With p_ij that probability and m_i the implicit reward beta * (log pi(i|z) - log ref(i)):
+
+    - sum over i < j of p_ij log sigmoid(m_i - m_j) + (1 - p_ij) log sigmoid(m_j - m_i)
+
+It sees answer tokens only. The reference is the policy without any of this, so its log-probabilities do not depend on z
+and are computed once per answer.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cpt_ray.steering.reward import ContextEncoder
 
@@ -165,23 +172,29 @@ class ConditionalPolicy(nn.Module):
         rows = scored[:, 1:].nonzero()[:, 0]
         return torch.zeros(len(sequences), device=device).index_add(0, rows, picked)
 
-    def margins(self, context: Tensor, pairs: Sequence[tuple[int, int]], texts: Sequences, reference: Tensor) -> Tensor:
-        """The implicit reward of each user's pairs, chosen less rejected, [pairs].
+    def rewards(self, context: Tensor, answers: Sequence[Sequence[int]], texts: Sequences, reference: Tensor) -> Tensor:
+        """The implicit rewards of each user's answers, [users, a].
 
         Args:
-            context: [pairs, k, 2, E], of each pair's user.
-            pairs: indices of `texts`, the chosen first.
+            context: [users, k, 2, E].
+            answers: [users, a], indices of `texts`.
             reference: log-probabilities of `texts` under the reference, [texts].
         """
         z, _ = self.encoder(context)
-        flat = [at for pair in pairs for at in pair]
-        found = self.logps([texts[at] for at in flat], z.repeat_interleave(2, dim=0))
-        rewards = self.beta * (found - reference[torch.tensor(flat)].to(found.device))
-        return rewards[0::2] - rewards[1::2]
+        flat = [at for some in answers for at in some]
+        found = self.logps([texts[at] for at in flat], z.repeat_interleave(len(flat) // len(z), dim=0))
+        return self.beta * (found - reference[torch.tensor(flat)].to(found.device)).view(len(z), -1)
 
-    def forward(self, batch: tuple[Tensor, Sequence[tuple[int, int]], Sequences, Tensor]) -> Tensor:
-        """The DPO loss of a batch, which holds the arguments of `margins`."""
-        return -logsigmoid(self.margins(*batch)).mean()
+    def forward(self, batch: tuple[Tensor, Sequence[Sequence[int]], Sequences, Tensor, Tensor]) -> Tensor:
+        """The loss of a batch: the arguments of `rewards`, and [users, a, a], how probably a user prefers i to j.
+
+        It is NaN where i and j are no pair.
+        """
+        context, answers, texts, reference, preferred = batch
+        rewards = self.rewards(context, answers, texts, reference)
+        margins = rewards[:, :, None] - rewards[:, None]
+        is_pair = ~preferred.isnan() & torch.ones_like(preferred, dtype=torch.bool).triu(1)
+        return binary_cross_entropy_with_logits(margins[is_pair], preferred[is_pair])
 
     # ------------------------------------------------------------ serving
 

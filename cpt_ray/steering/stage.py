@@ -213,8 +213,8 @@ def fit(steering: Steering) -> Fitted:
     fits = [Fit(steering.config, folder, seed, kind) for kind in ("np-btl", "static", "oracle")]
     models, static, oracle = fit_reward_models(fits, tensors)
     answers = [*crowd.answers, *held_out.answers]
-    reward = None if steering.config.variational else fits[0].path(0)
-    policies = _fit_policies(steering, key, tensors, answers, reward, vectors) if steering.config.forms else []
+    forms = steering.config.forms
+    policies = _fit_policies(steering, key, tensors, answers, fits[0].path(0), vectors) if forms else []
     if steering.shards is not None:
         _write_questions(steering)
     return Fitted(models, static, oracle, policies, scaled[num_learned:], vectors[:num_learned])
@@ -225,13 +225,13 @@ def _fit_policies(
     key: str,
     tensors: Tensors,
     answers: Sequence[Answer],
-    reward: Path | None,
+    reward: Path,
     vectors: NDArray[np.float32],
 ) -> list[ConditionalPolicy]:
     """NP-DPO on the same users; `vectors` are the raw embeddings of the answers."""
     config = steering.config
     settings = config.model_dump(
-        include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_pairs"}
+        include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
     )
     folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
     texts = policy_texts(steering, answers[: len(tensors.embeddings)])

@@ -13,10 +13,11 @@ from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
-from cpt_ray.report import render_report, table_lines
+from cpt_ray.report import REPORT, render_report, table_lines
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
+from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import Plan, Shards, judge_answers, run_info
 
 
@@ -171,7 +172,9 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     run.write_json("report/results.json", results)
     info = run_info(plan)
     page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)
-    written = run.write_text("report/report.html", page)
+    if steered := run.read_json(RESULTS):
+        page = with_steering(page, steered)
+    written = run.write_text(REPORT, page)
     say("\n".join(table_lines(results)))
     say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
     return results

@@ -16,6 +16,10 @@ from cpt_ray.records import Trial, content_id
 from cpt_ray.rubric import Rubric
 from cpt_ray.scoring import METRICS, MODELS
 
+REPORT = "report/report.html"
+"""In the run directory."""
+STEERING_START, STEERING_END = "<!-- steering -->", "<!-- end of steering -->"
+"""Around the place for few-shot steering's results, which come later (steering/page.py)."""
 METRIC_TITLES = {"accuracy": "Accuracy", "kendall_tau": "Kendall's tau", "spearman_rho": "Spearman's rho"}
 METRIC_MEANINGS = {
     "accuracy": "answers at the requested level",
@@ -430,6 +434,7 @@ svg text { fill: var(--quiet); font-size: 12px; }
 .whiskers { margin: 6px 0; } .whiskers circle { fill: currentColor; }
 .whiskers g line { stroke: currentColor; stroke-width: 3; stroke-linecap: round; }
 .scroll { overflow-x: auto; }
+.steering svg { max-width: 720px; } .steering td { white-space: nowrap; } .steering td:first-child { text-align: left; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); vertical-align: top;
   overflow-wrap: normal; }
@@ -484,6 +489,7 @@ def render_report(
 <h2>Can the judge be trusted?</h2>{_agreement(results, rubrics)}
 <h2>Example answers</h2><p class="quiet">Not picked by hand: for each rubric the first held-out prompt by hash, at every
 level. The number is the score (0-100), then the level it falls in.</p>{examples}
+{STEERING_START}{STEERING_END}
 <h2>What each stage did</h2>{_ledger_table(ledger)}
 <h2>This run</h2><dl>{facts}</dl>
 </body></html>

@@ -12,6 +12,7 @@ import pytest
 from cpt_ray.records import Trial
 from cpt_ray.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
 from cpt_ray.scoring import score_trials
+from cpt_ray.steering.page import with_steering
 from tests.builders import make_rubric
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=\"alert('2')\">&"
@@ -192,3 +193,16 @@ def test_the_terminal_table_fits_and_names_every_row() -> None:
 def test_nothing_to_report_is_still_a_page_and_a_table() -> None:
     parsed(page_of([]))
     assert "undefined" in table_lines(score_trials([], [RUBRIC], 50, 0))[1]
+
+
+def test_steering_has_a_place_in_the_report_and_the_newest_results_take_it() -> None:
+    def results(name: str) -> dict[str, Any]:
+        entry = {"mean": [0.5, 0.75], "ci": [None, [0.7, 0.8]]}
+        return {"counts": [0, 3], "num_users": 8, "accuracy": {name: entry}, "satisfaction": {}, "costs": {}}
+
+    plain = page_of(make_trials())
+    first = with_steering(plain, results(HOSTILE))
+    second = with_steering(first, results("NP-BTL"))
+    assert "<script" not in first and "alert" in first and "NP-BTL" in second and "alert" not in second
+    assert second == with_steering(plain, results("NP-BTL")) and second.count("<svg") == plain.count("<svg") + 1
+    assert with_steering("<html>of old</html>", results("NP-BTL")) == "<html>of old</html>"

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 
 from cpt_ray.console import say
 from cpt_ray.records import Prompt, SteeredAnswer, content_id
+from cpt_ray.report import REPORT
 from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
-from cpt_ray.steering.page import render_page, table_lines
+from cpt_ray.steering.page import RESULTS, render_page, table_lines, with_steering
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import Tasks, accuracy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts
@@ -28,7 +29,6 @@ from cpt_ray.steering.users import Answer, Floats, Taste, User, grade_by_measure
 
 COUNTS = (0, 1, 3, 5, 10)
 """Numbers of choices that results are given for, up to steer.choices."""
-RESULTS = "report/steering.json"
 RESAMPLES = 1000
 POLICY_USERS, POLICY_PAIRS, POLICY_PROMPTS = 40, 10, 4
 """How many held-out users, pairs and prompts of each a conditional policy is tried on: it is run for each of them."""
@@ -346,6 +346,8 @@ def _write(
     run = arena.steering.run
     run.write_json(RESULTS, results)
     page = run.write_text("report/steering.html", render_page(results))
+    if (report := run.path / REPORT).exists():
+        page = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
     say("\n".join(table_lines(results)))
     say(f"report       {page}")
     return results

@@ -6,6 +6,9 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from cpt_ray.report import STEERING_END, STEERING_START
+
+RESULTS = "report/steering.json"
 METRICS = {
     "accuracy": "Share of a held-out user's other choices that are foretold.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
@@ -85,8 +88,7 @@ def _table(metric: str, results: Mapping[str, Any]) -> str:
     return f"<table><tr><th>{metric}</th>{head}</tr>{rows}</table>"
 
 
-def render_page(results: Mapping[str, Any]) -> str:
-    """The whole page."""
+def _sections(results: Mapping[str, Any]) -> str:
     parts = [
         f"<h2>{metric}</h2><p>{text}</p>{_figure(metric, results)}{_table(metric, results)}"
         for metric, text in METRICS.items()
@@ -99,11 +101,27 @@ def render_page(results: Mapping[str, Any]) -> str:
             for name, one in results["costs"].items()
         )
         parts.append(f"<h2>per user</h2><table><tr><th>method</th>{head}</tr>{rows}</table>")
+    said = f"{results['num_users']} held-out users, by number of their choices; 95% intervals over users and seeds."
+    return f"<p>{said}</p>{''.join(parts)}"
+
+
+def render_page(results: Mapping[str, Any]) -> str:
+    """A page of its own."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Few-shot steering</title><style>'
         "body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2rem auto;padding:0 1rem;color:#222}"
         "svg{width:100%;font-size:12px}td,th{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #ddd}"
         "table{border-collapse:collapse;display:block;overflow-x:auto}</style>"
-        f"<h1>Few-shot steering</h1><p>{results['num_users']} held-out users, by number of their choices; "
-        f"95% intervals over users and seeds.</p>{''.join(parts)}</html>\n"
+        f"<h1>Few-shot steering</h1>{_sections(results)}</html>\n"
     )
+
+
+def with_steering(report: str, results: Mapping[str, Any]) -> str:
+    """A run's report with these results in their place, also if it had some before."""
+    before, mark, rest = report.partition(STEERING_START)
+    _, end, after = rest.partition(STEERING_END)
+    if not (mark and end):
+        return report  # of an older version
+    sections = _sections(results).replace("<h2>", "<h3>").replace("</h2>", "</h3>")
+    sections = sections.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    return f'{before}{mark}<h2>Few-shot steering</h2><div class="steering">{sections}</div>{end}{after}'

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from shutil import which
@@ -649,6 +650,22 @@ def test_requests_for_the_same_level_go_to_the_same_replica(url: str, run: RunDi
             served.setdefault(int(found), set()).add(log.stem)
     assert len(served) == 12 and all(len(logs) == 1 for logs in served.values()), served
     assert len(set.union(*served.values())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("takeover")
+def test_choices_told_to_two_replicas_come_to_one_state(url: str, run: RunDir) -> None:
+    given = {"prompt": "Day 0?", "chosen": "High 0.", "rejected": "Low 0."}
+    state = f"/v1/preferences/{post(url, '/v1/preferences', json={'choices': [given]}).json()['id']}"
+    told = [{"prompt": f"Day {at}?", "chosen": f"High {at}.", "rejected": f"Low {at}."} for at in range(1, 13)]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda one: post(url, state, json={"choices": [one]}), told))
+    assert [one.status_code for one in answers] == [200] * len(told)
+    kept = httpx.get(f"{url}{state}", headers=AUTHORIZED, timeout=60).json()["choices"]
+    assert sorted(one["prompt"] for one in kept) == sorted(one["prompt"] for one in [given, *told])
+    noted(run, len(told), lambda line: line["path"] == state and line["method"] == "POST")
+    assert sum(state in log.read_text() for log in (run.path / "access").iterdir()) == 2
+    assert httpx.delete(f"{url}{state}", headers=AUTHORIZED, timeout=60).is_success
 
 
 @pytest.mark.slow

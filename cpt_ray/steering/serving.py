@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,10 @@ from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
-from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question
+from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.tables import Embedder
+from cpt_ray.steering.users import Floats
 
 REMOVE_SECONDS = 60.0
 """From the end of the last request with an adapter to the removal of its folder."""
@@ -176,7 +178,6 @@ class Unscored(Candidates):
         """Nothing in words."""
         return Belief(configuration=None, directive=None, confidence={}, probabilities={}, num_choices=len(margins))
 
-    def next_question(self, state: Preferences, questions: Sequence[Question]) -> Question | None:
-        """Any not asked yet."""
-        asked = {one.prompt for one in state.choices}
-        return next((one for one in questions if one.prompt not in asked), None)
+    def information_gain(self, margins: Floats, questions: Floats) -> Floats:
+        """None is known to say more than another."""
+        return np.zeros(len(questions))

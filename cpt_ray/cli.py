@@ -219,6 +219,11 @@ def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> N
     from cpt_ray.serving import serve_model
 
     with connected(verbose, more_env=by_configuration() if config.serve.route_by == "configuration" else {}):
+        if config.serve.route_by == "configuration" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+            raise UserError(
+                "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "
+                "set RAY_SERVE_ENABLE_HA_PROXY=1 for the job, or leave it out"
+            )
         serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None, insecure=insecure)
 
 

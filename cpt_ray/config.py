@@ -370,7 +370,7 @@ class ServeConfig(_Section):
     idle_seconds: Annotated[float, Field(ge=0)] = 600
     """How long a replica too many is kept."""
     route_by: Literal["load", "configuration"] = "load"
-    """Which replica gets a request: the one with the fewest, or the one that had the same configuration; by HAProxy."""
+    """Which replica gets a request: the one with the fewest, or the one that had the same configuration (HAProxy's)."""
     configurations: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], dict[str, str | float]] = {}
     """Saved configurations: name to {rubric: level or score}; asked for by name, or as the model `cpt:NAME`."""
     frontend: dict[str, Any] = {}

@@ -172,7 +172,8 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     run.write_json("report/results.json", results)
     info = run_info(plan)
     page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)
-    if steered := run.read_json(RESULTS):
+    steered = run.read_json(RESULTS)
+    if steered and steered.get("policy") == tuned.identity:  # else of another model
         page = with_steering(page, steered)
     written = run.write_text(REPORT, page)
     say("\n".join(table_lines(results)))

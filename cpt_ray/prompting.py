@@ -181,7 +181,7 @@ class PromptTokens:
         new = [part for part in uses if part not in known]
         ids = {**known, **dict(zip(new, self._encode(new), strict=True))}
         found = [[one for part in some for one in ids[part]] for some in parts]
-        for messages, own in zip(conversations[: self._COMPARED - self._compared], found, strict=False):
+        for messages, own in zip(conversations[: max(0, self._COMPARED - self._compared)], found, strict=False):
             self._compared += 1
             if own != token_ids(self._tokenizer, messages, self._kwargs):
                 self._starts = None

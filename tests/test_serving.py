@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.cluster import by_configuration, connected
+from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.engine import TIGHT_JSON
@@ -116,16 +116,20 @@ def make_config(run: RunDir, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(data)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def make_run(path: Path) -> RunDir:
     """A run directory as training leaves it, as far as serving reads it."""
-    made = RunDir(tmp_path_factory.mktemp("run"))
+    made = RunDir(path)
     make_tiny_model(made.model, chat_template=ANY_TEMPLATE)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
     known = {"margins": [-4, 0, 4]}
     asked = [{"prompt": f"Day {at}?", "first": f"High {at}.", "second": f"Low {at}."} | known for at in range(4)]
     made.write_json(QUESTIONS, {"key": make_served_candidates(made).key, "questions": asked})
     return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 def make_served_candidates(run: RunDir) -> Candidates:
@@ -137,7 +141,7 @@ def make_served_candidates(run: RunDir) -> Candidates:
 def url(run: RunDir) -> Iterator[str]:
     from ray import serve
 
-    with connected(more_env=by_configuration()):
+    with connected():
         yield serve_model(make_config(run), run, KEY, block=False)
         serve.shutdown()
 
@@ -619,37 +623,6 @@ def replicas(run: RunDir) -> list[int]:
     """Processes of those that are alive; each has a log of its own."""
     known = [int(log.stem.rpartition("-")[2]) for log in (run.path / "access").iterdir()]
     return [pid for pid in known if psutil.pid_exists(pid)]
-
-
-def asking(number: int, *, named: bool) -> dict[str, Any]:
-    """A request for a level of its own, and words that no other one has."""
-    level: dict[str, Any] = {"model": f"cpt:ornament={number}"} if named else {"configuration": {"ornament": number}}
-    return {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": f"Write {time.time()}."}],
-        "max_tokens": 2,
-    } | level
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("takeover")
-@pytest.mark.parametrize("named", [False, True], ids=["in the body", "in the model's name"])
-def test_requests_for_the_same_level_go_to_the_same_replica(url: str, run: RunDir, named: bool) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while len(replicas(run)) != 2:  # an older one on its way out, or a newer one on its way in
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    served: dict[int, set[str]] = {}
-    for number in range(0, 100, 9):
-        headers = {**AUTHORIZED, "X-Request-ID": f"routed-{named}-{number}"}
-        for _ in range(3):
-            assert httpx.post(f"{url}{CHAT}", headers=headers, json=asking(number, named=named), timeout=60).is_success
-    noted(run, 36, lambda line: line["request_id"].startswith(f"routed-{named}-"))
-    for log in (run.path / "access").iterdir():
-        for found in re.findall(rf'"routed-{named}-(\d+)"', log.read_text()):
-            served.setdefault(int(found), set()).add(log.stem)
-    assert len(served) == 12 and all(len(logs) == 1 for logs in served.values()), served
-    assert len(set.union(*served.values())) == 2
 
 
 @pytest.mark.slow

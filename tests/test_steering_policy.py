@@ -154,9 +154,11 @@ def test_choices_steer_both_kinds_of_users_and_a_policy_without_them_is_at_chanc
 def test_answers_are_drawn_with_their_prompts_and_none_without_another_to_compare(
     sizes: list[int], count: int, seed: int
 ) -> None:
-    made = [([prompt, at], 1) for prompt, size in enumerate(sizes) for at in range(size)]
+    made = [str(prompt) for prompt, size in enumerate(sizes) for _ in range(size)]
     groups = answers_by_prompt(made)
-    assert sorted(at for one in groups for at in one) == [at for at, ([p, _], _) in enumerate(made) if sizes[p] > 1]
+    assert sorted(at for one in groups for at in one) == [
+        at for at, prompt in enumerate(made) if sizes[int(prompt)] > 1
+    ]
     if not groups:
         return
     drawn = draw_answers(groups, count, torch.Generator().manual_seed(seed))

@@ -30,8 +30,10 @@ from cpt_ray.steering.users import Answer, Floats, Taste, User, grade_by_measure
 COUNTS = (0, 1, 3, 5, 10)
 """Numbers of choices that results are given for, up to steer.choices."""
 RESAMPLES = 1000
-POLICY_USERS, POLICY_PAIRS, POLICY_PROMPTS = 40, 10, 4
-"""How many held-out users, pairs and prompts of each a conditional policy is tried on: it is run for each of them."""
+FORETOLD_USERS, POLICY_PAIRS = 100, 10
+"""How many held-out users, and pairs of each, a conditional policy foretells: it is run for each of them."""
+POLICY_USERS, POLICY_PROMPTS = 40, 4
+"""How many held-out users, and prompts of each, it answers."""
 PROMPT_HEAD = "The user compared pairs of answers. Answer in the way this user likes."
 
 Configuration = dict[str, str] | None
@@ -286,7 +288,7 @@ def _in_prompt(arena: Arena, bank: Bank) -> Floats:
 def _policy_accuracy(arena: Arena, policy: ConditionalPolicy) -> Floats:
     """Implicit accuracy."""
     texts = policy_texts(arena.steering, arena.steering.held_out.answers)
-    pairs = arena.tried.targets[:, :POLICY_PAIRS]
+    pairs = arena.tried.targets[:FORETOLD_USERS, :POLICY_PAIRS]
     places = sorted(set(pairs.flatten().tolist()))
     reference = torch.zeros(len(texts))
     reference[places] = reference_logps(policy, [texts[at] for at in places])
@@ -333,6 +335,7 @@ def _write(
     }
     rng = np.random.default_rng(arena.steering.plan.config.seed)
     results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users), "costs": costs}
+    results["policy"] = arena.steering.policy.identity
     for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
         results[metric] = {}
         for name, values in methods.items():
@@ -346,8 +349,8 @@ def _write(
     run = arena.steering.run
     run.write_json(RESULTS, results)
     page = run.write_text("report/steering.html", render_page(results))
-    if (report := run.path / REPORT).exists():
-        page = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
+    if satisfactions and (report := run.path / REPORT).exists():
+        run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
     say("\n".join(table_lines(results)))
     say(f"report       {page}")
     return results

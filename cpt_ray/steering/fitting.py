@@ -198,19 +198,25 @@ def _save(fit: Fit, number: int, weights: dict[str, torch.Tensor], losses: Seque
 # ---------------------------------------------------------------- NP-DPO
 
 
-def fit_policy(fit: Fit, tensors: Tensors, texts: Sequences, policy: str, reward: Path) -> ConditionalPolicy:
+def fit_policy(
+    fit: Fit, tensors: Tensors, texts: Sequences, prompts: Sequence[str], policy: str, reward: Path
+) -> ConditionalPolicy:
     """NP-DPO in the form that `fit.kind` names: trained under Ray Train if it is not there yet, and loaded.
 
     Args:
         texts: token ids and start of each answer of `tensors.embeddings`.
+        prompts: id of each one's prompt.
         policy: folder or name of the model.
-        reward: weights of the NP-BTL model that says what users prefer; this one starts from its encoder.
+        reward: weights of the NP-BTL model that says what users prefer; unless it is variational, this one
+            starts from its encoder.
     """
     from safetensors.torch import load_file
 
     if not fit.path(0).exists():
         fit.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors.__dict__ | {"texts": list(texts)}, fit.folder / "policy_tensors.pt")
+        torch.save(
+            tensors.__dict__ | {"texts": list(texts), "prompts": list(prompts)}, fit.folder / "policy_tensors.pt"
+        )
         under_ray_train(work_policy, {"fit": fit, "policy": policy, "reward": reward}, fit)
     found = json.loads(fit.path(0).with_suffix(".json").read_text())
     say(f"steer fit    {fit.kind}: loss {found['loss']:.3f}")
@@ -243,6 +249,7 @@ def work_policy(settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
     loaded = torch.load(fit.folder / "policy_tensors.pt")
     texts: Sequences = loaded.pop("texts")
+    groups = answers_by_prompt(loaded.pop("prompts"))
     tensors = Tensors(**{name: one.to(device) for name, one in loaded.items()})
     policy = new_policy(fit, tensors.embeddings.shape[1], settings["policy"])
     teacher = RewardModel(tensors.embeddings.shape[1], config.size, variational=config.variational)
@@ -254,8 +261,6 @@ def work_policy(settings: dict[str, Any]) -> None:
     reference = reference_logps(policy, texts)
     users_here = torch.arange(rank, len(tensors.context), ranks)
     random = torch.Generator().manual_seed(1000 * fit.seed + rank)
-
-    groups = answers_by_prompt(texts)
 
     def draw(step: int) -> tuple[Any, ...]:
         at = torch.randint(len(users_here), (max(1, config.policy_users // ranks),), generator=random)
@@ -279,11 +284,11 @@ def work_policy(settings: dict[str, Any]) -> None:
     ray.train.report({"steps": config.policy_steps})
 
 
-def answers_by_prompt(texts: Sequences) -> list[list[int]]:
-    """Indices of the texts of each prompt that has two or more."""
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for at, (ids, start) in enumerate(texts):
-        groups[tuple(ids[:start])].append(at)
+def answers_by_prompt(prompts: Sequence[str]) -> list[list[int]]:
+    """Indices of the answers of each prompt that has two or more."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for at, prompt in enumerate(prompts):
+        groups[prompt].append(at)
     return [one for one in groups.values() if len(one) > 1]
 
 

@@ -11,7 +11,7 @@ only once. In the place of a choice is the probability that the user prefers one
 after the same choices, which is free of luck (distilled rewards: Fisch et al., arXiv 2405.19316), or 1 for a choice as
 it was made. With p_ij that probability and m_i the implicit reward beta * (log pi(i|z) - log ref(i)):
 
-    - sum over i < j of p_ij log sigmoid(m_i - m_j) + (1 - p_ij) log sigmoid(m_j - m_i)
+    - mean over i < j of p_ij log sigmoid(m_i - m_j) + (1 - p_ij) log sigmoid(m_j - m_i)
 
 It sees answer tokens only. The reference is the policy without any of this, so its log-probabilities do not depend on z
 and are computed once per answer.

@@ -207,9 +207,10 @@ def fit(steering: Steering) -> Fitted:
         include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "variational",
                  "steps", "learning_rate", "batch_users"}
     )  # fmt: skip
-    key = content_id(settings, [one.answer_id for one in crowd.answers], float(np.abs(vectors).sum()))
+    seed, graded = steering.plan.config.seed, [[one.answer_id, dict(one.scores)] for one in crowd.answers]
+    key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
     folder = steering.run.path.absolute() / "steering" / key
-    tensors, seed = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id)), steering.plan.config.seed
+    tensors = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id))
     fits = [Fit(steering.config, folder, seed, kind) for kind in ("np-btl", "static", "oracle")]
     models, static, oracle = fit_reward_models(fits, tensors)
     answers = [*crowd.answers, *held_out.answers]
@@ -236,7 +237,8 @@ def _fit_policies(
     folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
     texts = policy_texts(steering, answers[: len(tensors.embeddings)])
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
-    policies = [fit_policy(one, tensors, texts, steering.policy.path, reward) for one in fits]
+    prompts = [one.prompt_id for one in answers[: len(tensors.embeddings)]]
+    policies = [fit_policy(one, tensors, texts, prompts, steering.policy.path, reward) for one in fits]
     mean, deviation = (one.tolist() for one in standard(vectors[: len(tensors.embeddings)]))
     for one in fits:
         saved = SavedForm(

@@ -195,7 +195,7 @@ class VllmEngine:
                 for output in self._engine.step():
                     if output.finished:
                         waiting.pop(output.request_id).set_result(output)
-            except BaseException as error:
+            except BaseException as error:  # raised again in every thread that waits for an answer
                 traceback.print_exc()
                 self._dead = EngineDiedError(f"{type(error).__name__}: {error}")
                 for future in waiting.values():

@@ -100,7 +100,7 @@ class StepActor:
             if any(needs_schema(step.model) for line in steps for step in line):
                 check_schema_is_enforced(self._engine, f"judge {model.model}")
             self._attempts.end(start)
-        except Exception as error:
+        except Exception as error:  # told with the first shard, which ends the run
             self._error = _told(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class StepActor:
         except EngineDiedError as died:
             self._attempts.note(name, _one_line(died))
             os._exit(1)  # Ray makes this actor, and so the engine, anew
-        except Exception as failed:
+        except Exception as failed:  # a row that ends the run: Ray Data would keep only a trace of it
             return _told(failed)
         return ""
 

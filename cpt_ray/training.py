@@ -221,7 +221,7 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
     def fit() -> None:
         try:
             outcome["logs"] = trainer.fit().return_value
-        except BaseException as error:
+        except BaseException as error:  # raised by the thread that waits for this one
             outcome["error"] = error
 
     # in a thread of its own, so that Ctrl-C stays this program's and the progress can be shown

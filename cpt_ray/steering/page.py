@@ -46,6 +46,7 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
 def _figure(metric: str, results: Mapping[str, Any]) -> str:
     counts, entries = results["counts"], results[metric]
     known = [one for entry in entries.values() for one in entry["mean"] if one is not None]
+    known += [end for entry in entries.values() for ends in entry["ci"] for end in ends or ()]
     low, high = min(known) - 0.03, max(known) + 0.03
 
     def x(at: float) -> float:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cpt_ray.cluster import by_configuration, check_room, connected
+from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
@@ -218,7 +218,8 @@ def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> N
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
 
-    with connected(verbose, more_env=by_configuration() if config.serve.route_by == "configuration" else {}):
+    routing = by_configuration() if config.serve.route_by == "configuration" else {}
+    with connected(verbose, more_env=SERVER_ENV | routing):
         if config.serve.route_by == "configuration" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
             raise UserError(
                 "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "

@@ -40,6 +40,8 @@ SERVE_ENV = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy knows of a replica's end within a second
 }
 """Ray Serve reads these when it is imported, in every process of its own."""
+SERVER_ENV = {"RAY_worker_niceness": "0"}
+"""For a cluster that serves: as Ray has it, everything else on the machine comes before its workers."""
 REQUEST_SECONDS = 20
 """In which a client has sent a request, or the first 64 KB of it."""
 
@@ -90,17 +92,24 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
     before a byte of the answer, is asked of another one. Ray's default is not to, since a request may then be done
     twice: here that writes an answer, or at worst adds the same choices, again. HAProxy can only repeat what it holds
     whole: it waits for all of a request, within a bound, or until its buffer is full; with a longer one it would end
-    the client's connection without a word. Ray has no name for these two settings, but takes the line as it is.
+    the client's connection without a word. An answer comes in small pieces, which are cheaper copied than spliced. Ray
+    has no name for these settings, but takes the line as it is. Requests are counted in the replicas, not here too.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     with socket.create_server(("", 0)) as metrics, socket.create_server(("", 0)) as stats:
         ports = [str(one.getsockname()[1]) for one in (metrics, stats)]
     names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
-    lines = ("conn-failure empty-response", "option http-buffer-request", f"timeout http-request {REQUEST_SECONDS}s")
+    lines = (
+        "conn-failure empty-response",
+        "option http-buffer-request",
+        f"timeout http-request {REQUEST_SECONDS}s",
+        "no option splice-response",
+    )
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "\n    ".join(lines),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
         **dict(zip(names, ports, strict=True)),

@@ -2,9 +2,10 @@
 
 python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--ray-llm] [RUN_FILE [key=value ...]]
 
-In every round a new engine answers all requests by `LLM.chat`, by `LLM.generate`, which is given token ids, and then,
-its cache empty each time, as the stage's engine: two processes differ by more than what is to be shown. Steady state
-is from the engine's first step to the last that finished an answer; for bare vLLM it is the whole call. Beside it:
+In every round a new engine answers all requests, its cache empty each time, by `LLM.chat`, by `LLM.generate`, which is
+given token ids, as the stage's engine, and by both again: two processes differ by more than what is to be shown, and
+the machine's speed changes within a round, so the stage is held against the mean of the two turns around it.
+Steady state is from the engine's first step to the last that finished an answer; of bare vLLM the whole call. Beside:
 the fixed overhead (start of the stage to the first step, last answer to the end of the stage), and the steps: how
 many, the share of the time spent within them, milliseconds each, tokens per CPU second of the engine's process.
 `--width` takes a model of random weights, 8 layers of that width, in the place of the run file's.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
 import shutil
@@ -66,43 +68,65 @@ class Watch:
 
 
 class WatchedEngine(VllmEngine):
-    """Answers all requests by bare `LLM.generate` first; keeps in a file of its own what the watches of both saw."""
+    """Answers all requests by bare `LLM.chat` and `LLM.generate` as well; keeps what the watches saw in a file."""
 
     def __init__(self, model: ModelConfig, folder: Path):
         super().__init__(model)
-        self._file = folder / f"{os.getpid()}.json"
-        self._bare = self._run_bare(model, json.loads((folder / REQUESTS).read_text()))
+        begun, self._file, self._kwargs = time.time(), folder / f"{os.getpid()}.json", model.chat_template_kwargs
+        self._requests = json.loads((folder / REQUESTS).read_text())
+        self._left = len(self._requests)
+        self._bare(WARM_UP)
+        self._found: dict[str, Any] = {"chatting": [self._chat()], "bare": [self._bare()]}
+        self._found["spent"] = time.time() - begun
         self._watch = Watch(self._engine)
 
-    def _run_bare(self, model: ModelConfig, requests: Sequence[Any]) -> dict[str, float]:
+    def _asked(self) -> tuple[list[Any], list[Any]]:
         from vllm import SamplingParams
 
-        llm, step, begun = self._llm, self._engine.step, time.time()
-        conversations, params = [one for one, _ in requests], [SamplingParams(**one) for _, one in requests]
-        kwargs = model.chat_template_kwargs
-        prompts = [{"prompt_token_ids": token_ids(llm.get_tokenizer(), one, kwargs)} for one in conversations]
-        llm.generate(prompts[:WARM_UP], params[:WARM_UP], use_tqdm=False)
-        llm.reset_prefix_cache()
+        return [one for one, _ in self._requests], [SamplingParams(**one) for _, one in self._requests]
+
+    def _chat(self) -> float:
+        """Seconds of `LLM.chat`."""
+        conversations, params = self._asked()
+        gc.unfreeze()
         start = time.time()
-        llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs=kwargs)
-        chatting = time.time() - start
-        llm.reset_prefix_cache()
+        self._llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs=self._kwargs)
+        seconds = time.time() - start
+        self._llm.reset_prefix_cache()
+        gc.freeze()
+        return seconds
+
+    def _bare(self, count: int | None = None) -> dict[str, float]:
+        """The first `count` requests by `LLM.generate`, which is given token ids."""
+        (conversations, params), step = self._asked(), self._engine.step
+        prompts = [{"prompt_token_ids": token_ids(self._tokenizer, one, self._kwargs)} for one in conversations]
+        gc.unfreeze()  # as bare vLLM has it; the stage's engine does otherwise
         watch, start = Watch(self._engine), time.time()
-        llm.generate(prompts, params, use_tqdm=False)
-        found = watch.found() | {"first": start, "last": time.time(), "chatting": chatting}
-        llm.reset_prefix_cache()
+        self._llm.generate(prompts[:count], params[:count], use_tqdm=False)
+        found = watch.found() | {"first": start, "last": time.time()}
+        self._llm.reset_prefix_cache()
         self._engine.step = step
-        return found | {"spent": time.time() - begun}
+        gc.freeze()
+        return found
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """As ever; the file is written when a shard's requests are done."""
+        """As ever; then the file is written, and behind the last request bare vLLM has its second turn."""
         done = super().run(requests)
-        self._file.write_text(json.dumps({"bare": self._bare, "stage": self._watch.found()}))
+        self._left -= len(requests)
+        found = self._found | {"stage": self._watch.found()}
+        if self._left == 0:
+            begun = time.time()
+            time.sleep(1)  # the other shard in flight is written
+            self._llm.reset_prefix_cache()
+            found["bare"].append(self._bare())
+            found["chatting"].append(self._chat())
+            found["spent_after"] = time.time() - begun
+        self._file.write_text(json.dumps(found))
         return done
 
 
-def stage(plan: Plan, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """One run of the write stage alone: what its engines' watches saw of bare vLLM, and of the stage, in sum."""
+def stage(plan: Plan, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """One run of the write stage alone: what its first engine saw of bare vLLM, and all of them of the stage."""
     run, units = RunDir(folder / "run"), plan_units(plan)
     for name, rows in units.items():
         run.write("units", name, rows)
@@ -115,9 +139,9 @@ def stage(plan: Plan, folder: Path) -> tuple[dict[str, float], dict[str, float]]
     watched = [one["stage"] for one in seen]
     found = {name: sum(one[name] for one in watched) for name in ("within", "steps", "tokens", "cpu")}
     found |= {"first": min(one["first"] for one in watched), "last": max(one["last"] for one in watched)}
-    bare = seen[0]["bare"]
-    before, after = found["first"] - start - bare["spent"], start + whole - found["last"]
-    return bare, found | {"before": before, "after": after, "whole": whole - bare["spent"]}
+    spent, spent_after = seen[0]["spent"], seen[0].get("spent_after", 0.0)
+    before, after = found["first"] - start - spent, start + whole - found["last"] - spent_after
+    return seen[0], found | {"before": before, "after": after, "whole": whole - spent - spent_after}
 
 
 def speed(found: dict[str, float]) -> float:
@@ -223,9 +247,13 @@ def main() -> None:
 
         for at in range(options.rounds):
             bare, found = stage(plan, Path(folder) / f"round-{at}")
-            print(f"{'bare vLLM':<16} {text(bare)}; {bare['chatting']:.1f} s by LLM.chat", flush=True)
-            note("stage", speed(found) / speed(bare), text(found))
-            ratios.setdefault("stage to LLM.chat", []).append(speed(found) * bare["chatting"] / bare["tokens"])
+            for turn, seconds in zip(bare["bare"], bare["chatting"], strict=True):
+                print(f"{'bare vLLM':<16} {text(turn)}; {seconds:.1f} s by LLM.chat", flush=True)
+            before, after = map(speed, bare["bare"])
+            note("stage", 2 * speed(found) / (before + after), text(found))
+            chatting = statistics.mean(bare["chatting"]) / found["tokens"]
+            ratios.setdefault("stage to LLM.chat", []).append(speed(found) * chatting)
+            ratios.setdefault("bare vLLM, second turn to first", []).append(after / before)
             if options.actors > 1:
                 _, several = stage(more, Path(folder) / f"more-{at}")
                 note(f"{options.actors} engines", speed(several) / speed(found), text(several))

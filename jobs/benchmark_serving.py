@@ -31,7 +31,7 @@ import aiohttp
 import psutil
 import uvloop
 
-from cpt_ray.cluster import ENGINE_ENV, connected
+from cpt_ray.cluster import ENGINE_ENV, SERVER_ENV, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.engine import engine_arguments, engine_env
@@ -254,7 +254,7 @@ def main() -> None:
         run.write_json(CATALOG_FILE, CATALOG.to_json())
         process, bare = start_bare(config, model)
         try:
-            with connected():
+            with connected(more_env=SERVER_ENV):
                 url = serve_model(config, run, KEY, block=False, model=Path(model))
                 extra = {"configuration": {"manner": "plain"}}
                 this = Server("this server", url, bare.headers, psutil.Process(), [], extra)

@@ -219,7 +219,7 @@ def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> N
     from cpt_ray.serving import serve_model
 
     routing = by_configuration() if config.serve.route_by == "configuration" else {}
-    with connected(verbose, more_env=SERVER_ENV | routing):
+    with connected(verbose, more_env=routing if os.environ.get("RAY_ADDRESS") else SERVER_ENV | routing):
         if config.serve.route_by == "configuration" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
             raise UserError(
                 "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "

@@ -41,7 +41,7 @@ SERVE_ENV = {
 }
 """Ray Serve reads these when it is imported, in every process of its own."""
 SERVER_ENV = {"RAY_worker_niceness": "0"}
-"""For a cluster that serves: as Ray has it, everything else on the machine comes before its workers."""
+"""For a cluster of its own that serves: as Ray has it, all else on the machine comes before its workers."""
 REQUEST_SECONDS = 20
 """In which a client has sent a request, or the first 64 KB of it."""
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import json
@@ -153,8 +152,6 @@ class VllmEngine:
         self._label_ids: dict[str, int] = {}
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
         self._dead: EngineDiedError | None = None
-        gc.collect()
-        gc.freeze()  # what is loaded stays: the collector need not walk through it between steps
         threading.Thread(target=self._work, daemon=True).start()
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:

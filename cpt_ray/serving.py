@@ -102,8 +102,10 @@ class VllmServer:
     def __init__(self, served: Served, meter: Any):
         self._served, self._meter = served, meter
         self._engine: Any = None
+        self._record: Record | None = None
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
+        from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.config import StructuredOutputsConfig
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -145,14 +147,14 @@ class VllmServer:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)
-        # times and counts of HTTP, walking the routes for each request: Record has them
-        app.user_middleware = [one for one in app.user_middleware if "Instrumentator" not in one.cls.__name__]
+        # it walks the routes for each request, to count what Record counts
+        app.user_middleware = [one for one in app.user_middleware if one.cls is not PrometheusInstrumentatorMiddleware]
         app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
-        meter, record = _Shared(self._meter), Record(served.run)
-        return Frontend(app, served.catalogs, keyring, meter, record, served.listing, self._preferences())
+        meter, self._record = _Shared(self._meter), Record(served.run)
+        return Frontend(app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences())
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
@@ -173,6 +175,8 @@ class VllmServer:
             await self._engine.check_health()
 
     def __del__(self) -> None:
+        if self._record is not None:
+            self._record.write()
         if self._engine is not None:
             self._engine.shutdown()
 
@@ -211,7 +215,7 @@ class _Shared:
 class Record:
     """Writes every request to the access log, one JSON object a line, and counts it for Prometheus.
 
-    It does so for all of a quarter of a second at once: one by one it takes a tenth of what the front does.
+    It does so for all that ended in a quarter of a second at once; so much is lost if the process is killed.
     """
 
     def __init__(self, run: RunDir):
@@ -227,16 +231,18 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log = logging.Logger("cpt_ray.access")
         self._log.addHandler(logging.handlers.RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=4))
-
         self._ended: list[Call] = []
 
     def __call__(self, call: Call) -> None:
-        if not self._ended:
-            asyncio.get_running_loop().call_later(RECORD_SECONDS, self._write)
         self._ended.append(call)
+        if len(self._ended) == 1:
+            asyncio.get_running_loop().call_later(RECORD_SECONDS, self.write)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """What is held."""
         calls, self._ended = self._ended, []
+        if not calls:
+            return
         self._log.info("\n".join(json.dumps(asdict(call)) for call in calls))
         tokens: Counter[tuple[str, str]] = Counter()
         for call in calls:

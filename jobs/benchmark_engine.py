@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +78,7 @@ class WatchedEngine(VllmEngine):
         self._bare(WARM_UP)
         self._found: dict[str, Any] = {"chatting": [self._chat()], "bare": [self._bare()]}
         self._found["spent"] = time.time() - begun
+        self._lock, self._step = threading.Lock(), self._engine.step
         self._watch = Watch(self._engine)
 
     def _asked(self) -> tuple[list[Any], list[Any]]:
@@ -88,40 +89,38 @@ class WatchedEngine(VllmEngine):
     def _chat(self) -> float:
         """Seconds of `LLM.chat`."""
         conversations, params = self._asked()
-        gc.unfreeze()
         start = time.time()
         self._llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs=self._kwargs)
         seconds = time.time() - start
         self._llm.reset_prefix_cache()
-        gc.freeze()
         return seconds
 
     def _bare(self, count: int | None = None) -> dict[str, float]:
         """The first `count` requests by `LLM.generate`, which is given token ids."""
         (conversations, params), step = self._asked(), self._engine.step
         prompts = [{"prompt_token_ids": token_ids(self._tokenizer, one, self._kwargs)} for one in conversations]
-        gc.unfreeze()  # as bare vLLM has it; the stage's engine does otherwise
         watch, start = Watch(self._engine), time.time()
         self._llm.generate(prompts[:count], params[:count], use_tqdm=False)
         found = watch.found() | {"first": start, "last": time.time()}
         self._llm.reset_prefix_cache()
         self._engine.step = step
-        gc.freeze()
         return found
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """As ever; then the file is written, and behind the last request bare vLLM has its second turn."""
         done = super().run(requests)
-        self._left -= len(requests)
-        found = self._found | {"stage": self._watch.found()}
-        if self._left == 0:
-            begun = time.time()
-            time.sleep(1)  # the other shard in flight is written
-            self._llm.reset_prefix_cache()
-            found["bare"].append(self._bare())
-            found["chatting"].append(self._chat())
-            found["spent_after"] = time.time() - begun
-        self._file.write_text(json.dumps(found))
+        with self._lock:
+            self._left -= len(requests)
+            self._found["stage"] = self._watch.found()
+            if self._left == 0:
+                begun = time.time()
+                time.sleep(1)  # the other shard in flight is written
+                self._engine.step = self._step
+                self._llm.reset_prefix_cache()
+                self._found["bare"].append(self._bare())
+                self._found["chatting"].append(self._chat())
+                self._found["spent_after"] = time.time() - begun
+            self._file.write_text(json.dumps(self._found))
         return done
 
 

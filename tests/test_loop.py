@@ -133,19 +133,20 @@ def test_choices_steer_real_answers_and_are_held_against_the_baselines(
     cluster: LocalCluster, loop: tuple[RunDir, str]
 ) -> None:
     """Utility is measured on the texts, and shares nothing with the policy; whatever ignores choices is at 0.5."""
-    smaller = ("users=300", "test_users=24", "seeds=1", "steps=200", "policy_steps=150", "samples=1", "best_of=4")
-    job = (sys.executable, "jobs/steer.py", "evaluate", RUN_FILE, f"run_dir={loop[0].path}")
-    done = cluster.job("submit", "--working-dir", ".", "--", *job, *(f"steer.{one}" for one in smaller), timeout=600)
+    smaller = ("kinds=[high,low]", "users=200", "test_users=8", "seeds=1", "steps=120", "policy_steps=60")
+    settings = [f"steer.{one}" for one in (*smaller, "samples=1", "best_of=2")]
+    job = (sys.executable, "jobs/steer.py", "evaluate", RUN_FILE, f"run_dir={loop[0].path}", *settings)
+    done = cluster.job("submit", "--working-dir", ".", "--", *job, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = loop[0].read_json("report/steering.json")
     accuracy, satisfaction = found["accuracy"], found["satisfaction"]
     after_ten = found["counts"].index(10)
     for name in ("NP-DPO gated_lora", "inferred directive", "inferred directive, asked"):
         assert satisfaction[name]["steer_gap_ci"][after_ten][0] > 0, satisfaction[name]
-        assert satisfaction[name]["mean"][after_ten] <= satisfaction["oracle"]["mean"][after_ten]
     assert satisfaction["static"]["mean"] == pytest.approx([0.5] * len(found["counts"]))
     assert satisfaction["pairs in the prompt"]["mean"][1] is not None
     assert satisfaction["NP-BTL, best of n"]["mean"][after_ten] > 0.5
+    assert satisfaction["oracle"]["mean"][after_ten] > 0.8
     for name in ("NP-BTL", "inferred directive"):
         assert accuracy[name]["mean"][after_ten] > accuracy[f"{name}, another's choices"]["mean"][after_ten] + 0.1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.config import ModelConfig
+from cpt_ray.config import EMBEDDED_PATH, ModelConfig
+from cpt_ray.embedded.world import level_text
 from cpt_ray.engine import engine_arguments, engine_env
+from cpt_ray.measures import MEASURES
+from cpt_ray.rubric import Rubric, load_rubrics
 from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.reward import learn
@@ -218,3 +222,60 @@ def test_served_soft_prompts_are_what_was_trained(tiny: Path, monkeypatch: pytes
     served = sum(one[token].logprob for one, token in zip(out.logprobs, out.token_ids, strict=True))
     with torch.no_grad():
         assert float(policy.logps([(prompt + list(out.token_ids), len(prompt))], z)) == pytest.approx(served, abs=1e-2)
+
+
+# ---------------------------------------------------------------- what is written
+
+WORLD_PROMPTS = [f"Write about the {what} at {when}." for what in ("harbor", "market") for when in ("dawn", "noon")]
+
+
+def share(rubric: Rubric, text: str) -> float:
+    """The measured share of high words; one half if there is none of either."""
+    spec = rubric.measured[0].measure
+    assert spec is not None
+    found = MEASURES[spec.name](text, spec.words, spec.against)
+    return 0.5 if found is None else found
+
+
+def test_choices_steer_what_is_written_and_flipped_choices_the_other_way() -> None:
+    """Of a user who likes high words, three choices; scored by counting words, which shares nothing with the policy."""
+    rubrics = load_rubrics([Path("rubrics/embedded")])
+    rubric = next(one for one in rubrics if one.id == "ornament")
+    random, rng = torch.Generator().manual_seed(0), Random(0)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
+    policy = make_policy(EMBEDDED_PATH, "gated_lora")
+    pairs = [
+        [sequence(tokenizer, None, one, level_text(rng, rubrics, one, {"ornament": level}), {}) for level in (5, 1)]
+        for one in WORLD_PROMPTS * 4
+    ]
+    answers = [one for pair in pairs for one in pair]
+    with torch.no_grad():
+        reference = policy.logps(answers)
+
+    def choices(kinds: torch.Tensor) -> torch.Tensor:
+        """Embeddings of (chosen, rejected) of three choices; kind 0 likes high words, 1 low ones."""
+        ends = torch.eye(2)[torch.stack([kinds, 1 - kinds], dim=1)]
+        return ends[:, None] + 0.3 * torch.randn(len(kinds), 3, 2, 2, generator=random)
+
+    def draw(step: int) -> tuple[Any, ...]:
+        kinds, at = torch.arange(8) % 2, torch.randint(len(pairs), (8,), generator=random)
+        shown = torch.stack([2 * at + kinds, 2 * at + 1 - kinds], dim=1)
+        preferred = torch.full((8, 2, 2), torch.nan)
+        preferred[:, 0, 1] = 1
+        return choices(kinds), shown.tolist(), answers, reference, preferred
+
+    learn(policy, draw, 80, 3e-3)
+    torch.manual_seed(0)
+    found = []
+    for kind in (0, 1):
+        shown = []
+        for prompt in WORLD_PROMPTS:
+            ids, start = sequence(tokenizer, None, prompt, "", {})
+            with torch.no_grad(), policy.conditioned(policy.encoder(choices(torch.full((8,), kind)))[0]):
+                made = policy.model.generate(
+                    torch.tensor([ids[:start]] * 8), max_new_tokens=48, do_sample=True, pad_token_id=0
+                )
+            shown += [share(rubric, one) for one in tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)]
+        found.append(torch.tensor(shown))
+    gap, error = found[0].mean() - found[1].mean(), (found[0].var() / 32 + found[1].var() / 32).sqrt()
+    assert gap - 1.96 * error > 0.2, (gap, error)

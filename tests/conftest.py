@@ -13,12 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
 
-LONGEST = ("test_loop", "test_training", "test_serving", "test_steering_stage", "test_faults", "test_jobs")
+LONGEST = ("loop", "training", "serving", "routing", "steering_stage", "faults", "jobs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that both processes end at about the same time; `slow` tests only if asked for."""
-    order = {name: at for at, name in enumerate(LONGEST)}
+    order = {f"test_{name}": at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if not os.environ.get("CPT_SLOW"):
         for item in items:

@@ -21,6 +21,7 @@ from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.reward import learn
 from cpt_ray.steering.tables import sequence
+from tests.local_cluster import ROOT
 from tests.tiny_model import make_tiny_model
 
 FORMS: tuple[Form, ...] = ("film", "gated_lora", "soft_prompt")
@@ -239,7 +240,7 @@ def share(rubric: Rubric, text: str) -> float:
 
 def test_choices_steer_what_is_written_and_flipped_choices_the_other_way() -> None:
     """Of a user who likes high words, three choices; scored by counting words, which shares nothing with the policy."""
-    rubrics = load_rubrics([Path("rubrics/embedded")])
+    rubrics = load_rubrics([ROOT / "rubrics" / "embedded"])
     rubric = next(one for one in rubrics if one.id == "ornament")
     random, rng = torch.Generator().manual_seed(0), Random(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from cpt_ray.cluster import by_configuration, connected
+from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 from tests.test_serving import AUTHORIZED, CHAT, KEY, make_config, make_run, noted
 
@@ -25,6 +26,15 @@ def asking(number: int, named: bool) -> dict[str, Any]:
     } | level
 
 
+def until_both_answer(url: str, run: RunDir) -> None:
+    """HAProxy is told of the second replica after the first: until then all goes to that one."""
+    end = time.monotonic() + 60
+    while not all(log.stat().st_size for log in (run.path / "access").iterdir()):
+        assert time.monotonic() < end, "one replica is never asked"
+        for number in range(0, 100, 9):
+            httpx.post(f"{url}{CHAT}", headers=AUTHORIZED, json=asking(number, named=False), timeout=60)
+
+
 @pytest.mark.slow
 def test_requests_for_the_same_level_go_to_the_same_replica(tmp_path: Path) -> None:
     from ray import serve
@@ -33,6 +43,7 @@ def test_requests_for_the_same_level_go_to_the_same_replica(tmp_path: Path) -> N
     with connected(more_env=by_configuration()):
         url = serve_model(make_config(run, replicas=2), run, KEY, block=False)
         try:
+            until_both_answer(url, run)
             for named in (False, True):
                 for number in range(0, 100, 9):
                     headers = {**AUTHORIZED, "X-Request-ID": f"routed-{named}-{number}"}

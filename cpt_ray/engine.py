@@ -129,12 +129,14 @@ def check_schema_is_enforced(engine: Engine, where: str) -> None:
         )
 
 
-class _Asked:
-    """One request on its way to the thread that steps the engine."""
+class _Batch:
+    """What one call of `run` asks for, on its way to the thread that steps the engine and back."""
 
-    def __init__(self, ids: list[int], params: SamplingParams):
-        self.ids, self.params = ids, params
-        self.output: Future[RequestOutput] = Future()
+    def __init__(self, asked: dict[int, tuple[list[int], SamplingParams]]):
+        self.asked = asked
+        """Token ids and parameters, by the request's number."""
+        self.outputs: dict[int, RequestOutput] = {}
+        self.done: Future[None] = Future()
 
 
 class VllmEngine:
@@ -150,56 +152,60 @@ class VllmEngine:
         self._token_ids = PromptTokens(self._tokenizer, config.chat_template_kwargs)
         self._max_model_len = self._engine.model_config.max_model_len
         self._label_ids: dict[str, int] = {}
-        self._inbox: SimpleQueue[_Asked] = SimpleQueue()
+        self._inbox: SimpleQueue[_Batch] = SimpleQueue()
         self._dead: EngineDiedError | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request and sample; a prompt too long for the model is never sent."""
-        pending: list[Future[RequestOutput] | Completion] = []
         prompts = self._token_ids([request.messages for request in requests])
-        for request, ids in zip(requests, prompts, strict=True):
-            if len(ids) + request.max_tokens > self._max_model_len:
-                detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {self._max_model_len}"
-                pending.append(Completion(error="too long", detail=detail, num_prompt_tokens=len(ids)))
-            else:
-                asked = _Asked(ids, self._params(request))
-                self._inbox.put(asked)
-                pending.append(asked.output)
+        both = list(enumerate(zip(requests, prompts, strict=True)))
+        room = self._max_model_len
+        fits = {at: (ids, self._params(one)) for at, (one, ids) in both if len(ids) + one.max_tokens <= room}
+        batch = _Batch(fits)
+        if batch.asked:
+            self._inbox.put(batch)
+            self._wait(batch.done)
         completions = []
-        for request, one in zip(requests, pending, strict=True):
-            if isinstance(one, Completion):
-                completions += [one] * request.samples
+        for at, (request, ids) in both:
+            if at in batch.outputs:
+                completions += self._completions(request, batch.outputs[at])
             else:
-                completions += self._completions(request, self._wait(one))
+                detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {room}"
+                refused = Completion(error="too long", detail=detail, num_prompt_tokens=len(ids))
+                completions += [refused] * request.samples
         return completions
 
-    def _wait(self, output: Future[RequestOutput]) -> RequestOutput:
+    def _wait(self, done: Future[None]) -> None:
         while True:
             try:
-                return output.result(timeout=1)
+                return done.result(timeout=1)
             except TimeoutError:
-                if self._dead:  # it died before it saw this request
+                if self._dead:  # it died before it saw this batch
                     raise self._dead from None
 
     def _work(self) -> None:
         """Adds what is asked for and steps the engine, for ever; alone in touching it."""
-        waiting: dict[str, Future[RequestOutput]] = {}
+        waiting: dict[str, tuple[_Batch, int]] = {}
         for number in itertools.count():  # the engine wants an id of its own for every request
             try:
                 while not waiting or not self._inbox.empty():
-                    asked = self._inbox.get()
-                    name = f"{number}-{len(waiting)}"
-                    waiting[name] = asked.output
-                    self._engine.add_request(name, {"prompt_token_ids": asked.ids}, asked.params)
+                    batch = self._inbox.get()
+                    for at, (ids, params) in batch.asked.items():
+                        name = f"{number}-{len(waiting)}"
+                        waiting[name] = batch, at
+                        self._engine.add_request(name, {"prompt_token_ids": ids}, params)
                 for output in self._engine.step():
                     if output.finished:
-                        waiting.pop(output.request_id).set_result(output)
+                        batch, at = waiting.pop(output.request_id)
+                        batch.outputs[at] = output
+                        if len(batch.outputs) == len(batch.asked):
+                            batch.done.set_result(None)
             except BaseException as error:  # raised again in every thread that waits for an answer
                 traceback.print_exc()
                 self._dead = EngineDiedError(f"{type(error).__name__}: {error}")
-                for future in waiting.values():
-                    future.set_exception(self._dead)
+                for batch in {batch for batch, _ in waiting.values()}:
+                    batch.done.set_exception(self._dead)
                 return
 
     def _params(self, request: Request) -> SamplingParams:

@@ -6,6 +6,7 @@ cache serves it. `policy_messages` and `token_ids` are what training, evaluation
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -47,6 +48,7 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[ChatMessage], **kwargs: Any) -> Any: ...
 
 
+@functools.lru_cache
 def rubric_text(rubric: Rubric) -> str:
     """The whole rubric as the writer, director and judge read it."""
     lines = [f"# {rubric.title}", rubric.objective, "", *(f"- {one}" for one in rubric.principles)]
@@ -67,23 +69,24 @@ def _level_descriptors(rubric: Rubric, level: Level) -> str:
     return "\n".join(f"- {one.name}: {one.descriptors[level.name]}" for one in rubric.criteria)
 
 
+@functools.lru_cache
+def _write_tail(rubric: Rubric, level: Level) -> str:
+    return f"{WRITE_TAIL.format(**_level_fields(rubric, level))}\n{_level_descriptors(rubric, level)}"
+
+
 def _chat(system: str, user: str) -> list[ChatMessage]:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 def writer_messages(rubric: Rubric, level: Level, prompt: str) -> list[ChatMessage]:
     """phi(x, R, target): the whole rubric, the prompt, then the level asked for."""
-    tail = WRITE_TAIL.format(**_level_fields(rubric, level)) + "\n" + _level_descriptors(rubric, level)
-    return _chat(f"{WRITE_HEAD}\n\n{rubric_text(rubric)}", f"{prompt}\n\n{tail}")
+    return _chat(f"{WRITE_HEAD}\n\n{rubric_text(rubric)}", f"{prompt}\n\n{_write_tail(rubric, level)}")
 
 
 def joint_writer_messages(targets: Sequence[tuple[Rubric, Level]], prompt: str) -> list[ChatMessage]:
     """The same for the targets of several rubrics in one answer."""
     rubrics = "\n\n".join(rubric_text(rubric) for rubric, _ in targets)
-    tails = [
-        f"{rubric.title}: {WRITE_TAIL.format(**_level_fields(rubric, level))}\n{_level_descriptors(rubric, level)}"
-        for rubric, level in targets
-    ]
+    tails = [f"{rubric.title}: {_write_tail(rubric, level)}" for rubric, level in targets]
     return _chat(f"{JOINT_WRITE_HEAD}\n\n{rubrics}", "\n\n".join([prompt, *tails]))
 
 
@@ -169,10 +172,11 @@ class PromptTokens:
     def __call__(self, conversations: Sequence[list[ChatMessage]]) -> list[list[int]]:
         """The prompts' token ids."""
         marks, known = self._starts, self._known  # another thread may put others there
-        if marks is None:
+        if marks is None or not conversations:
             return [token_ids(self._tokenizer, one, self._kwargs) for one in conversations]
-        render = self._tokenizer.apply_chat_template
-        texts = [render(one, tokenize=False, add_generation_prompt=True, **self._kwargs) for one in conversations]
+        texts = self._tokenizer.apply_chat_template(
+            list(conversations), tokenize=False, add_generation_prompt=True, **self._kwargs
+        )
         parts = []
         for text in texts:
             starts = [0, *(found.start() for found in marks.finditer(text) if found.start()), len(text)]
@@ -190,12 +194,11 @@ class PromptTokens:
         return found
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        found: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )["input_ids"]
-        return found
+        """Past the tokenizer's own call, which makes lists of much that is not asked for while it holds the GIL."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def level_labels(rubric: Rubric) -> list[str]:

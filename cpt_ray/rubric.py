@@ -75,6 +75,9 @@ class Rubric(_Strict):
         """Changes with any part of the rubric that a written answer or a grade can depend on."""
         return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}}))
 
+    def __hash__(self) -> int:
+        return hash((self.id, self.version))
+
     def level(self, name: str) -> Level:
         """The level called `name`; UserError with the nearest name if there is none."""
         for level in self.levels:

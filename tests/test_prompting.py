@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tokenizers
@@ -62,21 +64,20 @@ def test_parts_make_the_ids_of_the_whole(kind: str, conversations: list[Any]) ->
 
 
 def test_a_tokenizer_whose_parts_depend_on_each_other_gets_whole_texts() -> None:
-    class Odd:
+    def encode(text: str) -> list[int]:
         """The first token counts those that follow."""
+        return [len(text), *map(ord, text)]
 
-        is_fast = True
+    class Odd:
+        is_fast, backend_tokenizer = True, MagicMock()
         added_tokens_decoder = TOKENIZERS["first"].added_tokens_decoder
+        backend_tokenizer.encode_batch_fast = lambda texts, **_: [SimpleNamespace(ids=encode(one)) for one in texts]
 
-        def encode(self, text: str) -> list[int]:
-            return [len(text), *map(ord, text)]
-
-        def __call__(self, texts: list[str], **_: Any) -> Any:
-            return {"input_ids": [self.encode(text) for text in texts]}
-
-        def apply_chat_template(self, messages: Any, tokenize: bool = True, **_: Any) -> Any:
-            text = "".join(f"<s>{one['content']}" for one in messages)
-            return self.encode(text) if tokenize else text
+        def apply_chat_template(self, asked: Any, tokenize: bool = True, **_: Any) -> Any:
+            if isinstance(asked[0], list):
+                return [self.apply_chat_template(one, tokenize) for one in asked]
+            text = "".join(f"<s>{one['content']}" for one in asked)
+            return encode(text) if tokenize else text
 
     parts, asked = PromptTokens(Odd(), {}), [{"role": "user", "content": "a"}] * 2
     assert parts([asked] * 2) + parts([asked]) == [token_ids(Odd(), asked)] * 3

@@ -23,8 +23,8 @@ STEERING_START, STEERING_END = "<!-- steering -->", "<!-- end of steering -->"
 METRIC_TITLES = {"accuracy": "Accuracy", "kendall_tau": "Kendall's tau", "spearman_rho": "Spearman's rho"}
 METRIC_MEANINGS = {
     "accuracy": "answers at the requested level",
-    "kendall_tau": "order of requests and of scores, pair by pair: 0 unrelated, 1 same level by level",
-    "spearman_rho": "rank of requests and of scores: 1 same, 0 unrelated",
+    "kendall_tau": "order of requests and of scores, pair by pair (0 unrelated, 1 same level by level)",
+    "spearman_rho": "rank of requests and of scores (0 unrelated, 1 same)",
 }
 MAX_POINTS_PER_LEVEL = 60
 """Dots drawn per level and panel, first by hash; means are over all answers."""
@@ -136,42 +136,6 @@ def _context(results: Mapping[str, Any], trials: Sequence[Trial], rubrics: Seque
     )
 
 
-def _tile(metric: str, results: Mapping[str, Any]) -> str:
-    base, tuned = (_number(metric, results[model][metric]) for model in MODELS)
-    change = results["difference"]
-    spread = _interval(metric, change)
-    return (
-        f'<div class="tile"><h2>{METRIC_TITLES[metric]}</h2><p class="big"><span class="base"><i>base</i> {base}</span>'
-        f' <span class="tuned"><i>tuned</i> {tuned}</span></p>{_whiskers(metric, results)}'
-        f"<p>change {_number(metric, change[metric], signed=True)}{f' ({spread})' if spread else ''}</p>"
-        f'<p class="quiet">{METRIC_MEANINGS[metric]}</p></div>'
-    )
-
-
-def _whiskers(metric: str, results: Mapping[str, Any]) -> str:
-    """Both estimates and intervals on one scale from 0 (or -1) to 1."""
-    known = {model: results[model] for model in MODELS if results[model][metric] is not None}
-    ends = {model: entry[f"{metric}_ci"] or [entry[metric]] * 2 for model, entry in known.items()}
-    low = -1 if any(pair[0] < 0 for pair in ends.values()) else 0
-
-    def x(value: float) -> float:
-        return 8 + 244 * (value - low) / (1 - low)
-
-    marks = [
-        f'<g class="{model}"><line x1="{x(ends[model][0]):.1f}" x2="{x(ends[model][1]):.1f}" y1="{y}" y2="{y}"/>'
-        f'<circle cx="{x(entry[metric]):.1f}" cy="{y}" r="5"/></g>'
-        for y, (model, entry) in zip((10, 24), known.items(), strict=False)
-    ]
-    ticks = (
-        f'<text x="{x(at):.1f}" y="48">{f"{at:.0%}" if metric == "accuracy" else f"{at:g}"}</text>'
-        for at in (low, (low + 1) / 2, 1)
-    )
-    return (
-        f'<svg viewBox="0 0 260 52" class="whiskers" role="img" aria-label="{METRIC_TITLES[metric]} with intervals">'
-        f'<line class="axis" x1="8" x2="252" y1="34" y2="34"/>{"".join(marks)}{"".join(ticks)}</svg>'
-    )
-
-
 # ---------------------------------------------------------------- plots
 
 _WIDTH, _LEFT, _TOP, _PLOT_HEIGHT = 270, 30, 8, 180
@@ -275,10 +239,11 @@ def _result_table(results: Mapping[str, Any]) -> str:
             )
             rows.append(f'<tr><th class="{row}">{row}</th>{cells}<td>{entry.get("n", "")}</td></tr>')
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
+    meanings = ". ".join(f"{METRIC_TITLES[metric]}: {METRIC_MEANINGS[metric]}" for metric in METRICS)
     return (
         f'<div class="scroll"><table class="results"><thead><tr><th></th>{head}<th>n</th></tr></thead>'
         f'{"".join(bodies)}</table></div><p class="quiet">'
-        f"n: graded answers. Ungraded and left out: {_ungraded(results)}. "
+        f"{meanings}. n: graded answers. Ungraded and left out: {_ungraded(results)}. "
         "Change: tuned minus base on the same resampled prompts. Measured, no judge: the same answers by the measured "
         "criteria alone. Without a directive: the same requests, which the model is not told.</p>"
     )
@@ -414,25 +379,18 @@ h2 { font-size: 21px; margin: 40px 0 8px; } h3 { font-size: 17px; margin: 0 0 4p
 p { margin: 4px 0 10px; max-width: 72em; }
 .quiet { color: var(--quiet); font-size: 14px; }
 .base { color: var(--base); } .tuned { color: var(--tuned); }
-.tiles, .plots, .pair { display: grid; gap: 14px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); margin: 20px 0; }
+.plots, .pair { display: grid; gap: 14px; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); }
 .pair p { margin: 0 0 4px; font-size: 14px; }
-.tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px;
-  margin: 0; }
-.tile h2 { font-size: 15px; margin: 0; } .tile p { margin: 0; }
-.tile .big { font-size: 31px; font-weight: 650; line-height: 1.4; }
-.big span { margin-right: 8px; white-space: nowrap; } .big i { font-size: 14px; font-style: normal; font-weight: 400; }
+figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px; margin: 0; }
 svg { display: block; width: 100%; height: auto; max-width: 420px; overflow: visible; }
 svg text { fill: var(--quiet); font-size: 12px; }
-.tick, .turned { text-anchor: end; } .name, .whiskers text { text-anchor: middle; }
-.grid, .axis { stroke: var(--rule); } .bin { fill: var(--bin); }
+.tick, .turned { text-anchor: end; } .name { text-anchor: middle; }
+.grid { stroke: var(--rule); } .bin { fill: var(--bin); }
 .ideal { fill: none; stroke: var(--quiet); stroke-dasharray: 4 4; stroke-width: 1.2; }
 .mean { fill: none; stroke: currentColor; stroke-width: 2.2; } .dot { fill: currentColor; opacity: .4; }
 .mark { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
-.whiskers { margin: 6px 0; } .whiskers circle { fill: currentColor; }
-.whiskers g line { stroke: currentColor; stroke-width: 3; stroke-linecap: round; }
 .scroll { overflow-x: auto; }
 .steering svg { max-width: 720px; } .steering td { white-space: nowrap; } .steering td:first-child { text-align: left; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
@@ -483,7 +441,6 @@ def render_report(
 <title>{name}: cpt_ray report</title><style>{_STYLE}</style></head><body>
 <header><p class="quiet">cpt_ray report: {name}</p><h1>{_text(_headline(results))}</h1>
 <p>{_text(_context(results, trials, rubrics))}</p></header>
-<div class="tiles">{"".join(_tile(metric, results) for metric in METRICS)}</div>
 <h2>Score by requested level</h2><p class="quiet">{_LEGEND}</p><div class="plots">{figures}</div>
 <h2>All results</h2>{_result_table(results)}
 <h2>Can the judge be trusted?</h2>{_agreement(results, rubrics)}

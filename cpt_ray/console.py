@@ -16,6 +16,17 @@ PLAIN_INTERVAL_SECONDS = 5.0
 
 Advance = Callable[[float, str], None]
 """(how much was done since the last call, a note that replaces the last one) -> None."""
+_COLUMNS = {
+    "rows_in": "in",
+    "rows_out": "out",
+    "prompt_tokens": "prompt",
+    "cached_tokens": "cached",
+    "generated_tokens": "generated",
+    "engine_seconds": "engine s",
+    "generated_tokens_per_second": "tokens/s",
+    "cost": "cost",
+}
+"""What `status_lines` has columns for, and their titles."""
 
 
 def say(text: str = "") -> None:
@@ -24,19 +35,23 @@ def say(text: str = "") -> None:
 
 
 def status_lines(ledger: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """ledger.json as a table: a line per stage, then its rejects and prices."""
-    columns = ("in", "out", "prompt", "cached", "generated", "engine s", "tokens/s", "cost")
-    keys = ["rows_in", "rows_out", "prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds"]
-    keys += ["generated_tokens_per_second", "cost"]
-    lines = [f"{'stage':<14}" + "".join(f"{name:>12}" for name in columns)] if ledger else []
+    """ledger.json as a table: a line per stage, then its rejects and whatever else is known of it."""
+    lines = [f"{'stage':<14}" + "".join(f"{title:>12}" for title in _COLUMNS.values())] if ledger else []
     for stage, entry in ledger.items():
-        cells = [entry.get(key) for key in keys]
-        lines.append(f"{stage:<14}" + "".join(f"{'-' if one is None else f'{one:,.10g}':>12}" for one in cells))
+        lines.append(f"{stage:<14}" + "".join(f"{_shown(entry.get(key)):>12}" for key in _COLUMNS))
         rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.get("rejected", {}).items()))
-        more = [f"rejected: {rejected}"] if rejected else []
-        more += [f"{key}: {entry[key]}" for key in ("cost_per_pair", "so far") if key in entry]
-        lines += [f"  {one}" for one in more]
+        others = ", ".join(f"{key}: {_shown(entry[key])}" for key in entry if key not in (*_COLUMNS, "rejected"))
+        if rejected:
+            lines.append(f"  rejected: {rejected}")
+        if others:
+            lines.append(f"  {others}")
     return lines
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.10g}" if isinstance(value, int | float) else str(value)
 
 
 @contextmanager

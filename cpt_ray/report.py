@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cpt_ray.console import status_lines
 from cpt_ray.grading import confirms
 from cpt_ray.records import Trial, content_id
 from cpt_ray.rubric import Rubric
@@ -219,11 +220,11 @@ def _figure(rubric: Rubric, trials: Sequence[Trial], results: Mapping[str, Any])
 # ---------------------------------------------------------------- tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose cells are HTML already; the first column is the row's name."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _result_table(results: Mapping[str, Any]) -> str:
@@ -280,36 +281,9 @@ def _agreement(results: Mapping[str, Any], rubrics: Sequence[Rubric]) -> str:
     return f"<p>{sentence}</p>{_table(head, rows)}"
 
 
-_LEDGER_COLUMNS = {
-    "rows_in": "rows in",
-    "rows_out": "rows out",
-    "rejected": "rejected",
-    "prompt_tokens": "prompt tokens",
-    "cached_tokens": "of them cached",
-    "generated_tokens": "generated",
-    "generated_tokens_per_second": "per second",
-    "engine_seconds": "engine s",
-    "wall_seconds": "wall s",
-}
-
-
-def _ledger_table(ledger: Mapping[str, Mapping[str, Any]]) -> str:
-    used = [key for key in _LEDGER_COLUMNS if any(entry.get(key) not in (None, {}) for entry in ledger.values())]
-    rows = []
-    for stage, entry in ledger.items():
-        more = {key.replace("_", " "): value for key, value in entry.items() if key not in _LEDGER_COLUMNS}
-        rows.append([_text(stage), *(_cell(entry.get(key)) for key in used), _cell(more or None)])
-    head = ["stage", *(_LEDGER_COLUMNS[key] for key in used), "more"]
-    return _table(head, rows, "ledger") if rows else "<p>No ledger.</p>"
-
-
-def _cell(value: object) -> str:
-    """One ledger value: a count, seconds, or counts by reason."""
-    if isinstance(value, Mapping):
-        return "<br>".join(f"{_cell(count)} {_text(reason)}" for reason, count in value.items()) or "0"
-    if isinstance(value, float):
-        return f"{value:,.1f}".removesuffix(".0") if abs(value) >= 10 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else _text("" if value is None else value)
+def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
+    text = "\n".join(status_lines(ledger))
+    return f'<div class="scroll"><pre>{_text(text)}</pre></div>' if text else "<p>No ledger.</p>"
 
 
 def _flat(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -400,7 +374,7 @@ th { font-weight: 600; } th:first-child { text-align: left; }
 small { color: var(--quiet); margin-left: 10px; white-space: nowrap; }
 .results { max-width: 860px; } .group th { padding-top: 16px; border: 0; }
 tbody th.change { font-weight: 400; color: var(--quiet); }
-.ledger td, .ledger th { font-size: 14px; padding: 5px 7px; } .ledger td:not(:last-child) { white-space: nowrap; }
+pre { margin: 0; font-size: 13px; }
 details { border-bottom: 1px solid var(--rule); padding: 8px 0; } summary { cursor: pointer; font-weight: 600; }
 .answer { background: var(--card); border-left: 3px solid currentColor; padding: 8px 12px; border-radius: 4px; }
 .answer p, .words { color: var(--ink); }
@@ -447,7 +421,7 @@ def render_report(
 <h2>Example answers</h2><p class="quiet">Not picked by hand: for each rubric the first held-out prompt by hash, at every
 level. The number is the score (0-100), then the level it falls in.</p>{examples}
 {STEERING_START}{STEERING_END}
-<h2>What each stage did</h2>{_ledger_table(ledger)}
+<h2>What each stage did</h2>{_ledger(ledger)}
 <h2>This run</h2><dl>{facts}</dl>
 </body></html>
 """

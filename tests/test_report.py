@@ -163,7 +163,7 @@ def test_a_long_answer_is_cut_and_says_so() -> None:
 
 def test_ledger_and_run_info_print_what_is_there() -> None:
     page = page_of(make_trials())
-    for text in ("1,188", "12 cut off", "4,321", "0.312 loss", "models / writer", "tiny"):
+    for text in ("1,188", "12 cut off", "4,321", "loss: 0.312", "models / writer", "tiny"):
         assert text in page
     assert "No ledger." in page_of(make_trials(), ledger={}, run_info={})
 

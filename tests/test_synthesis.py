@@ -453,9 +453,10 @@ def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> No
     entry = ledger_entry(run, "units", ["a", "b"], price)
     assert entry["cost"] == pytest.approx((200 * 1 + 800 * 0.1 + 50 * 10) / 1e6)
     assert (entry["rows_in"], entry["rows_out"], entry["rejected"]) == (4, 3, {"cut off": 1})
-    lines = status_lines({"write": entry | {"engine_seconds": 0.5, "generated_tokens_per_second": 100.0}})
+    more = {"engine_seconds": 0.5, "generated_tokens_per_second": 100.0, "steps": 2000, "so far": "this command"}
+    lines = status_lines({"write": entry | more})
     assert lines[1].split() == ["write", "4", "3", "1,000", "800", "50", "0.5", "100", "0.00078"]
-    assert lines[2] == "  rejected: 1 cut off"
+    assert lines[2:] == ["  rejected: 1 cut off", "  steps: 2,000, so far: this command"]
 
 
 def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -54,12 +54,9 @@ def _shown(value: object) -> str:
     return f"{value:,.10g}" if isinstance(value, int | float) else str(value)
 
 
-@contextmanager
-def progress(stage: str, total: float, unit: str) -> Iterator[Advance]:
+def progress(stage: str, total: float, unit: str) -> AbstractContextManager[Advance]:
     """Shows how far a stage is: a live bar with ETA on a terminal, else a line every few seconds and at the end."""
-    shown = _bar if sys.stdout.isatty() else _lines
-    with shown(stage, total, unit) as advance:
-        yield advance
+    return (_bar if sys.stdout.isatty() else _lines)(stage, total, unit)
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def _figure(rubric: Rubric, trials: Sequence[Trial], results: Mapping[str, Any])
 # ---------------------------------------------------------------- tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose cells are HTML already; the first column is the row's name."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
@@ -278,7 +278,7 @@ def _agreement(results: Mapping[str, Any], rubrics: Sequence[Rubric]) -> str:
         if rubric.measured and (entry := found["per_rubric"][rubric.id])
     ]
     head = ["", "answers", "same level", "rho", "accuracy, base to tuned", "the same, measured only"]
-    return f"<p>{sentence}</p>{_table(head, rows)}"
+    return f"<p>{sentence}</p>{html_table(head, rows)}"
 
 
 def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
@@ -366,7 +366,7 @@ svg text { fill: var(--quiet); font-size: 12px; }
 .mean { fill: none; stroke: currentColor; stroke-width: 2.2; } .dot { fill: currentColor; opacity: .4; }
 .mark { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
 .scroll { overflow-x: auto; }
-.steering svg { max-width: 720px; } .steering td { white-space: nowrap; } .steering td:first-child { text-align: left; }
+.steering svg { max-width: 720px; } .steering td { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); vertical-align: top;
   overflow-wrap: normal; }

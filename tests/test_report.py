@@ -198,11 +198,15 @@ def test_nothing_to_report_is_still_a_page_and_a_table() -> None:
 def test_steering_has_a_place_in_the_report_and_the_newest_results_take_it() -> None:
     def results(name: str) -> dict[str, Any]:
         entry = {"mean": [0.5, 0.75], "ci": [None, [0.7, 0.8]]}
-        return {"counts": [0, 3], "num_users": 8, "accuracy": {name: entry}, "satisfaction": {}, "costs": {}}
+        costs = {name: {"tokens_once": 1234, "tokens_per_answer": 5, "bytes": 6}}
+        return {"counts": [0, 3], "num_users": 8, "accuracy": {name: entry}, "satisfaction": {}, "costs": costs}
 
     plain = page_of(make_trials())
     first = with_steering(plain, results(HOSTILE))
     second = with_steering(first, results("NP-BTL"))
     assert "<script" not in first and "alert" in first and "NP-BTL" in second and "alert" not in second
     assert second == with_steering(plain, results("NP-BTL")) and second.count("<svg") == plain.count("<svg") + 1
+    for text in ("foretold", "0.75 [0.70, 0.80]", "bytes kept", "1,234"):
+        assert text in second
+    parsed(second)
     assert with_steering("<html>of old</html>", results("NP-BTL")) == "<html>of old</html>"

@@ -20,7 +20,7 @@ from cpt_ray.records import Prompt, SteeredAnswer, content_id
 from cpt_ray.report import REPORT
 from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
-from cpt_ray.steering.page import RESULTS, render_page, table_lines, with_steering
+from cpt_ray.steering.page import RESULTS, table_lines, with_steering
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import Tasks, accuracy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts
@@ -347,12 +347,11 @@ def _write(
                 entry["steer_gap_ci"] = [one and [2 * end - 1 for end in one] for one in entry["ci"]]
             results[metric][name] = entry
     run = arena.steering.run
-    run.write_json(RESULTS, results)
-    page = run.write_text("report/steering.html", render_page(results))
-    if satisfactions and (report := run.path / REPORT).exists():
-        run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
+    written = run.write_json(RESULTS, results)
+    if (report := run.path / REPORT).exists():  # one made later takes them from RESULTS
+        written = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
     say("\n".join(table_lines(results)))
-    say(f"report       {page}")
+    say(f"results      {written}")
     return results
 
 

@@ -1,14 +1,15 @@
-"""Steering's results for people: a figure and a table on one page without scripts, and lines for the terminal."""
+"""Steering's results for people: a section of the run's report, and lines for the terminal."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.report import STEERING_END, STEERING_START
+from cpt_ray.report import STEERING_END, STEERING_START, html_table
 
 RESULTS = "report/steering.json"
+"""In the run directory; the report shows the same."""
 METRICS = {
     "accuracy": "Share of a held-out user's other choices that are foretold.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
@@ -19,8 +20,12 @@ COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b0
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 44, 34
 
 
-def _cell(entry: Mapping[str, Any], at: int) -> str:
-    mean, ends = entry["mean"][at], entry["ci"][at]
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    """Per number of choices."""
+    return [_cell(mean, ends) for mean, ends in zip(entry["mean"], entry["ci"], strict=True)]
+
+
+def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
     if mean is None:
         return "-"
     return f"{mean:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else f"{mean:.2f}"
@@ -34,7 +39,7 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
             continue
         lines += ["", f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
         for name, entry in results[metric].items():
-            lines.append(f"{name:<30}" + "".join(f"{_cell(entry, at):>20}" for at in range(len(results["counts"]))))
+            lines.append(f"{name:<30}" + "".join(f"{cell:>20}" for cell in _cells(entry)))
     if results["costs"]:
         lines += ["", f"{'per user':<30}" + "".join(f"{title:>20}" for title in COSTS.values())]
         lines += [
@@ -78,43 +83,18 @@ def _figure(metric: str, results: Mapping[str, Any]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _table(metric: str, results: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{count}</th>" for count in results["counts"])
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{_cell(entry, at)}</td>" for at in range(len(results["counts"])))
-        + "</tr>"
-        for name, entry in results[metric].items()
-    )
-    return f"<table><tr><th>{metric}</th>{head}</tr>{rows}</table>"
-
-
-def _sections(results: Mapping[str, Any]) -> str:
-    parts = [
-        f"<h2>{metric}</h2><p>{text}</p>{_figure(metric, results)}{_table(metric, results)}"
-        for metric, text in METRICS.items()
-        if results[metric]
-    ]
-    if results["costs"]:
-        head = "".join(f"<th>{title}</th>" for title in COSTS.values())
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{one[part]:,}</td>" for part in COSTS) + "</tr>"
-            for name, one in results["costs"].items()
-        )
-        parts.append(f"<h2>per user</h2><table><tr><th>method</th>{head}</tr>{rows}</table>")
+def _section(results: Mapping[str, Any]) -> str:
     said = f"{results['num_users']} held-out users, by number of their choices; 95% intervals over users and seeds."
-    return f"<p>{said}</p>{''.join(parts)}"
-
-
-def render_page(results: Mapping[str, Any]) -> str:
-    """A page of its own."""
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Few-shot steering</title><style>'
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2rem auto;padding:0 1rem;color:#222}"
-        "svg{width:100%;font-size:12px}td,th{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #ddd}"
-        "table{border-collapse:collapse;display:block;overflow-x:auto}</style>"
-        f"<h1>Few-shot steering</h1>{_sections(results)}</html>\n"
-    )
+    parts = [f"<p>{said}</p>"]
+    for metric, text in METRICS.items():
+        if results[metric]:
+            rows = [[html.escape(name), *_cells(entry)] for name, entry in results[metric].items()]
+            table = html_table([metric, *map(str, results["counts"])], rows)
+            parts.append(f"<h3>{metric}</h3><p>{text}</p>{_figure(metric, results)}{table}")
+    if results["costs"]:
+        rows = [[html.escape(name), *(f"{one[part]:,}" for part in COSTS)] for name, one in results["costs"].items()]
+        parts.append(f"<h3>per user</h3>{html_table(['method', *COSTS.values()], rows)}")
+    return "".join(parts)
 
 
 def with_steering(report: str, results: Mapping[str, Any]) -> str:
@@ -123,6 +103,4 @@ def with_steering(report: str, results: Mapping[str, Any]) -> str:
     _, end, after = rest.partition(STEERING_END)
     if not (mark and end):
         return report  # of an older version
-    sections = _sections(results).replace("<h2>", "<h3>").replace("</h2>", "</h3>")
-    sections = sections.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
-    return f'{before}{mark}<h2>Few-shot steering</h2><div class="steering">{sections}</div>{end}{after}'
+    return f'{before}{mark}<h2>Few-shot steering</h2><div class="steering">{_section(results)}</div>{end}{after}'

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_ray.agreement import spearman
 from cpt_ray.grading import confirms
 from cpt_ray.records import Trial
 from cpt_ray.rubric import Rubric
@@ -153,10 +154,6 @@ def _weighted(rows: _Rows, signs: Floats, counts: Floats) -> Floats:
     return np.stack([accuracy, np.clip(tau, -1, 1), np.clip(rho, -1, 1)])
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def _summary(statistics: Floats) -> dict[str, Any]:
     """{metric: estimate, metric_ci: [low, high]} from (3, 1 + resamples)."""
     tail = (100 - INTERVAL_PERCENT) / 2
@@ -164,29 +161,24 @@ def _summary(statistics: Floats) -> dict[str, Any]:
     for name, (estimate, *resampled) in zip(METRICS, statistics, strict=True):
         defined = np.array(resampled)[np.isfinite(resampled)]
         known = len(defined) > 0 and math.isfinite(estimate)
-        made[name] = _number(estimate)
+        made[name] = float(estimate) if math.isfinite(estimate) else None
         made[f"{name}_ci"] = [float(end) for end in np.percentile(defined, [tail, 100 - tail])] if known else None
     return made
 
 
-def _agreement(scorer: _Scorer, trials: Sequence[Trial]) -> dict[str, Any]:
+def _agreement(rubrics: Mapping[str, Rubric], trials: Sequence[Trial]) -> dict[str, Any]:
     """How far judge and measures agree over the rows that have both."""
-    both = [(one, one.judged, one.measured) for one in trials if one.judged is not None and one.measured is not None]
-    rubrics = [scorer.rubrics[one.rubric_id] for one, _, _ in both]
-    same = [
-        float(rubric.nearest_level(judged) == rubric.nearest_level(measured))
-        for rubric, (_, judged, measured) in zip(rubrics, both, strict=True)
+    both = [
+        (rubrics[one.rubric_id], one.judged, one.measured)
+        for one in trials
+        if one.judged is not None and one.measured is not None
     ]
-    rows = _Rows(
-        prompt=np.array([scorer.prompts[one.prompt_id] for one, _, _ in both], dtype=np.int64),
-        target=np.array([judged for _, judged, _ in both], dtype=np.float64),
-        score=np.array([measured for _, _, measured in both], dtype=np.float64),
-        hit=np.array(same, dtype=np.float64),
-        missed=np.array([], dtype=np.int64),
-        ungraded=len(trials) - len(both),
-    )
-    same_level, _, rho = _weighted(rows, _signs(rows, len(scorer.counts)), scorer.counts[:, :1])[:, 0]
-    return {"n": len(both), "spearman_rho": _number(rho), "same_level": _number(same_level)}
+    same = [rubric.nearest_level(judged) == rubric.nearest_level(measured) for rubric, judged, measured in both]
+    return {
+        "n": len(both),
+        "spearman_rho": spearman([judged for _, judged, _ in both], [measured for _, _, measured in both]),
+        "same_level": sum(same) / len(same) if same else None,
+    }
 
 
 def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: int, seed: int) -> dict[str, Any]:
@@ -221,7 +213,7 @@ def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: 
         "per_rubric": {name: _summary(tuned.per_rubric[name][1] - base.per_rubric[name][1]) for name in rubric_ids}
     }
     of_rubric = {name: [one for one in trials if one.rubric_id == name] for name in rubric_ids}
-    results["judge_agreement"] = _agreement(scorer, trials) | {
-        "per_rubric": {name: _agreement(scorer, rows) for name, rows in of_rubric.items()}
+    results["judge_agreement"] = _agreement(scorer.rubrics, trials) | {
+        "per_rubric": {name: _agreement(scorer.rubrics, rows) for name, rows in of_rubric.items()}
     }
     return results

@@ -15,6 +15,7 @@ from cpt_ray.agreement import agreement
 from cpt_ray.grading import aggregate
 from cpt_ray.pairing import targets_of
 from cpt_ray.records import CONTROL, Generation, Grade, Pair, content_id
+from cpt_ray.report import flat
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir
 
@@ -130,7 +131,7 @@ def _card(
     ]
     balance = [(name, *words, words[0] / words[1] if words[1] else None) for name, words in survey.words.items()]
     agreed = ("n", "same_level", "weighted_kappa", "spearman_rho")
-    lineage = [("seed", info["seed"]), ("pairs", pairs_hash), *_flat(info["models"], "model"), *_flat(info["hashes"])]
+    lineage = flat({"seed": info["seed"], "pairs": pairs_hash, "models": info["models"], "hashes": info["hashes"]})
     parts = [
         f"---\n{head}---\n\n# {info['name']}\n",
         "Preference pairs for configurable preference tuning: under the directive in `prompt`, `chosen` is the answer "
@@ -178,14 +179,6 @@ def _example(one: Pair) -> str:
         for name, text in blocks
     )
     return f"### {one.rubric_id}\n\n" + "\n\n".join(quoted) + "\n"
-
-
-def _flat(info: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in info.items():
-        name = f"{prefix} {key}".strip()
-        rows += _flat(value, name) if isinstance(value, Mapping) else [(name, value)]
-    return rows
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

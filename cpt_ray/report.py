@@ -286,10 +286,11 @@ def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
     return f'<div class="scroll"><pre>{_text(text)}</pre></div>' if text else "<p>No ledger.</p>"
 
 
-def _flat(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of everything in nested mappings; a name is the keys on the way, joined by " / "."""
     for key, value in info.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key} / ")
+            yield from flat(value, f"{prefix}{key} / ")
         else:
             yield f"{prefix}{key}", value
 
@@ -409,7 +410,7 @@ def render_report(
     name = _text(run_info.get("name", "run"))
     figures = "".join(_figure(rubric, trials, results) for rubric in rubrics)
     examples = "".join(_examples(rubric, trials, at == 0) for at, rubric in enumerate(rubrics))
-    facts = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in _flat(run_info))
+    facts = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in flat(run_info))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}: cpt_ray report</title><style>{_STYLE}</style></head><body>

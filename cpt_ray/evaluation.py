@@ -52,18 +52,12 @@ def _trials(rubric: Rubric, prompt: Prompt, directives: list[Directive], num_dir
             rows.append(
                 Trial(
                     trial_id=content_id(prompt.text, rubric.id, level.name, directive),
-                    model="",
                     prompt_id=prompt.prompt_id,
                     prompt=prompt.text,
                     rubric_id=rubric.id,
                     level=level.name,
                     target=level.score,
                     directive=directive,
-                    text="",
-                    score=None,
-                    judged=None,
-                    measured=None,
-                    reason="not answered yet",
                 )
             )
     return rows

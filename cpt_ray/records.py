@@ -182,10 +182,10 @@ class Reject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One evaluation answer and its grade."""
+    """One evaluation answer and its grade; until then, what is to be answered."""
 
     trial_id: str
-    model: str
+    model: str = ""
     """"base" or "tuned"."""
     prompt_id: str
     prompt: str
@@ -196,12 +196,12 @@ class Trial:
     """Its anchor, 0-100."""
     directive: str | None
     """None in the rows without a directive."""
-    text: str
-    score: float | None
+    text: str = ""
+    score: float | None = None
     """Judged score, 0-100; None if ungraded."""
-    judged: float | None
-    measured: float | None
-    reason: str
+    judged: float | None = None
+    measured: float | None = None
+    reason: str = "not answered yet"
     """Why `score` is None; "" if it is not."""
 
 

@@ -35,7 +35,7 @@ class PromptsConfig(_Section):
     """Where the prompts come from."""
 
     source: str
-    """A .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face data set."""
+    """A .jsonl, .parquet or .csv file, or the name of a Hugging Face data set."""
     column: str = "prompt"
     data_split: str = "train"
     """Which split of a Hugging Face data set is read."""
@@ -406,7 +406,7 @@ class PreferencesConfig(_Section):
     """A preference set in TRL's format: prompt, chosen, rejected, as text or as messages."""
 
     source: str
-    """A .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face data set."""
+    """A .jsonl, .parquet or .csv file, or the name of a Hugging Face data set."""
     data_split: str = "train"
 
 

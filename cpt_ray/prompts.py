@@ -50,7 +50,7 @@ def read_prompts(config: PromptsConfig) -> list[Prompt]:
 def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, Any]]:
     """The rows of `source`; UserError if it cannot be read."""
     path = Path(config.source)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json}
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
     if path.suffix in readers:
         if not path.is_file():
             raise UserError(f"{path}: no such file (source)")
@@ -75,16 +75,6 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of objects")
-    return rows
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -77,7 +77,6 @@ def test_prompts_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     rows = [{"prompt": text} for text in wanted]
     csv_rows = "\n".join(f'{at},"{text}"' for at, text in enumerate(wanted))
     assert prompts(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))) == wanted
-    assert prompts(tmp_path, "a.json", json.dumps(rows)) == wanted
     assert prompts(tmp_path, "a.csv", f"id,prompt\n{csv_rows}") == wanted
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = read_prompts(PromptsConfig(source=str(tmp_path / "a.parquet"), held_out=0.5))
@@ -91,7 +90,7 @@ def test_prompts_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.jsonl", '{"promt": "x"}', "no column 'prompt' (did you mean \"promt\"?)"),
         ("a.jsonl", '{"prompt": 3}', "expected a non-empty text"),
         ("a.jsonl", '{"prompt": "x"}', "none of them"),
-        ("a.txt", "x", "rows are read from"),
+        ("a.json", "[]", "a.json: rows are read from .jsonl, .parquet, .csv files or a data set's name"),
     ],
 )
 def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, said: str) -> None:

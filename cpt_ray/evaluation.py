@@ -10,7 +10,7 @@ from typing import Any
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Tally, ledger_entry, run_lines
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.report import REPORT, render_report, table_lines
@@ -155,11 +155,10 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         for name, model in (("tuned", tuned), ("base", config.policy))
     ]
     run_lines(run, [Line(list(planned), [step, judge]) for step in steps])
-    answers = {step.stage: [step.output(name) for name in planned] for step in steps}
-    graded = [judge.output(name) for names in answers.values() for name in names]
-    for stage, names in answers.items():
-        run.add_to_ledger(stage, ledger_entry(run, "evaluation_answers", names))
-    run.add_to_ledger(judge.stage, ledger_entry(run, "evaluation", graded))
+    done: list[tuple[Step, list[str]]] = [(step, [step.output(name) for name in planned]) for step in steps]
+    graded = [judge.output(name) for _, names in done for name in names]
+    for step, names in [*done, (judge, graded)]:
+        run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
     results: dict[str, Any] = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -19,8 +20,9 @@ from cpt_ray.config import PriceConfig, load_config
 from cpt_ray.console import status_lines
 from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
+from cpt_ray.evaluation import evaluate
 from cpt_ray.pairing import control_directive
-from cpt_ray.pool import MAX_DEATHS, Attempts, Tally, ledger_entry
+from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import (
@@ -457,6 +459,30 @@ def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> No
     lines = status_lines({"write": entry | more})
     assert lines[1].split() == ["write", "4", "3", "1,000", "800", "50", "0.5", "100", "0.00078"]
     assert lines[2:] == ["  rejected: 1 cut off", "  steps: 2,000, so far: this command"]
+
+
+def evaluated(plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation by the engine of `run_all`, where every request takes 100 tokens and every answer 10."""
+
+    def run_here(run: RunDir, lines: list[Line]) -> None:
+        for line in lines:
+            for shard in line.shards:
+                for step in line.steps:
+                    step(engine, run, shard)
+                    shard = step.output(shard)
+
+    engine = FakeEngine(lambda request: dataclasses.replace(answer(request), num_prompt_tokens=100, num_tokens=10))
+    monkeypatch.setattr("cpt_ray.evaluation.run_lines", run_here)
+    evaluate(plan, run, run_all(plan, run, engine))
+
+
+def test_evaluation_costs_what_its_roles_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = make_run(tmp_path, "policy.price.generated=50", "judge.price.prompt=3", levels=GIVEN)
+    evaluated(plan, run, monkeypatch)
+    ledger, num_trials = run.read_json("ledger.json"), 3 * 2 * len(plan.prompts_of("held_out"))
+    for stage in ("answer-base", "answer-tuned"):
+        assert (ledger[stage]["rows_in"], ledger[stage]["cost"]) == (num_trials, num_trials * 10 * 50 / 1e6)
+    assert (ledger["grade"]["rows_in"], ledger["grade"]["cost"]) == (2 * num_trials, 2 * num_trials * 100 * 3 / 1e6)
 
 
 def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,14 +11,14 @@ from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
-from cpt_ray.prompting import TEMPLATES_HASH, policy_messages
+from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.report import REPORT, render_report, table_lines
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
 from cpt_ray.steering.page import RESULTS, with_steering
-from cpt_ray.synthesis import Plan, Shards, judge_answers, run_info
+from cpt_ray.synthesis import JudgeStep, Plan, Shards, judge_answers, run_info
 
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
@@ -119,8 +119,8 @@ class GradeTrialsStep:
     table: str = "evaluation"
 
     def output(self, shard: str) -> str:
-        """Depends on the answers and the judge."""
-        return derive(shard, "judge", self.model.answer_key, TEMPLATES_HASH)
+        """Depends on what the grades of written answers depend on."""
+        return JudgeStep(self.rubrics, self.model).output(shard)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Grades one shard."""

@@ -9,23 +9,24 @@ import re
 import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 
 from cpt_ray.card import write_card
 from cpt_ray.cli import main
-from cpt_ray.config import PriceConfig, load_config
+from cpt_ray.config import JudgeConfig, PriceConfig, load_config
 from cpt_ray.console import status_lines
 from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation import evaluate
+from cpt_ray.evaluation import GradeTrialsStep, evaluate
 from cpt_ray.pairing import control_directive
 from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import (
+    JudgeStep,
     Plan,
     Shards,
     control_step,
@@ -483,6 +484,19 @@ def test_evaluation_costs_what_its_roles_do(tmp_path: Path, monkeypatch: pytest.
     for stage in ("answer-base", "answer-tuned"):
         assert (ledger[stage]["rows_in"], ledger[stage]["cost"]) == (num_trials, num_trials * 10 * 50 / 1e6)
     assert (ledger["grade"]["rows_in"], ledger["grade"]["cost"]) == (2 * num_trials, 2 * num_trials * 100 * 3 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "mode"), [("GRADE_FORMAT", "logprobs"), ("RATIONALE_HASH", "rationale"), ("TEMPLATES_HASH", "logprobs")]
+)
+def test_what_regrades_written_answers_regrades_the_evaluation(
+    changed: str, mode: Literal["logprobs", "rationale"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = JudgeConfig(model="fake", mode=mode)
+    steps = (JudgeStep(rubrics={}, model=judge), GradeTrialsStep(rubrics={}, model=judge))
+    before = [step.output("ornament-0") for step in steps]
+    monkeypatch.setattr(f"cpt_ray.synthesis.{changed}", "another")
+    assert not {*before} & {step.output("ornament-0") for step in steps}
 
 
 def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,9 @@ from cpt_ray.evaluation import GradeTrialsStep, evaluate
 from cpt_ray.pairing import control_directive
 from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
+from cpt_ray.report import REPORT
 from cpt_ray.rundir import RunDir
+from cpt_ray.steering.page import RESULTS
 from cpt_ray.synthesis import (
     JudgeStep,
     Plan,
@@ -484,6 +486,17 @@ def test_evaluation_costs_what_its_roles_do(tmp_path: Path, monkeypatch: pytest.
     for stage in ("answer-base", "answer-tuned"):
         assert (ledger[stage]["rows_in"], ledger[stage]["cost"]) == (num_trials, num_trials * 10 * 50 / 1e6)
     assert (ledger["grade"]["rows_in"], ledger["grade"]["cost"]) == (2 * num_trials, 2 * num_trials * 100 * 3 / 1e6)
+
+
+@pytest.mark.parametrize("policy", ["the tuned", "an earlier"])
+def test_steering_that_was_fitted_before_is_in_the_report_if_it_is_of_that_policy(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+    results = {"counts": [0], "num_users": 8, "accuracy": {"NP-BTL": {"mean": [0.5], "ci": [None]}}, "satisfaction": {}}
+    run.write_json(RESULTS, results | {"costs": {}, "policy": str(run.model) if policy == "the tuned" else policy})
+    evaluated(plan, run, monkeypatch)
+    assert ("NP-BTL" in (run.path / REPORT).read_text(encoding="utf-8")) == (policy == "the tuned")
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ svg text { fill: var(--quiet); font-size: 12px; }
 .mean { fill: none; stroke: currentColor; stroke-width: 2.2; } .dot { fill: currentColor; opacity: .4; }
 .mark { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
 .scroll { overflow-x: auto; }
-.steering svg { max-width: 720px; } .steering td { white-space: nowrap; }
+.steering h3 { margin-top: 20px; } .steering svg { max-width: 720px; } .steering td { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); vertical-align: top;
   overflow-wrap: normal; }

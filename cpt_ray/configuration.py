@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.prompting import compose_directives
 from cpt_ray.records import Directive
@@ -61,6 +63,9 @@ class CatalogRubric:
         if not 0 <= target <= 100:
             raise UserError(f"{where}: {target!r:.{MAX_SHOWN}} is not a score from 0 to 100")
         return min(self.levels, key=lambda level: (abs(level.score - target), -level.score))
+
+
+_RUBRICS = TypeAdapter(tuple[CatalogRubric, ...], config=ConfigDict(extra="forbid"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,15 +154,9 @@ class Catalog:
     def from_json(cls, data: Any) -> Self:
         """What `to_json` gave; UserError if it is something else."""
         try:
-            return cls(
-                tuple(
-                    CatalogRubric(**{**rubric, "levels": tuple(CatalogLevel(**level) for level in rubric["levels"])})
-                    for rubric in data["data"]
-                ),
-                data.get("saved", {}),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{CATALOG_FILE}: written by another version ({error}); train the model again") from None
+            return cls(_RUBRICS.validate_python(data["data"]), data.get("saved", {}))
+        except (AttributeError, KeyError, TypeError, ValidationError) as error:
+            raise UserError(f"{CATALOG_FILE}: written by another version; train the model again") from error
 
 
 def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive]) -> CatalogRubric:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from cpt_ray.errors import UserError
 
@@ -268,19 +269,9 @@ def to_table(rows: Iterable[Any], record: type[Any]) -> pa.Table:
 
 
 @functools.cache
-def _nested(record: type[Any]) -> dict[str, type[Any]]:
-    """The fields that are lists of records, and of which class; found once per class, not once per row."""
-    hints = typing.get_type_hints(record)
-    inner = {name: typing.get_args(hint)[0] for name, hint in hints.items() if typing.get_origin(hint) is list}
-    return {name: typing.cast(type[Any], one) for name, one in inner.items() if dataclasses.is_dataclass(one)}
-
-
-def from_dict(record: type[Record], row: dict[str, Any]) -> Record:
-    """One record from one row of its table."""
-    lists = {
-        name: [from_dict(kind, one) for one in row[name]] for name, kind in _nested(typing.cast(Any, record)).items()
-    }
-    return record(**{**row, **lists})
+def _adapter(record: type[Any]) -> TypeAdapter[Any]:
+    """Makes records of dicts; made once per class, for that takes as long as reading a shard."""
+    return TypeAdapter(record)
 
 
 def read_records(path: Path, record: type[Record]) -> list[Record]:
@@ -291,4 +282,5 @@ def read_records(path: Path, record: type[Record]) -> list[Record]:
             f"{path}: columns {', '.join(table.schema.names)} are not those of {record.__name__} "
             f"({', '.join(schema_of(record).names)}); delete the file, it is then made again"
         )
-    return [from_dict(record, row) for row in table.to_pylist()]
+    adapter = _adapter(typing.cast(Any, record))
+    return [adapter.validate_python(row) for row in table.to_pylist()]

@@ -127,7 +127,17 @@ def test_the_listing_says_what_can_be_asked_for() -> None:
     assert listed["levels"][0]["directive"] == "Write in the low ornament manner, please (a)."
 
 
-@pytest.mark.parametrize("data", [None, [], {}, {"data": [{}]}, {"data": [{"id": "a", "levels": [{"x": 1}]}]}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        {"data": [{}]},
+        {"data": [{"id": "a", "levels": [{"x": 1}]}]},
+        {"data": [CATALOG.to_json()["data"][0] | {"more": 1}]},
+    ],
+)
 def test_another_versions_catalog_is_refused(data: Any) -> None:
     with pytest.raises(UserError, match="another version"):
         Catalog.from_json(data)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
-from cpt_ray.config import PreferenceRunConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
+from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
 from cpt_ray.engine import engine_env
@@ -30,9 +30,9 @@ from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, plan_units, run_info, synthesize
 
 
-def check(paths: Sequence[str]) -> None:
+def check(arguments: argparse.Namespace) -> None:
     """Lints rubric files; UserError with a line per problem."""
-    files = rubric_files([Path(one) for one in paths])
+    files = rubric_files([Path(one) for one in arguments.paths])
     load_rubrics(files)
     for path in files:
         rubric = load_rubric(path)
@@ -68,11 +68,6 @@ def _settings(train: TrainConfig) -> dict[str, object]:
     return train.model_dump(exclude=places)
 
 
-def do_synthesize(plan: Plan, run: RunDir) -> None:
-    """Rubrics and prompts to pairs."""
-    synthesize(plan, run)
-
-
 def do_train(plan: Plan, run: RunDir) -> None:
     """Pairs to a model."""
     from cpt_ray.training import train
@@ -101,14 +96,15 @@ def do_evaluate(plan: Plan, run: RunDir) -> None:
 def do_run(plan: Plan, run: RunDir) -> None:
     """Everything, then what to do next."""
     start = time.monotonic()
-    for stage in (do_synthesize, do_train, do_evaluate):
-        stage(plan, run)
+    synthesize(plan, run)
+    do_train(plan, run)
+    do_evaluate(plan, run)
     say(f"total        {time.monotonic() - start:.0f} s")
 
 
-STAGES: dict[str, tuple[Callable[[Plan, RunDir], None], str]] = {
+STAGES: dict[str, tuple[Callable[[Plan, RunDir], object], str]] = {
     "run": (do_run, "synthesize, train and evaluate"),
-    "synthesize": (do_synthesize, "write and judge answers, make twin pairs"),
+    "synthesize": (synthesize, "write and judge answers, make twin pairs"),
     "train": (do_train, "tune the policy on the pairs (DPO)"),
     "evaluate": (do_evaluate, "measure base and tuned, write the report"),
 }
@@ -133,50 +129,57 @@ def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
     return number
 
 
-def work(command: str, config: RunConfig, verbose: bool = False) -> None:
+def work(arguments: argparse.Namespace) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
+    config = load_config(Path(arguments.run_file), arguments.overrides)
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), **run_info(plan)})
-        with connected(verbose, run.path / "ray.log"):
-            _check_room(command, config)
-            STAGES[command][0](plan, run)
+        with connected(arguments.verbose, run.path / "ray.log"):
+            _check_room(arguments.command, config)
+            STAGES[arguments.command][0](plan, run)
+    if arguments.command == "run":
+        _say_next(arguments.run_file, config, arguments.overrides)
 
 
 def _check_room(command: str, config: RunConfig) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
     from cpt_ray.training import check_workers
 
-    roles = {
-        "synthesize": {"writer": config.writer, "director": config.director, "judge": config.judge},
-        "evaluate": {"judge": config.judge, "policy": config.policy},
-        "train": {},
-    }
-    roles["run"] = {**roles["synthesize"], **roles["evaluate"]}
-    for name, role in roles[command].items():
+    roles: dict[str, ModelConfig] = {}
+    if command in ("run", "synthesize"):
+        roles = {"writer": config.writer, "director": config.director, "judge": config.judge}
+        roles |= {f"judges.{at}": one for at, one in enumerate(config.judges)}
+        roles |= {"policy": config.policy} if config.synthesis.control else {}
+    if command in ("run", "evaluate"):
+        roles |= {"judge": config.judge, "policy": config.policy}
+    for name, role in roles.items():
         if role.endpoint is None:
-            fewest = role.num_actors if isinstance(role.num_actors, int) else role.num_actors[0]
             each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
             remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
-            check_room(name, each, fewest, remedy)
+            check_room(name, each, role.num_actors.least, remedy)
     if command in ("run", "train"):
         check_workers(config.train)
 
 
-def status(path: Path) -> None:
+def status(arguments: argparse.Namespace) -> None:
     """What a run has done and what it cost, from its directory alone."""
-    run = RunDir(path)
+    run = RunDir(Path(arguments.run))
     made, ledger = run.read_yaml("run.yaml"), run.read_json("ledger.json") or {}
     if made is None:
-        raise UserError(f"{path}: no run.yaml there; give the directory of a run (runs/NAME)")
+        raise UserError(f"{run.path}: no run.yaml there; give the directory of a run (runs/NAME)")
     say(f"{made['name']}: {'a process is at work on it' if run.busy else 'no process is at work on it'}")
     say("\n".join(status_lines(ledger)) or "nothing is done yet")
 
 
-def train_alone(config: PreferenceRunConfig, verbose: bool = False) -> None:
-    """A model from any preference set, on the cluster this process belongs to."""
+def train_model(arguments: argparse.Namespace) -> None:
+    """A model from the run's pairs or, if the run file names one, from any preference set."""
     from cpt_ray.training import train
 
+    config = load_any_config(Path(arguments.run_file), arguments.overrides)
+    if isinstance(config, RunConfig):
+        work(arguments)
+        return
     source = config.preferences.source
     path, run = Path(source), RunDir(Path(config.run_dir).absolute())
     data = file_fingerprint(path) if path.is_file() else source
@@ -185,12 +188,18 @@ def train_alone(config: PreferenceRunConfig, verbose: bool = False) -> None:
     )
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), "preferences": data})
-        with connected(verbose, run.path / "ray.log"):
+        with connected(arguments.verbose, run.path / "ray.log"):
             train(config, run, (), key)
 
 
-def steer(config: RunConfig, arguments: argparse.Namespace) -> None:
+def push_model(arguments: argparse.Namespace) -> None:
+    """The run's model to a folder or to the Hugging Face Hub."""
+    push(RunDir(Path(load_any_config(Path(arguments.run_file), arguments.overrides).run_dir)), arguments.target)
+
+
+def steer(arguments: argparse.Namespace) -> None:
     """One action of few-shot steering, on the cluster this process belongs to."""
+    config = load_config(Path(arguments.run_file), arguments.overrides)
     os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
     from cpt_ray.steering import comparison, stage
 
@@ -214,18 +223,22 @@ def steer(config: RunConfig, arguments: argparse.Namespace) -> None:
             comparison.evaluate(steering)
 
 
-def serve(config: RunConfig, verbose: bool = False, insecure: bool = False) -> None:
+def serve(arguments: argparse.Namespace) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving import serve_model
 
-    routing = by_configuration() if config.serve.route_by == "configuration" else {}
-    with connected(verbose, more_env=routing if os.environ.get("RAY_ADDRESS") else SERVER_ENV | routing):
-        if config.serve.route_by == "configuration" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+    config = load_config(Path(arguments.run_file), arguments.overrides)
+    env = by_configuration() if config.serve.route_by == "configuration" else {}
+    routes = bool(env)
+    if not os.environ.get("RAY_ADDRESS"):
+        env |= SERVER_ENV
+    with connected(arguments.verbose, more_env=env):
+        if routes and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
             raise UserError(
                 "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "
                 "set RAY_SERVE_ENABLE_HA_PROXY=1 for the job, or leave it out"
             )
-        serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None, insecure=insecure)
+        serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None, insecure=arguments.insecure)
 
 
 def manage_keys(arguments: argparse.Namespace) -> None:
@@ -289,33 +302,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a user's error, 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
+    commands = {"check": check, "status": status, "train": train_model, "push": push_model, "serve": serve}
+    commands |= {"steer": steer, "keys": manage_keys}
     try:
-        if arguments.command == "check":
-            check(arguments.paths)
-            return 0
-        if arguments.command == "keys":
-            manage_keys(arguments)
-            return 0
-        if arguments.command == "status":
-            status(Path(arguments.run))
-            return 0
-        if arguments.command in ("train", "push"):
-            some = load_any_config(Path(arguments.run_file), arguments.overrides)
-            if arguments.command == "push":
-                push(RunDir(Path(some.run_dir)), arguments.target)
-                return 0
-            if isinstance(some, PreferenceRunConfig):
-                train_alone(some, arguments.verbose)
-                return 0
-        config = load_config(Path(arguments.run_file), arguments.overrides)
-        if arguments.command == "serve":
-            serve(config, arguments.verbose, arguments.insecure)
-        elif arguments.command == "steer":
-            steer(config, arguments)
-        else:
-            work(arguments.command, config, arguments.verbose)
-            if arguments.command == "run":
-                _say_next(arguments.run_file, config, arguments.overrides)
+        commands.get(arguments.command, work)(arguments)
         return 0
     except UserError as error:
         if getattr(arguments, "verbose", False):

@@ -10,10 +10,10 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, model_validator
 
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
@@ -25,6 +25,29 @@ EMBEDDED_PATH = Path(__file__).parent / "embedded" / "model"
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+class Range(NamedTuple):
+    """How many there may be; in the run file a number, or [fewest, most]."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}-{self.most}"
+
+
+def _read_range(value: Any, least: int = 1) -> Range:
+    pair = [value, value] if isinstance(value, int) else value
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(one) is int for one in pair)):
+        raise ValueError(f"found {value!r}; expected a number, or [fewest, most]")
+    if not least <= pair[0] <= pair[1] or pair[1] < 1:
+        raise ValueError(f"found {value!r}; expected at least {least}, and no more as the fewest than as the most")
+    return Range(*pair)
+
+
+OneOrMore = Annotated[Range, PlainValidator(_read_range)]
+NoneOrMore = Annotated[Range, PlainValidator(functools.partial(_read_range, least=0))]
 
 
 class _Section(BaseModel):
@@ -111,7 +134,7 @@ class ModelConfig(_Section):
     endpoint: EndpointConfig | None = None
     """Ask this server; `engine` and `num_gpus` are then not used."""
     price: PriceConfig = PriceConfig()
-    num_actors: Positive | tuple[Positive, Positive] = 1
+    num_actors: OneOrMore = Range(1, 1)
     """Engine actors; [min, max] lets the pool grow with the cluster."""
     num_cpus: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs per engine actor."""
@@ -154,11 +177,6 @@ class ModelConfig(_Section):
         """Two roles with the same one can share an engine."""
         fields = {"model", "endpoint", "num_actors", "num_cpus", "num_gpus", "engine"}
         return content_id(self.model_dump(mode="json", include=fields), self.chat_template_kwargs)
-
-    @property
-    def max_actors(self) -> int:
-        """The most engine actors there can be."""
-        return self.num_actors if isinstance(self.num_actors, int) else self.num_actors[1]
 
 
 class JudgeConfig(ModelConfig):
@@ -236,7 +254,7 @@ Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm"
 class TrainConfig(_Section):
     """DPO."""
 
-    num_workers: Positive | tuple[Positive, Positive] = 2
+    num_workers: OneOrMore = Range(2, 2)
     """[min, max] goes on with fewer workers when nodes are lost and with more when they come."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] | None = None
@@ -272,9 +290,9 @@ class TrainConfig(_Section):
     """Where loss and metrics go; TensorBoard's files are in the run directory."""
 
     @property
-    def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers."""
-        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+    def worker_resources(self) -> dict[str, float]:
+        """Of one worker, by Ray's names."""
+        return self.resources_per_worker or {"GPU" if self.use_gpu else "CPU": 1}
 
 
 class EvaluateConfig(_Section):
@@ -363,7 +381,7 @@ class ServeConfig(_Section):
     host: str = "127.0.0.1"
     """Anything but loopback needs keys (`cpt keys add`), or --insecure."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: Positive | tuple[Annotated[int, Field(ge=0)], Positive] = 1
+    replicas: NoneOrMore = Range(1, 1)
     """[min, max] follows the load; with min 0 an idle server holds no engine, and the next request waits for one."""
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 64
     """Requests in flight per replica that [min, max] aims at."""

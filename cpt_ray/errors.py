@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Something in the user's hands is wrong. The command line prints its text and exits with 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut short."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`' (did you mean "x"?)'` for the nearest known name, else the list of known names."""
     names = sorted(known)

@@ -50,7 +50,7 @@ class OpenAIEngine:
     def __init__(self, config: ModelConfig, key: SecretStr):
         assert config.endpoint is not None
         self._config, self._endpoint = config, config.endpoint
-        share = config.max_actors  # every engine actor takes its part of the limits
+        share = config.num_actors.most  # every engine actor takes its part of the limits
         self._requests = Pace(self._endpoint.requests_per_minute, share)
         self._tokens = Pace(self._endpoint.tokens_per_minute, share)
         self._slots = asyncio.Semaphore(max(1, self._endpoint.concurrency // share))

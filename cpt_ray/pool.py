@@ -27,7 +27,7 @@ from pydantic import SecretStr
 from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
 from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, first_line
 from cpt_ray.rundir import RunDir, replacing
 
 Counts = Mapping[str, float]
@@ -232,10 +232,7 @@ def needs_schema(model: ModelConfig) -> bool:
 
 def _one_line(error: BaseException) -> str:
     """The error in one line; the class's name in front unless it is one of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, UserError):
-        return lines[0]
-    return f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"
+    return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _told(error: Exception) -> str:
@@ -286,7 +283,7 @@ def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None
     model = steps[0][0].model
     live = Live(run, {stage: step.model for stage, step in flat.items()})
     with progress("+".join(flat), len(todo), "shards") as advance:
-        advance(0, f"starting {_pool_text(model)}")
+        advance(0, f"starting {model.num_actors} x {model.model}")
         for row in _map_shards(
             run, model, steps, todo, open_engine or functools.partial(make_engine, key=endpoint_key(model))
         ):
@@ -328,11 +325,6 @@ def _complete(done: dict[str, set[str]], steps: Sequence[Step], name: str) -> bo
     return True
 
 
-def _pool_text(model: ModelConfig) -> str:
-    count = model.num_actors if isinstance(model.num_actors, int) else f"{model.num_actors[0]}-{model.num_actors[1]}"
-    return f"{count} x {model.model}"
-
-
 def _map_shards(
     run: RunDir,
     model: ModelConfig,
@@ -344,15 +336,13 @@ def _map_shards(
     import ray.data
     from ray.exceptions import RayError
 
-    size = model.num_actors if isinstance(model.num_actors, tuple) else (model.num_actors, model.num_actors)
-    size = (min(size[0], len(todo)), min(size[1], len(todo)))
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
         fn_constructor_args=(run, model, steps, open_engine),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
-            min_size=size[0],
-            max_size=size[1],
+            min_size=min(model.num_actors.least, len(todo)),
+            max_size=min(model.num_actors.most, len(todo)),
             max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
             max_tasks_in_flight_per_actor=2 * SHARDS_IN_FLIGHT,
             enable_true_multi_threading=True,

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from cpt_ray.records import content_id
 from cpt_ray.rubric import Criterion, Level, Rubric
@@ -40,12 +40,6 @@ RATIONALE_TAIL = (
 TEMPLATES_HASH = content_id(WRITE_HEAD, WRITE_TAIL, DIRECT_HEAD, DIRECT_TAIL, JUDGE_HEAD, JUDGE_TAIL)
 JOINT_HASH = content_id(TEMPLATES_HASH, JOINT_WRITE_HEAD)
 RATIONALE_HASH = content_id(TEMPLATES_HASH, RATIONALE_TAIL)
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    def apply_chat_template(self, conversation: list[ChatMessage], **kwargs: Any) -> Any: ...
 
 
 @functools.lru_cache
@@ -140,7 +134,7 @@ def compose_directives(texts: Sequence[str]) -> str | None:
 
 
 def token_ids(
-    tokenizer: Tokenizer, messages: list[ChatMessage], template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any, messages: list[ChatMessage], template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
     """The prompt's token ids by the model's own chat template, ready for the answer; no second BOS."""
     ids = tokenizer.apply_chat_template(

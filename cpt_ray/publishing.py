@@ -10,7 +10,7 @@ from typing import Any
 
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, first_line
 from cpt_ray.rundir import RunDir
 
 HUB = "hf://"
@@ -94,7 +94,7 @@ def push(run: RunDir, target: str) -> None:
             api.upload_folder(repo_id=name, folder_path=source, path_in_repo=inside or None)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"{target}: the Hub said no ({str(error).splitlines()[0]}); log in with `hf auth login` as somebody who "
+            f"{target}: the Hub said no ({first_line(error)}); log in with `hf auth login` as somebody who "
             "may write there"
         ) from None
     say(f"pushed       {target}")

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpt_ray.config import ModelConfig, TrainConfig, TuneConfig
+from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
 from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
 from cpt_ray.records import ReferenceLogProb, content_id
 from cpt_ray.rows import Row, sequence_ids
@@ -152,9 +152,9 @@ def _read(run: RunDir, key: str) -> dict[str, float]:
 def _role(config: TuneConfig) -> ModelConfig:
     """The policy on the training's resources: as many actors as workers, or one with all that shards need."""
     settings = config.train
-    resources = settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
+    resources = settings.worker_resources
     changes: dict[str, Any] = {"num_actors": settings.num_workers, "num_cpus": resources.get("CPU", 1), "engine": {}}
     changes["num_gpus"] = resources.get("GPU", 0)
     if settings.sharding == "fsdp":
-        changes |= {"num_actors": 1, "num_gpus": changes["num_gpus"] * settings.worker_range[0]}
+        changes |= {"num_actors": Range(1, 1), "num_gpus": changes["num_gpus"] * settings.num_workers.least}
     return config.policy.model_copy(update=changes)

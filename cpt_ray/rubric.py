@@ -173,19 +173,19 @@ def directive_leak(text: str, rubric: Rubric) -> str | None:
 # ---------------------------------------------------------------- reading
 
 
+def _refusal(problem: str, where: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Plain YAML only: no aliases (bombs), no tags, no key twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(
-                None, None, "YAML anchors and aliases are not allowed; write the text out", event.start_mark
-            )
+            raise _refusal("YAML anchors and aliases are not allowed; write the text out", event)
         if getattr(event, "tag", None):
-            raise yaml.composer.ComposerError(
-                None, None, f"the YAML tag {event.tag!r} is not allowed; remove it", event.start_mark
-            )
+            raise _refusal(f"the YAML tag {event.tag!r} is not allowed; remove it", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -193,16 +193,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"key {key!r} is read as {type(key).__name__}; put it in quotes",
-                    key_node.start_mark,
-                )
+                raise _refusal(f"key {key!r} is read as {type(key).__name__}; put it in quotes", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice; remove one", key_node.start_mark
-                )
+                raise _refusal(f"the key {key!r} stands twice; remove one", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 

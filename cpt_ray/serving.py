@@ -330,7 +330,7 @@ def serve_model(
             _start(config, targets, port)
             for name in set(before.applications) - {one.name for one in targets}:
                 serve.delete(name)  # an untuned model that is no longer asked for
-            asleep = isinstance(config.serve.replicas, tuple) and config.serve.replicas[0] == 0
+            asleep = config.serve.replicas.least == 0
             _on_head(_wait_until_healthy, url, PROXY_PATH if asleep else OPEN_PATH)
             _say_how_to_talk(config, served.catalogs, url, made, block)
             if block:
@@ -526,7 +526,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
     policy, options = config.policy, config.serve
     count = 2 if (base := served.listing["base"]) and base["path"] else 1
     meter = _start_meter(served.run)
-    least, most = options.replicas if isinstance(options.replicas, tuple) else (options.replicas,) * 2
+    least, most = options.replicas
     scaling: dict[str, Any] = {"num_replicas": most}
     if least != most:
         scaling = {
@@ -589,7 +589,7 @@ def _start(config: RunConfig, targets: list[Any], port: int) -> None:
     from ray import serve
 
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    wanted = config.serve.replicas if isinstance(config.serve.replicas, int) else max(config.serve.replicas[0], 1)
+    wanted = max(config.serve.replicas.least, 1)
     with progress("serve", wanted * len(targets), "replicas") as advance:
         advance(0, "starting Serve")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

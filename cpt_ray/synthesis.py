@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.card import write_card
-from cpt_ray.config import JudgeConfig, ModelConfig, RunConfig, SynthesisConfig
+from cpt_ray.config import JudgeConfig, ModelConfig, Range, RunConfig, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import Completion, Engine, Request, sampled
@@ -493,7 +493,7 @@ class DirectStep:
 # ---------------------------------------------------------------- pair
 
 
-PAIRING = ModelConfig(model="pairing", num_actors=(1, 64))
+PAIRING = ModelConfig(model="pairing", num_actors=Range(1, 64))
 """Resources of the steps that call no model."""
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, first_line
 from cpt_ray.publishing import write_cards
 from cpt_ray.records import Pair, content_id
 from cpt_ray.reference import add_reference, is_autocast, loading, write_rows
@@ -88,7 +88,7 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
     counts = Counter(one.reason for one in rejects)
     entry = {"rows_in": len(pairs), "rows_out": len(kept), "rejected": dict(counts), "wall_seconds": seconds}
     entry |= {"held_out": len(held_out), "steps": summary["steps"], "trained_tokens": tokens}
-    run.add_to_ledger("train", entry | {"num_workers": settings.num_workers})
+    run.add_to_ledger("train", entry | {"num_workers": str(settings.num_workers)})
     write_cards(config, run, summary)
     run.write_json(MARK, {"key": key, "summary": summary})
     return summary
@@ -121,7 +121,7 @@ def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
         model_config = AutoConfig.from_pretrained(policy)
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
-        raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {first_line(error)}") from None
     settings = config.train
     _check_sharding(settings)
     if settings.lora:
@@ -161,12 +161,12 @@ def _check_lora(lora: LoraConfig, model_config: Any) -> None:
         with torch.device("meta"):
             get_peft_model(AutoModelForCausalLM.from_config(model_config), _peft_config(lora))
     except ValueError as error:
-        raise UserError(f"train.lora.target_modules: {_first_line(error)}; 'all-linear' fits every model") from None
+        raise UserError(f"train.lora.target_modules: {first_line(error)}; 'all-linear' fits every model") from None
 
 
 def _check_rows(settings: TrainConfig, num_rows: int, num_steps: int) -> None:
     """UserError if a step has no row for each worker."""
-    most = settings.worker_range[1]
+    most = settings.num_workers.most
     if num_rows // num_steps < most:
         raise UserError(
             f"train.num_workers: {most} workers share {num_rows // num_steps} prompts per step of "
@@ -197,11 +197,12 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
     from ray.train.torch import TorchTrainer
 
     settings = job.config.train
+    least, most = settings.num_workers
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers,
+            num_workers=least if least == most else (least, most),
             use_gpu=settings.use_gpu,
             resources_per_worker=settings.resources_per_worker,
         ),
@@ -237,11 +238,7 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
 def check_workers(settings: TrainConfig) -> None:
     """UserError if a cluster that cannot grow has no room for the workers."""
     remedy = "lower train.num_workers or train.resources_per_worker"
-    check_room("train.num_workers", _resources(settings), settings.worker_range[0], remedy)
-
-
-def _resources(settings: TrainConfig) -> dict[str, float]:
-    return settings.resources_per_worker or {"GPU" if settings.use_gpu else "CPU": 1}
+    check_room("train.num_workers", settings.worker_resources, settings.num_workers.least, remedy)
 
 
 def _show_progress(thread: threading.Thread, job: Job, total: int) -> None:
@@ -269,16 +266,16 @@ def describe_failure(error: BaseException, settings: TrainConfig) -> str:
     causes = [_unwrap(one) for one in failures.values()]
     cause = min(causes, key=lambda one: "Dist" in type(one).__name__ or "onnection" in str(one))
     if isinstance(cause, WorkerGroupStartupTimeoutError):
-        wanted = f"{settings.worker_range[0]} workers of {_resources(settings)}"
+        wanted = f"{settings.num_workers.least} workers of {settings.worker_resources}"
         return f"no room for {wanted} in {START_MINUTES} minutes; lower train.num_workers or add nodes"
     if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in type(cause).__name__:
-        return f"out of memory; lower train.micro_batch_size or train.max_length ({_first_line(cause)})"
+        return f"out of memory; lower train.micro_batch_size or train.max_length ({first_line(cause)})"
     if isinstance(cause, RayActorError):
         return (
             f"a worker died more than {settings.max_failures} times (killed from outside, or out of memory); "
             "the same command goes on from the last checkpoint"
         )
-    return f"{type(cause).__name__}: {_first_line(cause)}"
+    return f"{type(cause).__name__}: {first_line(cause)}"
 
 
 def _unwrap(error: BaseException) -> BaseException:
@@ -287,10 +284,6 @@ def _unwrap(error: BaseException) -> BaseException:
         if isinstance(inner, BaseException):
             return _unwrap(inner)
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
 
 
 # ---------------------------------------------------------------- the worker group, from inside

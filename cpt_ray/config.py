@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
@@ -46,8 +46,8 @@ def _read_range(value: Any, least: int = 1) -> Range:
     return Range(*pair)
 
 
-OneOrMore = Annotated[Range, PlainValidator(_read_range)]
-NoneOrMore = Annotated[Range, PlainValidator(functools.partial(_read_range, least=0))]
+OneOrMore = Annotated[Range, BeforeValidator(_read_range)]
+NoneOrMore = Annotated[Range, BeforeValidator(functools.partial(_read_range, least=0))]
 
 
 class _Section(BaseModel):

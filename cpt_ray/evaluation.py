@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cpt_ray.config import JudgeConfig, ModelConfig
+from cpt_ray.config import JudgeConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
@@ -63,21 +63,15 @@ def _trials(rubric: Rubric, prompt: Prompt, directives: list[Directive], num_dir
     return rows
 
 
-@dataclass(frozen=True)
-class AnswerStep:
+@dataclass(frozen=True, kw_only=True)
+class AnswerStep(Step):
     """Planned trials -> the trials with one model's answers."""
 
     name: str
     """"base" or "tuned"."""
-    model: ModelConfig
     planned: dict[str, list[Trial]]
     seed: int
     table: str = "evaluation_answers"
-
-    @property
-    def stage(self) -> str:
-        """Its name in the ledger."""
-        return f"answer-{self.name}"
 
     def output(self, shard: str) -> str:
         """Depends on the rows, the model's weights and its sampling."""
@@ -109,8 +103,8 @@ class AnswerStep:
         return dataclasses.replace(row, model=self.name, text=one.text, reason="")
 
 
-@dataclass(frozen=True)
-class GradeTrialsStep:
+@dataclass(frozen=True, kw_only=True)
+class GradeTrialsStep(Step):
     """Answered trials -> graded trials."""
 
     rubrics: dict[str, Rubric]
@@ -151,7 +145,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     tuned = config.policy.model_copy(update={"model": str(run.model)})
     judge = GradeTrialsStep(rubrics=plan.by_id, model=config.judge)
     steps = [
-        AnswerStep(name=name, model=model, planned=planned, seed=config.seed)
+        AnswerStep(stage=f"answer-{name}", name=name, model=model, planned=planned, seed=config.seed)
         for name, model in (("tuned", tuned), ("base", config.policy))
     ]
     run_lines(run, [Line(list(planned), [step, judge]) for step in steps])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 from pydantic import SecretStr
@@ -43,31 +43,24 @@ LIVE_SECONDS = 5.0
 """Between two writes of the ledger while a pool is at work."""
 
 
-class Step(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Step:
     """One stage's work on one shard."""
 
-    @property
-    def stage(self) -> str:
-        """Its name in the ledger."""
-        ...
-
-    @property
-    def table(self) -> str:
-        """Where the output shard goes."""
-        ...
-
-    @property
-    def model(self) -> ModelConfig:
-        """The role whose engine it calls."""
-        ...
+    model: ModelConfig
+    """The role whose engine it calls."""
+    stage: str = ""
+    """Its name in the ledger."""
+    table: str = ""
+    """Where the output shard goes."""
 
     def output(self, shard: str) -> str:
-        """Name of the output shard for an input shard's name."""
-        ...
+        """Name of the output shard: the input's, whose hash then covers all that the step depends on."""
+        return shard
 
     def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
         """Reads the input shard, writes the output shard last; `engine` is what the pool's `open_engine` made."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
-from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.pool import Line, Step, Tally, ledger_entry, run_lines
 from cpt_ray.records import ReferenceLogProb, content_id
 from cpt_ray.rows import Row, sequence_ids
 from cpt_ray.rundir import RunDir
@@ -77,21 +77,16 @@ def is_autocast(settings: TrainConfig) -> bool:
     return settings.dtype == "bfloat16" and (settings.use_gpu or settings.lora is None)
 
 
-@dataclass(frozen=True)
-class ReferenceStep:
+@dataclass(frozen=True, kw_only=True)
+class ReferenceStep(Step):
     """Rows -> their answers' log-probabilities."""
 
-    model: ModelConfig
     rows: str
     """A parquet file of rows; a shard is one of its row groups."""
     groups: dict[str, int]
     """The row group of each shard."""
     stage: str = "reference"
     table: str = TABLE
-
-    def output(self, shard: str) -> str:
-        """The shard's own name, which hashes all it depends on."""
-        return shard
 
     def __call__(self, engine: ReferenceModel, run: RunDir, shard: str) -> None:
         """Computes one shard."""
@@ -118,7 +113,8 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
         shards = [missing[at : at + SHARD_ROWS] for at in range(0, len(missing), SHARD_ROWS)]
         names = [f"{key}-{content_id(*(ids[at] for at in shard))[:12]}" for shard in shards]
         path = write_rows(run, "reference", [rows[at] for at in missing])
-        step: Any = ReferenceStep(_role(config), path, {name: at for at, name in enumerate(names)})
+        groups = {name: at for at, name in enumerate(names)}
+        step = ReferenceStep(model=_role(config), rows=path, groups=groups)
         run_lines(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
         run.add_to_ledger("reference", ledger_entry(run, TABLE, names))
         known = _read(run, key)

@@ -18,7 +18,7 @@ from cpt_ray.engine import Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.pairing import PairRules, cell_id_of, control_directive, pair_cells, targets_of
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Tally, endpoint_key, ledger_entry, run_lines
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, endpoint_key, ledger_entry, run_lines
 from cpt_ray.prompting import (
     JOINT_HASH,
     RATIONALE_HASH,
@@ -227,20 +227,15 @@ def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) ->
 # ---------------------------------------------------------------- write
 
 
-@dataclass(frozen=True)
-class WriteStep:
+@dataclass(frozen=True, kw_only=True)
+class WriteStep(Step):
     """units -> generations (+ rejects): the writer answers with rubric and target in front of it."""
 
     rubrics: _RUBRICS
-    model: ModelConfig
     seed: int
     neutral_directives: tuple[str, ...] = ()
     stage: str = "write"
     table: str = "generations"
-
-    def output(self, shard: str) -> str:
-        """The same name: a unit's id hashes all that its answer depends on."""
-        return shard
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Writes one shard of answers."""
@@ -365,8 +360,8 @@ def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
     return voted_criteria(rubric, [one.text for one in votes])
 
 
-@dataclass(frozen=True)
-class JudgeStep:
+@dataclass(frozen=True, kw_only=True)
+class JudgeStep(Step):
     """generations -> grades, by each rubric that an answer was written to."""
 
     rubrics: _RUBRICS
@@ -396,12 +391,11 @@ class JudgeStep:
 # ---------------------------------------------------------------- direct
 
 
-@dataclass(frozen=True)
-class DirectStep:
+@dataclass(frozen=True, kw_only=True)
+class DirectStep(Step):
     """rubric -> directives (+ rejects): given in the rubric, or written by the director."""
 
     rubrics: _RUBRICS
-    model: ModelConfig
     paraphrases: int
     held_out: float
     seed: int
@@ -501,8 +495,8 @@ def no_engine(model: ModelConfig) -> None:
     """What those steps have for an engine."""
 
 
-@dataclass(frozen=True)
-class RepeatStep:
+@dataclass(frozen=True, kw_only=True)
+class RepeatStep(Step):
     """A rubric's generations -> repeats: those that nearly repeat an earlier answer at the same level."""
 
     generations: dict[str, list[str]]
@@ -511,10 +505,6 @@ class RepeatStep:
     model: ModelConfig = PAIRING
     stage: str = "repeats"
     table: str = "repeats"
-
-    def output(self, shard: str) -> str:
-        """The same name: it hashes the names of the generations."""
-        return shard
 
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
         """Compares one rubric's answers."""
@@ -530,8 +520,8 @@ class RepeatStep:
         run.write(self.table, shard, found, tally.close(len(found)))
 
 
-@dataclass(frozen=True)
-class PairStep:
+@dataclass(frozen=True, kw_only=True)
+class PairStep(Step):
     """generations + grades + directives -> pairs (+ rejects)."""
 
     rubrics: _RUBRICS
@@ -540,10 +530,6 @@ class PairStep:
     model: ModelConfig = PAIRING
     stage: str = "pair"
     table: str = "pairs"
-
-    def output(self, shard: str) -> str:
-        """The same name: it hashes all that pairs depend on."""
-        return shard
 
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
         """Pairs the cells of one shard."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cpt_ray.config import AnswersConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import interpolate
+from cpt_ray.prompts import read_rows
 from cpt_ray.records import Prompt
 from cpt_ray.rubric import Rubric
 from cpt_ray.steering.users import Answer, make_answer
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def read_answers(
@@ -30,7 +28,7 @@ def read_answers(
         for name in config.scores
     }
     found: dict[str, list[Answer]] = {"train": [], "held_out": []}
-    for number, row in enumerate(_rows(source), start=1):
+    for number, row in enumerate(read_rows(source), start=1):
         prompt = by_text.get(str(row.get(source.column, "")).strip())
         if prompt is None:
             continue  # over prompts.limit
@@ -45,19 +43,6 @@ def read_answers(
             scores = {name: interpolate(grade, points[name]) for name, grade in grades.items() if grade is not None}
             found[prompt.split].append(make_answer(prompt.prompt_id, prompt.text, one[config.text], scores))
     return found
-
-
-def _rows(source: PromptsConfig) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    reader = READERS.get(Path(source.source).suffix)
-    try:
-        if reader:
-            return datasets.load_dataset(reader, data_files=source.source, split="train")
-        return datasets.load_dataset(source.source, split=source.data_split)
-    except Exception as error:  # every failure of the reader or the hub client means the same to the user
-        raise UserError(f"{source.source}: cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
 def _field(answer: Mapping[str, Any], path: str, where: str) -> Any:

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -319,17 +319,15 @@ class AnswersConfig(_Section):
     """Lowest and highest grade; they become the rubric's lowest and highest anchor."""
 
 
+Kind = Literal["high", "low", "middle", "mixture", "noisy"]
+"""Taste of a user: an end of one rubric, a score in its middle, a blend of two, an end with wrong choices."""
+
+
 class SteerConfig(_Section):
     """Few-shot steering: what is learned from simulated users, and how it is tried on held-out ones."""
 
-    kinds: Annotated[tuple[Literal["high", "low", "middle", "mixture", "noisy"], ...], Field(min_length=1)] = (
-        "high",
-        "low",
-        "middle",
-        "mixture",
-        "noisy",
-    )
-    """Tastes of the users: an end of one rubric, a score in its middle, a blend of two, an end with wrong choices."""
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = get_args(Kind)
+    """Tastes of the users, who have them in turn."""
     answers: AnswersConfig | None = None
     """Where users' answers come from; the run's own generations and evaluation unless given."""
     users: Positive = 2000

@@ -178,9 +178,8 @@ def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
         order = torch.randperm(config.choices, generator=random)[:count]
         return Tasks(made.context[:, order], made.targets).with_twins()
 
-    losses: list[float] = []
     wrapped = prepare_model(model, parallel_strategy="ddp" if ranks > 1 else None)
-    learn(wrapped, draw, config.steps, config.learning_rate, lambda step, loss: losses.append(loss))
+    losses = learn(wrapped, draw, config.steps, config.learning_rate)
     if rank == 0:
         _save(fit, number, model.state_dict(), losses)
 
@@ -276,9 +275,8 @@ def work_policy(settings: dict[str, Any]) -> None:
         preferred[prompts[:, :, None] != prompts[:, None]] = torch.nan
         return context, answers.tolist(), texts, reference, preferred
 
-    losses: list[float] = []
     wrapped = prepare_model(policy, parallel_strategy="ddp" if ranks > 1 else None)
-    learn(wrapped, draw, config.policy_steps, config.policy_learning_rate, lambda step, loss: losses.append(loss))
+    losses = learn(wrapped, draw, config.policy_steps, config.policy_learning_rate)
     if rank == 0:
         _save(fit, 0, policy.own_state(), losses)
     ray.train.report({"steps": config.policy_steps})

@@ -108,22 +108,17 @@ class RewardModel(nn.Module):
         return -logsigmoid(rewards[..., 0] - rewards[..., 1]).mean() + kl.mean() / tasks.targets.shape[1]
 
 
-def learn(
-    module: nn.Module,
-    draw: Callable[[int], Any],
-    steps: int,
-    learning_rate: float,
-    every: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
+def learn(module: nn.Module, draw: Callable[[int], Any], steps: int, learning_rate: float) -> list[float]:
     """Trains `module`, whose forward gives the loss of what `draw(step)` gives: Adam, warm-up, linear decay.
 
-    Args:
-        every: called after each step with (steps done, loss).
+    Returns:
+        The loss of every step.
     """
     trained = [one for one in module.parameters() if one.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    losses: list[float] = []
     module.train()
     for step in range(steps):
         loss = module(draw(step))
@@ -132,8 +127,9 @@ def learn(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        every(step + 1, loss.item())
+        losses.append(loss.item())
     module.eval()
+    return losses
 
 
 @torch.no_grad()

@@ -141,8 +141,9 @@ class Steering:
 
     @cached_property
     def test_users(self) -> list[User]:
-        """Held-out users and their twins."""
-        return with_twins(self.users(self.held_out, max(1, self.config.test_users // 2), 1))
+        """Held-out users, each followed by its twin."""
+        drawn = self.users(self.held_out, max(1, self.config.test_users // 2), 1)
+        return [one for user in drawn for one in (user, user.twin())]
 
     def embeddings(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
         """[answers, E], from the table or made now."""
@@ -164,11 +165,6 @@ class Steering:
         return fill_table(
             self.run, name, rows, actor, arguments, model, key, shard_rows=self.plan.config.synthesis.shard_rows
         )
-
-
-def with_twins(users: Sequence[User]) -> list[User]:
-    """Users, each followed by its twin."""
-    return [one for user in users for one in (user, user.twin())]
 
 
 # ---------------------------------------------------------------- fit

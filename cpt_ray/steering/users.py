@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_ray.config import Kind
 from cpt_ray.errors import UserError
 from cpt_ray.grading import measured_criterion, weighted
 from cpt_ray.records import content_id
 from cpt_ray.rubric import Rubric
 
-KINDS = ("high", "low", "middle", "mixture", "noisy")
+KINDS = get_args(Kind)
 NOISE = 0.2
 """How often a noisy user takes the answer liked less."""
 MIN_DIFFERENCE = 0.05

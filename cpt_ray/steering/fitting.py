@@ -59,18 +59,6 @@ class Tensors:
         return Tasks(self.embeddings[self.context[users][:, :num_choices]], targets)
 
 
-def standard(learned: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation of vectors, per dimension."""
-    return learned.mean(axis=0), learned.std(axis=0) + 1e-6
-
-
-def standardise(vectors: NDArray[np.float32], learned: int) -> NDArray[np.float32]:
-    """Vectors less the mean of the first `learned`, over their standard deviation, per dimension."""
-    mean, deviation = standard(vectors[:learned])
-    found: NDArray[np.float32] = ((vectors - mean) / deviation).astype(np.float32)
-    return found
-
-
 @dataclass(frozen=True)
 class Fit:
     """What a worker needs to know."""

@@ -25,7 +25,7 @@ from cpt_ray.records import Generation, Grade, Trial, content_id
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.answers import read_answers
-from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models, standard, standardise
+from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
 from cpt_ray.steering.inference import (
     QUESTIONS,
     Candidates,
@@ -184,12 +184,14 @@ class Fitted:
     """One per form of NP-DPO."""
     vectors: NDArray[np.float32]
     """Standardised embeddings of the held-out answers."""
-    learned: NDArray[np.float32]
-    """Raw embeddings of the answers learned from, which set the standard."""
+    mean: NDArray[np.float32]
+    """[E], of the raw embeddings learned from, which set the standard."""
+    deviation: NDArray[np.float32]
+    """[E], theirs as well."""
 
     def embed(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """Raw embeddings of other answers, standardised alike."""
-        return standardise(np.concatenate([self.learned, vectors]), len(self.learned))[len(self.learned) :]
+        return (vectors - self.mean) / self.deviation
 
 
 def fit(steering: Steering) -> Fitted:
@@ -197,8 +199,9 @@ def fit(steering: Steering) -> Fitted:
     crowd, held_out = steering.learned_from, steering.held_out
     users = steering.users(crowd, steering.config.users, 0)
     vectors = steering.embeddings([*crowd.answers, *held_out.answers])
-    num_learned = len(crowd.answers)
-    scaled = standardise(vectors, num_learned)
+    learned = vectors[: len(crowd.answers)]
+    mean, deviation = learned.mean(axis=0), learned.std(axis=0) + 1e-6
+    scaled = (vectors - mean) / deviation
     settings = steering.config.model_dump(
         include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "variational",
                  "steps", "learning_rate", "batch_users"}
@@ -206,44 +209,40 @@ def fit(steering: Steering) -> Fitted:
     seed, graded = steering.plan.config.seed, [[one.answer_id, dict(one.scores)] for one in crowd.answers]
     key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
     folder = steering.run.path.absolute() / "steering" / key
-    tensors = Tensors.of(scaled[:num_learned], users, list(steering.plan.by_id))
+    tensors = Tensors.of(scaled[: len(learned)], users, list(steering.plan.by_id))
     fits = [Fit(steering.config, folder, seed, kind) for kind in ("np-btl", "static", "oracle")]
     models, static, oracle = fit_reward_models(fits, tensors)
-    answers = [*crowd.answers, *held_out.answers]
-    forms = steering.config.forms
-    policies = _fit_policies(steering, key, tensors, answers, fits[0].path(0), vectors) if forms else []
+    policies = _fit_policies(steering, key, tensors, fits[0].path(0), mean, deviation) if steering.config.forms else []
     if steering.shards is not None:
         _write_questions(steering)
-    return Fitted(models, static, oracle, policies, scaled[num_learned:], vectors[:num_learned])
+    return Fitted(models, static, oracle, policies, scaled[len(learned) :], mean, deviation)
 
 
 def _fit_policies(
     steering: Steering,
     key: str,
     tensors: Tensors,
-    answers: Sequence[Answer],
     reward: Path,
-    vectors: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    deviation: NDArray[np.float32],
 ) -> list[ConditionalPolicy]:
-    """NP-DPO on the same users; `vectors` are the raw embeddings of the answers."""
-    config = steering.config
+    """NP-DPO on the same users; `mean` and `deviation` are of the raw embeddings."""
+    config, answers = steering.config, steering.learned_from.answers
     settings = config.model_dump(
         include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
     )
     folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
-    texts = policy_texts(steering, answers[: len(tensors.embeddings)])
+    texts, prompts = policy_texts(steering, answers), [one.prompt_id for one in answers]
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
-    prompts = [one.prompt_id for one in answers[: len(tensors.embeddings)]]
     policies = [fit_policy(one, tensors, texts, prompts, steering.policy.path, reward) for one in fits]
-    mean, deviation = (one.tolist() for one in standard(vectors[: len(tensors.embeddings)]))
     for one in fits:
         saved = SavedForm(
             weights=str(one.path(0).relative_to(steering.run.path.absolute())),
             policy=steering.policy.identity,
             embedder=(config.embedder or steering.policy).identity,
             size=config.size,
-            mean=mean,
-            deviation=deviation,
+            mean=mean.tolist(),
+            deviation=deviation.tolist(),
         )
         steering.run.write_json(SavedForm.file(one.kind), asdict(saved))
     return policies

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.rundir import replacing
 
 KEYS_FILE = "keys.json"
 """Where they are kept in the run directory, readable by its owner only."""
@@ -148,13 +148,9 @@ class Keyring:
 
 
 def write_private(path: Path, data: object) -> None:
-    """JSON, atomically, for the owner's eyes only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(data, file, indent=2)
-    os.replace(temporary, path)
+    """JSON, atomically, for the owner's eyes only; UserError if the disk refuses."""
+    with replacing(path, mode=0o600) as file:
+        file.write(json.dumps(data, indent=2).encode())
 
 
 def make_key(

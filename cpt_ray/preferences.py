@@ -161,7 +161,7 @@ class PreferenceStore:
             if sum(1 for one in folder.glob("*.json")) >= MAX_STATES:
                 return FULL
             name = f"preferences-{secrets.token_hex(12)}"
-            write_private(folder / f"{name}.json", state.to_json())
+            _write(folder / f"{name}.json", state)
         return self._said(name, state)
 
     def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
@@ -196,7 +196,7 @@ class PreferenceStore:
             with self._alone(owner):
                 found = _read(path)
                 if found is not None and found.to_json() == before:  # else another request came in between
-                    write_private(path, state.to_json())
+                    _write(path, state)
                     return state
         return None
 
@@ -244,3 +244,11 @@ def _read(path: Path) -> Preferences | None:
         return None
     except ValueError:
         raise UserError("preferences: not a saved state; delete it and choose again") from None
+
+
+def _write(path: Path, state: Preferences) -> None:
+    """RuntimeError, so that the client is answered 500, if the disk refuses: a UserError would blame the request."""
+    try:
+        write_private(path, state.to_json())
+    except UserError as error:
+        raise RuntimeError(str(error)) from error

@@ -65,12 +65,16 @@ def derive(parent: str, *parts: Any) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes `path`, whole and on the disk, when the block ends well; UserError if the disk refuses."""
+def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A file that becomes `path`, whole and on the disk, when the block ends well; UserError if the disk refuses.
+
+    Args:
+        mode: its permissions from the start, less the umask.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

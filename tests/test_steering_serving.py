@@ -4,6 +4,7 @@ test_serving.py."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -262,3 +263,18 @@ def test_a_state_that_was_damaged_and_an_answer_too_long_are_said(tmp_path: Path
 
     talk(tmp_path, long, Short())
     talk(tmp_path, damaged)
+
+
+def test_a_full_disk_is_not_the_clients_fault_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def conversation(ask: Ask) -> None:
+        monkeypatch.setattr("cpt_ray.rundir.os.fsync", refuse)
+        with pytest.raises(RuntimeError, match="cannot be written"):  # a server answers 500
+            await ask("POST", PATH, json={"choices": HIGH})
+        assert not [one for one in tmp_path.rglob("*") if one.is_file() and one.stat().st_size]
+
+    talk(tmp_path, conversation)

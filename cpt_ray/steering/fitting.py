@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from cpt_ray.config import SteerConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
+from cpt_ray.rundir import replacing
 from cpt_ray.steering.policy import ConditionalPolicy, Form, Sequences
 from cpt_ray.steering.reward import RewardModel, Tasks, learn
 from cpt_ray.steering.users import User
@@ -174,12 +174,11 @@ def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
 
 def _save(fit: Fit, number: int, weights: dict[str, torch.Tensor], losses: Sequence[float]) -> None:
     """The weights last, so that a file that is there is complete."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     fit.path(number).with_suffix(".json").write_text(json.dumps({"loss": float(np.mean(losses[-50:]))}))
-    temporary = fit.path(number).with_suffix(".tmp")
-    save_file({name: one.contiguous().cpu() for name, one in weights.items()}, temporary)
-    os.replace(temporary, fit.path(number))
+    with replacing(fit.path(number)) as file:
+        file.write(save({name: one.contiguous().cpu() for name, one in weights.items()}))
 
 
 # ---------------------------------------------------------------- NP-DPO

@@ -21,9 +21,10 @@ from cpt_ray.config import ModelConfig, SteerConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
+from cpt_ray.pool import Line, run_lines
 from cpt_ray.records import Generation, Grade, Trial, content_id
 from cpt_ray.rubric import Rubric
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import TABLES, RunDir
 from cpt_ray.steering.answers import read_answers
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
 from cpt_ray.steering.inference import (
@@ -41,9 +42,9 @@ from cpt_ray.steering.reward import RewardModel
 from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import (
     EmbedActor,
+    Fill,
     LogprobActor,
     PolicyScorer,
-    fill_table,
     sequence,
 )
 from cpt_ray.steering.users import (
@@ -160,11 +161,22 @@ class Steering:
     def table(
         self, name: str, rows: Sequence[Any], actor: Any, arguments: Sequence[Any], model: ModelConfig
     ) -> list[Any]:
-        """`fill_table`, keyed by the model and what the actor is made of."""
+        """The table's rows for `rows`, in order; shards that are not there yet are made by a pool of actors.
+
+        Args:
+            actor: one of those in tables.py.
+            arguments: what an actor is made of, `model` among it; shards of other arguments have other names.
+            model: whose resources the pool takes.
+        """
         key = content_id(model.answer_key, [str(one) for one in arguments if not isinstance(one, ModelConfig)])
-        return fill_table(
-            self.run, name, rows, actor, arguments, model, key, shard_rows=self.plan.config.synthesis.shard_rows
-        )
+        label, size = name.removeprefix("steering_"), self.plan.config.synthesis.shard_rows
+        shards: dict[str, Sequence[Any]] = {}
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            shards[f"{label}-{start // size:05d}-{content_id(repr(part), key)[:12]}"] = part
+        missing = {shard: part for shard, part in shards.items() if not self.run.has(name, shard)}
+        run_lines(self.run, [Line(list(shards), [Fill(name, model, missing)])], lambda _: actor(*arguments))
+        return self.run.read(name, list(shards), TABLES[name])
 
 
 # ---------------------------------------------------------------- fit

@@ -5,23 +5,20 @@ A table is made shard by shard like every other one: a shard that is there is no
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of
 from cpt_ray.errors import UserError
-from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompting import ChatMessage, policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
-from cpt_ray.rundir import TABLES, RunDir
+from cpt_ray.rundir import RunDir
 from cpt_ray.steering.users import Answer
 
-Row = TypeVar("Row")
 _TURN = threading.Lock()
 """A pool calls its actors by several threads; those of this module are for one at a time."""
 
@@ -221,28 +218,3 @@ class Fill:
         with _TURN:
             made = engine(self.shards[shard])
         run.write(self.table, shard, made)
-
-
-def _make_actor(actor: Any, arguments: Sequence[Any], model: ModelConfig) -> Any:
-    return actor(*arguments)
-
-
-def fill_table(
-    run: RunDir, table: str, rows: Sequence[Row], actor: Any, arguments: Sequence[Any], model: ModelConfig,
-    key: str, shard_rows: int,
-) -> list[Any]:  # fmt: skip
-    """The table's rows for `rows`, in order; shards that are not there yet are made by a pool of `actor`s.
-
-    Args:
-        arguments: what an actor is made of.
-        model: says on which resources; its engine is the actor's.
-        key: hash of what the output depends on beside the rows.
-    """
-    label = table.removeprefix("steering_")
-    shards: dict[str, Sequence[Row]] = {}
-    for start in range(0, len(rows), shard_rows):
-        part = rows[start : start + shard_rows]
-        shards[f"{label}-{start // shard_rows:05d}-{content_id(repr(part), key)[:12]}"] = part
-    steps = [Fill(table, model, {name: part for name, part in shards.items() if not run.has(table, name)})]
-    run_lines(run, [Line(list(shards), steps)], functools.partial(_make_actor, actor, tuple(arguments)))
-    return run.read(table, list(shards), TABLES[table])

@@ -30,7 +30,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
 from cpt_ray.keys import Refusal, write_private
-from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, Scorer, parse_choices
+from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
 from cpt_ray.steering.serving import Conditioner
 from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
 
@@ -96,7 +96,10 @@ class PreferenceStore:
         model: str,
         conditioner: Conditioner | None = None,
     ):
-        """`model`: name of the served model that they are for. `conditioner`: steers in the place of directives."""
+        """`model`: name of the served model that they are for.
+
+        `conditioner`: steers in the place of directives, and choices are then kept without being scored.
+        """
         self._folder, self._candidates, self._scorer, self._questions = folder, candidates, scorer, questions
         self._model, self._conditioner = model, conditioner
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
@@ -140,7 +143,7 @@ class PreferenceStore:
         source = "configuration"
         if "configuration" not in data and not (is_configured and tail):
             source = "preferences"
-            data["configuration"] = self._candidates.belief(state.margins).configuration or {}
+            data["configuration"] = self._belief(state).configuration or {}
             if self._conditioner is not None and path == CHAT_PATHS[0]:
                 async with self._scoring:
                     STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
@@ -206,13 +209,24 @@ class PreferenceStore:
             raise UserError(f"choices: {len(kept)} with those that are known; one state has at most {MAX_KEPT}")
         if (size := sum(len(one.prompt) + len(one.chosen) + len(one.rejected) for one in kept)) > MAX_KEPT_CHARS:
             raise UserError(f"choices: {size} characters in all; one state has at most {MAX_KEPT_CHARS}")
-        self._candidates.add(state, choices, self._scorer, self._questions)
+        if self._conditioner is None:
+            self._candidates.add(state, choices, self._scorer, self._questions)
+        else:
+            state.add_unscored(choices)
 
     def _said(self, name: str, state: Preferences) -> dict[str, Any]:
-        belief = self._candidates.belief(state.margins).to_json()
+        belief = self._belief(state).to_json()
         return {"id": name, "object": "preferences", **belief, "question": self._question(state)}
 
+    def _belief(self, state: Preferences) -> Belief:
+        """What is known in words: nothing where a conditioner says what the choices come to."""
+        if self._conditioner is None:
+            return self._candidates.belief(state.margins)
+        return Belief(num_choices=len(state.choices))
+
     def _question(self, state: Preferences) -> dict[str, str] | None:
+        if self._conditioner is not None:  # by the prior alone
+            state = Preferences(choices=state.choices)
         found = self._candidates.next_question(state, self._questions)
         return None if found is None else found.to_json()
 

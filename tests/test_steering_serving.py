@@ -18,7 +18,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES, Frontend
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.preferences import PreferenceStore
-from cpt_ray.steering.inference import Question, Scorer
+from cpt_ray.steering.inference import Choice, Question, Scorer
 from tests.test_frontend import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose
 
@@ -33,10 +33,16 @@ Ask = Callable[..., Awaitable[httpx.Response]]
 
 
 def talk(
-    folder: Path, conversation: Callable[[Ask], Awaitable[None]], scorer: Scorer | None = None, policy: str = ""
+    folder: Path,
+    conversation: Callable[[Ask], Awaitable[None]],
+    scorer: Scorer | None = None,
+    policy: str = "",
+    questions: Sequence[Question] = (QUESTION,),
+    conditioner: Any = None,
 ) -> None:
     """One server's life; every request is made with the key "one" unless `key` names another."""
-    store = PreferenceStore(folder, candidates(policy=policy), scorer or KnownPolicy(), [QUESTION], "m")
+    known = candidates(policy=policy)
+    store = PreferenceStore(folder, known, scorer or KnownPolicy(), questions, "m", conditioner)
     keys = tuple(Key(name=name, hash=key_hash(name), created=0.0) for name in ("one", "other"))
     nowhere = Path("/nonexistent")
     keyring = Keyring(nowhere / "keys.json", keys)
@@ -278,3 +284,48 @@ def test_a_full_disk_is_not_the_clients_fault_and_leaves_nothing_behind(
         assert not [one for one in tmp_path.rglob("*") if one.is_file() and one.stat().st_size]
 
     talk(tmp_path, conversation)
+
+
+class KnownConditioner:
+    """Keeps which choices steered; the engine's requests stay as they are."""
+
+    form = "gated_lora"
+
+    def __init__(self) -> None:
+        self.asked: list[list[Choice]] = []
+
+    def change(self, choices: list[Choice]) -> Callable[..., Any]:
+        self.asked.append(choices)
+        return lambda *request: request
+
+
+def test_beside_a_conditioner_nothing_is_scored_or_said_and_questions_come_in_the_priors_order(tmp_path: Path) -> None:
+    policy, conditioner, said = KnownPolicy(), KnownConditioner(), list[Any]()
+    empty = Question(prompt="dull", first="50 50", second="50 50 50", margins=(0,) * 6)
+    unknown = {"configuration": None, "directive": None, "confidence": {}, "probabilities": {}}
+
+    async def steered(ask: Ask) -> None:
+        assert (await ask("GET", PATH)).json()["question"]["prompt"] == "asked"  # the later one, which says more
+        first = await tell(ask, HIGH[:2])
+        assert first == {"id": first["id"], "object": "preferences", "num_choices": 2} | unknown | {
+            "question": {"prompt": "asked", "first": "90 50", "second": "10 50"}
+        }
+        said.append(await tell(ask, [{"prompt": "asked", "chosen": "90 50", "rejected": "10 50"}], first["id"]))
+        assert said[0]["question"]["prompt"] == "dull" and said[0]["num_choices"] == 3
+        answer = (await chat(ask, preferences=first["id"])).json()
+        assert answer["configuration"] == {"applied": {}, "directive": None, "from": "preferences, by gated_lora"}
+        assert [one.prompt for one in conditioner.asked[0]] == [HIGH[0]["prompt"], HIGH[1]["prompt"], "asked"]
+        assert policy.asked == 0
+
+    async def inferred(ask: Ask) -> None:
+        found = await tell(ask, HIGH[2:], said[0]["id"])
+        assert found["configuration"] == {"ornament": "high"} and found["num_choices"] == 7
+        assert policy.asked > 0
+
+    async def steered_again(ask: Ask) -> None:
+        found = (await ask("GET", f"{PATH}/{said[0]['id']}")).json()
+        assert {name: found[name] for name in unknown} == unknown and found["num_choices"] == 7
+
+    talk(tmp_path, steered, policy, questions=[empty, QUESTION], conditioner=conditioner)
+    talk(tmp_path, inferred, policy)  # the server without one scores all that is known
+    talk(tmp_path, steered_again, policy, policy="newer", conditioner=conditioner)

@@ -109,14 +109,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Belief:
-    """What the choices say."""
+    """What the choices say; by default nothing."""
 
-    configuration: dict[str, str] | None
+    configuration: dict[str, str] | None = None
     """Rubric id to level name, of the (at most two) rubrics surest to matter; None: "I do not know yet"."""
-    directive: str | None
-    confidence: dict[str, float]
+    directive: str | None = None
+    confidence: dict[str, float] = field(default_factory=dict)
     """Rubric id to the probability that its likeliest level, or one very near it, is meant."""
-    probabilities: dict[str, dict[str, float]]
+    probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
     """Rubric id to level name to probability; what is missing to 1 is that the rubric does not matter."""
     num_choices: int
 
@@ -133,7 +133,12 @@ class Preferences:
     margins: list[tuple[float, ...]] = field(default_factory=list)
     """Per choice and directive."""
     key: str = ""
-    """The candidates (and the policy) that the margins belong to."""
+    """The candidates (and the policy) that the margins belong to; "" if they are none's."""
+
+    def add_unscored(self, choices: Sequence[Choice]) -> None:
+        """Adds choices that no policy is asked about; one that needs the margins scores all of them anew."""
+        self.choices += choices
+        self.margins, self.key = [() for _ in self.choices], ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

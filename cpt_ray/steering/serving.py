@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +25,9 @@ from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
-from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences
+from cpt_ray.steering.inference import Candidates, Choice
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.tables import Embedder
-from cpt_ray.steering.users import Floats
 
 REMOVE_SECONDS = 60.0
 """From the end of the last request with an adapter to the removal of its folder."""
@@ -163,21 +161,7 @@ def _with_soft_prompt(soft: Tensor, prompt: Any, options: dict[str, Any]) -> tup
 
 
 class Unscored(Candidates):
-    """Candidates for a server that keeps choices without asking the policy about them: z says what they come to."""
+    """What cpt_ray/serving.py still passes beside a conditioner; goes once it passes its candidates themselves."""
 
     def __init__(self, catalog: Catalog):
         super().__init__(catalog, beta=1.0)
-        self.key = "unscored"
-
-    def add(self, state: Preferences, choices: Sequence[Choice], *_: Any) -> None:
-        """Adds choices to a state."""
-        state.choices += choices
-        state.margins, state.key = [() for _ in state.choices], self.key
-
-    def belief(self, margins: Any) -> Belief:
-        """Nothing in words."""
-        return Belief(configuration=None, directive=None, confidence={}, probabilities={}, num_choices=len(margins))
-
-    def information_gain(self, margins: Floats, questions: Floats) -> Floats:
-        """None is known to say more than another."""
-        return np.zeros(len(questions))

@@ -278,11 +278,16 @@ def answers_by_prompt(prompts: Sequence[str]) -> list[list[int]]:
 
 
 def draw_answers(groups: Sequence[Sequence[int]], count: int, random: torch.Generator) -> list[tuple[int, int]]:
-    """`count` answers of random prompts, as many of a prompt as it has, each with the number of its prompt."""
+    """`count` answers of random prompts, as many of a prompt as it has, each with the number of its prompt.
+
+    A prompt of three or more gives up one if the last prompt would have a single answer, and so nothing to compare.
+    """
     found: list[tuple[int, int]] = []
-    while len(found) < count:
+    while (left := count - len(found)) > 0:
         at = int(torch.randint(len(groups), (), generator=random))
-        order = torch.randperm(len(groups[at]), generator=random)[: count - len(found)]
+        size = len(groups[at])
+        taken = size - 1 if size == left - 1 and size > 2 else size
+        order = torch.randperm(size, generator=random)[: min(taken, left)]
         found += [(groups[at][place], at) for place in order.tolist()]
     return found
 

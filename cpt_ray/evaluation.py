@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cpt_ray.config import JudgeConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
@@ -104,17 +103,11 @@ class AnswerStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradeTrialsStep(Step):
-    """Answered trials -> graded trials."""
+class GradeTrialsStep(JudgeStep):
+    """Answered trials -> graded trials, by the judge of the written answers."""
 
-    rubrics: dict[str, Rubric]
-    model: JudgeConfig
     stage: str = "grade"
     table: str = "evaluation"
-
-    def output(self, shard: str) -> str:
-        """Depends on what the grades of written answers depend on."""
-        return JudgeStep(self.rubrics, self.model).output(shard)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Grades one shard."""

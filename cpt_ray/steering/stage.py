@@ -175,7 +175,8 @@ class Steering:
             part = rows[start : start + size]
             shards[f"{label}-{start // size:05d}-{content_id(repr(part), key)[:12]}"] = part
         missing = {shard: part for shard, part in shards.items() if not self.run.has(name, shard)}
-        run_lines(self.run, [Line(list(shards), [Fill(name, model, missing)])], lambda _: actor(*arguments))
+        fill = Fill(stage=f"steer {label}", table=name, model=model, shards=missing)
+        run_lines(self.run, [Line(list(shards), [fill])], lambda _: actor(*arguments))
         return self.run.read(name, list(shards), TABLES[name])
 
 

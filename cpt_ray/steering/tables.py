@@ -14,6 +14,7 @@ from typing import Any
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of
 from cpt_ray.errors import UserError
+from cpt_ray.pool import Step
 from cpt_ray.prompting import ChatMessage, policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import RunDir
@@ -196,22 +197,11 @@ class AdapterActor:
         return [replace(row, text=one.outputs[0].text.strip()) for row, one in zip(rows, outputs, strict=True)]
 
 
-@dataclass(frozen=True)
-class Fill:
-    """A `Step` of pool.py, over rows in memory: what an actor makes of them is a shard of the table."""
+@dataclass(frozen=True, kw_only=True)
+class Fill(Step):
+    """Rows in memory -> a steering table: what an actor makes of them is a shard of it."""
 
-    table: str
-    model: ModelConfig
     shards: Mapping[str, Sequence[Any]]
-
-    @property
-    def stage(self) -> str:
-        """As people see it."""
-        return self.table.replace("steering_", "steer ")
-
-    def output(self, shard: str) -> str:
-        """The same name."""
-        return shard
 
     def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
         """Writes one shard."""

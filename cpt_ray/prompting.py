@@ -161,6 +161,9 @@ class PromptTokens:
         plain = [one for one in added if one.special and not (one.lstrip or one.normalized or one.single_word)]
         marks = sorted((one.content for one in plain), key=len, reverse=True)
         self._starts = re.compile("|".join(map(re.escape, marks))) if marks else None
+        if self._starts:  # not later: several threads encode, and none may change it meanwhile
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         self._known: Mapping[str, Sequence[int]] = {}
 
     def __call__(self, conversations: Sequence[list[ChatMessage]]) -> list[list[int]]:
@@ -189,10 +192,8 @@ class PromptTokens:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Past the tokenizer's own call, which makes lists of much that is not asked for while it holds the GIL."""
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        found = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in found]
 
 
 def level_labels(rubric: Rubric) -> list[str]:

@@ -116,7 +116,7 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
         groups = {name: at for at, name in enumerate(names)}
         step = ReferenceStep(model=_role(config), rows=path, groups=groups)
         run_lines(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
-        run.add_to_ledger("reference", ledger_entry(run, TABLE, names))
+        run.add_to_ledger("reference", ledger_entry(run, TABLE, names, config.policy.price))
         known = _read(run, key)
     return [row | {"ref_logps": [known[one] for one in names]} for row, names in zip(rows, ids, strict=True)]
 

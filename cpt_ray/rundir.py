@@ -113,11 +113,6 @@ class RunDir:
         """Marks of what was begun and not finished."""
         return self.path / "attempts"
 
-    @property
-    def report(self) -> Path:
-        """report.html, figures, results.json."""
-        return self.path / "report"
-
     def shard(self, table: str, name: str) -> Path:
         """Path of one shard of a table."""
         return self.path / table / f"{name}.parquet"

@@ -18,7 +18,7 @@ from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
 from cpt_ray.pool import Line, Step, Tally, ledger_entry, run_lines
 from cpt_ray.records import ReferenceLogProb, content_id
 from cpt_ray.rows import Row, sequence_ids
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import RunDir, replacing
 
 TABLE = "reference"
 SHARD_ROWS = 256
@@ -124,11 +124,9 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
 def write_rows(run: RunDir, name: str, rows: Sequence[Row]) -> str:
     """Rows as a parquet file that every node sees, in row groups of SHARD_ROWS; its path."""
     path = run.path.absolute() / "train_rows" / f"{name}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     table = pa.Table.from_pylist([dict(one) for one in rows], schema=SCHEMA)
-    pq.write_table(table, temporary, row_group_size=SHARD_ROWS)
-    temporary.replace(path)
+    with replacing(path) as file:
+        pq.write_table(table, file, row_group_size=SHARD_ROWS)
     return str(path)
 
 

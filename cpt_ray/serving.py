@@ -158,7 +158,7 @@ class VllmServer:
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
-        from cpt_ray.steering.serving import Conditioner, Unscored
+        from cpt_ray.steering.serving import Conditioner
 
         served = self._served
         if served.candidates is None:
@@ -166,8 +166,7 @@ class VllmServer:
         scorer = EngineScorer(self._engine, served.model)
         questions = read_questions(served.run, served.candidates)
         by = Conditioner(served.run, served.model, served.conditioning) if served.conditioning else None
-        candidates = Unscored(served.candidates.catalog) if by else served.candidates
-        return PreferenceStore(served.run.path / FOLDER, candidates, scorer, questions, served.name, by)
+        return PreferenceStore(served.run.path / FOLDER, served.candidates, scorer, questions, served.name, by)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""

@@ -84,7 +84,7 @@ class Arena:
     def answered(self, planned: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
         """The planned rows with the policy's answers."""
         policy, seed = self.steering.policy, self.steering.plan.config.seed
-        return self.steering.table("steering_answers", planned, AnswerActor, [policy, seed], policy)
+        return self.steering.table("steering_answers", planned, AnswerActor, policy, seed=seed)
 
 
 class Bank:
@@ -316,8 +316,8 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
             policy.fold(z, folder / name, steering.policy.path)
             prompts = [bank.prompts[one] for one in bank.tested[at][:POLICY_PROMPTS]]
             planned += [planned_answer(name, one, 0) for one in prompts]
-    arguments = [steering.policy, folder, policy.rank, steering.plan.config.seed]
-    rows = iter(steering.table("steering_answers", planned, AdapterActor, arguments, steering.policy))
+    made_of = {"folder": folder, "rank": policy.rank, "seed": steering.plan.config.seed}
+    rows = iter(steering.table("steering_answers", planned, AdapterActor, steering.policy, **made_of))
 
     def value(at: int, count: int) -> float:
         return arena.liking(at, [next(rows).text for _ in bank.tested[at][:POLICY_PROMPTS]])

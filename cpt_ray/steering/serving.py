@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
-from cpt_ray.steering.inference import Candidates, Choice
+from cpt_ray.steering.inference import Choice
 from cpt_ray.steering.policy import ConditionalPolicy, Form
 from cpt_ray.steering.tables import Embedder
 
@@ -171,10 +170,3 @@ def _with_soft_prompt(soft: Tensor, prompt: Any, options: dict[str, Any]) -> tup
         "prompt_embeds": torch.cat([soft, soft.new_zeros(len(ids), soft.shape[1])]),
     }
     return changed | {name: prompt[name] for name in ("cache_salt",) if prompt.get(name)}, options
-
-
-class Unscored(Candidates):
-    """What cpt_ray/serving.py still passes beside a conditioner; goes once it passes its candidates themselves."""
-
-    def __init__(self, catalog: Catalog):
-        super().__init__(catalog, beta=1.0)

@@ -7,6 +7,7 @@ never from the policy.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -149,26 +150,23 @@ class Steering:
     def embeddings(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
         """[answers, E], from the table or made now."""
         model = self.config.embedder or self.policy
-        rows = self.table("steering_embeddings", answers, EmbedActor, [model], model)
+        rows = self.table("steering_embeddings", answers, EmbedActor, model)
         return np.array([one.vector for one in rows], dtype=np.float32)
 
     def logprobs(self, answers: Sequence[Answer]) -> Floats:
         """[answers, 1 + directives], from the table or made now."""
         directives = self.candidates.directives
-        rows = self.table("steering_logprobs", answers, LogprobActor, [self.policy, directives], self.policy)
+        rows = self.table("steering_logprobs", answers, LogprobActor, self.policy, directives=directives)
         return np.array([one.logprobs for one in rows])
 
-    def table(
-        self, name: str, rows: Sequence[Any], actor: Any, arguments: Sequence[Any], model: ModelConfig
-    ) -> list[Any]:
+    def table(self, name: str, rows: Sequence[Any], actor: Any, model: ModelConfig, **made_of: Any) -> list[Any]:
         """The table's rows for `rows`, in order; shards that are not there yet are made by a pool of actors.
 
         Args:
             actor: one of those in tables.py.
-            arguments: what an actor is made of, `model` among it; shards of other arguments have other names.
-            model: whose resources the pool takes.
+            made_of: its arguments beside `model`; shards of other ones have other names.
         """
-        key = content_id(model.answer_key, [str(one) for one in arguments if not isinstance(one, ModelConfig)])
+        key = content_id(model.answer_key, [str(one) for one in made_of.values()])
         label, size = name.removeprefix("steering_"), self.plan.config.synthesis.shard_rows
         shards: dict[str, Sequence[Any]] = {}
         for start in range(0, len(rows), size):
@@ -176,7 +174,7 @@ class Steering:
             shards[f"{label}-{start // size:05d}-{content_id(repr(part), key)[:12]}"] = part
         missing = {shard: part for shard, part in shards.items() if not self.run.has(name, shard)}
         fill = Fill(stage=f"steer {label}", table=name, model=model, shards=missing)
-        run_lines(self.run, [Line(list(shards), [fill])], lambda _: actor(*arguments))
+        run_lines(self.run, [Line(list(shards), [fill])], functools.partial(actor, **made_of))
         return self.run.read(name, list(shards), TABLES[name])
 
 

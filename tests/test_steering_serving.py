@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from cpt_ray.frontend import MAX_BODY_BYTES, Frontend
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.preferences import PreferenceStore
 from cpt_ray.steering.inference import Choice, Question, Scorer
-from cpt_ray.steering.serving import FOLDERS, remove_orphans
 from tests.test_frontend import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose
 
@@ -331,15 +329,3 @@ def test_beside_a_conditioner_nothing_is_scored_or_said_and_questions_come_in_th
     talk(tmp_path, steered, policy, questions=[empty, QUESTION], conditioner=conditioner)
     talk(tmp_path, inferred, policy)  # the server without one scores all that is known
     talk(tmp_path, steered_again, policy, policy="newer", conditioner=conditioner)
-
-
-def test_adapters_of_dead_processes_are_removed_and_those_of_others_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    kept = [f"{FOLDERS}{os.getpid()}_a", "cpt-user_elsewhere_99999999_a", "other"]
-    for name in (f"{FOLDERS}99999999_a", *kept):  # above the largest number of a process
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").touch()
-    remove_orphans()
-    assert sorted(one.name for one in tmp_path.iterdir()) == sorted(kept)

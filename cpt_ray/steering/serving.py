@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import shutil
-import socket
 import tempfile
 import threading
 import weakref
@@ -34,8 +32,6 @@ REMOVE_SECONDS = 60.0
 """From the end of the last request with an adapter to the removal of its folder."""
 KEPT = 256
 """Users whose adapter or soft prompt a replica has at hand; the one not used for longest goes first."""
-FOLDERS = f"cpt-user_{socket.gethostname()}_"
-"""What the folders of adapters are named after, on this machine; the number of their process follows."""
 Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 """(prompt, options) of the engine's `generate` to what they are for a user."""
 
@@ -97,7 +93,6 @@ class Conditioner:
         from safetensors.torch import load_file
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        remove_orphans()
         saved, self.form = conditioning.saved, conditioning.form
         with torch.device("meta"):  # the engine has the weights
             frozen = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.path))
@@ -127,7 +122,7 @@ class Conditioner:
         if self.form == "soft_prompt":
             return functools.partial(_with_soft_prompt, self._policy.soft_prompt(z[None])[0])
         # a name of its own for each, since vLLM's caches go by it
-        number, folder = next(self._numbers), Path(tempfile.mkdtemp(prefix=f"{FOLDERS}{os.getpid()}_"))
+        number, folder = next(self._numbers), Path(tempfile.mkdtemp(prefix="cpt-user-"))
         self._policy.fold(z, folder, self._model)
         made = _Adapter(f"user-{content_id(z.tolist())[:12]}-{number}", number, folder)
         weakref.finalize(made, _remove_later, folder)  # when no request is under way with it
@@ -151,14 +146,6 @@ def _remove_later(folder: Path) -> None:
     timer = threading.Timer(REMOVE_SECONDS, shutil.rmtree, (folder,), {"ignore_errors": True})
     timer.daemon = True
     timer.start()
-
-
-def remove_orphans() -> None:
-    """Removes adapters' folders of this machine's processes that were killed, or ended before it was time to."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*"):
-        process = folder.name.removeprefix(FOLDERS).partition("_")[0]
-        if not Path("/proc", process).exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_soft_prompt(soft: Tensor, prompt: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

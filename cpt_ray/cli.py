@@ -149,7 +149,7 @@ def _check_room(command: str, config: RunConfig) -> None:
     roles: dict[str, ModelConfig] = {}
     if command in ("run", "synthesize"):
         roles = {"writer": config.writer, "director": config.director, "judge": config.judge}
-        roles |= {f"judges.{at}": one for at, one in enumerate(config.judges)}
+        roles |= {f"judges[{at}]": one for at, one in enumerate(config.judges)}
         roles |= {"policy": config.policy} if config.synthesis.control else {}
     if command in ("run", "evaluate"):
         roles |= {"judge": config.judge, "policy": config.policy}
@@ -187,7 +187,7 @@ def train_model(arguments: argparse.Namespace) -> None:
         data, config.preferences.data_split, _settings(config.train), config.policy.policy_key, config.seed
     )
     with run.locked():
-        run.write_run({"config": config.model_dump(mode="json"), "preferences": data})
+        run.write_run({"config": config.model_dump(mode="json"), "name": config.name, "preferences": data})
         with connected(arguments.verbose, run.path / "ray.log"):
             train(config, run, (), key)
 

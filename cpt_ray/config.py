@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from cpt_ray.errors import UserError
 from cpt_ray.records import content_id
@@ -42,12 +51,15 @@ def _read_range(value: Any, least: int = 1) -> Range:
     if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(one) is int for one in pair)):
         raise ValueError(f"found {value!r}; expected a number, or [fewest, most]")
     if not least <= pair[0] <= pair[1] or pair[1] < 1:
-        raise ValueError(f"found {value!r}; expected at least {least}, and no more as the fewest than as the most")
+        raise ValueError(
+            f"found {value!r}; expected {least} or more as the fewest, and as many or more, not 0, as the most"
+        )
     return Range(*pair)
 
 
-OneOrMore = Annotated[Range, BeforeValidator(_read_range)]
-NoneOrMore = Annotated[Range, BeforeValidator(functools.partial(_read_range, least=0))]
+_AS_READ = PlainSerializer(lambda one: one.least if one.least == one.most else list(one))
+OneOrMore = Annotated[Range, BeforeValidator(_read_range), _AS_READ]
+NoneOrMore = Annotated[Range, BeforeValidator(functools.partial(_read_range, least=0)), _AS_READ]
 
 
 class _Section(BaseModel):

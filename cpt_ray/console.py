@@ -51,7 +51,9 @@ def status_lines(ledger: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _shown(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:,.10g}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:,.10g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 def progress(stage: str, total: float, unit: str) -> AbstractContextManager[Advance]:

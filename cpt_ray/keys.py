@@ -147,9 +147,9 @@ class Keyring:
         self._next_look = 0.0
 
 
-def write_private(path: Path, data: object) -> None:
+def write_private(path: Path, data: object, sync: bool = True) -> None:
     """JSON, atomically, for the owner's eyes only; UserError if the disk refuses."""
-    with replacing(path, mode=0o600) as file:
+    with replacing(path, mode=0o600, sync=sync) as file:
         file.write(json.dumps(data, indent=2).encode())
 
 
@@ -236,4 +236,4 @@ class Meter:
             self._bucket(key, "tokens", key.tokens_per_minute).take(tokens)
         if key.budget is not None:
             self._spent[key.name] = self._spent.get(key.name, 0) + tokens
-            write_private(self._spent_file, self._spent)
+            write_private(self._spent_file, self._spent, sync=False)

@@ -49,9 +49,9 @@ class Step:
 
     model: ModelConfig
     """The role whose engine it calls."""
-    stage: str = ""
+    stage: str
     """Its name in the ledger."""
-    table: str = ""
+    table: str
     """Where the output shard goes."""
 
     def output(self, shard: str) -> str:

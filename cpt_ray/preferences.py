@@ -186,6 +186,8 @@ class PreferenceStore:
                 (folder / f"{name}.json").unlink()
             except FileNotFoundError:
                 return UNKNOWN
+            for left_behind in folder.glob(f".{name}.json.*.tmp"):  # by a server that was killed
+                left_behind.unlink()
         return {"id": name, "object": "preferences", "deleted": True}
 
     def _current(self, owner: str, name: str, choices: Sequence[Choice]) -> Preferences | None:

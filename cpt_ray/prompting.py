@@ -169,11 +169,10 @@ class PromptTokens:
     def __call__(self, conversations: Sequence[list[ChatMessage]]) -> list[list[int]]:
         """The prompts' token ids."""
         marks, known = self._starts, self._known  # another thread may put others there
-        if marks is None or not conversations:
+        if marks is None:
             return [token_ids(self._tokenizer, one, self._kwargs) for one in conversations]
-        texts = self._tokenizer.apply_chat_template(
-            list(conversations), tokenize=False, add_generation_prompt=True, **self._kwargs
-        )
+        render = self._tokenizer.apply_chat_template  # of one at a time: vLLM has tokenizers that take no more
+        texts = [render(one, tokenize=False, add_generation_prompt=True, **self._kwargs) for one in conversations]
         parts = []
         for text in texts:
             starts = [0, *(found.start() for found in marks.finditer(text) if found.start()), len(text)]

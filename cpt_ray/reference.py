@@ -92,6 +92,7 @@ class ReferenceStep(Step):
         """Computes one shard."""
         rows = pq.ParquetFile(self.rows).read_row_group(self.groups[shard]).to_pylist()
         tally = Tally(len(rows))
+        tally.counts["prompt_tokens"] = sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in rows)
         found = {
             name: ReferenceLogProb(sequence_id=name, log_prob=logp)
             for row, logps in zip(rows, engine.run(rows), strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import uuid
@@ -65,11 +66,12 @@ def derive(parent: str, *parts: Any) -> str:
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A file that becomes `path`, whole and on the disk, when the block ends well; UserError if the disk refuses.
+def replacing(path: Path, mode: int = 0o666, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A file that becomes `path`, whole, when the block ends well; UserError if the disk refuses.
 
     Args:
         mode: its permissions from the start, less the umask.
+        sync: whether to wait for the disk, so that it outlives the machine's death too.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -77,7 +79,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -199,9 +202,8 @@ class RunDir:
                 say(
                     f"note: {self.path} cannot be locked ({error.strerror}); see that one process works on it at a time"
                 )
-            for table in TABLES:
-                for left_behind in (self.path / table).glob(".*.tmp"):
-                    left_behind.unlink(missing_ok=True)
+            for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
+                left_behind.unlink(missing_ok=True)
             yield
 
     @property

@@ -40,10 +40,13 @@ def test_an_override_replaces_one_entry() -> None:
         ("train.beta", "is not key=value"),
         ("seed.x=1", "holds a value, not a section"),
         ("name=../up", "name: found '../up'"),
-        ("writer.num_actors=0", "writer.num_actors: found 0; expected at least 1"),
-        ("train.num_workers=[4, 1]", "train.num_workers: found [4, 1]; expected at least 1, and no more as the fewest"),
+        ("writer.num_actors=0", "writer.num_actors: found 0; expected 1 or more"),
+        ("train.num_workers=[4, 1]", "train.num_workers: found [4, 1]; expected 1 or more as the fewest"),
         ("train.num_workers=two", "train.num_workers: found 'two'; expected a number, or [fewest, most]"),
-        ("serve.replicas=[0, 0]", "serve.replicas: found [0, 0]"),
+        (
+            "serve.replicas=[0, 0]",
+            "serve.replicas: found [0, 0]; expected 0 or more as the fewest, and as many or more, not 0, as the most",
+        ),
     ],
 )
 def test_a_bad_entry_is_refused_by_name(override: str, said: str) -> None:
@@ -61,6 +64,7 @@ def test_how_many_is_a_number_or_a_range() -> None:
     assert (str(config.writer.num_actors), str(config.train.num_workers)) == ("1-4", "2")
     again = type(config).model_validate(config.model_dump(mode="json"))
     assert again.writer.num_actors == (1, 4)
+    assert config.train.model_dump(mode="json")["num_workers"] == 2
 
 
 def test_answers_depend_on_what_the_engine_is_told_but_not_on_its_speed() -> None:

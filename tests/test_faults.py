@@ -21,7 +21,7 @@ from ray import cloudpickle
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import Completion, Engine, EngineDiedError
 from cpt_ray.errors import UserError
-from cpt_ray.pool import MAX_DEATHS, Line, Tally, run_lines
+from cpt_ray.pool import MAX_DEATHS, Line, Step, Tally, run_lines
 from cpt_ray.rundir import RunDir
 from tests.local_cluster import ROOT, free_port
 
@@ -51,11 +51,10 @@ def metrics_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@dataclass(frozen=True)
-class MarkStep:
+@dataclass(frozen=True, kw_only=True)
+class MarkStep(Step):
     """Writes an empty shard; the names of some shards say what happens on the way."""
 
-    model: ModelConfig
     stage: str = "mark"
     table: str = "units"
 
@@ -93,7 +92,7 @@ def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kep
 ) -> None:
     monkeypatch.setenv("CPT_TEST_KEY", "k")
     run, free = RunDir(tmp_path), ray.available_resources()
-    step = MarkStep(ModelConfig(model="m", endpoint=ENDPOINT))
+    step = MarkStep(model=ModelConfig(model="m", endpoint=ENDPOINT))
     names = [f"good-{at}" for at in range(6)]
     run_lines(run, [Line(names[:3], [step])])
     with pytest.raises(UserError, match=r"full-done.parquet: cannot be written \(File too large\); free some space"):
@@ -111,13 +110,13 @@ def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kep
 
 def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: str, tmp_path: Path) -> None:
     free = ray.available_resources()
-    step = MarkStep(ModelConfig(model=str(tmp_path / "no-model")))
+    step = MarkStep(model=ModelConfig(model=str(tmp_path / "no-model")))
     with pytest.raises(UserError, match=r"no-model.*what is finished is kept") as caught:
         run_lines(RunDir(tmp_path), [Line(["good"], [step])])
     assert "\n" not in str(caught.value)
     assert "in make_engine" in str(caught.value.__cause__)
     with pytest.raises(UserError, match=r"m: .*what is finished is kept"):
-        run_lines(RunDir(tmp_path), [Line(["good"], [MarkStep(ModelConfig(model="m"))])], killed_while_it_loads)
+        run_lines(RunDir(tmp_path), [Line(["good"], [MarkStep(model=ModelConfig(model="m"))])], killed_while_it_loads)
     assert_given_back(free)
 
 

@@ -74,8 +74,6 @@ def test_a_tokenizer_whose_parts_depend_on_each_other_gets_whole_texts() -> None
         backend_tokenizer.encode_batch_fast = lambda texts, **_: [SimpleNamespace(ids=encode(one)) for one in texts]
 
         def apply_chat_template(self, asked: Any, tokenize: bool = True, **_: Any) -> Any:
-            if isinstance(asked[0], list):
-                return [self.apply_chat_template(one, tokenize) for one in asked]
             text = "".join(f"<s>{one['content']}" for one in asked)
             return encode(text) if tokenize else text
 

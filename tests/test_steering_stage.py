@@ -16,8 +16,9 @@ from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import EMBEDDED_PATH, ModelConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
-from cpt_ray.report import REPORT, STEERING_END, STEERING_START
+from cpt_ray.report import STEERING_END, STEERING_START
 from cpt_ray.rundir import RunDir
+from cpt_ray.steering.page import with_steering
 from cpt_ray.steering.tables import sequence
 from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
@@ -93,7 +94,6 @@ def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
     path = run_file(tmp_path, steer=steer)
     run = RunDir(tmp_path / "run")
     make_tiny_model(run.model)
-    run.write_text(REPORT, f"{STEERING_START}{STEERING_END}")
     assert main(["steer", "fit", path]) == 0
     (policy,) = run.path.rglob("gated_lora-0.safetensors")
     assert json.loads(policy.with_suffix(".json").read_text())["loss"] < 0.75
@@ -105,7 +105,7 @@ def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
     assert learned[2] > 0.8 and found["accuracy"]["NP-BTL"]["ci"][2][0] > 0.6
     for kind in found["accuracy"]["NP-BTL"]["per_kind"].values():
         assert kind[2] > 0.6
-    assert "<svg" in (run.path / REPORT).read_text(encoding="utf-8")
+    assert "<svg" in with_steering(f"{STEERING_START}{STEERING_END}", found)
 
     def made() -> dict[Path, int]:
         return {one: one.stat().st_mtime_ns for end in ("parquet", "safetensors") for one in run.path.rglob(f"*.{end}")}

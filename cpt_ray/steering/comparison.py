@@ -348,7 +348,7 @@ def _write(
             results[metric][name] = entry
     run = arena.steering.run
     written = run.write_json(RESULTS, results)
-    if (report := run.path / REPORT).exists():  # one made later takes them from RESULTS
+    if satisfactions and (report := run.path / REPORT).exists():  # one made later takes them from RESULTS
         written = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
     say("\n".join(table_lines(results)))
     say(f"results      {written}")

@@ -123,7 +123,7 @@ def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = kind(text)
         if not 0 < value < 1e15:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return value
 
     return number
@@ -138,8 +138,8 @@ def work(arguments: argparse.Namespace) -> None:
         with connected(arguments.verbose, run.path / "ray.log"):
             _check_room(arguments.command, config)
             STAGES[arguments.command][0](plan, run)
-    if arguments.command == "run":
-        _say_next(arguments.run_file, config, arguments.overrides)
+            if arguments.command == "run":
+                _say_next(arguments.run_file, config, arguments.overrides)
 
 
 def _check_room(command: str, config: RunConfig) -> None:
@@ -275,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("run_file", metavar="RUN_FILE")
         if name == "push":
             one.add_argument("target", metavar="TARGET", help="an empty folder, or hf://OWNER/NAME")
-        one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
+        one.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="entries of the run file to change"
+        )
         one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print, and tracebacks")
         if name == "serve":
             one.add_argument("--insecure", action="store_true", help="let everyone in, without a key")
@@ -286,13 +288,19 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("run_file", metavar="RUN_FILE")
         if name != "list":
             one.add_argument("name", metavar="NAME")
-        one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
+        one.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="entries of the run file to change"
+        )
         for limit, (kind, about) in LIMITS.items() if name == "add" else ():
             one.add_argument(f"--{limit.replace('_', '-')}", type=_above_zero(kind), metavar="N", help=about)
     one = commands.add_parser("steer", help="few-shot steering: a user's choices set the dial")
-    one.add_argument("action", choices=("fit", "infer", "evaluate"))
+    one.add_argument(
+        "action",
+        choices=("fit", "infer", "evaluate"),
+        help="learn from simulated users; say what a user's choices come to; fit, then compare all methods",
+    )
     one.add_argument("run_file", metavar="RUN_FILE")
-    one.add_argument("overrides", nargs="*", metavar="key=value", help="override entries of the run file")
+    one.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="entries of the run file to change")
     one.add_argument("--dry-run", action="store_true", help="check the data and say what would be learned, no more")
     one.add_argument("--choices", metavar="FILE", help="infer: JSONL of prompt, chosen, rejected")
     one.add_argument("--verbose", action="store_true", help="show what Ray and vLLM print")

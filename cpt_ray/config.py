@@ -504,7 +504,10 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
     except ValidationError as error:
         lines = validation_lines(error, kind)
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
-        raise UserError("\n".join(f"{path}: {line}" for line in lines if not line.startswith(copies))) from None
+        given = {override.partition("=")[0] for override in overrides}
+        told = [(line.partition(":")[0], line) for line in lines if not line.startswith(copies)]
+        problems = [f"{'override' if name in given else path}: {line}" for name, line in told]
+        raise UserError("\n".join(problems)) from None
     if JOB_ENV in os.environ and not os.path.isabs(config.run_dir):
         raise UserError(
             f"{path}: run_dir: {config.run_dir!r} is relative, and inside a Ray job that is a folder that goes away "

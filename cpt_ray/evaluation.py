@@ -157,5 +157,8 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         page = with_steering(page, steered)
     written = run.write_text(REPORT, page)
     say("\n".join(table_lines(results)))
+    least = (results["difference"]["accuracy_ci"] or [None])[0]
+    if least is None or least <= 0:
+        say("note: no gain over the base is shown; see how many answers became pairs, and the loss (`cpt status`)")
     say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
     return results

@@ -204,6 +204,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; UserError naming the file, and the line where there is one."""
     try:
         data = path.read_bytes()
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; give the file (of a run: its run file)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > MAX_FILE_BYTES:
@@ -296,7 +298,7 @@ def rubric_files(paths: list[Path]) -> list[Path]:
         elif path.exists():
             files.append(path)
         else:
-            raise UserError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder" + ("" if path.is_absolute() else f" in {Path.cwd()}"))
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.card import write_card
-from cpt_ray.config import JudgeConfig, ModelConfig, Range, RunConfig, SynthesisConfig
+from cpt_ray.config import EMBEDDED, JudgeConfig, ModelConfig, Range, RunConfig, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import Completion, Engine, Request, sampled
@@ -77,8 +78,10 @@ def make_plan(config: RunConfig) -> Plan:
     """Reads and checks everything the run file names, before anything expensive starts."""
     rubrics = load_rubrics(config.rubric_paths)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
-    for model in (config.writer, config.director, config.judge, *config.judges):
+    for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
         endpoint_key(model)
+        if model.model != EMBEDDED and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
+            raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
     for name in (name for names in config.synthesis.combine for name in names):
         if name not in plan.by_id:
             raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
@@ -725,6 +728,12 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
     for stage, entry in entries.items():
         run.add_to_ledger(stage, entry)
         say(f"{stage:<12} {_summary(entry)}")
+    dropped = sum(entries["pair"]["rejected"].values())
+    if dropped > entries["pair"].get("rows_in", 0) / 2:
+        say(
+            f"note: {dropped} answers are in no pair; where grades do not confirm the levels that were asked for, the "
+            f"writer does not reach them or the judge does not see it ({run.path / 'rejects'}, judges.json)"
+        )
     write_card(plan, run, shards, run_info(plan))
     say(f"             {time.monotonic() - start:.0f} s for synthesis")
     return shards

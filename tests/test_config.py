@@ -33,7 +33,7 @@ def test_an_override_replaces_one_entry() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.lerning_rate=1", 'train.lerning_rate: unknown key (did you mean "learning_rate"?)'),
+        ("train.lerning_rate=1", 'override: train.lerning_rate: unknown key (did you mean "learning_rate"?)'),
         ("trian.beta=1", 'trian: unknown key (did you mean "train"?)'),
         ("train.lora.rank=8", "train.lora.rank: unknown key (known: alpha, quantize, r, target_modules)"),
         ("train.beta=-1", "train.beta: found -1"),

@@ -409,6 +409,13 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
     assert (run.path / "README.md").stat().st_mtime_ns == before
 
 
+def test_a_misspelt_model_is_named_before_anything_starts(tmp_path: Path) -> None:
+    plan, _ = make_run(tmp_path)
+    policy = plan.config.policy.model_copy(update={"model": "embeded"})
+    with pytest.raises(UserError, match=r"model: found 'embeded' \(did you mean \"embedded\"\?\)"):
+        make_plan(plan.config.model_copy(update={"policy": policy}))
+
+
 def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:
     plan, _ = make_run(tmp_path)
     leaked = plan.prompts_of("held_out")[0].text.upper().strip(".") + "!"

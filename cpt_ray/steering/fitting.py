@@ -203,6 +203,7 @@ def fit_policy(
         torch.save(
             tensors.__dict__ | {"texts": list(texts), "prompts": list(prompts)}, fit.folder / "policy_tensors.pt"
         )
+        say(f"steer fit    {fit.kind}: {fit.config.policy_steps} steps, in silence")
         under_ray_train(work_policy, {"fit": fit, "policy": policy, "reward": reward}, fit)
     found = json.loads(fit.path(0).with_suffix(".json").read_text())
     say(f"steer fit    {fit.kind}: loss {found['loss']:.3f}")

@@ -329,6 +329,8 @@ def read_choices(path: Path) -> list[Choice]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         data = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path}: not JSON lines ({error})") from None
     return parse_choices(data, str(path))

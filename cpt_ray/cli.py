@@ -94,7 +94,7 @@ def do_evaluate(plan: Plan, run: RunDir) -> None:
 
 
 def do_run(plan: Plan, run: RunDir) -> None:
-    """Everything, then what to do next."""
+    """Everything."""
     start = time.monotonic()
     synthesize(plan, run)
     do_train(plan, run)

@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cpt_ray.card import write_card
@@ -80,7 +81,8 @@ def make_plan(config: RunConfig) -> Plan:
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
     for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
         endpoint_key(model)
-        if model.model != EMBEDDED and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
+        is_elsewhere = model.endpoint is not None or Path(model.path).is_dir()
+        if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
             raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
     for name in (name for names in config.synthesis.combine for name in names):
         if name not in plan.by_id:

@@ -409,11 +409,14 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
     assert (run.path / "README.md").stat().st_mtime_ns == before
 
 
-def test_a_misspelt_model_is_named_before_anything_starts(tmp_path: Path) -> None:
+def test_a_misspelt_model_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _ = make_run(tmp_path)
     policy = plan.config.policy.model_copy(update={"model": "embeded"})
     with pytest.raises(UserError, match=r"model: found 'embeded' \(did you mean \"embedded\"\?\)"):
         make_plan(plan.config.model_copy(update={"policy": policy}))
+    (tmp_path / "embeded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    make_plan(plan.config.model_copy(update={"policy": policy}))  # a folder may be called so
 
 
 def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:

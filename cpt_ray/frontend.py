@@ -110,6 +110,32 @@ def counting(generate: Callable[..., Any], scores: bool = True) -> Callable[...,
     return counted
 
 
+class Unwatched:
+    """ASGI middleware of a replica's own port: Serve need not watch for clients that leave, vLLM does.
+
+    Serve would do so in two tasks more for each request, and so two turns more of a busy event loop before it begins.
+    """
+
+    def __init__(self, app: AsgiApp):
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        headers = [*scope.get("headers", ()), (b"x-request-disconnect-disabled", b"?1")]
+        await self._app({**scope, "headers": headers}, receive, send)
+
+
+def replica_middlewares() -> list[Any]:
+    """What Serve puts in front of a replica's own port; nothing in front of its proxies, which keep watching."""
+    from ray import serve
+    from starlette.middleware import Middleware
+
+    try:
+        serve.get_replica_context()
+    except serve.exceptions.RayServeException:
+        return []
+    return [Middleware(Unwatched)]
+
+
 class Steerer(Protocol):
     """What the front asks about preferences (preferences.py); `owner` stands for the key."""
 

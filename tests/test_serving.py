@@ -6,6 +6,7 @@ The tests share one server and run in order: the last ones put newer weights in,
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -243,6 +244,22 @@ def test_an_answer_streams_token_by_token_and_is_the_one_that_comes_whole(client
     assert (chunks[0].model_extra or {})["configuration"]["directive"] == HIGH
     whole = client.chat.completions.create(**options).choices[0].message.content
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_nothing_is_generated_for_a_client_that_left(url: str, run: RunDir, stream: bool) -> None:
+    wanted = {"max_tokens": 200, "n": 32, "temperature": 1, "ignore_eos": True, "stream": stream}
+    headers = {**AUTHORIZED, "X-Request-Id": f"left-{stream}"}
+    body = {"model": "cpt:poet", "messages": USER, **wanted}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.stream("POST", url + CHAT, headers=headers, json=body, timeout=0.5) as answer,
+    ):
+        assert answer.status_code == 200, answer.read()
+        assert stream
+        next(answer.iter_bytes())
+    line = noted(run, 1, lambda line: line["request_id"] == f"left-{stream}")[0]
+    assert line["tokens"] < wanted["max_tokens"] * wanted["n"]
 
 
 def test_who_says_nothing_of_sampling_gets_what_evaluation_measured(client: openai.OpenAI) -> None:

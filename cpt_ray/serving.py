@@ -31,7 +31,17 @@ from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.frontend import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS, AsgiApp, Call, Frontend, Steerer, counting
+from cpt_ray.frontend import (
+    CONFIGURATIONS_PATH,
+    OPEN_PATH,
+    PAGE_PATHS,
+    AsgiApp,
+    AtOnce,
+    Call,
+    Frontend,
+    Steerer,
+    counting,
+)
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
@@ -144,6 +154,9 @@ class VllmServer:
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         scores = served.model.num_gpus > 0 or not engine.get("enable_lora")
         self._engine.generate = counting(self._engine.generate, scores)
+        if getattr(self._engine.renderer.tokenizer, "is_fast", False) and not frontend.trust_request_chat_template:
+            threads = self._engine.renderer._executor  # what vLLM's functions are bound to; it keeps its own inside
+            threads._inner = AtOnce(threads._inner)
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)

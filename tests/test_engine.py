@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from vllm import SamplingParams
 
 from cpt_ray.cluster import ENGINE_ENV
 from cpt_ray.config import ModelConfig
@@ -40,6 +42,14 @@ def test_threads_share_the_engine_and_get_what_they_would_alone(engine: VllmEngi
         together = list(threads.map(engine.run, [requests[at : at + 6] for at in range(0, 24, 6)]))
     assert [one.text for part in together for one in part] == alone
     assert len(set(alone)) > 20
+
+
+def test_texts_are_those_that_vllm_writes(config: ModelConfig, engine: VllmEngine) -> None:
+    requests = [ask(at, max_tokens=60) for at in range(40)]
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in engine._token_ids([one.messages for one in requests])]
+    params = [SamplingParams(max_tokens=one.max_tokens, top_p=one.top_p, seed=one.seed) for one in requests]
+    expected = [one.outputs[0].text.strip() for one in VllmEngine(config)._llm.generate(prompts, params)]
+    assert [one.text for one in engine.run(requests)] == expected
 
 
 def test_samples_come_in_order_and_count_their_prompt_once(engine: VllmEngine) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import MAX_BODY_BYTES, Call, Frontend, configured_body
+from cpt_ray.frontend import CALL, MAX_BODY_BYTES, SMALL_BYTES, AtOnce, Call, Frontend, configured_body
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from tests.builders import make_directives, make_rubric
 
@@ -347,3 +349,20 @@ def test_a_call_is_noted_with_its_key_and_configuration_but_no_word_of_it() -> N
 def test_a_key_opens_only_what_is_for_clients(path: str) -> None:
     assert ask("POST", path, json={}).status_code == 404
     assert ask("POST", "/tokenize", json={}).status_code == 200
+
+
+def test_a_small_request_is_tokenised_at_once_and_a_large_one_in_a_thread() -> None:
+    async def where(size: int, work: Callable[[], Any] = threading.get_ident) -> Any:
+        CALL.set(Call(key="", method="POST", path="", request_id="", time=0.0, body_bytes=size))
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+    def fail() -> None:
+        raise ValueError("no such template")
+
+    with ThreadPoolExecutor(1) as threads:
+        executor, here = AtOnce(threads), threading.get_ident()
+        assert asyncio.run(where(SMALL_BYTES)) == here
+        assert asyncio.run(where(SMALL_BYTES + 1)) != here
+        for size in (1, SMALL_BYTES + 1):
+            with pytest.raises(ValueError, match="no such template"):
+                asyncio.run(where(size, fail))

@@ -778,8 +778,12 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
         assert found[is_mine] == pytest.approx(served, abs=0.1)  # the server's weights are in bfloat16
         assert abs(found[not is_mine] - served) > 0.3
 
-    mine = {"preferences": made["id"]}
-    check({"applied": {}, "directive": None, "from": f"preferences, by {form}"}, True, None, **mine)
+    mine, begun = {"preferences": made["id"]}, time.time()
+    for _ in range(2):
+        check({"applied": {}, "directive": None, "from": f"preferences, by {form}"}, True, None, **mine)
+    chats = noted(run, 2, lambda line: line["path"] == CHAT and line["time"] > begun)
+    first, second = (one["prompt_tokens"] for one in sorted(chats, key=lambda line: line["time"]))
+    assert first > second > 0  # to read the choices is counted, once
     check(None, False, None)
     asked_for = {"applied": {"ornament": "high"}, "directive": HIGH, "from": "configuration"}
     check(asked_for, False, HIGH, configuration={"ornament": "high"}, **mine)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
+from cpt_ray.frontend import CALL
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Choice
@@ -109,10 +110,13 @@ class Conditioner:
 
     @torch.no_grad()
     def z(self, choices: Sequence[Choice]) -> Tensor:
-        """[size]."""
+        """[size]; what is read for it is counted as a prompt of the request."""
         texts = [(one.prompt, text) for one in choices for text in (one.chosen, one.rejected)]
         with self._embedding:  # tokenizers are not for several threads
+            before = self._embedder.num_tokens
             vectors = (torch.tensor(self._embedder.embed(texts)) - self._mean) / self._deviation
+            if (call := CALL.get()) is not None:
+                call.prompt_tokens += self._embedder.num_tokens - before
         found: Tensor = self._policy.encoder(vectors.view(1, len(choices), 2, -1))[0][0]
         return found
 

@@ -95,6 +95,8 @@ class Embedder:
         dtype = torch.bfloat16 if model.num_gpus else torch.float32
         self._model = AutoModel.from_pretrained(model.path, dtype=dtype).eval().to(self._device)
         self._layers = (0, self._model.config.num_hidden_layers // 2) if self._tokenizer.chat_template else (-1,)
+        self.num_tokens = 0
+        """That it has read so far."""
 
     def embed(self, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> list[list[float]]:
         """One vector per (prompt, answer)."""
@@ -110,6 +112,7 @@ class Embedder:
             ids, mask = batch["input_ids"].to(self._device), batch["attention_mask"].to(self._device)
             with torch.no_grad():
                 states = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            self.num_tokens += int(mask.sum())
             weights = mask[..., None].float()
             means = [(states[at].float() * weights).sum(dim=1) / weights.sum(dim=1) for at in self._layers]
             found += torch.cat(means, dim=1).cpu().tolist()

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cpt_ray import __version__
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
 from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
@@ -133,6 +134,8 @@ def work(arguments: argparse.Namespace) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
     config = load_config(Path(arguments.run_file), arguments.overrides)
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
+    if arguments.command in ("train", "evaluate") and not run.path.exists():
+        raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), **run_info(plan)})
         with connected(arguments.verbose, run.path / "ray.log"):
@@ -261,6 +264,7 @@ def manage_keys(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpt", description="Rubrics in, a configurable language model out, on Ray.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("check", help="lint rubric files")
     one.add_argument("paths", nargs="+", metavar="PATH", help="a rubric file or a folder of them")

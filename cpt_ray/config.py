@@ -331,6 +331,8 @@ class AnswersConfig(_Section):
     """Lowest and highest grade; they become the rubric's lowest and highest anchor."""
 
 
+Form = Literal["film", "gated_lora", "soft_prompt"]
+"""How z gets into a conditional policy."""
 Kind = Literal["high", "low", "middle", "mixture", "noisy"]
 """Taste of a user: an end of one rubric, a score in its middle, a blend of two, an end with wrong choices."""
 
@@ -364,7 +366,7 @@ class SteerConfig(_Section):
     """Users per step over all workers, without their twins."""
     seeds: Positive = 5
     """Models that are trained; results are over all of them."""
-    forms: tuple[Literal["film", "gated_lora", "soft_prompt"], ...] = ("gated_lora",)
+    forms: tuple[Form, ...] = ("gated_lora",)
     """Conditional policies (NP-DPO) that are trained; only gated_lora's answers are tried, by folded adapters."""
     policy_beta: Annotated[float, Field(gt=0)] = 0.05
     policy_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
@@ -383,6 +385,8 @@ class SteerConfig(_Section):
     """Probability from which on an inferred level is acted upon."""
     lapse: Fraction = 0.1
     """Share of choices that say nothing, as directive inference takes it."""
+    prior: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Rubric id to how likely a user cares about it before any choice, against 1 of those not named."""
 
 
 class ServeConfig(_Section):

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.cluster import connected
-from cpt_ray.config import RunConfig
+from cpt_ray.config import Form, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.engine import TIGHT_JSON
 from cpt_ray.errors import UserError
@@ -46,7 +46,7 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
-from cpt_ray.steering.policy import ConditionalPolicy, Form
+from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import Embedder, sequence
 from tests.builders import make_directives, make_rubric

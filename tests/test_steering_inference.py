@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from cpt_ray.config import RunConfig
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import Directive
-from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, parse_choices
+from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, make_candidates, parse_choices
 from cpt_ray.steering.users import KINDS, Answer, Population, draw_taste, make_answer
 from tests.builders import LEVELS, make_directives, make_rubric
 
@@ -164,6 +165,19 @@ def test_one_choice_more_or_less_can_only_move_the_odds_so_far() -> None:
 def test_a_prior_is_followed_while_nothing_is_known() -> None:
     fond = candidates(prior={"mood": 9.0}).belief([]).probabilities
     assert sum(fond["mood"].values()) > 2 * sum(fond["ornament"].values())
+
+
+def test_a_prior_about_an_unknown_rubric_is_refused_with_the_nearest_name() -> None:
+    data = {
+        "name": "a",
+        "rubrics": ["a"],
+        "prompts": {"source": "a"},
+        "writer": {"model": "a"},
+        "policy": {"model": "a"},
+    }
+    config = RunConfig.model_validate(data | {"steer": {"prior": {"moods": 2}}})
+    with pytest.raises(UserError, match=r'steer.prior: no rubric moods \(did you mean "mood"'):
+        make_candidates(config, candidates().catalog, config.policy)
 
 
 def test_the_next_question_is_the_one_that_says_most() -> None:

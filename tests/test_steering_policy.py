@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.config import EMBEDDED_PATH, ModelConfig
+from cpt_ray.config import EMBEDDED_PATH, Form, ModelConfig
 from cpt_ray.embedded.world import level_text
 from cpt_ray.engine import engine_arguments, engine_env
 from cpt_ray.measures import MEASURES
 from cpt_ray.rubric import Rubric, load_rubrics
 from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
-from cpt_ray.steering.policy import ConditionalPolicy, Form
+from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import learn
 from cpt_ray.steering.tables import sequence
 from tests.local_cluster import ROOT

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpt_ray.config import SteerConfig
+from cpt_ray.config import Form, SteerConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
 from cpt_ray.rundir import replacing
-from cpt_ray.steering.policy import ConditionalPolicy, Form, Sequences
+from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel, Tasks, learn
 from cpt_ray.steering.users import User
 

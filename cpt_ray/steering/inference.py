@@ -19,6 +19,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import Catalog
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
 
@@ -166,7 +167,7 @@ class Candidates:
         beta: float,
         lapse: float = 0.1,
         certainty: float = 0.6,
-        prior: Mapping[str, float] | None = None,
+        prior: Mapping[str, float] = MappingProxyType({}),
         policy: str = "",
     ):
         """
@@ -192,7 +193,7 @@ class Candidates:
         for row, one in enumerate(self.configurations):
             for item in one.items():
                 self._member[row, index[item]] = 1
-        self._log_prior = np.log(self._prior(prior or {}))
+        self._log_prior = np.log(self._prior(prior))
 
     def _prior(self, care: Mapping[str, float]) -> Floats:
         counts = np.array([len(one) for one in self.configurations])
@@ -310,9 +311,12 @@ def _entropy(chance: Floats) -> Floats:
 
 
 def make_candidates(config: RunConfig, catalog: Catalog, policy: ModelConfig) -> Candidates:
-    """What users of a run's policy may have in mind."""
-    steer = config.steer
-    return Candidates(catalog, config.train.beta, steer.lapse, steer.certainty, policy=policy.identity)
+    """What users of a run's policy may have in mind; UserError for a prior about an unknown rubric."""
+    steer, known = config.steer, [one.id for one in catalog.rubrics]
+    for name in steer.prior:
+        if name not in known:
+            raise UserError(f"steer.prior: no rubric {name}{did_you_mean(name, known)}")
+    return Candidates(catalog, config.train.beta, steer.lapse, steer.certainty, steer.prior, policy.identity)
 
 
 def read_questions(run: RunDir, candidates: Candidates) -> list[Question]:

@@ -23,15 +23,15 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from cpt_ray.config import Form
 from cpt_ray.steering.reward import ContextEncoder
 
-Form = Literal["film", "gated_lora", "soft_prompt"]
 Sequences = Sequence[tuple[list[int], int]]
 """Token ids of (prompt, answer), and where the answer starts."""
 

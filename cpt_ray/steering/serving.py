@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpt_ray.config import ModelConfig
+from cpt_ray.config import Form, ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import CALL
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Choice
-from cpt_ray.steering.policy import ConditionalPolicy, Form
+from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.tables import Embedder
 
 REMOVE_SECONDS = 60.0

@@ -385,7 +385,7 @@ class SteerConfig(_Section):
     """Probability from which on an inferred level is acted upon."""
     lapse: Fraction = 0.1
     """Share of choices that say nothing, as directive inference takes it."""
-    prior: dict[str, Annotated[float, Field(gt=0)]] = {}
+    prior: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     """Rubric id to how likely a user cares about it before any choice, against 1 of those not named."""
 
 

@@ -233,7 +233,8 @@ class VllmEngine:
     def _write_texts(self, outputs: Sequence[RequestOutput]) -> None:
         """The answers' texts, all at once and beside the engine; vLLM would decode each token between its steps.
 
-        As vLLM has them: without the token that ended one, nor a character of which bytes are missing at the end.
+        As vLLM has them: without the token that ended one, nor a character of which bytes are missing at the end (but
+        where bytes are no text at all, tokenizers that fall back to bytes may put in more replacement characters).
         """
         if self._decoder is None:  # then vLLM has done it
             return

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Executor
@@ -25,7 +26,9 @@ from cpt_ray.prompting import policy_messages
 
 MAX_BODY_BYTES = 10 << 20
 SMALL_BYTES = 8 << 10
-"""Of a body that takes about a millisecond to render and to tokenise."""
+"""Of a body that usually takes about a millisecond to render and to tokenise."""
+AT_ONCE_SECONDS = 0.005
+"""Of work on a request in the event loop, after which the rest of it is done in threads."""
 CHAT_PATHS = ("/v1/chat/completions", "/tokenize")
 """Where a body may name a configuration; anywhere else one is an error, never silently ignored."""
 CONFIGURATIONS_PATH = "/v1/configurations"
@@ -64,6 +67,8 @@ class Call:
     time: float
     """Unix seconds at which it came."""
     body_bytes: int = 0
+    at_once_seconds: float = 0.0
+    """Of its rendering and tokenising, what was done in the event loop."""
     status: int = 0
     """0 if the client left before there was one."""
     configuration: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -118,15 +123,20 @@ def counting(generate: Callable[..., Any], scores: bool = True) -> Callable[...,
 class Unwatched:
     """ASGI middleware of a replica's own port: Serve need not watch for clients that leave, vLLM does.
 
-    Serve would do so in two tasks more for each request, and so two turns more of a busy event loop before it begins.
+    Serve would do so in two tasks more for each request, and so two turns more of a busy event loop before it begins;
+    and when it cancels what vLLM does for an answer that comes whole, vLLM's engine goes on with it. So clients cannot
+    ask Serve for a timeout either. What is not vLLM's, Serve watches.
     """
 
     def __init__(self, app: AsgiApp):
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        headers = [*scope.get("headers", ()), (b"x-request-disconnect-disabled", b"?1")]
-        await self._app({**scope, "headers": headers}, receive, send)
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if not _under_preferences(path):
+            headers = [one for one in scope.get("headers", ()) if one[0] != b"x-request-timeout-seconds"]
+            scope = {**scope, "headers": [*headers, (b"x-request-disconnect-disabled", b"?1")]}
+        await self._app(scope, receive, send)
 
 
 def replica_middlewares() -> list[Any]:
@@ -138,14 +148,16 @@ def replica_middlewares() -> list[Any]:
         serve.get_replica_context()
     except serve.exceptions.RayServeException:
         return []
-    return [Middleware(Unwatched)]
+    has_one_loop = os.environ.get("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD") == "0"
+    return [Middleware(Unwatched)] if has_one_loop else []
 
 
 class AtOnce(Executor):
     """In the place of the threads in which vLLM renders and tokenises: does so for a small request then and there.
 
     Each of the three times that it hands a request to a thread, this one waits for Python's lock, which a busy event
-    loop gives up every 5 ms, and then for its turn in the loop: more than the work itself takes.
+    loop gives up every 5 ms, and then for its turn in the loop: more than the work itself takes. A request whose work
+    turns out to be more (a template can make a long text of a short body) goes on in the threads.
     """
 
     def __init__(self, threads: Executor):
@@ -154,13 +166,14 @@ class AtOnce(Executor):
     def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
         """A future, which the event loop takes as it is if it is one of its own."""
         call = CALL.get()
-        if call is None or not 0 < call.body_bytes <= SMALL_BYTES:
+        if call is None or not 0 < call.body_bytes <= SMALL_BYTES or call.at_once_seconds >= AT_ONCE_SECONDS:
             return self._threads.submit(work, *arguments, **options)
-        done = asyncio.get_running_loop().create_future()
+        done, start = asyncio.get_running_loop().create_future(), time.perf_counter()
         try:
             done.set_result(work(*arguments, **options))
         except Exception as error:
             done.set_exception(error)
+        call.at_once_seconds += time.perf_counter() - start
         return done
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -224,11 +237,17 @@ class Frontend:
             request_id=headers.get(b"x-request-id", b"").decode("latin-1"),
             time=time.time(),
         )
-        start = time.perf_counter()
+        start, has_left = time.perf_counter(), False
+
+        async def receive_noted() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = message["type"] == "http.disconnect"
+            return message
 
         async def send_noted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                call.status = message["status"]
+                call.status = 0 if has_left else message["status"]
             elif call.first_byte_seconds is None:
                 call.first_byte_seconds = time.perf_counter() - start
             await send(message)
@@ -240,7 +259,7 @@ class Frontend:
             elif not path.startswith(CLIENT_PATHS):
                 await _send_error(send_noted, 404, f"there is nothing at {path[:100]}")
             elif method == "POST":
-                await self._post(key, path, call, scope, receive, send_noted)
+                await self._post(key, path, call, scope, receive_noted, send_noted)
             elif self._preferences is not None and _under_preferences(path):
                 await self._answer(self._preferences, key, method, path, b"", send_noted)
             elif (method, path) == ("GET", CONFIGURATIONS_PATH):

@@ -122,6 +122,7 @@ class VllmServer:
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
         from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+        from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -154,7 +155,8 @@ class VllmServer:
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         scores = served.model.num_gpus > 0 or not engine.get("enable_lora")
         self._engine.generate = counting(self._engine.generate, scores)
-        if getattr(self._engine.renderer.tokenizer, "is_fast", False) and not frontend.trust_request_chat_template:
+        is_safe = isinstance(self._engine.renderer.tokenizer, ThreadSafeHFTokenizerMixin)  # beside vLLM's threads
+        if is_safe and not frontend.trust_request_chat_template:
             threads = self._engine.renderer._executor  # what vLLM's functions are bound to; it keeps its own inside
             threads._inner = AtOnce(threads._inner)
         tasks = await self._engine.get_supported_tasks()

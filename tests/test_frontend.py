@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import CALL, MAX_BODY_BYTES, SMALL_BYTES, AtOnce, Call, Frontend, configured_body
+from cpt_ray.frontend import AT_ONCE_SECONDS, CALL, MAX_BODY_BYTES, SMALL_BYTES, AtOnce, Call, Frontend, configured_body
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from tests.builders import make_directives, make_rubric
 
@@ -352,8 +352,9 @@ def test_a_key_opens_only_what_is_for_clients(path: str) -> None:
 
 
 def test_a_small_request_is_tokenised_at_once_and_a_large_one_in_a_thread() -> None:
-    async def where(size: int, work: Callable[[], Any] = threading.get_ident) -> Any:
-        CALL.set(Call(key="", method="POST", path="", request_id="", time=0.0, body_bytes=size))
+    async def where(size: int, work: Callable[[], Any] = threading.get_ident, spent: float = 0.0) -> Any:
+        call = Call(key="", method="POST", path="", request_id="", time=0.0, body_bytes=size, at_once_seconds=spent)
+        CALL.set(call)
         return await asyncio.get_running_loop().run_in_executor(executor, work)
 
     def fail() -> None:
@@ -363,6 +364,7 @@ def test_a_small_request_is_tokenised_at_once_and_a_large_one_in_a_thread() -> N
         executor, here = AtOnce(threads), threading.get_ident()
         assert asyncio.run(where(SMALL_BYTES)) == here
         assert asyncio.run(where(SMALL_BYTES + 1)) != here
+        assert asyncio.run(where(1, spent=AT_ONCE_SECONDS)) != here
         for size in (1, SMALL_BYTES + 1):
             with pytest.raises(ValueError, match="no such template"):
                 asyncio.run(where(size, fail))

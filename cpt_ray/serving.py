@@ -122,6 +122,7 @@ class VllmServer:
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
         from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+        from vllm.envs import enable_envs_cache
         from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -166,6 +167,7 @@ class VllmServer:
         app.user_middleware = [one for one in app.user_middleware if one.cls is not PrometheusInstrumentatorMiddleware]
         app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
+        enable_envs_cache()  # vLLM's server asks the environment anew for every request and answer
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), Record(served.run)

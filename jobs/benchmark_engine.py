@@ -1,13 +1,16 @@
 """The write stage under Ray Data against bare `vllm.LLM` and `ray.data.llm`: same requests, same engine arguments.
 
-python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--ray-llm] [RUN_FILE [key=value ...]]
+python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--chat] [--ray-llm] [RUN_FILE [key=value ...]]
 
-In every round a new engine answers all requests, its cache empty each time, by `LLM.chat`, by `LLM.generate`, which is
-given token ids, as the stage's engine, and by both again: two processes differ by more than what is to be shown, and
-the machine's speed changes within a round, so the stage is held against the mean of the two turns around it.
+In every round a new engine answers all requests, its cache empty each time, by `LLM.generate`, which is given token
+ids, as the stage's engine, and by `LLM.generate` again: two processes differ by more than what is to be shown, and the
+machine's speed changes within a round, so the stage is held against the mean of the two turns around it (`--chat`:
+`LLM.chat` has two turns as well).
 Steady state is from the engine's first step to the last that finished an answer; of bare vLLM the whole call. Beside:
 the fixed overhead (start of the stage to the first step, last answer to the end of the stage), and the steps: how
-many, the share of the time spent within them, milliseconds each, tokens per CPU second of the engine's process.
+many, the share of the time spent within them, milliseconds each, tokens per CPU second of the engine's process. At the
+end, over all rounds, the time from one step to the next while more requests wait than the engine takes, whose lower
+percentiles other work on the machine leaves alone, and what the process's other threads took of the time.
 `--width` takes a model of random weights, 8 layers of that width, in the place of the run file's.
 """
 
@@ -49,34 +52,47 @@ class Watch:
     def __init__(self, engine: Any):
         self._step, engine.step = engine.step, self
         self.first, self.last, self.within, self.steps, self.tokens, self.cpu = 0.0, 0.0, 0.0, 0, 0, 0.0
-        self._cpu_before = time.process_time()
+        self.beside = 0.0
+        """CPU seconds of other threads of this process."""
+        self.periods: list[float] = []
+        """Seconds from the start of a step to that of the next, while more requests wait than the engine takes."""
+        self._scheduler, self._start = engine.engine_core.engine_core.scheduler, 0.0
+        self._cpu_before, self._beside_before = time.process_time(), 0.0
 
     def __call__(self) -> Any:
         start = time.time()
+        if self._start:
+            self.periods.append(start - self._start)
+        else:
+            self._beside_before = self._beside_before or time.process_time() - time.thread_time()
         outputs = self._step()
         end = time.time()
+        self._start = start if self._scheduler.waiting else 0.0
         self.first, self.within, self.steps = self.first or start, self.within + end - start, self.steps + 1
         done = [one for output in outputs if output.finished for one in output.outputs]
         if done:
             self.last, self.cpu = end, time.process_time() - self._cpu_before
+            self.beside = time.process_time() - time.thread_time() - self._beside_before
             self.tokens += sum(len(one.token_ids) for one in done)
         return outputs
 
-    def found(self) -> dict[str, float]:
+    def found(self) -> dict[str, Any]:
         """What it saw."""
-        return {name: getattr(self, name) for name in ("first", "last", "within", "steps", "tokens", "cpu")}
+        names = ("first", "last", "within", "steps", "tokens", "cpu", "beside", "periods")
+        return {name: getattr(self, name) for name in names}
 
 
 class WatchedEngine(VllmEngine):
     """Answers all requests by bare `LLM.chat` and `LLM.generate` as well; keeps what the watches saw in a file."""
 
-    def __init__(self, model: ModelConfig, folder: Path):
+    def __init__(self, model: ModelConfig, folder: Path, chats: bool):
         super().__init__(model)
         begun, self._file, self._kwargs = time.time(), folder / f"{os.getpid()}.json", model.chat_template_kwargs
         self._requests = json.loads((folder / REQUESTS).read_text())
         self._left = len(self._requests)
         self._bare(WARM_UP)
-        self._found: dict[str, Any] = {"chatting": [self._chat()], "bare": [self._bare()]}
+        self._chats = chats
+        self._found: dict[str, Any] = {"chatting": self._chat(), "bare": [self._bare()]}
         self._found["spent"] = time.time() - begun
         self._lock, self._step = threading.Lock(), self._engine.step
         self._watch = Watch(self._engine)
@@ -86,14 +102,16 @@ class WatchedEngine(VllmEngine):
 
         return [one for one, _ in self._requests], [SamplingParams(**one) for _, one in self._requests]
 
-    def _chat(self) -> float:
-        """Seconds of `LLM.chat`."""
+    def _chat(self) -> list[float]:
+        """Seconds of `LLM.chat`, if they are wanted."""
+        if not self._chats:
+            return []
         conversations, params = self._asked()
         start = time.time()
         self._llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs=self._kwargs)
         seconds = time.time() - start
         self._llm.reset_prefix_cache()
-        return seconds
+        return [seconds]
 
     def _bare(self, count: int | None = None) -> dict[str, float]:
         """The first `count` requests by `LLM.generate`, which is given token ids."""
@@ -118,25 +136,28 @@ class WatchedEngine(VllmEngine):
                 self._engine.step = self._step
                 self._llm.reset_prefix_cache()
                 self._found["bare"].append(self._bare())
-                self._found["chatting"].append(self._chat())
+                self._found["chatting"] += self._chat()
                 self._found["spent_after"] = time.time() - begun
             self._file.write_text(json.dumps(self._found))
         return done
 
 
-def stage(plan: Plan, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+def stage(plan: Plan, folder: Path, chats: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """One run of the write stage alone: what its first engine saw of bare vLLM, and all of them of the stage."""
     run, units = RunDir(folder / "run"), plan_units(plan)
     for name, rows in units.items():
         run.write("units", name, rows)
     (folder / REQUESTS).write_text(json.dumps(requests_of(plan)))
     start = time.time()
-    run_lines(run, [Line(list(units), [steps_of(plan)[0]])], functools.partial(WatchedEngine, folder=folder))
+    run_lines(
+        run, [Line(list(units), [steps_of(plan)[0]])], functools.partial(WatchedEngine, folder=folder, chats=chats)
+    )
     whole = time.time() - start
     seen = [json.loads(path.read_text()) for path in folder.glob("[0-9]*.json")]
     shutil.rmtree(folder)
     watched = [one["stage"] for one in seen]
-    found = {name: sum(one[name] for one in watched) for name in ("within", "steps", "tokens", "cpu")}
+    found = {name: sum(one[name] for one in watched) for name in ("within", "steps", "tokens", "cpu", "beside")}
+    found |= {"periods": [value for one in watched for value in one["periods"]]}
     found |= {"first": min(one["first"] for one in watched), "last": max(one["last"] for one in watched)}
     spent, spent_after = seen[0]["spent"], seen[0].get("spent_after", 0.0)
     before, after = found["first"] - start - spent, start + whole - found["last"] - spent_after
@@ -213,6 +234,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=0)
     parser.add_argument("--actors", type=int, default=1, help="also measure the stage with this many engines")
+    parser.add_argument("--chat", action="store_true", help="also measure LLM.chat")
     parser.add_argument("--ray-llm", action="store_true", help="also measure ray.data.llm")
     parser.add_argument("run_file", nargs="?", default="jobs/embedded.yaml")
     parser.add_argument("overrides", nargs="*", default=[])
@@ -239,19 +261,25 @@ def main() -> None:
         ids = [token_ids(tokenizer, one, config.writer.chat_template_kwargs) for one, _ in requests]
         print(f"{len(ids)} requests, {statistics.mean(map(len, ids)):.0f} prompt tokens each", flush=True)
         ratios: dict[str, list[float]] = {}
+        periods: dict[str, list[float]] = {"bare": [], "stage": []}
+        beside: dict[str, list[float]] = {"bare": [], "stage": []}
 
         def note(what: str, ratio: float, line: str) -> None:
             ratios.setdefault(what, []).append(ratio)
             print(f"{what:<16} {line} (ratio {ratio:.3f})", flush=True)
 
         for at in range(options.rounds):
-            bare, found = stage(plan, Path(folder) / f"round-{at}")
-            for turn, seconds in zip(bare["bare"], bare["chatting"], strict=True):
-                print(f"{'bare vLLM':<16} {text(turn)}; {seconds:.1f} s by LLM.chat", flush=True)
+            bare, found = stage(plan, Path(folder) / f"round-{at}", options.chat)
+            for turn in bare["bare"]:
+                print(f"{'bare vLLM':<16} {text(turn)}", flush=True)
+            for kind, one in (("bare", bare["bare"][0]), ("bare", bare["bare"][1]), ("stage", found)):
+                periods[kind] += one["periods"]
+                beside[kind].append(one["beside"] / (one["last"] - one["first"]))
             before, after = map(speed, bare["bare"])
             note("stage", 2 * speed(found) / (before + after), text(found))
-            chatting = statistics.mean(bare["chatting"]) / found["tokens"]
-            ratios.setdefault("stage to LLM.chat", []).append(speed(found) * chatting)
+            if options.chat:
+                chatting = statistics.mean(bare["chatting"]) / found["tokens"]
+                ratios.setdefault("stage to LLM.chat", []).append(speed(found) * chatting)
             ratios.setdefault("bare vLLM, second turn to first", []).append(after / before)
             if options.actors > 1:
                 _, several = stage(more, Path(folder) / f"more-{at}")
@@ -259,6 +287,11 @@ def main() -> None:
             if options.ray_llm:
                 seconds = ray_llm(config.writer, ids, [params for _, params in requests])
                 note("ray.data.llm", seconds / found["whole"], f"{seconds:.1f} s in all")
+        for kind, values in periods.items():
+            low, middle = (1000 * statistics.quantiles(values, n=20)[at] for at in (3, 9))
+            line = f"{len(values)} full steps, {low:.2f} ms at the 20th percentile, {middle:.2f} in the median, "
+            line += f"{1000 * statistics.mean(values):.2f} in the mean"
+            print(f"{kind:<16} {line}; {statistics.median(beside[kind]):.1%} of the time in other threads' CPU")
         for what, values in ratios.items():
             print(f"median ratio, {what}: {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})")
         ray.shutdown()

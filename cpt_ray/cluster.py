@@ -94,6 +94,7 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
     whole: it waits for all of a request, within a bound, or until its buffer is full; with a longer one it would end
     the client's connection without a word. An answer comes in small pieces, which are cheaper copied than spliced. Ray
     has no name for these settings, but takes the line as it is. Requests are counted in the replicas, not here too.
+    The middleware is for the replicas' own ports.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}

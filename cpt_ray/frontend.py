@@ -237,21 +237,8 @@ class Frontend:
             request_id=headers.get(b"x-request-id", b"").decode("latin-1"),
             time=time.time(),
         )
-        start, has_left = time.perf_counter(), False
-
-        async def receive_noted() -> Message:
-            nonlocal has_left
-            message = await receive()
-            has_left = message["type"] == "http.disconnect"
-            return message
-
-        async def send_noted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                call.status = 0 if has_left else message["status"]
-            elif call.first_byte_seconds is None:
-                call.first_byte_seconds = time.perf_counter() - start
-            await send(message)
-
+        start = time.perf_counter()
+        receive_noted, send_noted = _noting(call, start, receive, send)
         token, unsteered = CALL.set(call), STEERED.set(None)
         try:
             if isinstance(key, Refusal):
@@ -379,6 +366,26 @@ def _split_model(model: str, catalogs: Mapping[str, Catalog]) -> tuple[str | Non
     if prefix == CONFIGURED_PREFIX[:-1]:
         return next(iter(catalogs)), text
     return (prefix, text) if prefix in catalogs else (None, "")
+
+
+def _noting(call: Call, start: float, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """`receive` and `send`, noting in `call` the status, unless the client has left, and when the body began."""
+    has_left = False
+
+    async def receive_noted() -> Message:
+        nonlocal has_left
+        message = await receive()
+        has_left = message["type"] == "http.disconnect"
+        return message
+
+    async def send_noted(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            call.status = 0 if has_left else message["status"]
+        elif call.first_byte_seconds is None:
+            call.first_byte_seconds = time.perf_counter() - start
+        await send(message)
+
+    return receive_noted, send_noted
 
 
 def _saying(resolved: Resolved, source: str, send: Send) -> Send:

@@ -180,6 +180,13 @@ def text(found: dict[str, float]) -> str:
     return line
 
 
+def full_steps(periods: Sequence[float]) -> str:
+    """A line about the seconds from step to step of a full engine."""
+    low, middle = (1000 * statistics.quantiles(periods, n=20)[at] for at in (3, 9))
+    line = f"{len(periods)} full steps, {low:.2f} ms at the 20th percentile, {middle:.2f} in the median, "
+    return line + f"{1000 * statistics.mean(periods):.2f} in the mean"
+
+
 def ray_llm(model: ModelConfig, ids: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> float:
     """Seconds that ray.data.llm takes for the same requests."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -288,10 +295,7 @@ def main() -> None:
                 seconds = ray_llm(config.writer, ids, [params for _, params in requests])
                 note("ray.data.llm", seconds / found["whole"], f"{seconds:.1f} s in all")
         for kind, values in periods.items():
-            low, middle = (1000 * statistics.quantiles(values, n=20)[at] for at in (3, 9))
-            line = f"{len(values)} full steps, {low:.2f} ms at the 20th percentile, {middle:.2f} in the median, "
-            line += f"{1000 * statistics.mean(values):.2f} in the mean"
-            print(f"{kind:<16} {line}; {statistics.median(beside[kind]):.1%} of the time in other threads' CPU")
+            print(f"{kind:<16} {full_steps(values)}; {statistics.median(beside[kind]):.1%} of it in other threads' CPU")
         for what, values in ratios.items():
             print(f"median ratio, {what}: {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})")
         ray.shutdown()

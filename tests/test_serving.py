@@ -6,7 +6,6 @@ The tests share one server and run in order: the last ones put newer weights in,
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -258,22 +257,24 @@ def generated(url: str) -> float:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_nothing_is_generated_for_a_client_that_left(url: str, run: RunDir, stream: bool) -> None:
-    wanted = {"max_tokens": 200, "n": 32, "temperature": 1, "ignore_eos": True, "stream": stream}
+    wanted = {"max_tokens": 200, "n": 128, "temperature": 1, "ignore_eos": True, "stream": stream}
     before = generated(url)
     headers = {**AUTHORIZED, "X-Request-Id": f"left-{stream}"}
     body = {"model": "cpt:poet", "messages": USER, **wanted}
-    with (
-        contextlib.suppress(httpx.ReadTimeout),
-        httpx.stream("POST", url + CHAT, headers=headers, json=body, timeout=0.5) as answer,
-    ):
-        assert answer.status_code == 200, answer.read()
-        assert stream
-        next(answer.iter_bytes())
+    if stream:
+        with httpx.stream("POST", url + CHAT, headers=headers, json=body, timeout=WAIT_SECONDS) as answer:
+            assert answer.status_code == 200, answer.read()
+            next(answer.iter_bytes())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url + CHAT, headers=headers, json=body, timeout=httpx.Timeout(WAIT_SECONDS, read=0.3))
     line = noted(run, 1, lambda line: line["request_id"] == f"left-{stream}")[0]
     assert line["status"] == (200 if stream else 0)
+    deadline = time.monotonic() + WAIT_SECONDS
     while metric(url, "vllm:num_requests_running"):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert generated(url) - before < 200 * 32
+    assert generated(url) - before < 200 * 128
 
 
 def test_who_says_nothing_of_sampling_gets_what_evaluation_measured(client: openai.OpenAI) -> None:

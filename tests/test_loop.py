@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -129,7 +128,7 @@ def test_model_and_adapter_load_in_transformers_and_peft_and_agree(loop: tuple[R
     assert change > 2 * difference
 
 
-@pytest.mark.skipif("CPT_STEER" not in os.environ, reason="four minutes; CPT_STEER=1 runs it")
+@pytest.mark.slow
 def test_choices_steer_real_answers_and_are_held_against_the_baselines(
     cluster: LocalCluster, loop: tuple[RunDir, str]
 ) -> None:

@@ -724,7 +724,7 @@ def make_adapter(run: RunDir, name: str, seed: int) -> Path:
     return run.path / name
 
 
-@pytest.mark.skipif("CPT_ADAPTERS" not in os.environ, reason="two minutes; CPT_ADAPTERS=1 runs it")
+@pytest.mark.slow
 def test_adapters_are_served_and_an_idle_server_ends_and_comes_back(url: str, run: RunDir) -> None:
     from ray import serve
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cpt_ray.config import Form
-from cpt_ray.steering.reward import ContextEncoder
+from cpt_ray.steering.reward import ContextEncoder, mlp
 
 Sequences = Sequence[tuple[list[int], int]]
 """Token ids of (prompt, answer), and where the answer starts."""
@@ -85,9 +85,10 @@ class ConditionalPolicy(nn.Module):
             "gated_lora": len(self.adapters) * rank,
             "soft_prompt": vectors * width,
         }
-        self.head = nn.Linear(size, outputs[form])
-        nn.init.zeros_(self.head.weight) if form == "film" else nn.init.normal_(self.head.weight, std=0.5 / size**0.5)
-        nn.init.zeros_(self.head.bias)
+        self.head = mlp(size, *([2 * size] if form == "soft_prompt" else []), outputs[form])
+        last: nn.Linear = self.head[-1]  # type: ignore[assignment]
+        nn.init.zeros_(last.weight) if form == "film" else nn.init.normal_(last.weight, std=0.5 / last.in_features**0.5)
+        nn.init.zeros_(last.bias)
         self.film: Tensor | None = None
         if form == "film":
             for at, block in enumerate(blocks):

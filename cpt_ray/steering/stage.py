@@ -242,7 +242,8 @@ def _fit_policies(
     settings = config.model_dump(
         include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
     )
-    folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity)
+    version = 2  # of what is trained, which weights kept by an earlier one would not fit
+    folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity, version)
     texts, prompts = policy_texts(steering, answers), [one.prompt_id for one in answers]
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
     policies = [fit_policy(one, tensors, texts, prompts, steering.policy.path, reward) for one in fits]

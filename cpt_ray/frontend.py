@@ -47,8 +47,6 @@ PAGE_POLICY = (
 APPLIED_HEADER = b"x-cpt-configuration"
 SOURCE_HEADER = b"x-cpt-configuration-from"
 """Whether the configuration is the one that was asked for or that of the preferences named beside it."""
-FOLLOWED_AT_ONCE = (b'"delta":{"role":"assistant","content":""', b'"finish_reason":"', b"data: [DONE]")
-"""In events of vLLM's streams that another follows at once; in a text the quotes would be escaped."""
 CONFIGURED_PREFIX = "cpt:"
 """Begins a model name that carries a configuration."""
 
@@ -371,11 +369,8 @@ def _split_model(model: str, catalogs: Mapping[str, Catalog]) -> tuple[str | Non
 
 
 def _noting(call: Call, start: float, receive: Receive, send: Send) -> tuple[Receive, Send]:
-    """`receive` and `send`, noting in `call` the status, unless the client has left, and when the body began.
-
-    An event that another follows at once goes with that one: each part costs the same on its way through HAProxy.
-    """
-    has_left, held = False, b""
+    """`receive` and `send`, noting in `call` the status, unless the client has left, and when the body began."""
+    has_left = False
 
     async def receive_noted() -> Message:
         nonlocal has_left
@@ -384,18 +379,10 @@ def _noting(call: Call, start: float, receive: Receive, send: Send) -> tuple[Rec
         return message
 
     async def send_noted(message: Message) -> None:
-        nonlocal held
         if message["type"] == "http.response.start":
             call.status = 0 if has_left else message["status"]
-        else:
-            body = message.get("body", b"")
-            if body and message.get("more_body") and any(mark in body for mark in FOLLOWED_AT_ONCE):
-                held += body
-                return
-            if held:
-                message, held = {**message, "body": held + body}, b""
-            if call.first_byte_seconds is None:
-                call.first_byte_seconds = time.perf_counter() - start
+        elif call.first_byte_seconds is None:
+            call.first_byte_seconds = time.perf_counter() - start
         await send(message)
 
     return receive_noted, send_noted
@@ -422,7 +409,7 @@ def _saying(resolved: Resolved, source: str, send: Send) -> Send:
                     for name, value in headers
                 ]
             message = {**message, "headers": headers}
-        elif is_open and (body := message.get("body", b"")):
+        elif is_open and b"{" in (body := message.get("body", b"")):  # a stream may begin with a comment
             is_open, brace = False, body.find(b"{") + 1
             message = {**message, "body": body[:brace] + added + body[brace:]}
         await send(message)

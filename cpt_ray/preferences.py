@@ -103,6 +103,7 @@ class PreferenceStore:
         self._folder, self._candidates, self._scorer, self._questions = folder, candidates, scorer, questions
         self._model, self._conditioner = model, conditioner
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
+        self._file_work = threading.Lock()
 
     async def answer(self, owner: str, method: str, name: str, body: bytes) -> dict[str, Any] | Refusal:
         """What a request to /v1/preferences, or /v1/preferences/`name`, is answered; UserError for a bad body."""
@@ -112,8 +113,11 @@ class PreferenceStore:
             choices = _choices(body)
             async with self._scoring:
                 return await self._in_thread(self._add if name else self._make, owner, choices, name)
+        if method == "GET" and name:
+            state = await self._known(owner, name)
+            return UNKNOWN if state is None else self._said(name, state) | {"choices": state.to_json()["choices"]}
         if method == "GET":
-            return await self._in_thread(self._show if name else self._list, owner, name)
+            return await self._in_thread(self._list, owner, name)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
     async def steer(self, owner: str, path: str, body: bytes) -> tuple[bytes, str] | Refusal:
@@ -137,7 +141,7 @@ class PreferenceStore:
             raise UserError(f"preferences: not understood here; send it with messages to {CHAT_PATHS[0]}")
         if not isinstance(name, str):
             raise UserError(f"preferences: found a {type(name).__name__}; give the id of a state")
-        state = await self._in_thread(self._current, owner, name, ()) if ID.fullmatch(name) else None
+        state = await self._known(owner, name) if ID.fullmatch(name) else None
         if state is None:
             return UNKNOWN
         source = "configuration"
@@ -149,6 +153,17 @@ class PreferenceStore:
                     STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
                 source = f"preferences, by {self._conditioner.form}"
         return json.dumps(data).encode(), source
+
+    async def _known(self, owner: str, name: str) -> Preferences | None:
+        """The state, scored by the policy that is served; None if there is none."""
+        state = await self._in_thread(_read, self._folder / owner / f"{name}.json")
+        if state is None or self._is_scored(state):
+            return state
+        async with self._scoring:
+            return await self._in_thread(self._current, owner, name, ())
+
+    def _is_scored(self, state: Preferences) -> bool:
+        return state.key == self._candidates.key or self._conditioner is not None
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """`work` away from the event loop, since it may wait for a disk or the engine."""
@@ -171,10 +186,6 @@ class PreferenceStore:
         state = self._current(owner, name, choices)
         return UNKNOWN if state is None else self._said(name, state)
 
-    def _show(self, owner: str, name: str) -> dict[str, Any] | Refusal:
-        state = self._current(owner, name, ())
-        return UNKNOWN if state is None else self._said(name, state) | {"choices": state.to_json()["choices"]}
-
     def _list(self, owner: str, _: str) -> dict[str, Any]:
         names = sorted(one.stem for one in (self._folder / owner).glob("*.json"))
         data = [{"id": one, "object": "preferences"} for one in names]
@@ -195,7 +206,7 @@ class PreferenceStore:
         path = self._folder / owner / f"{name}.json"
         while (state := _read(path)) is not None:
             before = state.to_json()
-            if not choices and (state.key == self._candidates.key or self._conditioner is not None):
+            if not choices and self._is_scored(state):
                 return state
             self._add_to(state, choices)
             with self._alone(owner):
@@ -237,7 +248,7 @@ class PreferenceStore:
         """The key's folder, which nobody else changes meanwhile, not even another replica."""
         folder = self._folder / owner
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("a") as lock:
+        with self._file_work, (folder / ".lock").open("a") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder

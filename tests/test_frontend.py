@@ -109,28 +109,19 @@ def test_the_key_opens_and_its_scheme_may_be_in_any_case() -> None:
     assert ask("GET", "/metrics", {"Authorization": f"bearer {KEY}"}).status_code == 200
 
 
-def test_events_that_others_follow_at_once_go_with_them_and_no_byte_is_lost() -> None:
-    role = b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
-    texts = [b'data: {"choices":[{"delta":{"content":"\\"finish_reason\\":\\"a"},"finish_reason":null}]}\n\n'] * 2
-    last = b'data: {"choices":[{"delta":{"content":"b"},"finish_reason":"stop"}]}\n\n'
-    parts, sent = [role, *texts, last, b"data: [DONE]\n\n", b""], []
+def test_what_was_applied_is_in_the_first_event_of_a_stream_even_behind_a_comment() -> None:
+    parts = [b": keep-alive\n\n", b'data: {"id": 1}\n\n', b'data: {"id": 2}\n\n', b""]
 
     async def stream(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for part in parts:
             await send({"type": "http.response.body", "body": part, "more_body": part != b""})
 
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"{}", "more_body": False}
-
-    headers = [(b"authorization", f"Bearer {KEY}".encode())]
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
-    asyncio.run(make_front(stream)(scope, receive, send))
-    assert [one["body"] for one in sent[1:]] == [role + texts[0], texts[1], last + b"data: [DONE]\n\n"]
-    assert not sent[-1]["more_body"]
+    body = {"model": "m", "messages": USER, "configuration": {"ornament": "high"}}
+    said = ask("POST", CHAT, front=make_front(stream), json=body).content.split(b"\n\n")
+    assert [said[0], *said[2:]] == [b": keep-alive", b'data: {"id": 2}', b""]
+    first = json.loads(said[1].removeprefix(b"data: "))
+    assert first == {"id": 1, "configuration": {"applied": {"ornament": "high"}, "directive": HIGH}}
 
 
 def test_the_directive_goes_in_front_and_the_length_fits() -> None:

@@ -45,7 +45,7 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
-from cpt_ray.steering.policy import ConditionalPolicy
+from cpt_ray.steering.policy import VERSION, ConditionalPolicy
 from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import Embedder, sequence
 from tests.builders import make_directives, make_rubric
@@ -757,7 +757,7 @@ CHOICES = [{"prompt": f"Day {at}?", "chosen": f"High {at}.", "rejected": f"Low {
 @pytest.mark.parametrize("form", ["gated_lora", "soft_prompt"])
 def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: RunDir, form: Form) -> None:
     """As transformers would with their z; nobody else is, and a configuration of one's own wins."""
-    frozen = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
+    frozen = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.bfloat16).float().eval()  # the server's
     width, policy = frozen.config.hidden_size, make_config(run).policy.model_copy(update={"model": str(run.model)})
     conditional = disturbed(ConditionalPolicy(frozen, form, embedding=2 * width, size=32))
     (run.path / "steering").mkdir(exist_ok=True)
@@ -790,7 +790,7 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
         whole = (ids + choice["token_ids"], len(ids))
         with torch.no_grad():
             found = {mine: float(conditional.logps([whole], z if mine else None)) for mine in (True, False)}
-        assert found[is_mine] == pytest.approx(served, abs=0.1)  # the server's weights are in bfloat16
+        assert found[is_mine] == pytest.approx(served, abs=0.1)  # the server computes in bfloat16
         assert abs(found[not is_mine] - served) > 0.3
 
     mine, begun = {"preferences": made["id"]}, time.time()
@@ -812,9 +812,10 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
     assert refused.status_code == 400, refused.text
 
 
-@pytest.mark.parametrize(
-    "saved", [None, {"weights": "", "policy": "other", "embedder": "", "size": 8, "mean": [], "deviation": []}]
-)
+OTHER: dict[str, Any] = {"weights": "", "policy": "other", "embedder": "", "size": 8, "mean": [], "deviation": []}
+
+
+@pytest.mark.parametrize("saved", [None, OTHER, OTHER | {"version": VERSION}])
 def test_steering_that_was_not_fitted_for_the_model_is_said(tmp_path: Path, run: RunDir, saved: Any) -> None:
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())

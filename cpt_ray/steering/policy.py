@@ -35,6 +35,9 @@ from cpt_ray.steering.reward import ContextEncoder, mlp
 Sequences = Sequence[tuple[list[int], int]]
 """Token ids of (prompt, answer), and where the answer starts."""
 
+VERSION = 2
+"""Of the weights' names and shapes; those of another one are not loaded but trained again."""
+
 
 class GatedLora(nn.Module):
     """A frozen linear layer plus B diag(g) A, whose gates g [batch, r] are set from outside; off without them."""

@@ -26,7 +26,7 @@ from cpt_ray.frontend import CALL
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Choice
-from cpt_ray.steering.policy import ConditionalPolicy
+from cpt_ray.steering.policy import VERSION, ConditionalPolicy
 from cpt_ray.steering.tables import Embedder
 
 REMOVE_SECONDS = 60.0
@@ -51,6 +51,7 @@ class SavedForm:
     mean: list[float]
     """Of the embeddings learned from, per dimension."""
     deviation: list[float]
+    version: int = VERSION
 
     @staticmethod
     def file(form: str) -> str:
@@ -65,7 +66,9 @@ class SavedForm:
             raise UserError(
                 f"serve.preferences: no {form} in {run.path}; run `cpt steer fit` with steer.forms=[{form}]"
             )
-        saved = cls(**found)
+        saved = cls(**{"version": 1} | found)
+        if saved.version != VERSION:
+            raise UserError(f"serve.preferences: the {form} is an earlier version's; run `cpt steer fit` again")
         for what, mine, model in (("model", saved.policy, policy), ("steer.embedder", saved.embedder, embedder)):
             if mine != model.identity:
                 raise UserError(f"serve.preferences: the {form} is for another {what}; run `cpt steer fit` again")
@@ -103,6 +106,7 @@ class Conditioner:
         self._mean, self._deviation = torch.tensor(saved.mean), torch.tensor(saved.deviation)
         self._model, self._numbers, self._embedding = model.path, itertools.count(1), threading.Lock()
         self._made = functools.lru_cache(KEPT)(self._make)
+        self._folder = tempfile.TemporaryDirectory(prefix="cpt-users-", ignore_cleanup_errors=True)
 
     def change(self, choices: Sequence[Choice]) -> Change:
         """What a user's requests to the engine become."""
@@ -126,8 +130,8 @@ class Conditioner:
         if self.form == "soft_prompt":
             return functools.partial(_with_soft_prompt, self._policy.soft_prompt(z[None])[0])
         # a name of its own for each, since vLLM's caches go by it
-        number, folder = next(self._numbers), Path(tempfile.mkdtemp(prefix="cpt-user-"))
-        self._policy.fold(z, folder, self._model)
+        number = next(self._numbers)
+        folder = self._policy.fold(z, Path(self._folder.name) / f"user-{number}", self._model)
         made = _Adapter(f"user-{content_id(z.tolist())[:12]}-{number}", number, folder)
         weakref.finalize(made, _remove_later, folder)  # when no request is under way with it
         return made

@@ -38,7 +38,7 @@ from cpt_ray.steering.inference import (
     parse_choices,
     read_questions,
 )
-from cpt_ray.steering.policy import ConditionalPolicy, Sequences
+from cpt_ray.steering.policy import VERSION, ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel
 from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import (
@@ -242,8 +242,7 @@ def _fit_policies(
     settings = config.model_dump(
         include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
     )
-    version = 2  # of what is trained, which weights kept by an earlier one would not fit
-    folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity, version)
+    folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity, VERSION)
     texts, prompts = policy_texts(steering, answers), [one.prompt_id for one in answers]
     fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
     policies = [fit_policy(one, tensors, texts, prompts, steering.policy.path, reward) for one in fits]

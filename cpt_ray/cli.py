@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -313,7 +314,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a user's error, 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    if not hasattr(arguments, "overrides") or not all(re.match(r"\w[^=]*=", one) for one in left):
+        parser.parse_args(argv)  # says what it does not know
+    elif left:  # behind an option, where argparse does not look for more of them
+        arguments.overrides = [*arguments.overrides, *left]
     commands = {"check": check, "status": status, "train": train_model, "push": push_model, "serve": serve}
     commands |= {"steer": steer, "keys": manage_keys}
     try:

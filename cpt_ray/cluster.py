@@ -76,7 +76,12 @@ def connected(
         if ray.is_initialized():  # a test's or a notebook's own cluster
             yield
             return
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray has no kind of its own for it
+            if "timed out during startup" not in str(error):
+                raise
+            raise UserError("Ray did not start in time; where the machine is busy, try again") from error
         if not verbose:
             _quiet_ray()
         try:
@@ -89,17 +94,17 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
     """HAProxy in place of Ray's proxy in Python, which halves the requests per second.
 
     It must reach the replicas' own ports, so it is the default on a cluster of one machine only. The ports of its
-    statistics are any free ones: several servers may be on a machine. What a replica took with it when it died,
-    before a byte of the answer, is asked of another one. Ray's default is not to, since a request may then be done
-    twice: here that writes an answer, or at worst adds the same choices, again. HAProxy can only repeat what it holds
-    whole: it waits for all of a request, within a bound, or until its buffer is full; with a longer one it would end
-    the client's connection without a word. An answer comes in small pieces, which are cheaper copied than spliced. Ray
-    has no name for these settings, but takes the line as it is. Requests are counted and logged in the replicas, not
-    here too. The middleware is for the replicas' own ports.
+    statistics, and of the proxy it falls back on, are any free ones: several servers may be on a machine. What a
+    replica took with it when it died, before a byte of the answer, is asked of another one. Ray's default is not to,
+    since a request may then be done twice: here that writes an answer, or at worst adds the same choices, again.
+    HAProxy can only repeat what it holds whole: it waits for all of a request, within a bound, or until its buffer is
+    full; with a longer one it would end the client's connection without a word. An answer comes in small pieces, which
+    are cheaper copied than spliced. Ray has no name for these settings, but takes the line as it is. Requests are
+    counted and logged in the replicas, not here too. The middleware is for the replicas' own ports.
     """
     if not is_own:
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
     lines = (
         "conn-failure empty-response",
         "option http-buffer-request",

@@ -36,7 +36,7 @@ def write(path: Path, num_rows: int = 60, **changes: Any) -> str:
 
 def dry_run(source: str, *overrides: str) -> int:
     given = [f"prompts.source={source}", "prompts.held_out=0.3", f"rubrics=[{ROOT}/rubrics/ultrafeedback]", *overrides]
-    return main(["steer", "fit", RUN_FILE, *given, "--dry-run"])
+    return main(["steer", "fit", RUN_FILE, given[0], "--dry-run", *given[1:]])
 
 
 def test_a_dry_run_reads_the_data_and_says_what_would_be_learned(

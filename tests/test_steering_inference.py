@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.records import Directive
 from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, make_candidates, parse_choices
+from cpt_ray.steering.stage import read_choices
 from cpt_ray.steering.users import KINDS, Answer, Population, draw_taste, make_answer
 from tests.builders import LEVELS, make_directives, make_rubric
 
@@ -267,3 +269,9 @@ def test_random_choices_seldom_become_a_setting() -> None:
         one.add(state, tossed, KnownPolicy())
         known.append(one.belief(state.margins).configuration is not None)
     assert np.mean(known) < 0.4
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "choices.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": }\n')
+    with pytest.raises(UserError, match=r"choices.jsonl: line 3 is not JSON"):
+        read_choices(tmp_path / "choices.jsonl")

@@ -328,9 +328,14 @@ def read_choices(path: Path) -> list[Choice]:
     """Choices, one JSON object a line; UserError that names what is wrong."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        data = [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error})") from None
+        raise UserError(f"{path}: not text ({error})") from None
+    data = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            data += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from None
     return parse_choices(data, str(path))

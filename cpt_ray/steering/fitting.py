@@ -193,8 +193,8 @@ def fit_policy(
         texts: token ids and start of each answer of `tensors.embeddings`.
         prompts: id of each one's prompt.
         policy: folder or name of the model.
-        reward: weights of the NP-BTL model that says what users prefer; unless it is variational, this one
-            starts from its encoder.
+        reward: weights of the NP-BTL model that says what users prefer; unless it is variational, its encoder is this
+            one's too, and stays as it is: trained on, it fits the answers learned from and does worse on others.
     """
     from safetensors.torch import load_file
 
@@ -243,6 +243,7 @@ def work_policy(settings: dict[str, Any]) -> None:
     teacher.load_state_dict(load_file(settings["reward"]))
     if not config.variational:
         policy.encoder.load_state_dict(teacher.encoder.state_dict())
+        policy.encoder.requires_grad_(False)
     teacher.to(device).eval()
     policy.to(device)
     reference = reference_logps(policy, texts)

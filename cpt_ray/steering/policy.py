@@ -35,8 +35,8 @@ from cpt_ray.steering.reward import ContextEncoder, mlp
 Sequences = Sequence[tuple[list[int], int]]
 """Token ids of (prompt, answer), and where the answer starts."""
 
-VERSION = 2
-"""Of the weights' names and shapes; those of another one are not loaded but trained again."""
+VERSION = 3
+"""Of the weights and of how they are learned; those of another one are not loaded but trained again."""
 
 
 class GatedLora(nn.Module):
@@ -109,9 +109,9 @@ class ConditionalPolicy(nn.Module):
         return hook
 
     def own_state(self) -> dict[str, Tensor]:
-        """What was learned: everything but the frozen model's weights."""
-        trained = {name for name, one in self.named_parameters() if one.requires_grad}
-        return {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items() if name in trained}
+        """What was learned, the encoder's weights among it: everything but those of the frozen model."""
+        own = {name for name, one in self.named_parameters() if one.requires_grad or name.startswith("encoder.")}
+        return {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items() if name in own}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """The opposite; ValueError unless exactly what `own_state` gives is there."""

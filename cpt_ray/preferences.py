@@ -115,7 +115,7 @@ class PreferenceStore:
                 return await self._in_thread(self._add if name else self._make, owner, choices, name)
         if method == "GET" and name:
             state = await self._known(owner, name)
-            return UNKNOWN if state is None else self._said(name, state) | {"choices": state.to_json()["choices"]}
+            return UNKNOWN if state is None else await self._in_thread(self._shown, name, state)
         if method == "GET":
             return await self._in_thread(self._list, owner, name)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
@@ -185,6 +185,9 @@ class PreferenceStore:
     def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
         state = self._current(owner, name, choices)
         return UNKNOWN if state is None else self._said(name, state)
+
+    def _shown(self, name: str, state: Preferences) -> dict[str, Any]:
+        return self._said(name, state) | {"choices": state.to_json()["choices"]}
 
     def _list(self, owner: str, _: str) -> dict[str, Any]:
         names = sorted(one.stem for one in (self._folder / owner).glob("*.json"))

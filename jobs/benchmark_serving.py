@@ -5,7 +5,8 @@ RAY_SERVE_ENABLE_HA_PROXY=1 python jobs/benchmark_serving.py jobs/embedded.yaml 
 
 The bare server is sent the directive as a system message, this one a configuration: the same tokens reach both
 engines, and their greedy answers must be equal. Every client asks again as soon as it is answered. The model is the
-run's tuned one, else the policy as it is: only the time means anything. Printed are medians over the rounds.
+run's tuned one, else the policy as it is: only the time means anything. Printed are medians over the rounds; a ratio,
+or a difference of medians, is taken within a round, where both servers have the machine in the same state.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,8 @@ class Measured:
 
     rates: list[float] = field(default_factory=list)
     """Requests per second, one a round."""
-    firsts: list[float] = field(default_factory=list)
-    """Seconds to the first byte of every answer's body."""
+    firsts: list[list[float]] = field(default_factory=list)
+    """Milliseconds to the first byte of every answer's body, round by round."""
     cpu: Counter[str] = field(default_factory=Counter)
     """CPU seconds by part, over all rounds."""
     done: int = 0
@@ -126,6 +128,7 @@ async def ask_for(server: Server, clients: int, seconds: float, tokens: int, str
     loop, port = asyncio.get_running_loop(), int(server.url.rpartition(":")[2])
     before, end = cpu_seconds(server.process), time.perf_counter() + seconds
     took: list[float] = []
+    firsts: list[float] = []
 
     async def client(number: int) -> None:
         transport, one = await loop.create_connection(Client, "127.0.0.1", port)
@@ -133,12 +136,13 @@ async def ask_for(server: Server, clients: int, seconds: float, tokens: int, str
         headers = "".join(f"{name}: {value}\r\n" for name, value in server.headers.items())
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
         while (start := time.perf_counter()) < end:
-            into.firsts.append(await one.ask(transport, head.encode() + body))
+            firsts.append(1000 * await one.ask(transport, head.encode() + body))
             took.append(time.perf_counter() - start)
         transport.close()
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     into.rates.append(clients / statistics.mean(took))
+    into.firsts.append(firsts)
     into.done += len(took)
     into.cpu += cpu_seconds(server.process) - before
 
@@ -223,16 +227,28 @@ async def measure(servers: Sequence[Server], options: argparse.Namespace) -> Non
     for clients, stream in cells:
         bare, this = (found[(clients, stream), server.name] for server in servers)
         rates = [statistics.median(one.rates) for one in (bare, this)]
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(this.rates, bare.rates, strict=True))
-        firsts = [1000 * statistics.median(one.firsts) for one in (bare, this)]
+        ratios = [mine / theirs for mine, theirs in zip(this.rates, bare.rates, strict=True)]
+        firsts = [statistics.median(chain.from_iterable(one.firsts)) for one in (bare, this)]
+        more = [
+            statistics.median(mine) - statistics.median(theirs)
+            for mine, theirs in zip(this.firsts, bare.firsts, strict=True)
+        ]
         costs = [
             ", ".join(f"{part} {1000 * used / max(1, one.done):.1f}" for part, used in one.cpu.most_common())
             for one in (bare, this)
         ]
         print(
-            f"{clients} {'stream' if stream else 'whole'} | {rates[0]:.1f} {rates[1]:.1f} {ratio:.2f} "
-            f"| {firsts[0]:.1f} {firsts[1]:.1f} {firsts[1] - firsts[0]:+.1f} | {'; '.join(costs)}"
+            f"{clients} {'stream' if stream else 'whole'} | {rates[0]:.1f} {rates[1]:.1f} {over_rounds(ratios, '.2f')} "
+            f"| {firsts[0]:.1f} {firsts[1]:.1f} {over_rounds(more, '+.1f')} | {'; '.join(costs)}"
         )
+
+
+def over_rounds(values: Sequence[float], form: str) -> str:
+    """The median of the rounds' values and, with several, the standard error of their mean."""
+    shown = format(statistics.median(values), form)
+    if len(values) < 2:
+        return shown
+    return f"{shown} (se {statistics.stdev(values) / len(values) ** 0.5:{form.removeprefix('+')}})"
 
 
 def main() -> None:

@@ -96,15 +96,16 @@ class _Survey:
 
 
 def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any]) -> None:
-    """Writes the card and judges.json, unless the card is of these very pairs."""
+    """Writes the card and judges.json, unless the card is of these very pairs and shards."""
     path, pairs_hash = run.path / CARD_FILE, content_id(shards.pairs)
-    if path.exists() and pairs_hash in path.read_text(encoding="utf-8"):
+    tables = {name: getattr(shards, name) for name in ("pairs", "directives", "generations", "grades", "rejects")}
+    files = {table: _files(run, table, names) for table, names in tables.items()}
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    if pairs_hash in known and known.startswith(_head(info, files)):
         return
     survey = _Survey(plan, run, shards)
     judges = survey.judges()
     run.write_json(JUDGES_FILE, judges)
-    tables = {name: getattr(shards, name) for name in ("pairs", "directives", "generations", "grades", "rejects")}
-    files = {table: _files(run, table, names) for table, names in tables.items()}
     run.write_text(CARD_FILE, _card(survey, judges, files, info, pairs_hash))
 
 
@@ -115,6 +116,13 @@ def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
     return [f"{table}/{name}.parquet" for name in names if run.has(table, name)]
 
 
+def _head(info: Mapping[str, Any], files: Mapping[str, list[str] | str]) -> str:
+    configs: list[dict[str, Any]] = [{"config_name": name, "data_files": found} for name, found in files.items()]
+    configs[0]["default"] = True
+    head = yaml.safe_dump({"pretty_name": info["name"], "configs": configs}, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n"
+
+
 def _card(
     survey: _Survey,
     judges: Sequence[Mapping[str, Any]],
@@ -122,9 +130,6 @@ def _card(
     info: Mapping[str, Any],
     pairs_hash: str,
 ) -> str:
-    configs: list[dict[str, Any]] = [{"config_name": name, "data_files": found} for name, found in files.items()]
-    configs[0]["default"] = True
-    head = yaml.safe_dump({"pretty_name": info["name"], "configs": configs}, sort_keys=False, allow_unicode=True)
     counts = [
         (rubric, level, written, survey.pairs[rubric, level], *_quantiles(survey.tokens[rubric, level]))
         for (rubric, level), written in sorted(survey.written.items())
@@ -133,7 +138,7 @@ def _card(
     agreed = ("n", "same_level", "weighted_kappa", "spearman_rho")
     lineage = flat({"seed": info["seed"], "pairs": pairs_hash, "models": info["models"], "hashes": info["hashes"]})
     parts = [
-        f"---\n{head}---\n\n# {info['name']}\n",
+        f"{_head(info, files)}\n# {info['name']}\n",
         "Preference pairs for configurable preference tuning: under the directive in `prompt`, `chosen` is the answer "
         "whose grade confirms what the directive stands for; every pair has a twin with the answers swapped. "
         "`datasets.load_dataset` takes this folder; with a second argument, `directives`, `generations`, `grades` or "

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -19,12 +20,13 @@ from pathlib import Path
 
 from cpt_ray import __version__
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
-from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, file_fingerprint, load_any_config, load_config
+from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
 from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.pool import endpoint_key
 from cpt_ray.publishing import push
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
@@ -135,6 +137,8 @@ def work(arguments: argparse.Namespace) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
     config = load_config(Path(arguments.run_file), arguments.overrides)
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
+    for role in _called(arguments.command, config).values():
+        endpoint_key(role)
     if arguments.command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():
@@ -146,10 +150,8 @@ def work(arguments: argparse.Namespace) -> None:
                 _say_next(arguments.run_file, config, arguments.overrides)
 
 
-def _check_room(command: str, config: RunConfig) -> None:
-    """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
-    from cpt_ray.training import check_workers
-
+def _called(command: str, config: RunConfig) -> dict[str, ModelConfig]:
+    """The models that a command asks, by their names in the run file."""
     roles: dict[str, ModelConfig] = {}
     if command in ("run", "synthesize"):
         roles = {"writer": config.writer, "director": config.director, "judge": config.judge}
@@ -157,7 +159,14 @@ def _check_room(command: str, config: RunConfig) -> None:
         roles |= {"policy": config.policy} if config.synthesis.control else {}
     if command in ("run", "evaluate"):
         roles |= {"judge": config.judge, "policy": config.policy}
-    for name, role in roles.items():
+    return roles
+
+
+def _check_room(command: str, config: RunConfig) -> None:
+    """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
+    from cpt_ray.training import check_workers
+
+    for name, role in _called(command, config).items():
         if role.endpoint is None:
             each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
             remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
@@ -186,7 +195,7 @@ def train_model(arguments: argparse.Namespace) -> None:
         return
     source = config.preferences.source
     path, run = Path(source), RunDir(Path(config.run_dir).absolute())
-    data = file_fingerprint(path) if path.is_file() else source
+    data = _file_hash(path) if path.is_file() else source
     key = content_id(
         data, config.preferences.data_split, _settings(config.train), config.policy.policy_key, config.seed
     )
@@ -194,6 +203,11 @@ def train_model(arguments: argparse.Namespace) -> None:
         run.write_run({"config": config.model_dump(mode="json"), "name": config.name, "preferences": data})
         with connected(arguments.verbose, run.path / "ray.log"):
             train(config, run, (), key)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def push_model(arguments: argparse.Namespace) -> None:
@@ -233,16 +247,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
     config = load_config(Path(arguments.run_file), arguments.overrides)
     env = by_configuration() if config.serve.route_by == "configuration" else {}
-    routes = bool(env)
     if not os.environ.get("RAY_ADDRESS"):
         env |= SERVER_ENV
-    with connected(arguments.verbose, more_env=env):
-        if routes and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
-            raise UserError(
-                "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "
-                "set RAY_SERVE_ENABLE_HA_PROXY=1 for the job, or leave it out"
-            )
-        serve_model(config, RunDir(Path(config.run_dir).absolute()), api_key=None, insecure=arguments.insecure)
+    run, connecting = RunDir(Path(config.run_dir).absolute()), connected(arguments.verbose, more_env=env)
+    serve_model(config, run, api_key=None, insecure=arguments.insecure, connecting=connecting)
 
 
 def manage_keys(arguments: argparse.Namespace) -> None:

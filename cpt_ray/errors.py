@@ -16,8 +16,8 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`' (did you mean "x"?)'` for the nearest known name, else the list of known names."""
-    names = sorted(known)
+    """`' (did you mean "x"?)'` for the nearest known name, else all of them, in the order given."""
+    names = list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if near:
         return f' (did you mean "{near[0]}"?)'

@@ -80,17 +80,8 @@ class AnswerStep(Step):
         """Answers one shard."""
         rows, sampling = self.planned[shard], self.model.sampling
         tally = Tally(len(rows))
-        completions = engine.run(
-            [
-                sampled(
-                    policy_messages(row.directive, [{"role": "user", "content": row.prompt}]),
-                    sampling,
-                    row.trial_id,
-                    self.seed,
-                )
-                for row in rows
-            ]
-        )
+        asked = [sampled(policy_messages(row.directive, row.prompt), sampling, row.trial_id, self.seed) for row in rows]
+        completions = engine.run(asked)
         tally.add(completions)
         done = [self._answered(row, one, tally) for row, one in zip(rows, completions, strict=True)]
         run.write(self.table, self.output(shard), done, tally.close(sum(not row.reason for row in done)))

@@ -288,7 +288,7 @@ class Frontend:
                 body, source = steered
             body, resolved = configured_body(path, body, self._catalogs)
         except UserError as error:
-            await _send_error(send, 400, str(error), param=str(error).partition(":")[0])
+            await _send_user_error(send, error)
             return
         if resolved is None:
             await self._app(scope, _replay(body, receive), send)
@@ -303,7 +303,7 @@ class Frontend:
             name = path.removeprefix(PREFERENCES_PATH).removeprefix("/")
             found = await preferences.answer(_owner(key), method, name, body)
         except UserError as error:
-            await _send_error(send, 400, str(error), param=str(error).partition(":")[0])
+            await _send_user_error(send, error)
             return
         await (_refuse(send, found) if isinstance(found, Refusal) else _send_json(send, 200, found))
 
@@ -511,6 +511,12 @@ async def _send_error(
     error = {"message": text, "type": "invalid_request_error", "param": param, "code": code}
     headers = [] if retry_after is None else [(b"retry-after", str(retry_after).encode())]
     await _send_json(send, status, {"error": error}, headers)
+
+
+async def _send_user_error(send: Send, error: UserError) -> None:
+    """Of a request: what is in front of the colon, if that is one word, is the field that is wrong."""
+    param, colon, _ = str(error).partition(":")
+    await _send_error(send, 400, str(error), param=param if colon and " " not in param else None)
 
 
 async def _refuse(send: Send, refusal: Refusal) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.measures import MEASURES
+from cpt_ray.measures import measures
 from cpt_ray.records import CriterionGrade, Grade
 from cpt_ray.rubric import Criterion, Rubric
 
@@ -57,7 +57,7 @@ def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> Crite
     """The registered measure's value of `text`, interpolated between the levels' values."""
     spec = criterion.measure
     assert spec is not None
-    value = MEASURES[spec.name](text, spec.words, spec.against)
+    value = measures(text, spec.words, spec.against)[spec.name]
     if value is None:
         reason = f"{spec.name} is undefined for this text"
         return CriterionGrade(criterion=criterion.name, measured=True, score=None, reason=reason)

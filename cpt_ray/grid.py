@@ -433,7 +433,6 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
     def __init__(self, *, args: Any, step_pairs: int, token_metrics: bool = False, **kwargs: Any):
         self.token_metrics = token_metrics
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
-        _check(args)
         args = copy.copy(args)
         # with all weights trained, TRL must not load a second model; with LoRA, it must not hash the first one
         is_peft = kwargs.get("peft_config") is not None or isinstance(kwargs.get("model"), PeftModel)
@@ -443,15 +442,13 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         args.save_only_model, saves_only_model = is_peft, args.save_only_model
         collator = functools.partial(collate, max_padding=MAX_PADDING.get(args.device.type, 0.5))
         super().__init__(args=args, data_collator=kwargs.pop("data_collator", None) or collator, **kwargs)
-        if self.aux_loss_enabled:
-            raise ValueError("the load-balancing loss of mixtures of experts is not supported; router_aux_loss_coef=0")
         self.args.save_only_model = saves_only_model
         self.precompute_ref_logps = True
         for value in self.model.parameters():
             if value.requires_grad and is_peft:  # TRL makes the adapters of a quantised model bfloat16
                 value.data = value.data.float()
         outputs = ("log_probs", *(("entropy", "mean_logits", "is_top1") if token_metrics else ()))
-        prepare_model(self.model, outputs + (("log_sum_sq_probs",) if self.use_weighting else ()))
+        prepare_model(self.model, outputs)
         num_pairs = [len(one) for one in self.train_dataset["chosen"]]
         batch_pairs = self.args.per_device_train_batch_size
         self.plan = StepPlan.make(num_pairs, step_pairs, batch_pairs, self.accelerator.num_processes)
@@ -461,9 +458,6 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's hook; rows are tokenised already."""
-        missing = sum(len(one["ref_logps"]) != len(one["answers"]) for one in dataset)
-        if missing:
-            raise ValueError(f"{missing} of {len(dataset)} rows are without their reference log-probabilities")
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -534,8 +528,6 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if return_outputs:
-            raise NotImplementedError("rows have no logits to return: compute_metrics is not supported")
         counts = _counts(inputs)
         share = torch.ones(2)
         if num_items_in_batch is not None:  # workers' gradients are averaged, hence the factor
@@ -585,16 +577,6 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
             self._metrics[mode]["num_tokens"] = [total[-1]]
             sums.clear()
         super().log(logs, start_time)
-
-
-def _check(args: Any) -> None:
-    for name, allowed, reason in (
-        ("ld_alpha", None, "the reference is kept per sequence, not per token"),
-        ("sync_ref_model", False, "the reference is computed once"),
-        ("truncation_mode", "keep_start", "sequences are cut at their end"),
-    ):
-        if getattr(args, name) != allowed:
-            raise ValueError(f"{name}={getattr(args, name)!r} is not supported: {reason}")
 
 
 def _counts(batch: Mapping[str, Any]) -> torch.Tensor:

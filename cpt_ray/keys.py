@@ -131,7 +131,9 @@ class Keyring:
         return found
 
     def add(self, key: Key) -> None:
-        """Writes one more key; UserError if the name is taken."""
+        """Writes one more key; UserError if the name is taken, or says nothing."""
+        if not key.name.strip():
+            raise UserError("keys: a key needs a name, to be listed and revoked by")
         if any(one.name == key.name for one in self.keys):
             raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
         self._write((*self._keys, key))

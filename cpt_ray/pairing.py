@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cpt_ray.config import SynthesisConfig
 from cpt_ray.grading import confirms
 from cpt_ray.prompting import compose_directives, policy_messages
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
@@ -19,17 +20,6 @@ from cpt_ray.rubric import Rubric
 
 Grades = Mapping[tuple[str, str], Grade]
 """By (unit_id, rubric_id)."""
-
-
-@dataclass(frozen=True)
-class PairRules:
-    """What may keep two good answers apart."""
-
-    neutral_directives: Sequence[str] = ()
-    max_length_ratio: float | None = None
-    """Tokens of the longer answer over those of the shorter."""
-    near_duplicates: Mapping[str, str] | None = None
-    """unit_id of an answer to the one that it nearly repeats."""
 
 
 def targets_of(rubrics: Sequence[Rubric], level: str) -> list[tuple[Rubric, str]]:
@@ -53,13 +43,16 @@ def pair_cells(
     generations: Iterable[Generation],
     grades: Grades,
     directives: Sequence[Directive],
-    rules: PairRules = PairRules(),
+    settings: SynthesisConfig,
+    repeats: Mapping[str, str],
 ) -> tuple[list[Pair], list[Reject]]:
     """Pairs of the answers written to `rubrics` (one, or several at once), and all that is in none, with its reason.
 
     Args:
         grades: an answer without one by each of the rubrics is ungraded.
         directives: only those of these rubrics and of the train split are used.
+        settings: the neutral directives, and what may keep two good answers apart.
+        repeats: unit_id of an answer to the one that it nearly repeats.
     """
     cells: dict[tuple[str, int], list[Generation]] = defaultdict(list)
     for one in generations:
@@ -71,7 +64,7 @@ def pair_cells(
     pairs: list[Pair] = []
     rejects: list[Reject] = []
     for (prompt_id, sample), answers in cells.items():
-        cell = _Cell(rubrics, cell_id_of(answers[0].rubric_id, prompt_id, sample), grades, usable, rules)
+        cell = _Cell(rubrics, cell_id_of(answers[0].rubric_id, prompt_id, sample), grades, usable, settings, repeats)
         made, dropped = cell.pair(answers)
         pairs += made
         rejects += dropped
@@ -84,7 +77,8 @@ class _Cell:
     cell_id: str
     grades: Grades
     usable: Mapping[tuple[str, str], list[Directive]]
-    rules: PairRules
+    settings: SynthesisConfig
+    repeats: Mapping[str, str]
 
     def pair(self, answers: Sequence[Generation]) -> tuple[list[Pair], list[Reject]]:
         """All pairs of one cell's answers, and what is in none."""
@@ -92,19 +86,21 @@ class _Cell:
         rejects: list[Reject] = []
         for one in answers:
             if problem := self._problem(one, kept):
-                rejects.append(_reject(one, one.unit_id, *problem))
+                rejects.append(Reject.of("pair", one, one.unit_id, *problem))
             else:
                 kept.append(one)
         pairs: list[Pair] = []
         for one, other in itertools.combinations(kept, 2):
             if problem := self._apart(one, other):
-                rejects.append(_reject(one, _pair_id(self.cell_id, one, other), *problem))
+                rejects.append(Reject.of("pair", one, _pair_id(self.cell_id, one, other), *problem))
             else:
                 pairs += [self._make(one, other), self._make(other, one)]
         paired = {pair.level for pair in pairs}
         for one in kept:
             if one.level not in paired:
-                rejects.append(_reject(one, one.unit_id, "no partner", "no other answer of this cell to compare with"))
+                rejects.append(
+                    Reject.of("pair", one, one.unit_id, "no partner", "no other answer of this cell to compare with")
+                )
         order = {one.level: at for at, one in enumerate(kept)}
         return sorted(pairs, key=lambda pair: (order[pair.level], order[pair.rejected_level])), rejects
 
@@ -125,7 +121,7 @@ class _Cell:
                     return "no directive", f"no train directive for {rubric.id} {level}"
         if any(one.text == other.text for other in kept):
             return "same text", "another level's answer in this cell is the same text"
-        if original := (self.rules.near_duplicates or {}).get(one.unit_id):
+        if original := self.repeats.get(one.unit_id):
             return "near duplicate", f"of {original}"
         return None
 
@@ -137,7 +133,7 @@ class _Cell:
                 for rubric, level in targets_of(self.rubrics, asked.level)
             ):
                 return "control has the level", f"the policy's own answer is {asked.level} already"
-        limit, (short, long) = self.rules.max_length_ratio, sorted((one.num_tokens, other.num_tokens))
+        limit, (short, long) = self.settings.max_length_ratio, sorted((one.num_tokens, other.num_tokens))
         if limit and long > limit * short:
             return "length ratio", f"{long} against {short} tokens"
         return None
@@ -153,7 +149,7 @@ class _Cell:
     def _directive(self, level: str) -> tuple[str, str | None]:
         """(id, text) of what the policy is told for a level: one paraphrase, spread evenly over cells by hash."""
         if level == CONTROL:
-            return "", control_directive(self.rules.neutral_directives, self.cell_id)
+            return "", control_directive(self.settings.neutral_directives, self.cell_id)
         picked = []
         for rubric, part in targets_of(self.rubrics, level):
             choices = self.usable[rubric.id, part]
@@ -162,7 +158,7 @@ class _Cell:
 
     def _make(self, winner: Generation, loser: Generation) -> Pair:
         directive_id, text = self._directive(winner.level)
-        prompt = policy_messages(text, [{"role": "user", "content": winner.prompt}])
+        prompt = policy_messages(text, winner.prompt)
         return Pair(
             pair_id=_pair_id(self.cell_id, winner, loser),
             twin_id=_pair_id(self.cell_id, loser, winner),
@@ -182,9 +178,3 @@ class _Cell:
 
 def _pair_id(cell_id: str, winner: Generation, loser: Generation) -> str:
     return content_id(cell_id, winner.unit_id, loser.unit_id)
-
-
-def _reject(one: Generation, subject_id: str, reason: str, detail: str) -> Reject:
-    return Reject(
-        stage="pair", subject_id=subject_id, rubric_id=one.rubric_id, level=one.level, reason=reason, detail=detail
-    )

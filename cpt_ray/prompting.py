@@ -117,9 +117,12 @@ def rationale_schema(rubric: Rubric) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
-def policy_messages(directive: str | None, messages: Sequence[Mapping[str, str]]) -> list[ChatMessage]:
-    """What the tuned model sees: the directive as the system message, in front of the user's own if there is one."""
-    rest = [dict(one) for one in messages]
+def policy_messages(directive: str | None, messages: str | Sequence[Mapping[str, str]]) -> list[ChatMessage]:
+    """What the tuned model sees: the directive as the system message, in front of the user's own if there is one.
+
+    `messages`: a conversation, or the one prompt of which it consists.
+    """
+    rest = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(one) for one in messages]
     if not directive:
         return rest
     if rest and rest[0].get("role") == "system":
@@ -134,13 +137,17 @@ def compose_directives(texts: Sequence[str]) -> str | None:
 
 
 def token_ids(
-    tokenizer: Any, messages: list[ChatMessage], template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: list[ChatMessage],
+    template_kwargs: Mapping[str, Any] | None = None,
+    is_finished: bool = False,
 ) -> list[int]:
-    """The prompt's token ids by the model's own chat template, ready for the answer; no second BOS."""
-    ids = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(template_kwargs or {})
-    )
-    return list(ids)
+    """Token ids by the model's own chat template, no second BOS: a prompt, ready for the answer.
+
+    Or, if it `is_finished`, a conversation with its answer and the answer's end mark.
+    """
+    options = {"add_generation_prompt": not is_finished, **(template_kwargs or {})}
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
 
 
 class PromptTokens:

@@ -50,7 +50,7 @@ def read_prompts(config: PromptsConfig) -> list[Prompt]:
 def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, Any]]:
     """The rows of `source`; UserError if it cannot be read."""
     path = Path(config.source)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
+    readers = {".jsonl": read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
     if path.suffix in readers:
         if not path.is_file():
             raise UserError(f"{path}: no such file (source)")
@@ -60,7 +60,8 @@ def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, A
     return _read_hub(config)
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; UserError that names the line."""
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -68,13 +69,16 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
+                except (json.JSONDecodeError, RecursionError) as error:
+                    why = getattr(error, "msg", "nested too deeply")
+                    raise UserError(f"{path}:{number}: not JSON ({why})") from None
                 if not isinstance(row, dict):
                     raise UserError(f'{path}:{number}: found {line.strip()[:40]!r}; expected {{"column": "text"}}')
                 yield row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -179,6 +179,12 @@ class Reject:
     reason: str
     """A short fixed phrase, counted in the ledger."""
     detail: str
+
+    @classmethod
+    def of(cls, stage: str, one: Any, subject_id: str, reason: str, detail: str) -> Self:
+        """`one`: a row with a rubric_id and a level."""
+        where = {"rubric_id": one.rubric_id, "level": one.level}
+        return cls(stage=stage, subject_id=subject_id, **where, reason=reason, detail=detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

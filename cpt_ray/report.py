@@ -27,6 +27,7 @@ METRIC_MEANINGS = {
     "kendall_tau": "order of requests and of scores, pair by pair (0 unrelated, 1 same level by level)",
     "spearman_rho": "rank of requests and of scores (0 unrelated, 1 same)",
 }
+LOST = {"ungraded": "ungraded answers, left out", "unanswered": "requests without an answer, misses"}
 MAX_POINTS_PER_LEVEL = 60
 """Dots drawn per level and panel, first by hash; means are over all answers."""
 MAX_ANSWER_CHARS = 900
@@ -81,13 +82,14 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
     for label, entries in _table_groups(results):
         for at, (row, entry) in enumerate(entries.items()):
             add(label if at == 0 else "", row, entry)
-    if any(results[model]["ungraded"] for model in MODELS):
-        lines.append(f"ungraded answers, left out: {_ungraded(results)}")
+    for kind, said in LOST.items():
+        if any(results[model][kind] for model in MODELS):
+            lines.append(f"{said}: {_counts(results, kind)}")
     return lines
 
 
-def _ungraded(results: Mapping[str, Any]) -> str:
-    return ", ".join(f"{results[model]['ungraded']} {model}" for model in MODELS)
+def _counts(results: Mapping[str, Any], kind: str) -> str:
+    return ", ".join(f"{results[model][kind]} {model}" for model in MODELS)
 
 
 def _table_groups(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Mapping[str, Any]]]]:
@@ -241,10 +243,11 @@ def _result_table(results: Mapping[str, Any]) -> str:
             rows.append(f'<tr><th class="{row}">{row}</th>{cells}<td>{entry.get("n", "")}</td></tr>')
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
     meanings = ". ".join(f"{METRIC_TITLES[metric]}: {METRIC_MEANINGS[metric]}" for metric in METRICS)
+    lost = "".join(f" {said[0].upper()}{said[1:]}: {_counts(results, kind)}." for kind, said in LOST.items())
     return (
         f'<div class="scroll"><table class="results"><thead><tr><th></th>{head}<th>n</th></tr></thead>'
         f'{"".join(bodies)}</table></div><p class="quiet">'
-        f"{meanings}. n: graded answers. Ungraded and left out: {_ungraded(results)}. "
+        f"{meanings}. n: graded answers.{lost} "
         "Change: tuned minus base on the same resampled prompts. Measured, no judge: the same answers by the measured "
         "criteria alone. Without a directive: the same requests, which the model is not told.</p>"
     )

@@ -93,7 +93,7 @@ class Tokeniser:
     def answer(self, messages: list[ChatMessage], answer: list[ChatMessage]) -> tuple[int, ...]:
         """Ids that the answer adds to its prompt's; UserError if the two cannot be told apart."""
         prompt, both = self.prompt(messages), messages + answer
-        whole = self._once(both, True, lambda: conversation_ids(self._tokenizer, both, self._kwargs))
+        whole = self._once(both, True, lambda: token_ids(self._tokenizer, both, self._kwargs, True))
         if whole[: len(prompt)] != prompt:
             raise UserError(
                 f"policy: its chat template renders a prompt otherwise once it is answered ({prompt[-5:]} and "
@@ -124,11 +124,6 @@ class Tokeniser:
                     "directives are system messages, use a model that takes them"
                 ) from None
         return self._seen[key]
-
-
-def conversation_ids(tokenizer: Any, messages: list[ChatMessage], template_kwargs: dict[str, Any]) -> list[int]:
-    """Token ids of a finished conversation, the answer's end mark included."""
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs))
 
 
 def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> list[TokenPair]:
@@ -223,7 +218,7 @@ def select_pairs(
             detail = f"{len(one.prompt_ids)} prompt + {answer} answer tokens, {max_length} fit"
             if one.longest <= max_length:
                 detail += f"; its twin has {longest}"
-            rejects.append(_reject(one, "too long", detail))
+            rejects.append(Reject.of("train", one, one.pair_id, "too long", detail))
     aside = _held_out_prompts([one for group in fitting.values() for one in group], held_out, seed)
     kept: set[str] = set()
     left = len(pairs) if max_pairs is None else max_pairs
@@ -235,7 +230,8 @@ def select_pairs(
             kept.add(name)
             left -= len(group)
         else:
-            rejects += [_reject(one, "over max_pairs", f"train.max_pairs is {max_pairs}") for one in group]
+            why = f"train.max_pairs is {max_pairs}"
+            rejects += [Reject.of("train", one, one.pair_id, "over max_pairs", why) for one in group]
     names = [(min(one.pair_id, one.twin_id), one) for one in pairs]
     held = [one for name, one in names if name in fitting and one.prompt_id in aside]
     return [one for name, one in names if name in kept], held, rejects
@@ -252,12 +248,6 @@ def _held_out_prompts(pairs: Sequence[TokenPair], held_out: int, seed: int) -> s
             found.add(name)
             left -= counts[name]
     return found
-
-
-def _reject(one: TokenPair, reason: str, detail: str) -> Reject:
-    return Reject(
-        stage="train", subject_id=one.pair_id, rubric_id=one.rubric_id, level=one.level, reason=reason, detail=detail
-    )
 
 
 # ---------------------------------------------------------------- rows

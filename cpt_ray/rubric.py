@@ -116,6 +116,7 @@ class Rubric(_Strict):
             _keyed_by_level(f"criteria.{one.name}.descriptors", one.descriptors, names)
             if one.measure is not None:
                 _check_measure(f"criteria.{one.name}.measure", one.measure, names)
+        _no_duplicates("directives", [text for level in self.levels for text in level.directives], "text")
         for level in self.levels:
             for text in level.directives:
                 if leak := directive_leak(text, self):
@@ -127,10 +128,11 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _no_duplicates(where: str, names: list[str]) -> None:
+def _no_duplicates(where: str, names: list[str], kind: str = "name") -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{where}: the name {name!r} is used {names.count(name)} times; names must be unique")
+            said = f"the {kind} {name[:60]!r} is used {names.count(name)} times"
+            raise ValueError(f"{where}: {said}; {kind}s must be unique")
 
 
 def _keyed_by_level(where: str, mapping: dict[str, Any], names: list[str]) -> None:

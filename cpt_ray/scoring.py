@@ -84,7 +84,7 @@ class _Scorer:
             score=np.array([score for _, score in graded], dtype=np.float64),
             hit=np.array(hits, dtype=np.float64),
             missed=np.array([self.prompts[one.prompt_id] for one in trials if not one.text], dtype=np.int64),
-            ungraded=len(trials) - len(graded),
+            ungraded=sum(bool(one.text) for one in trials) - len(graded),
         )
 
     def statistics(self, rows: _Rows) -> Floats:
@@ -121,7 +121,12 @@ class _Arm:
         """As in results.json."""
 
         def entry(rows: _Rows, statistics: Floats) -> dict[str, Any]:
-            return {**_summary(statistics), "n": len(rows.score), "ungraded": rows.ungraded}
+            return {
+                **_summary(statistics),
+                "n": len(rows.score),
+                "ungraded": rows.ungraded,
+                "unanswered": len(rows.missed),
+            }
 
         per_rubric = {name: entry(rows, found) for name, (rows, found) in self.per_rubric.items()}
         return {**entry(self.rows, self.statistics), "per_rubric": per_rubric}
@@ -186,11 +191,11 @@ def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: 
 
     Per model ("base", "tuned"), over the rows with a directive: `accuracy` (share of rows whose score falls in the
     requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
-    and `spearman_rho` (requested anchor against score, rubrics pooled),
-    each with `*_ci` [low, high]; `n` graded and `ungraded` rows; `per_rubric` the same by rubric id. Then the same
-    again as `without_directive` (the same requests, unseen by the model) and as `measured`: the measured criteria
-    alone instead of the whole score, over the rubrics that have any, None if none has. `difference` is tuned minus
-    base; `judge_agreement` compares judged with measured scores over all rows that have both.
+    and `spearman_rho` (requested anchor against score, rubrics pooled), each with `*_ci` [low, high]; `n` graded,
+    `ungraded` and `unanswered` rows; `per_rubric` the same by rubric id. Then the same again as `without_directive`
+    (the same requests, unseen by the model) and as `measured`: the measured criteria alone instead of the whole score,
+    over the rubrics that have any, None if none has. `difference` is tuned minus base; `judge_agreement`
+    compares judged with measured scores over all rows that have both.
 
     Args:
         resamples: bootstrap resamples of prompts behind each interval.

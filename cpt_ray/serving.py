@@ -23,6 +23,7 @@ import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -324,19 +325,34 @@ def serve_model(
     block: bool = True,
     model: Path | None = None,
     insecure: bool = False,
+    connecting: AbstractContextManager[None] | None = None,
 ) -> str:
-    """Serves the run's model (or `model`) until Ctrl-C or SIGTERM and returns its base URL; Ray must be connected.
+    """Serves the run's model (or `model`) until Ctrl-C or SIGTERM and returns its base URL.
+
+    `connecting` connects to Ray, once all is checked that can be without it; without one, Ray is connected already.
 
     Where a model is served already, this one takes its place, at the same address, without a request failing. The keys
     are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there are none, one is made here and printed once.
     `insecure` does without. With `block=False` it returns once the model answers; `ray.serve.shutdown()` then ends
     it. UserError, naming the cause, for whatever keeps it from starting.
     """
-    from ray import serve
-
     served = _plan(config, run, model or run.model)
     fixed, made = _choose_keys(config.serve.host, run, api_key, insecure)
     served = replace(served, fixed_keys=fixed)
+    if connecting is not None and not os.environ.get("RAY_ADDRESS"):
+        _free_port(config.serve.host, config.serve.port)
+    with connecting or contextlib.nullcontext():
+        return _serve(config, run, served, made, block)
+
+
+def _serve(config: RunConfig, run: RunDir, served: Served, new_key: str | None, block: bool) -> str:
+    from ray import serve
+
+    if config.serve.route_by == "configuration" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+        raise UserError(
+            "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "
+            "set RAY_SERVE_ENABLE_HA_PROXY=1 for the job, or leave it out"
+        )
     before = serve.status()
     replaces = APPLICATION in before.applications
     if before.proxies and not replaces:
@@ -352,7 +368,7 @@ def serve_model(
                 serve.delete(name)  # an untuned model that is no longer asked for
             asleep = config.serve.replicas.least == 0
             _on_head(_wait_until_healthy, url, PROXY_PATH if asleep else OPEN_PATH)
-            _say_how_to_talk(config, served.catalogs, url, made, block)
+            _say_how_to_talk(config, served.catalogs, url, new_key, block)
             if block:
                 _block(run)
         except BaseException as error:

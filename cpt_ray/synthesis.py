@@ -19,8 +19,8 @@ from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
-from cpt_ray.pairing import PairRules, cell_id_of, control_directive, pair_cells, targets_of
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, endpoint_key, ledger_entry, run_lines
+from cpt_ray.pairing import cell_id_of, control_directive, pair_cells, targets_of
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import (
     JOINT_HASH,
     RATIONALE_HASH,
@@ -80,7 +80,6 @@ def make_plan(config: RunConfig) -> Plan:
     rubrics = load_rubrics(config.rubric_paths)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
     for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
-        endpoint_key(model)
         is_elsewhere = model.endpoint is not None or Path(model.path).is_dir()
         if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
             raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
@@ -88,7 +87,7 @@ def make_plan(config: RunConfig) -> Plan:
         if name not in plan.by_id:
             raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
     for rubric in rubrics:
-        if config.synthesis.control and any(level.name == CONTROL for level in rubric.levels):
+        if any(level.name == CONTROL for level in rubric.levels):
             raise UserError(f"rubric {rubric.id}: a level is named {CONTROL!r}, as control rows are; rename it")
     check_leakage(plan.prompts)
     return plan
@@ -252,7 +251,7 @@ class WriteStep(Step):
         for unit, one in zip(units, completions, strict=True):
             if one.error:
                 tally.reject(one.error)
-                rejects.append(_reject(self.stage, unit.unit_id, unit.rubric_id, unit.level, one))
+                rejects.append(Reject.of(self.stage, unit, unit.unit_id, one.error, one.detail))
             else:
                 rows.append(_generation(unit, one))
         run.write("rejects", f"{self.stage}-{shard}", rejects)
@@ -266,7 +265,7 @@ class WriteStep(Step):
         rubrics = rubrics_of(self.rubrics, unit.rubric_id)
         if unit.level == CONTROL:
             told = control_directive(self.neutral_directives, cell_id_of(unit.rubric_id, unit.prompt_id, unit.sample))
-            return policy_messages(told, [{"role": "user", "content": unit.prompt}])
+            return policy_messages(told, unit.prompt)
         targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, unit.level)]
         if len(targets) == 1:
             return writer_messages(*targets[0], unit.prompt)
@@ -288,12 +287,6 @@ def _generation(unit: Unit, one: Completion) -> Generation:
         sample=unit.sample,
         text=one.text,
         num_tokens=one.num_tokens,
-    )
-
-
-def _reject(stage: str, subject_id: str, rubric_id: str, level: str, one: Completion) -> Reject:
-    return Reject(
-        stage=stage, subject_id=subject_id, rubric_id=rubric_id, level=level, reason=one.error, detail=one.detail
     )
 
 
@@ -454,8 +447,16 @@ class DirectStep(Step):
             elif not error and len(texts[level]) >= self.paraphrases:
                 error = "not needed"
             if error:
-                problem = Completion(error=error, detail=detail or text)
-                rejects.append(_reject(self.stage, content_id(text), rubric.id, level, problem))
+                rejects.append(
+                    Reject(
+                        stage=self.stage,
+                        subject_id=content_id(text),
+                        rubric_id=rubric.id,
+                        level=level,
+                        reason=error,
+                        detail=detail or text,
+                    )
+                )
             else:
                 owner[text] = level
                 texts[level].append(text)
@@ -520,8 +521,7 @@ class RepeatStep(Step):
             tally.counts["rows_in"] += len(rows)
             for one in rows:
                 if original := seen[one.level].add(one.unit_id, one.text):
-                    problem = Completion(error="near duplicate", detail=original)
-                    found.append(_reject(self.stage, one.unit_id, one.rubric_id, one.level, problem))
+                    found.append(Reject.of(self.stage, one, one.unit_id, "near duplicate", original))
         run.write(self.table, shard, found, tally.close(len(found)))
 
 
@@ -544,8 +544,7 @@ class PairStep(Step):
         grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
         directives = run.read("directives", inputs.directives, Directive)
         repeats = {one.subject_id: one.detail for one in run.read("repeats", inputs.repeats, Reject)}
-        rules = PairRules(self.settings.neutral_directives, self.settings.max_length_ratio, repeats)
-        pairs, rejects = pair_cells(rubrics, rows, grades, directives, rules)
+        pairs, rejects = pair_cells(rubrics, rows, grades, directives, self.settings, repeats)
         for reject in rejects:
             tally.reject(reject.reason)
         run.write("rejects", f"{self.stage}-{shard}", rejects)

@@ -35,7 +35,7 @@ def test_an_override_replaces_one_entry() -> None:
     [
         ("train.lerning_rate=1", 'override: train.lerning_rate: unknown key (did you mean "learning_rate"?)'),
         ("trian.beta=1", 'trian: unknown key (did you mean "train"?)'),
-        ("train.lora.rank=8", "train.lora.rank: unknown key (known: alpha, quantize, r, target_modules)"),
+        ("train.lora.rank=8", "train.lora.rank: unknown key (known: r, alpha, target_modules, quantize)"),
         ("train.beta=-1", "train.beta: found -1"),
         ("train.beta", "is not key=value"),
         ("seed.x=1", "holds a value, not a section"),

@@ -74,7 +74,7 @@ def test_scores_go_where_the_rubric_itself_would_put_them(score: float) -> None:
     [
         ({"ornamnt": "high"}, "configuration: no rubric 'ornamnt' (did you mean \"ornament\"?)"),
         ({"ornament": "hihg"}, "configuration.ornament: no level 'hihg' (did you mean \"high\"?)"),
-        ({"ornament": "zzz"}, "configuration.ornament: no level 'zzz' (known: high, low, mid)"),
+        ({"ornament": "zzz"}, "configuration.ornament: no level 'zzz' (known: low, mid, high)"),
         ({"ornament": 100.5}, "configuration.ornament: 100.5 is not a score from 0 to 100"),
         ({"ornament": -1}, "configuration.ornament: -1 is not a score from 0 to 100"),
         ({"ornament": float("nan")}, "configuration.ornament: nan is not a score from 0 to 100"),

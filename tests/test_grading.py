@@ -18,7 +18,7 @@ from cpt_ray.grading import (
     measured_criterion,
     voted_criteria,
 )
-from cpt_ray.measures import MEASURES
+from cpt_ray.measures import MEASURES, measures
 from tests.builders import make_grade, make_rubric
 
 RUBRIC = make_rubric()
@@ -72,7 +72,7 @@ def test_scores_stay_between_the_outer_anchors(logprobs: list[float], value: flo
 
 @given(st.text(max_size=200), st.sampled_from(sorted(MEASURES)))
 def test_every_measure_takes_every_text(text: str, name: str) -> None:
-    value = MEASURES[name](text, ("a", "b"), ("c",))
+    value = measures(text, ("a", "b"), ("c",))[name]
     assert value is None or value >= 0
 
 
@@ -80,7 +80,7 @@ def test_measures_give_known_values() -> None:
     text = "Don't shout! The dog, the cat. Why?"
 
     def measure(name: str, words: tuple[str, ...] = (), against: tuple[str, ...] = ()) -> float | None:
-        return MEASURES[name](text, words, against)
+        return measures(text, words, against)[name]
 
     assert measure("word_count") == 7
     assert measure("words_per_sentence") == pytest.approx(7 / 3)

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from cpt_ray.config import EMBEDDED_PATH, load_config
-from cpt_ray.measures import MEASURES
+from cpt_ray.measures import measures
 from cpt_ray.records import Directive, Generation, Pair, Unit
 from cpt_ray.rubric import load_rubrics
 from cpt_ray.rundir import RunDir
@@ -197,7 +197,7 @@ def test_the_served_model_follows_the_configuration(served: openai.OpenAI, rubri
                 max_tokens=96,
                 seed=seed,
             )
-            value = MEASURES[spec.name](answer.choices[0].message.content or "", spec.words, spec.against)
+            value = measures(answer.choices[0].message.content or "", spec.words, spec.against)[spec.name]
             values.append(0.5 if value is None else value)
         return mean(values)
 

@@ -7,8 +7,9 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_ray.config import SynthesisConfig
 from cpt_ray.grading import confirms
-from cpt_ray.pairing import PairRules, cell_id_of, pair_cells
+from cpt_ray.pairing import cell_id_of, pair_cells
 from cpt_ray.records import CONTROL, Pair, Reject
 from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
 
@@ -20,7 +21,7 @@ def pair_scores(scores: dict[str, float | None]) -> tuple[list[Pair], list[Rejec
     """One cell whose answers have these scores."""
     generations = [make_generation(level) for level in scores]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, scores[one.level]) for one in generations}
-    return pair_cells([RUBRIC], generations, grades, make_directives())
+    return pair_cells([RUBRIC], generations, grades, make_directives(), SynthesisConfig(), {})
 
 
 def test_three_confirmed_levels_give_six_pairs() -> None:
@@ -43,7 +44,7 @@ def test_unconfirmed_and_ungraded_answers_are_rejected_with_reasons() -> None:
 def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
     generations = [make_generation(level, text="Same.") for level in LEVELS]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives())
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), SynthesisConfig(), {})
     assert pairs == []
     assert sorted(one.reason for one in rejects) == ["no partner", "same text", "same text"]
 
@@ -51,7 +52,7 @@ def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
 def test_held_out_directives_are_never_trained_on() -> None:
     generations = [make_generation(level) for level in LEVELS]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives("held_out"))
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives("held_out"), SynthesisConfig(), {})
     assert pairs == []
     assert {one.reason for one in rejects} == {"no directive"}
 
@@ -72,8 +73,8 @@ def test_labels_follow_verdicts_and_nothing_is_lost(
     ]
     scores = {one.unit_id: score for one, (score, _, _) in zip(generations, table.values(), strict=True)}
     grades = {(unit_id, RUBRIC.id): make_grade(unit_id, score) for unit_id, score in scores.items()}
-    rules = PairRules(("Be yourself.",), max_length_ratio)
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), rules)
+    rules = SynthesisConfig(neutral_directives=("Be yourself.",), max_length_ratio=max_length_ratio)
+    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), rules, {})
     by_id = {one.pair_id: one for one in pairs}
     assert len(by_id) == len(pairs)
     answers = {(cell_id_of(RUBRIC.id, one.prompt_id, one.sample), one.level): one for one in generations}

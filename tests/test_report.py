@@ -181,13 +181,15 @@ def test_a_rubric_without_measures_leaves_the_judge_unchecked_and_says_so() -> N
 def test_the_terminal_table_fits_and_names_every_row() -> None:
     trials = make_trials(tuned_gain=-0.9, base_gain=-0.4)
     trials.append(make_trial("tuned", "p0", "low", None, trial_id="ungraded"))
+    trials += [make_trial("base", "p0", "low", None, trial_id=f"none-{at}", text="") for at in range(2)]
     lines = table_lines(score_trials(trials, [RUBRIC], 50, 0))
     assert max(map(len, lines)) <= 80
     assert [line[:13].strip() for line in lines if line[:13].strip()] == [
-        "all rubrics", "measured", "ornament", "ungraded answ",
+        "all rubrics", "measured", "ornament", "ungraded answ", "requests with",
     ]  # fmt: skip
     assert lines[1].split()[:3] == ["all", "rubrics", "base"]
-    assert lines[-1] == "ungraded answers, left out: 0 base, 1 tuned"
+    assert lines[-2] == "ungraded answers, left out: 0 base, 1 tuned"
+    assert lines[-1] == "requests without an answer, misses: 2 base, 0 tuned"
 
 
 def test_nothing_to_report_is_still_a_page_and_a_table() -> None:

@@ -48,6 +48,12 @@ def test_embedded_rubrics_load() -> None:
     assert len(load_rubrics([ROOT / "rubrics" / "embedded"])) >= 2
 
 
+REPEATED = [
+    {"name": name, "score": score, "directives": texts}
+    for name, score, texts in (("low", 10, ["Be plain.", "Be bare."]), ("mid", 50, []), ("high", 90, ["Be plain."]))
+]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -55,6 +61,7 @@ def test_embedded_rubrics_load() -> None:
         (rubric_dict(criteria=criteria(descriptors={"low": "a", "mid": "b"})), "nothing for level 'high'"),
         (rubric_dict(criteria=criteria(descriptors={"low": "a", "mid": "b", "hihg": "c"})), 'did you mean "high"?'),
         (rubric_dict(criteria=criteria(name="bangs")), "'bangs' is used 2 times"),
+        (rubric_dict(levels=REPEATED), "directives: the text 'Be plain.' is used 2 times; texts must be unique"),
         (rubric_dict(objectiv="x"), 'unknown key (did you mean "objective"?)'),
         (rubric_dict(levels=[{"name": "low", "score": 50}, {"name": "high", "score": 10}]), "out of order"),
         (rubric_dict(levels=[{"name": "low", "score": 10, "anchor": 1}]), "levels.0.anchor: unknown key"),

@@ -133,7 +133,7 @@ def test_ungraded_rows_count_as_ungraded_and_as_nothing_else(trials: list[Trial]
 def test_a_model_that_gives_no_answer_has_missed() -> None:
     trials = [make_trial("low", 10.0, prompt=f"p{at}") for at in range(3)]
     found = scored([*trials, make_trial("high", None, text="")])["tuned"]
-    assert (found["accuracy"], found["n"], found["ungraded"]) == (0.75, 3, 1)
+    assert (found["accuracy"], found["n"], found["ungraded"], found["unanswered"]) == (0.75, 3, 0, 1)
 
 
 @given(trial_lists)

@@ -273,5 +273,5 @@ def test_random_choices_seldom_become_a_setting() -> None:
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "choices.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": }\n')
-    with pytest.raises(UserError, match=r"choices.jsonl: line 3 is not JSON"):
+    with pytest.raises(UserError, match=r"choices.jsonl:3: not JSON"):
         read_choices(tmp_path / "choices.jsonl")

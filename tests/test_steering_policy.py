@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_ray.config import EMBEDDED_PATH, Form, ModelConfig
 from cpt_ray.embedded.world import level_text
 from cpt_ray.engine import engine_arguments, engine_env
-from cpt_ray.measures import MEASURES
+from cpt_ray.measures import measures
 from cpt_ray.rubric import Rubric, load_rubrics
 from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy
@@ -237,7 +237,7 @@ def share(rubric: Rubric, text: str) -> float:
     """The measured share of high words; one half if there is none of either."""
     spec = rubric.measured[0].measure
     assert spec is not None
-    found = MEASURES[spec.name](text, spec.words, spec.against)
+    found = measures(text, spec.words, spec.against)[spec.name]
     return 0.5 if found is None else found
 
 

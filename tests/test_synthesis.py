@@ -27,6 +27,7 @@ from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject,
 from cpt_ray.report import REPORT
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import RESULTS
+from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis import (
     JudgeStep,
     Plan,
@@ -409,6 +410,36 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
     assert (run.path / "README.md").stat().st_mtime_ns == before
 
 
+def test_the_card_is_written_again_when_shards_of_other_settings_lie_beside_its_own(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+    shards = run_all(plan, run, FakeEngine(answer))
+    write_card(plan, run, shards, run_info(plan))
+    assert "grades/*.parquet" in (run.path / "README.md").read_text()
+    run_all(make_run(tmp_path, "writer.sampling.top_p=0.5", levels=GIVEN)[0], run, FakeEngine(answer))
+    write_card(plan, run, shards, run_info(plan))
+    assert "grades/*.parquet" not in (run.path / "README.md").read_text()
+
+
+def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -> None:
+    words = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
+    plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', levels=GIVEN, criteria=words)
+    shards = run_all(plan, run, FakeEngine(answer))
+    for name in shards.grades:
+        rows = run.read("grades", [name], Grade)
+        if rows[0].judge == "other":
+            run.write("grades", name, [dataclasses.replace(one, score=0.0) for one in rows])
+    found = {(one.text.split()[0], one.scores["ornament"]) for one in Steering(plan, run, shards).learned_from.answers}
+    assert found == {("low", 5.0), ("mid", 25.0), ("high", 45.0)}
+
+
+def test_a_level_may_not_be_named_as_control_rows_are(tmp_path: Path) -> None:
+    names = {"low": "yield", "mid": "share", "high": CONTROL}
+    levels = [{"name": names[one["name"]], "score": one["score"]} for one in GIVEN]
+    words = [{"name": "words", "weight": 100, "descriptors": dict.fromkeys(names.values(), "So.")}]
+    with pytest.raises(UserError, match="a level is named 'control', as control rows are; rename it"):
+        make_run(tmp_path, levels=levels, criteria=words)
+
+
 def test_a_misspelt_model_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _ = make_run(tmp_path)
     policy = plan.config.policy.model_copy(update={"model": "embeded"})
@@ -531,11 +562,18 @@ def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[st
     assert shown.splitlines()[-1].startswith("error: no-such-file.yaml: cannot be read")
 
 
-def test_a_missing_key_is_noticed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     endpoint = "judge.endpoint={base_url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}"
-    with pytest.raises(UserError, match="set the environment variable NO_SUCH_KEY"):
-        make_run(tmp_path, endpoint)
+    _, run = make_run(tmp_path, endpoint)
+    for command in ("run", "synthesize", "evaluate"):
+        assert main([command, str(tmp_path / "run.yaml"), endpoint]) == 1
+        assert "set the environment variable NO_SUCH_KEY" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "run.yaml"), endpoint]) == 1
+    assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
+    assert not run.path.exists()
 
 
 def test_status_needs_only_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

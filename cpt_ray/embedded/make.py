@@ -123,7 +123,7 @@ def follow(rng: Random, here: World, rubric: Rubric) -> Conversation:
     directive = compose_directives([world.directive(rng, name, number) for name, number in numbers.items()])
     followed = {name: number for name, number in numbers.items() if rng.random() < here.followed}
     answer = world.level_text(rng, here.rubrics, prompt, followed)
-    return Conversation(policy_messages(directive, [{"role": "user", "content": prompt}]), answer)
+    return Conversation(policy_messages(directive, prompt), answer)
 
 
 Task = Callable[[Random, World, Rubric], Conversation]

@@ -107,7 +107,7 @@ class Bank:
             for sample in range(config.samples if at else max(config.samples, config.best_of))
         ]
         rows = arena.answered(planned)
-        self.answers = [steering.answer(one.prompt_id, one.prompt, one.text, "", None) for one in rows]
+        self.answers = [steering.answer(one.prompt_id, one.prompt, one.text, {}) for one in rows]
         index = {directive: at for at, directive in enumerate(directives)}
         numbers = {one.prompt_id: at for at, one in enumerate(self.prompts)}
         self.configuration_of = np.array([index[one.directive] for one in rows])
@@ -351,7 +351,7 @@ def _write(
     if satisfactions and (report := run.path / REPORT).exists():  # one made later takes them from RESULTS
         written = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
     say("\n".join(table_lines(results)))
-    say(f"results      {written}")
+    say(f"results      {written}\nused         by `cpt serve` from its next start on")
     return results
 
 

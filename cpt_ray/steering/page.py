@@ -14,6 +14,7 @@ METRICS = {
     "accuracy": "Share of a held-out user's other choices that are foretold.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
 }
+METHODS = "static: nothing is known of the user; oracle: the true taste is; another's choices should not help."
 COSTS = {"tokens_once": "tokens once", "tokens_per_answer": "more per answer", "bytes": "bytes kept"}
 """Of a method, for all choices of one user; tokens are the policy's."""
 COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b08a1e", "#1b8a8f")
@@ -33,11 +34,11 @@ def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:
     """The means with their 95% intervals, one block per metric."""
-    lines = []
-    for metric in METRICS:
+    lines = ["", METHODS]
+    for metric, text in METRICS.items():
         if not results[metric]:
             continue
-        lines += ["", f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
+        lines += ["", text, f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
         for name, entry in results[metric].items():
             lines.append(f"{name:<30}" + "".join(f"{cell:>20}" for cell in _cells(entry)))
     if results["costs"]:
@@ -85,7 +86,7 @@ def _figure(metric: str, results: Mapping[str, Any]) -> str:
 
 def _section(results: Mapping[str, Any]) -> str:
     said = f"{results['num_users']} held-out users, by number of their choices; 95% intervals over users and seeds."
-    parts = [f"<p>{said}</p>"]
+    parts = [f"<p>{said} {METHODS}</p>"]
     for metric, text in METRICS.items():
         if results[metric]:
             rows = [[html.escape(name), *_cells(entry)] for name, entry in results[metric].items()]

@@ -8,8 +8,7 @@ never from the policy.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
 from cpt_ray.pool import Line, run_lines
+from cpt_ray.prompts import read_jsonl
 from cpt_ray.records import Generation, Grade, Trial, content_id
 from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import TABLES, RunDir
@@ -57,7 +57,7 @@ from cpt_ray.steering.users import (
     grade_by_measures,
     make_answer,
 )
-from cpt_ray.synthesis import Plan, Shards
+from cpt_ray.synthesis import Plan, Shards, combine_judges
 
 NUM_QUESTIONS = 200
 
@@ -94,9 +94,10 @@ class Steering:
         """What users may have in mind."""
         return make_candidates(self.plan.config, self.catalog, self.policy)
 
-    def answer(self, prompt_id: str, prompt: str, text: str, rubric_id: str, score: float | None) -> Answer:
-        scores = {rubric_id: score} if score is not None else {}
-        return make_answer(prompt_id, prompt, text, scores | grade_by_measures(self.plan.rubrics, text))
+    def answer(self, prompt_id: str, prompt: str, text: str, scores: Mapping[str, float | None]) -> Answer:
+        """Graded by rubric id: by the measures where a rubric has them, else as `scores` says."""
+        known = {name: score for name, score in scores.items() if score is not None}
+        return make_answer(prompt_id, prompt, text, known | grade_by_measures(self.plan.rubrics, text))
 
     @cached_property
     def learned_from(self) -> Population:
@@ -104,11 +105,14 @@ class Steering:
         rubrics = [one for one in self.plan.rubrics if one.id not in self.config.held_out_rubrics]
         if self.shards is None:
             return self._crowd(self._given["train"], rubrics)
-        grades = {one.unit_id: one.score for one in self.run.read("grades", self.shards.grades, Grade)}
+        rows_of_judges = self.run.read("grades", self.shards.grades, Grade)
+        grades = combine_judges(self.plan.rubrics, rows_of_judges, self.plan.config.synthesis.aggregate)
         rows = self.run.read("generations", self.shards.generations, Generation)
-        answers = [
-            self.answer(one.prompt_id, one.prompt, one.text, one.rubric_id, grades.get(one.unit_id)) for one in rows
-        ]
+        answers = []
+        for one in rows:
+            found = {name: grades.get((one.unit_id, name)) for name in one.rubric_id.split("+")}
+            scores = {name: grade.score if grade else None for name, grade in found.items()}
+            answers.append(self.answer(one.prompt_id, one.prompt, one.text, scores))
         return self._crowd(answers, rubrics)
 
     def _crowd(self, answers: Sequence[Answer], rubrics: Sequence[Rubric]) -> Population:
@@ -130,7 +134,7 @@ class Steering:
         rows = [one for one in self.run.read("evaluation", names, Trial) if one.text]
         if not rows:
             raise UserError(f"{self.run.path}: no evaluation; run `cpt evaluate` with this run file first")
-        answers = [self.answer(one.prompt_id, one.prompt, one.text, one.rubric_id, one.score) for one in rows]
+        answers = [self.answer(one.prompt_id, one.prompt, one.text, {one.rubric_id: one.score}) for one in rows]
         return self._crowd(answers, self.plan.rubrics)
 
     def users(self, crowd: Population, count: int, salt: int) -> list[User]:
@@ -326,16 +330,4 @@ def infer(steering: Steering, choices: Sequence[Choice]) -> dict[str, Any]:
 
 def read_choices(path: Path) -> list[Choice]:
     """Choices, one JSON object a line; UserError that names what is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not text ({error})") from None
-    data = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            data += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error})") from None
-    return parse_choices(data, str(path))
+    return parse_choices(list(read_jsonl(path)), str(path))

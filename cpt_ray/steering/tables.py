@@ -15,7 +15,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of
 from cpt_ray.errors import UserError
 from cpt_ray.pool import Step
-from cpt_ray.prompting import ChatMessage, policy_messages, token_ids
+from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.users import Answer
@@ -52,10 +52,10 @@ def sequence(
     tokenizer: Any, directive: str | None, prompt: str, answer: str, template_kwargs: dict[str, Any]
 ) -> tuple[list[int], int]:
     """Token ids of the whole conversation, and where the answer starts in them."""
-    messages = policy_messages(directive, [{"role": "user", "content": prompt}])
+    messages = policy_messages(directive, prompt)
     start = len(token_ids(tokenizer, messages, template_kwargs))
     messages.append({"role": "assistant", "content": answer})
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template_kwargs)), start
+    return token_ids(tokenizer, messages, template_kwargs, is_finished=True), start
 
 
 SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
@@ -158,12 +158,11 @@ class AnswerActor:
 
     def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
         """The same rows with what the policy says; "" if that is nothing."""
-        requests = [sampled(_messages(row.directive, row), self._sampling, _subject(row), self._seed) for row in rows]
+        requests = [
+            sampled(policy_messages(row.directive, row.prompt), self._sampling, _subject(row), self._seed)
+            for row in rows
+        ]
         return [replace(row, text=one.text) for row, one in zip(rows, self._engine.run(requests), strict=True)]
-
-
-def _messages(directive: str | None, row: SteeredAnswer) -> list[ChatMessage]:
-    return policy_messages(directive, [{"role": "user", "content": row.prompt}])
 
 
 def _subject(row: SteeredAnswer) -> str:
@@ -189,7 +188,9 @@ class AdapterActor:
 
         prompts, params, adapters = [], [], []
         for row in rows:
-            ids = token_ids(self._llm.get_tokenizer(), _messages(None, row), self._model.chat_template_kwargs)
+            ids = token_ids(
+                self._llm.get_tokenizer(), policy_messages(None, row.prompt), self._model.chat_template_kwargs
+            )
             prompts.append({"prompt_token_ids": ids})
             seed = seed_of(_subject(row), self._seed)
             params.append(SamplingParams(**self._model.sampling.model_dump(), seed=seed))

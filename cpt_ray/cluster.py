@@ -119,12 +119,12 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cpt_ray.frontend:replica_middlewares",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
-        **{name: str(_unused_port()) for name in names},
+        **{name: str(unused_port()) for name in names},
         **_nicer_haproxy(),
     }
 
 
-def _unused_port() -> int:
+def unused_port() -> int:
     """One that nobody listens on, below those that the kernel gives out: it is bound to seconds later."""
     while True:
         port = 20_000 + secrets.randbelow(10_000)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,20 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from cpt_ray.cluster import unused_port
+
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"
-
-
-def free_port() -> int:
-    """Below the range that the system hands out: Ray lets two clusters listen on one port, and mixes them up."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with socket.socket() as one:
-            try:
-                one.bind(("", port))
-            except OSError:
-                continue
-            return port
 
 
 class LocalCluster:
@@ -40,10 +28,10 @@ class LocalCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",
         }
-        self.dashboard = f"http://127.0.0.1:{free_port()}"
-        command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
+        self.dashboard = f"http://127.0.0.1:{unused_port()}"
+        command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={unused_port()}"]
         command += [f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--dashboard-host=127.0.0.1"]
-        command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        command += [f"--ray-client-server-port={unused_port()}", f"--dashboard-agent-listen-port={unused_port()}"]
         # jobs find their cluster by what is in its folder; a short path, since sockets are in there too
         self._home = tempfile.TemporaryDirectory(prefix="cpt-", ignore_cleanup_errors=True)
         command += [f"--temp-dir={self._home.name}"]

@@ -18,12 +18,13 @@ import pytest
 import ray
 from ray import cloudpickle
 
+from cpt_ray.cluster import unused_port
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import Completion, Engine, EngineDiedError
 from cpt_ray.errors import UserError
 from cpt_ray.pool import MAX_DEATHS, Line, Step, Tally, run_lines
 from cpt_ray.rundir import RunDir
-from tests.local_cluster import ROOT, free_port
+from tests.local_cluster import ROOT
 
 ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 """Never asked: it makes an engine that starts at once."""
@@ -44,7 +45,7 @@ def test_kill_9_loses_repeats_and_changes_nothing() -> None:
 def metrics_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Ray in this process, and where its metrics are."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    port = free_port()
+    port = unused_port()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
     yield f"http://127.0.0.1:{port}/metrics"
     ray.shutdown()

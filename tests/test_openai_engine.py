@@ -18,11 +18,11 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from cpt_ray.cluster import unused_port
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import TIGHT_JSON, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
 from cpt_ray.openai_engine import OpenAIEngine, Pace
-from tests.local_cluster import free_port
 from tests.tiny_model import make_tiny_model
 
 KEY = "sk-not-to-be-seen"
@@ -175,7 +175,7 @@ def test_the_key_is_not_in_what_is_written_of_the_engine() -> None:
 def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real vLLM OpenAI server with a model of random weights."""
     folder = tmp_path_factory.mktemp("vllm")
-    model, port = make_tiny_model(folder / "model"), free_port()
+    model, port = make_tiny_model(folder / "model"), unused_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--port={port}"]
     command += ["--served-model-name=tiny", f"--api-key={KEY}", "--enforce-eager", "--max-model-len=256"]
     command += ["--kv-cache-memory-bytes=50000000", "--host=127.0.0.1", "--no-enable-chunked-prefill"]

@@ -24,7 +24,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from cpt_ray import training
 from cpt_ray.cli import main
-from cpt_ray.cluster import connected
+from cpt_ray.cluster import connected, unused_port
 from cpt_ray.config import RunConfig
 from cpt_ray.errors import UserError
 from cpt_ray.prompting import token_ids
@@ -33,7 +33,7 @@ from cpt_ray.reference import add_reference
 from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.training import PROGRESS, check_first_loss, describe_failure, train, work
-from tests.local_cluster import RAY, ROOT, free_port
+from tests.local_cluster import RAY, ROOT
 from tests.tiny_model import make_tiny_model
 
 NUM_PAIRS = 92
@@ -329,7 +329,7 @@ def test_nothing_but_our_own_lines_is_printed(trained: tuple[RunDir, dict[str, A
 def another_node() -> Iterator[subprocess.Popen[bytes]]:
     """A node with a slot for one worker that joins the cluster; terminated at the end, if not before."""
     command = [str(RAY), "start", "--block", "--num-cpus=1", '--resources={"slot": 1}', "--disable-usage-stats"]
-    command += [f"--address={ray.get_runtime_context().gcs_address}", f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--address={ray.get_runtime_context().gcs_address}", f"--dashboard-agent-listen-port={unused_port()}"]
     node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield node

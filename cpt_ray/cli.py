@@ -224,6 +224,8 @@ def steer(arguments: argparse.Namespace) -> None:
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
     needs_tables = arguments.action != "infer" and not config.steer.answers
     steering = stage.Steering(plan, run, _finished_shards(plan, run) if needs_tables else None)
+    if arguments.action == "infer" and arguments.dry_run:
+        raise UserError("steer infer: nothing is learned there, so --dry-run says nothing; leave it out")
     if arguments.action == "infer" and not arguments.choices:
         raise UserError("steer infer: give the user's choices: --choices FILE.jsonl")
     if arguments.action != "fit" and config.steer.answers:

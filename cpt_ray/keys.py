@@ -11,13 +11,14 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.rundir import replacing
+from cpt_ray.rundir import alone, replacing
 
 KEYS_FILE = "keys.json"
 """Where they are kept in the run directory, readable by its owner only."""
@@ -134,15 +135,24 @@ class Keyring:
         """Writes one more key; UserError if the name is taken, or says nothing."""
         if not key.name.strip():
             raise UserError("keys: a key needs a name, to be listed and revoked by")
-        if any(one.name == key.name for one in self.keys):
-            raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
-        self._write((*self._keys, key))
+        with self._newest() as keys:
+            if any(one.name == key.name for one in keys):
+                raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
+            self._write((*self._keys, key))
 
     def revoke(self, name: str) -> None:
         """Marks a key as revoked; UserError if there is none of that name."""
-        if name not in (known := [one.name for one in self.keys]):
-            raise UserError(f"{self._path}: no key named {name!r}{did_you_mean(name, known)}")
-        self._write(tuple(dataclasses.replace(one, revoked=one.revoked or one.name == name) for one in self._keys))
+        with self._newest() as keys:
+            if name not in (known := [one.name for one in keys]):
+                raise UserError(f"{self._path}: no key named {name!r}{did_you_mean(name, known)}")
+            self._write(tuple(dataclasses.replace(one, revoked=one.revoked or one.name == name) for one in self._keys))
+
+    @contextmanager
+    def _newest(self) -> Iterator[tuple[Key, ...]]:
+        """All keys as the file has them now, which no other process changes meanwhile."""
+        with alone(self._path.parent):
+            self._next_look = 0.0
+            yield self.keys
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         write_private(self._path, [dataclasses.asdict(one) for one in keys])
@@ -155,27 +165,12 @@ def write_private(path: Path, data: object, sync: bool = True) -> None:
         file.write(json.dumps(data, indent=2).encode())
 
 
-def make_key(
-    name: str,
-    *,
-    days: float | None = None,
-    requests_per_minute: int | None = None,
-    tokens_per_minute: int | None = None,
-    budget: int | None = None,
-) -> tuple[Key, str]:
-    """(what is kept, the key itself: shown once, kept nowhere)."""
+def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, str]:
+    """(what is kept, the key itself: shown once, kept nowhere); `limits` are those of `Key`."""
     secret = f"cpt-{secrets.token_urlsafe(24)}"
     now = time.time()
-    key = Key(
-        name=name,
-        hash=key_hash(secret),
-        created=now,
-        expires=None if days is None else now + days * 86400,
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
-        budget=budget,
-    )
-    return key, secret
+    expires = None if days is None else now + days * 86400
+    return Key(name=name, hash=key_hash(secret), created=now, expires=expires, **limits), secret
 
 
 class Counts(Protocol):

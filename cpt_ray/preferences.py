@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import fcntl
 import json
 import re
 import secrets
@@ -30,6 +29,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
 from cpt_ray.keys import Refusal, write_private
+from cpt_ray.rundir import alone
 from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
 from cpt_ray.steering.serving import Conditioner
 from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
@@ -251,9 +251,7 @@ class PreferenceStore:
         """The key's folder, which nobody else changes meanwhile, not even another replica."""
         folder = self._folder / owner
         folder.mkdir(parents=True, exist_ok=True)
-        with self._file_work, (folder / ".lock").open("a") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._file_work, alone(folder):
             yield folder
 
 

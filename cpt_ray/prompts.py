@@ -69,8 +69,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    why = getattr(error, "msg", "nested too deeply")
+                except (ValueError, RecursionError) as error:
+                    why = getattr(error, "msg", str(error)[:100])
                     raise UserError(f"{path}:{number}: not JSON ({why})") from None
                 if not isinstance(row, dict):
                     raise UserError(f'{path}:{number}: found {line.strip()[:40]!r}; expected {{"column": "text"}}')

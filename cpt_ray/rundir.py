@@ -15,7 +15,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -63,6 +63,20 @@ _COUNTS = b"cpt_ray.counts"
 def derive(parent: str, *parts: Any) -> str:
     """Name of the shard made from shard `parent` under settings `parts`: same stem, new hash."""
     return f"{parent.rpartition('-')[0]}-{content_id(parent, *parts)[:12]}"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is inside the same; UserError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".files.lock").open("a")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with handle:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

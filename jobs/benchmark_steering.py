@@ -25,7 +25,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,23 +41,6 @@ COUNTS = (0, 1, 3, 5, 10)
 KEPT = 500
 """Folded adapters that stay on the disk."""
 Floats = NDArray[np.float64]
-
-
-class World(Protocol):
-    """Answers as vectors, and two kinds of users who compare them."""
-
-    @property
-    def conflict(self) -> float:
-        """Probability that the kinds disagree on a random pair."""
-        ...
-
-    def pairs(self, rng: np.random.Generator, count: int) -> Floats:
-        """[count, 2, dimensions]."""
-        ...
-
-    def reward(self, answers: Floats, kind: int) -> Floats:
-        """[...] of answers [..., dimensions], for users of kind 0 or 1."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +78,10 @@ class WorldB:
     def reward(self, answers: Floats, kind: int) -> Floats:
         """h_kind."""
         return answers[..., kind]
+
+
+World = WorldA | WorldB
+"""Answers as vectors, and two kinds of users who compare them; `conflict`: how often they disagree on a random pair."""
 
 
 def best_accuracy(world: World, num_choices: int, conflicting: bool = False) -> float:

@@ -582,6 +582,18 @@ def test_picks_on_the_page_move_the_dial_and_change_the_answer(url: str, browser
     page.get_by_role("button", name="Forget my choices").click()
     page.get_by_text("Your choices are deleted.").wait_for()
     assert httpx.get(kept, headers=AUTHORIZED).status_code == 404
+    page.get_by_role("button", name="Offer me two answers").click()
+    page.locator("#pair article").first.get_by_role("button").click()
+    page.get_by_text("After 1 choice").wait_for()
+    page.evaluate("preferences += '0'")
+    page.locator("#pair article").first.get_by_role("button").click()
+    page.get_by_text("There are no such preferences").wait_for()
+    assert page.get_by_role("button", name="Offer me two answers").is_enabled()
+    page.get_by_role("button", name="Forget my choices").click()
+    page.get_by_text("There are no such preferences").wait_for()
+    page.get_by_label("API key").fill("cpt\u2013key")
+    page.get_by_role("button", name="Connect").click()
+    page.get_by_text("This key has a character that no key has").wait_for()
     assert not broken
     page.close()
 
@@ -755,7 +767,9 @@ CHOICES = [{"prompt": f"Day {at}?", "chosen": f"High {at}.", "rejected": f"Low {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["gated_lora", "soft_prompt"])
-def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: RunDir, form: Form) -> None:
+def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
+    url: str, run: RunDir, form: Form, browser: Any
+) -> None:
     """As transformers would with their z; nobody else is, and a configuration of one's own wins."""
     frozen = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.bfloat16).float().eval()  # the server's
     width, policy = frozen.config.hidden_size, make_config(run).policy.model_copy(update={"model": str(run.model)})
@@ -792,6 +806,19 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(url: str, run: R
             found = {mine: float(conditional.logps([whole], z if mine else None)) for mine in (True, False)}
         assert found[is_mine] == pytest.approx(served, abs=0.1)  # the server computes in bfloat16
         assert abs(found[not is_mine] - served) > 0.3
+
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(f"{url}/playground")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Connect").click()
+    page.get_by_role("button", name="Offer me two answers").click()
+    page.locator("#pair article").first.get_by_role("button").click()
+    page.get_by_text("After 1 choice: the answer follows them.").wait_for()
+    page.locator("#panes small", has_text="tokens").wait_for()
+    page.get_by_role("button", name="Forget my choices").click()
+    page.get_by_text("Your choices are deleted.").wait_for()
+    page.close()
 
     mine, begun = {"preferences": made["id"]}, time.time()
     for _ in range(2):

@@ -7,9 +7,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cpt_ray.cli import main
+from cpt_ray.steering.comparison import _interval
 from tests.local_cluster import ROOT
 
 RUN_FILE = str(ROOT / "jobs" / "ultrafeedback.yaml")
@@ -82,3 +84,10 @@ def test_inference_needs_a_policy_and_choices(tmp_path: Path, capsys: pytest.Cap
     assert "--choices" in capsys.readouterr().err
     assert main(["steer", "evaluate", *given]) == 1
     assert "tuned policy" in capsys.readouterr().err
+
+
+def test_users_whose_answers_nobody_measured_are_left_out_of_the_interval_alone_or_with_their_twins() -> None:
+    values = np.array([0.2, 0.4, np.nan, 0.6, np.nan, np.nan]).reshape(6, 1, 1)
+    rng = np.random.default_rng(0)
+    assert _interval(values, rng) == [pytest.approx([0.3, 0.6])]
+    assert _interval(values[4:], rng) == [None]

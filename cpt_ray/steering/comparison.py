@@ -7,8 +7,9 @@ NaN where a method was not tried.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,8 +142,9 @@ class Bank:
         )
 
     def best(self, at: int) -> Configuration:
-        """The configuration whose answers to the context's prompts the user likes most."""
-        return self.configurations[int(np.nanargmax(np.nanmean(self.grids[at][:, self.shown[at]], axis=1)))]
+        """The configuration whose answers to the context's prompts the user likes most; none if none is measured."""
+        liked = np.nanmean(self.grids[at][:, self.shown[at]], axis=1)
+        return None if np.isnan(liked).all() else self.configurations[int(np.nanargmax(liked))]
 
     def reranked(self) -> Floats:
         """Satisfaction with the best of n answers without a directive, by each seed's reward model."""
@@ -173,12 +175,22 @@ def pairs_in_prompt(choices: Sequence[tuple[Answer, Answer]]) -> str:
     return "\n\n".join([PROMPT_HEAD, *shown])
 
 
+@contextlib.contextmanager
+def _nothing_has_no_mean() -> Iterator[None]:
+    """NaN without a warning, where a method was not tried or a user's rubric has no measure."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@_nothing_has_no_mean()
 def compare_rewards(steering: Steering) -> dict[str, Any]:
     """`fit`, then the reward models on held-out users; written and printed."""
     arena = Arena(steering, fit(steering))
     return _write(arena, arena.reward_accuracy(), {}, {})
 
 
+@_nothing_has_no_mean()
 def evaluate(steering: Steering) -> dict[str, Any]:
     """All methods; written and printed."""
     arena = Arena(steering, fit(steering))
@@ -362,20 +374,20 @@ def _means(values: Floats) -> list[float | None]:
 
 def _interval(values: Floats, rng: np.random.Generator) -> list[list[float] | None]:
     """95% per count: users and seeds are drawn again, each with replacement; a user and its twin go together."""
-    tried = ~np.isnan(values).all(axis=(1, 2))
-    pairs = values[tried].reshape(int(tried.sum()) // 2, 2, *values.shape[1:])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing, where a method has no value
-        means = np.array(
-            [
-                np.nanmean(
-                    pairs[rng.integers(len(pairs), size=len(pairs))][
-                        ..., rng.integers(values.shape[2], size=values.shape[2])
-                    ],
-                    axis=(0, 1, 3),
-                )
-                for _ in range(RESAMPLES)
-            ]
-        )
+    pairs = values.reshape(len(values) // 2, 2, *values.shape[1:])
+    pairs = pairs[~np.isnan(pairs).all(axis=(1, 2, 3))]
+    if not len(pairs):
+        return [None] * values.shape[1]
+    means = np.array(
+        [
+            np.nanmean(
+                pairs[rng.integers(len(pairs), size=len(pairs))][
+                    ..., rng.integers(values.shape[2], size=values.shape[2])
+                ],
+                axis=(0, 1, 3),
+            )
+            for _ in range(RESAMPLES)
+        ]
+    )
     ends = [np.percentile(one, [2.5, 97.5]) if not np.isnan(one).any() else None for one in means.T]
     return [None if one is None else one.tolist() for one in ends]

@@ -12,7 +12,7 @@ RESULTS = "report/steering.json"
 """In the run directory; the report shows the same."""
 METRICS = {
     "accuracy": "Share of a held-out user's other choices that are foretold.",
-    "satisfaction": "How much a held-out user likes the answers to other prompts, by the measured score: 0 to 1.",
+    "satisfaction": "How much a held-out user likes the answers to other prompts, by what is measured: 0 to 1.",
 }
 METHODS = "static: nothing is known of the user; oracle: the true taste is; another's choices should not help."
 COSTS = {"tokens_once": "tokens once", "tokens_per_answer": "more per answer", "bytes": "bytes kept"}
@@ -35,16 +35,17 @@ def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
 def table_lines(results: Mapping[str, Any]) -> list[str]:
     """The means with their 95% intervals, one block per metric."""
     lines = ["", METHODS]
+    wide = 2 + max(len(name) for metric in METRICS for name in [metric, *results[metric]])
     for metric, text in METRICS.items():
         if not results[metric]:
             continue
-        lines += ["", text, f"{metric:<30}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
+        lines += ["", text, f"{metric:<{wide}}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
         for name, entry in results[metric].items():
-            lines.append(f"{name:<30}" + "".join(f"{cell:>20}" for cell in _cells(entry)))
+            lines.append(f"{name:<{wide}}" + "".join(f"{cell:>20}" for cell in _cells(entry)))
     if results["costs"]:
-        lines += ["", f"{'per user':<30}" + "".join(f"{title:>20}" for title in COSTS.values())]
+        lines += ["", f"{'per user':<{wide}}" + "".join(f"{title:>20}" for title in COSTS.values())]
         lines += [
-            f"{name:<30}" + "".join(f"{one[part]:>20,}" for part in COSTS) for name, one in results["costs"].items()
+            f"{name:<{wide}}" + "".join(f"{one[part]:>20,}" for part in COSTS) for name, one in results["costs"].items()
         ]
     return lines
 

@@ -340,9 +340,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except BrokenPipeError:  # whoever read the output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where this one left off" if arguments.command in STAGES else ""
         print(f"stopped{goes_on}", file=sys.stderr, flush=True)

@@ -90,6 +90,12 @@ def connected(
             ray.shutdown()
 
 
+def starts_own_cluster() -> bool:
+    """Whether `connected` would start a cluster: none is named, and this process is in none yet."""
+    ray = sys.modules.get("ray")
+    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
+
+
 def _haproxy_env(is_own: bool) -> dict[str, str]:
     """HAProxy in place of Ray's proxy in Python, which halves the requests per second.
 

@@ -235,7 +235,7 @@ class SynthesisConfig(_Section):
     shard_rows: Positive = 1024
     """Rows that an engine has under way, in two files of half as many (while one runs out, the other keeps it full):
     what is lost at most when something dies. Four times the engine's max_num_seqs keep it full all the time. Shards of
-    another size are other shards: a changed number writes and judges all anew."""
+    another size are other shards: a changed number does all of a run anew, unless it fits in one shard either way."""
     combine: tuple[tuple[str, str], ...] = ()
     """Pairs of rubric ids that are also asked for at once, in one directive."""
     control: Annotated[float, Field(ge=0, lt=1)] = 0

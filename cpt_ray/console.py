@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +31,12 @@ _COLUMNS = {
 
 
 def say(text: str = "") -> None:
-    """One line of this program's own, at once."""
-    print(text, flush=True)
+    """One line of this program's own, at once; SystemExit if whoever read the output has left, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = io.StringIO()
+        raise SystemExit("stopped: nobody reads the output any more") from None
 
 
 def status_lines(ledger: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -87,7 +87,7 @@ class AnswerStep(Step):
         run.write(self.table, self.output(shard), done, tally.close(sum(not row.reason for row in done)))
 
     def _answered(self, row: Trial, one: Completion, tally: Tally) -> Trial:
-        if one.error and one.error != "cut off":  # a cut-off answer is what this model says; it is graded
+        if one.error and not (one.error == "cut off" and one.text):  # what was cut off is still said; it is graded
             tally.reject(one.error)
             return dataclasses.replace(row, model=self.name, reason=f"{one.error}: {one.detail}")
         return dataclasses.replace(row, model=self.name, text=one.text, reason="")

@@ -352,7 +352,7 @@ def run_grid(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         fused_lm_head=True,
     )
     shape = (len(batch["answer_lengths"]), int(batch["answer_lengths"].max()))
-    names = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    names = ("log_probs", "entropy", "mean_logits", "is_top1")
     found = {name: value for name in names if (value := getattr(output, name)) is not None}
     return {
         name: value.new_zeros(shape[0] * shape[1]).index_copy(0, batch["label_slots"], value[0]).view(shape)
@@ -440,6 +440,7 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         # transformers does not save the optimizer of a model that was sharded when it was loaded, since its states
         # would be shards; adapters, and so theirs, are whole on every worker
         args.save_only_model, saves_only_model = is_peft, args.save_only_model
+        args.router_aux_loss_coef = 0.0  # of mixtures of experts: the loss is DPO's alone
         collator = functools.partial(collate, max_padding=MAX_PADDING.get(args.device.type, 0.5))
         super().__init__(args=args, data_collator=kwargs.pop("data_collator", None) or collator, **kwargs)
         self.args.save_only_model = saves_only_model

@@ -135,24 +135,28 @@ class Keyring:
         """Writes one more key; UserError if the name is taken, or says nothing."""
         if not key.name.strip():
             raise UserError("keys: a key needs a name, to be listed and revoked by")
-        with self._newest() as keys:
-            if any(one.name == key.name for one in keys):
+        with self._newest():
+            if any(one.name == key.name for one in self.keys):
                 raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
             self._write((*self._keys, key))
 
     def revoke(self, name: str) -> None:
         """Marks a key as revoked; UserError if there is none of that name."""
-        with self._newest() as keys:
-            if name not in (known := [one.name for one in keys]):
-                raise UserError(f"{self._path}: no key named {name!r}{did_you_mean(name, known)}")
+        if name not in (known := [one.name for one in self.keys]):
+            raise UserError(f"{self._path}: no key named {name!r}{did_you_mean(name, known)}")
+        with self._newest():
             self._write(tuple(dataclasses.replace(one, revoked=one.revoked or one.name == name) for one in self._keys))
 
     @contextmanager
-    def _newest(self) -> Iterator[tuple[Key, ...]]:
-        """All keys as the file has them now, which no other process changes meanwhile."""
-        with alone(self._path.parent):
-            self._next_look = 0.0
-            yield self.keys
+    def _newest(self) -> Iterator[None]:
+        """`keys` are as the file has them now, and no other process changes it meanwhile."""
+        try:
+            with alone(self._path.parent):
+                self._next_look = 0.0
+                _ = self.keys
+                yield
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         write_private(self._path, [dataclasses.asdict(one) for one in keys])

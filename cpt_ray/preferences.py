@@ -250,7 +250,6 @@ class PreferenceStore:
     def _alone(self, owner: str) -> Iterator[Path]:
         """The key's folder, which nobody else changes meanwhile, not even another replica."""
         folder = self._folder / owner
-        folder.mkdir(parents=True, exist_ok=True)
         with self._file_work, alone(folder):
             yield folder
 

@@ -146,7 +146,7 @@ def token_ids(
 
     Or, if it `is_finished`, a conversation with its answer and the answer's end mark.
     """
-    options = {"add_generation_prompt": not is_finished, **(template_kwargs or {})}
+    options = {**(template_kwargs or {}), "add_generation_prompt": not is_finished}
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
 
 

@@ -73,7 +73,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     why = getattr(error, "msg", str(error)[:100])
                     raise UserError(f"{path}:{number}: not JSON ({why})") from None
                 if not isinstance(row, dict):
-                    raise UserError(f'{path}:{number}: found {line.strip()[:40]!r}; expected {{"column": "text"}}')
+                    shown = repr(line.strip()[:40])
+                    raise UserError(f'{path}:{number}: found {shown}; expected an object, like {{"column": "text"}}')
                 yield row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None

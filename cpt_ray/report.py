@@ -329,7 +329,7 @@ def _examples(rubric: Rubric, trials: Sequence[Trial], is_open: bool) -> str:
 
 def _answer(rubric: Rubric, trial: Trial) -> str:
     if trial.score is None:
-        verdict = f"ungraded: {_text(trial.reason)}"
+        verdict = f"{'ungraded' if trial.text else 'no answer'}: {_text(trial.reason)}"
     else:
         hit = confirms(rubric, trial.level, trial.score)
         verdict = f"{trial.score:.0f}, {_text(rubric.nearest_level(trial.score).name)}{': as asked' * hit}"

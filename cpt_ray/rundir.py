@@ -67,13 +67,9 @@ def derive(parent: str, *parts: Any) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process is inside the same; UserError if the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".files.lock").open("a")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with handle:
+    """Waits until no other process is inside the same; OSError if the folder cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".files.lock").open("a") as handle:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

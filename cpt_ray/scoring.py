@@ -77,14 +77,15 @@ class _Scorer:
     def rows(self, trials: Sequence[Trial], value: Value) -> _Rows:
         """Columns of the trials that `value` grades."""
         graded = [(one, score) for one in trials if (score := value(one)) is not None]
+        empty = [one for one in trials if not one.text and value(one) is None]
         hits = [confirms(self.rubrics[one.rubric_id], one.level, score) for one, score in graded]
         return _Rows(
             prompt=np.array([self.prompts[one.prompt_id] for one, _ in graded], dtype=np.int64),
             target=np.array([one.target for one, _ in graded], dtype=np.float64),
             score=np.array([score for _, score in graded], dtype=np.float64),
             hit=np.array(hits, dtype=np.float64),
-            missed=np.array([self.prompts[one.prompt_id] for one in trials if not one.text], dtype=np.int64),
-            ungraded=sum(bool(one.text) for one in trials) - len(graded),
+            missed=np.array([self.prompts[one.prompt_id] for one in empty], dtype=np.int64),
+            ungraded=sum(bool(one.text) and value(one) is None for one in trials),
         )
 
     def statistics(self, rows: _Rows) -> Floats:

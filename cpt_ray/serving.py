@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
@@ -339,7 +340,7 @@ def serve_model(
     served = _plan(config, run, model or run.model)
     fixed, made = _choose_keys(config.serve.host, run, api_key, insecure)
     served = replace(served, fixed_keys=fixed)
-    if connecting is not None and not os.environ.get("RAY_ADDRESS"):
+    if connecting is not None and starts_own_cluster():
         _free_port(config.serve.host, config.serve.port)
     with connecting or contextlib.nullcontext():
         return _serve(config, run, served, made, block)

@@ -390,7 +390,6 @@ def _arguments(job: Job, folder: Path) -> Any:
         loss_type=list(settings.loss),
         loss_weights=list(settings.loss.values()),
         beta=settings.beta,
-        router_aux_loss_coef=0.0,  # of mixtures of experts: the loss is DPO's alone
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.micro_batch_size,

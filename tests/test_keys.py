@@ -74,6 +74,26 @@ def test_a_running_server_sees_keys_come_and_go(tmp_path: Path, monkeypatch: pyt
     assert server.check(header(secret)) is UNKNOWN_KEY
 
 
+def test_two_commands_at_once_lose_no_key_and_open_no_revoked_one(tmp_path: Path) -> None:
+    rings = [Keyring(tmp_path / "keys.json") for _ in range(3)]
+    assert [ring.keys for ring in rings] == [()] * 3  # what each of them knows, for a second
+    for ring, name in zip(rings, "abc", strict=True):
+        ring.add(make_key(name)[0])
+    stale = Keyring(tmp_path / "keys.json")
+    assert len(stale.keys) == 3
+    rings[2].revoke("a")
+    stale.add(make_key("d")[0])
+    assert [(one.name, one.revoked) for one in Keyring(tmp_path / "keys.json").keys] == [
+        ("a", True), ("b", False), ("c", False), ("d", False)
+    ]  # fmt: skip
+
+
+def test_a_key_without_a_name_is_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "add", str(run_file), " "]) == 1
+    assert "a key needs a name" in capsys.readouterr().err
+    assert not (run_file.parent / "keys.json").exists()
+
+
 def test_two_keys_are_never_alike_and_neither_is_the_hash_a_key() -> None:
     (first, secret), (second, _) = make_key("a"), make_key("b")
     assert first.hash != second.hash

@@ -14,13 +14,14 @@ import httpx
 import openai
 import pytest
 
+from cpt_ray.cluster import unused_port
 from cpt_ray.config import EMBEDDED_PATH, load_config
 from cpt_ray.measures import measures
 from cpt_ray.records import Directive, Generation, Pair, Unit
 from cpt_ray.rubric import load_rubrics
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import make_plan, name_shards, plan_units
-from tests.local_cluster import ROOT, LocalCluster, free_port
+from tests.local_cluster import ROOT, LocalCluster
 
 RUN_FILE = "jobs/embedded.yaml"
 
@@ -154,7 +155,7 @@ def test_choices_steer_real_answers_and_are_held_against_the_baselines(
 @pytest.fixture(scope="module")
 def served(cluster: LocalCluster, loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
     """`jobs/serve.py` on the finished run, as a job that `ray job stop` ends, and the real client."""
-    port = free_port()
+    port = unused_port()
     url, env = f"http://127.0.0.1:{port}", json.dumps({"env_vars": {"CPT_API_KEY": "a-test-key"}})
     options = ("--no-wait", "--submission-id", "serving", "--working-dir", ".", "--runtime-env-json", env)
     job = ("--", sys.executable, "jobs/serve.py", RUN_FILE, f"run_dir={loop[0].path}", f"serve.port={port}")

@@ -130,6 +130,12 @@ def test_ungraded_rows_count_as_ungraded_and_as_nothing_else(trials: list[Trial]
     assert graded["ungraded"] == 0
 
 
+def test_an_empty_answer_that_was_graded_is_neither_ungraded_nor_missed() -> None:
+    rows = [make_trial("low", 10.0), make_trial("low", 10.0, prompt="p1", text=""), make_trial("high", None)]
+    found = scored(rows)["tuned"]
+    assert (found["accuracy"], found["n"], found["ungraded"], found["unanswered"]) == (1.0, 2, 1, 0)
+
+
 def test_a_model_that_gives_no_answer_has_missed() -> None:
     trials = [make_trial("low", 10.0, prompt=f"p{at}") for at in range(3)]
     found = scored([*trials, make_trial("high", None, text="")])["tuned"]

@@ -6,6 +6,7 @@ The tests share one server and run in order: the last ones put newer weights in,
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -590,7 +591,7 @@ def test_picks_on_the_page_move_the_dial_and_change_the_answer(url: str, browser
     page.get_by_text("There are no such preferences").wait_for()
     assert page.get_by_role("button", name="Offer me two answers").is_enabled()
     page.get_by_role("button", name="Forget my choices").click()
-    page.get_by_text("There are no such preferences").wait_for()
+    page.get_by_text("Your choices are deleted.").wait_for()
     page.get_by_label("API key").fill("cpt\u2013key")
     page.get_by_role("button", name="Connect").click()
     page.get_by_text("This key has a character that no key has").wait_for()
@@ -880,6 +881,28 @@ def test_a_run_that_was_not_trained_is_told_what_to_do(tmp_path: Path, left_out:
         step()
     with pytest.raises(UserError, match=rf"{named}.*; run `cpt train RUN_FILE` first"):
         serve_model(make_config(made), made, KEY, block=False)
+
+
+@contextlib.contextmanager
+def no_ray() -> Iterator[None]:
+    pytest.fail("Ray was started")
+    yield
+
+
+def test_what_can_be_checked_without_ray_is_said_before_it_starts(
+    tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpt_ray.serving.starts_own_cluster", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = make_config(run, port=taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"^cannot listen on"):
+            serve_model(config, run, KEY, connecting=no_ray())
+    with pytest.raises(UserError, match="no model here"):
+        serve_model(make_config(run), RunDir(tmp_path), KEY, connecting=no_ray())
+    monkeypatch.delenv("CPT_API_KEY", raising=False)
+    with pytest.raises(UserError, match="there is no key"):
+        serve_model(make_config(run, host="0.0.0.0"), run, None, connecting=no_ray())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])

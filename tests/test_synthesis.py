@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -574,6 +576,16 @@ def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
     assert main(["train", str(tmp_path / "run.yaml"), endpoint]) == 1
     assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
     assert not run.path.exists()
+
+
+def test_a_reader_that_has_left_ends_a_command_in_one_line(tmp_path: Path) -> None:
+    RunDir(tmp_path).write_text("run.yaml", "name: mine\n")
+    command = [sys.executable, "-m", "cpt_ray", "status", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "stopped: nobody reads the output any more\n")
 
 
 def test_status_needs_only_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

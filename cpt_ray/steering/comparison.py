@@ -179,7 +179,7 @@ def pairs_in_prompt(choices: Sequence[tuple[Answer, Answer]]) -> str:
 def _nothing_has_no_mean() -> Iterator[None]:
     """NaN without a warning, where a method was not tried or a user's rubric has no measure."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN", RuntimeWarning)
         yield
 
 
@@ -363,7 +363,11 @@ def _write(
     if satisfactions and (report := run.path / REPORT).exists():  # one made later takes them from RESULTS
         written = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
     say("\n".join(table_lines(results)))
-    say(f"results      {written}\nused         by `cpt serve` from its next start on")
+    say(f"results      {written}")
+    steering = arena.steering
+    used = ["questions"] * (steering.shards is not None) + [f"serve.preferences={one}" for one in steering.config.forms]
+    if used:
+        say(f"for serving  {', '.join(used)}: from the next start of `cpt serve` on")
     return results
 
 

@@ -899,10 +899,12 @@ def test_what_can_be_checked_without_ray_is_said_before_it_starts(
             serve_model(config, run, KEY, connecting=no_ray())
     with pytest.raises(UserError, match="no model here"):
         serve_model(make_config(run), RunDir(tmp_path), KEY, connecting=no_ray())
-    monkeypatch.delenv("CPT_API_KEY", raising=False)
-    with pytest.raises(UserError, match="there is no key"):
-        serve_model(make_config(run, host="0.0.0.0"), run, None, connecting=no_ray())
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("CPT_API_KEY", raising=False)
+    made = RunDir(tmp_path)
+    made.write_json(CATALOG_FILE, CATALOG.to_json())
+    with pytest.raises(UserError, match="there is no key"):
+        serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.rundir import alone, replacing
@@ -24,6 +24,8 @@ KEYS_FILE = "keys.json"
 """Where they are kept in the run directory, readable by its owner only."""
 SPENT_FILE = "keys_spent.json"
 """Tokens that each key with a budget has used."""
+STATES = {"revoked": "was revoked", "expired": "has expired", "spent": "has no tokens"}
+"""Of a key that opens nothing, in words."""
 REREAD_SECONDS = 1.0
 """How often a server looks whether the file has changed."""
 
@@ -54,9 +56,17 @@ class Key:
         """Whether anything about it has to be counted."""
         return (self.requests_per_minute, self.tokens_per_minute, self.budget) != (None, None, None)
 
+    def state(self, spent: int = 0) -> Literal["open", "revoked", "expired", "spent"]:
+        """Whether it opens anything, and why not, after so many tokens."""
+        if self.revoked:
+            return "revoked"
+        if self.expires is not None and self.expires <= time.time():
+            return "expired"
+        return "spent" if self.budget is not None and spent >= self.budget else "open"
+
     def describe(self, spent: int) -> str:
         """Its state and limits in one line."""
-        parts = ["revoked" if self.revoked else "open"]
+        parts: list[str] = [self.state(spent)]
         if self.expires is not None:
             parts.append(f"until {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.expires))}")
         for limit, unit in ((self.requests_per_minute, "requests"), (self.tokens_per_minute, "tokens")):
@@ -125,10 +135,8 @@ class Keyring:
                 found = key
         if found is None or scheme.lower() != b"bearer":
             return UNKNOWN_KEY
-        if found.revoked:
-            return Refusal(status=403, code="key_revoked", text="This API key was revoked.")
-        if found.expires is not None and found.expires <= time.time():
-            return Refusal(status=403, code="key_expired", text="This API key has expired.")
+        if (state := found.state()) != "open":
+            return Refusal(status=403, code=f"key_{state}", text=f"This API key {STATES[state]}.")
         return found
 
     def add(self, key: Key) -> None:
@@ -221,7 +229,7 @@ class Meter:
 
     async def admit(self, key: Key) -> Refusal | None:
         """None, and one request counted, if the key's limits leave room for it."""
-        if key.budget is not None and self._spent.get(key.name, 0) >= key.budget:
+        if key.state(self._spent.get(key.name, 0)) == "spent":
             return Refusal(status=403, code="budget_spent", text=f"This API key's {key.budget} tokens are used up.")
         for unit, limit in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
             if limit is not None and (seconds := self._bucket(key, unit, limit).wait(self._clock())) > 0:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.measures import MEASURES, WORD_LISTS_OF
-from cpt_ray.records import content_id
+from cpt_ray.records import CONTROL, content_id
 
 MAX_FILE_BYTES = 1_000_000
 
@@ -116,9 +116,16 @@ class Rubric(_Strict):
             _keyed_by_level(f"criteria.{one.name}.descriptors", one.descriptors, names)
             if one.measure is not None:
                 _check_measure(f"criteria.{one.name}.measure", one.measure, names)
-        _no_duplicates("directives", [text for level in self.levels for text in level.directives], "text")
+        owner: dict[str, str] = {}
         for level in self.levels:
+            if level.name == CONTROL:
+                raise ValueError(f"levels: {CONTROL!r} is what the policy's own answers are called; rename the level")
             for text in level.directives:
+                if text in owner:
+                    raise ValueError(
+                        f"levels.{level.name}.directives: {text[:60]!r} stands under {owner[text]} already; remove one"
+                    )
+                owner[text] = level.name
                 if leak := directive_leak(text, self):
                     raise ValueError(f"levels.{level.name}.directives: {text[:60]!r} {leak}; rephrase it")
         return self
@@ -128,11 +135,10 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _no_duplicates(where: str, names: list[str], kind: str = "name") -> None:
+def _no_duplicates(where: str, names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            said = f"the {kind} {name[:60]!r} is used {names.count(name)} times"
-            raise ValueError(f"{where}: {said}; {kind}s must be unique")
+            raise ValueError(f"{where}: the name {name!r} is used {names.count(name)} times; names must be unique")
 
 
 def _keyed_by_level(where: str, mapping: dict[str, Any], names: list[str]) -> None:

@@ -480,11 +480,12 @@ def _choose_keys(
         raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces")
     if given:
         return (Key(name=KEY_VARIABLE, hash=key_hash(given), created=time.time()),), None
-    if any(not key.revoked for key in Keyring(run.path / KEYS_FILE).keys):
+    spent = run.read_json(SPENT_FILE) or {}
+    if any(key.state(spent.get(key.name, 0)) == "open" for key in Keyring(run.path / KEYS_FILE).keys):
         return (), None
     if not _is_loopback(host):
         raise UserError(
-            f"serve.host: {host} is open to the network and there is no key; make one (cpt keys add RUN_FILE NAME), "
+            f"serve.host: {host} is open to the network and there is no open key; make one (cpt keys add RUN_FILE NAME), "
             f"set {KEY_VARIABLE}, or let everyone in with --insecure"
         )
     key, secret = make_key("this-server")

@@ -86,9 +86,6 @@ def make_plan(config: RunConfig) -> Plan:
     for name in (name for names in config.synthesis.combine for name in names):
         if name not in plan.by_id:
             raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
-    for rubric in rubrics:
-        if any(level.name == CONTROL for level in rubric.levels):
-            raise UserError(f"rubric {rubric.id}: a level is named {CONTROL!r}, as control rows are; rename it")
     check_leakage(plan.prompts)
     return plan
 

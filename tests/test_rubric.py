@@ -54,6 +54,10 @@ REPEATED = [
 ]
 
 
+CONTROLLED = [{"name": "share", "score": 10}, {"name": "control", "score": 90}]
+ANY = {"name": "words", "weight": 100, "descriptors": {"share": "So.", "control": "So."}}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -61,7 +65,11 @@ REPEATED = [
         (rubric_dict(criteria=criteria(descriptors={"low": "a", "mid": "b"})), "nothing for level 'high'"),
         (rubric_dict(criteria=criteria(descriptors={"low": "a", "mid": "b", "hihg": "c"})), 'did you mean "high"?'),
         (rubric_dict(criteria=criteria(name="bangs")), "'bangs' is used 2 times"),
-        (rubric_dict(levels=REPEATED), "directives: the text 'Be plain.' is used 2 times; texts must be unique"),
+        (rubric_dict(levels=REPEATED), "levels.high.directives: 'Be plain.' stands under low already; remove one"),
+        (
+            rubric_dict(levels=CONTROLLED, criteria=[ANY]),
+            "levels: 'control' is what the policy's own answers are called",
+        ),
         (rubric_dict(objectiv="x"), 'unknown key (did you mean "objective"?)'),
         (rubric_dict(levels=[{"name": "low", "score": 50}, {"name": "high", "score": 10}]), "out of order"),
         (rubric_dict(levels=[{"name": "low", "score": 10, "anchor": 1}]), "levels.0.anchor: unknown key"),

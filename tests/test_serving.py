@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -41,7 +41,7 @@ from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.engine import TIGHT_JSON
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES
-from cpt_ray.keys import KEYS_FILE, Keyring, make_key
+from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
@@ -766,6 +766,22 @@ def test_adapters_are_served_and_an_idle_server_ends_and_comes_back(url: str, ru
 CHOICES = [{"prompt": f"Day {at}?", "chosen": f"High {at}.", "rejected": f"Low {at}."} for at in range(2)]
 
 
+def pick_on_the_page(url: str, browser: Any) -> None:
+    """One pick, where the server steers by a user's adapter or soft prompt; and it is forgotten."""
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(f"{url}/playground")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Connect").click()
+    page.get_by_role("button", name="Offer me two answers").click()
+    page.locator("#pair article").first.get_by_role("button").click()
+    page.get_by_text("After 1 choice: the answer follows them.").wait_for()
+    page.locator("#panes small", has_text="tokens").wait_for()
+    page.get_by_role("button", name="Forget my choices").click()
+    page.get_by_text("Your choices are deleted.").wait_for()
+    page.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["gated_lora", "soft_prompt"])
 def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
@@ -808,19 +824,7 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
         assert found[is_mine] == pytest.approx(served, abs=0.1)  # the server computes in bfloat16
         assert abs(found[not is_mine] - served) > 0.3
 
-    page = browser.new_page()
-    page.set_default_timeout(120_000)
-    page.goto(f"{url}/playground")
-    page.get_by_label("API key").fill(KEY)
-    page.get_by_role("button", name="Connect").click()
-    page.get_by_role("button", name="Offer me two answers").click()
-    page.locator("#pair article").first.get_by_role("button").click()
-    page.get_by_text("After 1 choice: the answer follows them.").wait_for()
-    page.locator("#panes small", has_text="tokens").wait_for()
-    page.get_by_role("button", name="Forget my choices").click()
-    page.get_by_text("Your choices are deleted.").wait_for()
-    page.close()
-
+    pick_on_the_page(url, browser)
     mine, begun = {"preferences": made["id"]}, time.time()
     for _ in range(2):
         check({"applied": {}, "directive": None, "from": f"preferences, by {form}"}, True, None, **mine)
@@ -903,7 +907,7 @@ def test_what_can_be_checked_without_ray_is_said_before_it_starts(
     monkeypatch.delenv("CPT_API_KEY", raising=False)
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match="there is no key"):
+    with pytest.raises(UserError, match="there is no key that opens"):
         serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
 
 
@@ -914,8 +918,25 @@ def test_an_open_network_without_a_key_is_refused(
     monkeypatch.delenv("CPT_API_KEY", raising=False)
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match=rf"{host} is open to the network and there is no key; .* --insecure"):
+    with pytest.raises(
+        UserError, match=rf"{host} is open to the network and there is no key that opens anything; .* --insecure"
+    ):
         serve_model(make_config(made, host=host), made, None, block=False, model=run.model)
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired", "spent"])
+def test_a_key_that_opens_nothing_is_none(
+    tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.delenv("CPT_API_KEY", raising=False)
+    made, keyring = RunDir(tmp_path), Keyring(tmp_path / "keys.json")
+    key, _ = make_key("bob", days=1, budget=30)
+    keyring.add(replace(key, revoked=end == "revoked", expires=1.0 if end == "expired" else None))
+    made.write_json(SPENT_FILE, {"bob": 30 if end == "spent" else 29})
+    made.write_json(CATALOG_FILE, CATALOG.to_json())
+    with pytest.raises(UserError, match="there is no key that opens anything"):
+        serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
+    assert keyring.keys[0].describe(30 if end == "spent" else 29).startswith(end)
 
 
 def test_a_saved_configuration_that_cannot_be_is_said(run: RunDir) -> None:

@@ -434,14 +434,6 @@ def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -
     assert found == {("low", 5.0), ("mid", 25.0), ("high", 45.0)}
 
 
-def test_a_level_may_not_be_named_as_control_rows_are(tmp_path: Path) -> None:
-    names = {"low": "yield", "mid": "share", "high": CONTROL}
-    levels = [{"name": names[one["name"]], "score": one["score"]} for one in GIVEN]
-    words = [{"name": "words", "weight": 100, "descriptors": dict.fromkeys(names.values(), "So.")}]
-    with pytest.raises(UserError, match="a level is named 'control', as control rows are; rename it"):
-        make_run(tmp_path, levels=levels, criteria=words)
-
-
 def test_a_misspelt_model_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _ = make_run(tmp_path)
     policy = plan.config.policy.model_copy(update={"model": "embeded"})

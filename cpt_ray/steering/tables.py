@@ -67,9 +67,10 @@ def scored_sequences(
 ) -> list[tuple[list[int], int]]:
     """`sequence` of each (directive, prompt, answer); UserError if one is too long for the model."""
     found = [sequence(tokenizer, *one, template_kwargs) for one in asked]
-    longest = max(len(ids) for ids, _ in found)
+    longest, at = max((len(ids), at) for at, (ids, _) in enumerate(found))
     if longest >= max_model_len:
-        raise UserError(f"an answer and its prompt have {longest} tokens, the model takes {max_model_len - 1}")
+        answer = asked[at][2][:40]
+        raise UserError(f"{answer!r} ... and its prompt have {longest} tokens, the model takes {max_model_len - 1}")
     return found
 
 

@@ -485,8 +485,8 @@ def _choose_keys(
         return (), None
     if not _is_loopback(host):
         raise UserError(
-            f"serve.host: {host} is open to the network and there is no open key; make one (cpt keys add RUN_FILE NAME), "
-            f"set {KEY_VARIABLE}, or let everyone in with --insecure"
+            f"serve.host: {host} is open to the network and there is no open key; make one (cpt keys add RUN_FILE "
+            f"NAME), set {KEY_VARIABLE}, or let everyone in with --insecure"
         )
     key, secret = make_key("this-server")
     return (key,), secret

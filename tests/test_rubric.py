@@ -68,7 +68,7 @@ ANY = {"name": "words", "weight": 100, "descriptors": {"share": "So.", "control"
         (rubric_dict(levels=REPEATED), "levels.high.directives: 'Be plain.' stands under low already; remove one"),
         (
             rubric_dict(levels=CONTROLLED, criteria=[ANY]),
-            "levels: 'control' is what the policy's own answers are called",
+            "levels: 'control' is what the policy's own answers are",
         ),
         (rubric_dict(objectiv="x"), 'unknown key (did you mean "objective"?)'),
         (rubric_dict(levels=[{"name": "low", "score": 50}, {"name": "high", "score": 10}]), "out of order"),

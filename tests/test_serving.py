@@ -907,7 +907,7 @@ def test_what_can_be_checked_without_ray_is_said_before_it_starts(
     monkeypatch.delenv("CPT_API_KEY", raising=False)
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match="there is no key that opens"):
+    with pytest.raises(UserError, match="there is no open key"):
         serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
 
 
@@ -918,9 +918,7 @@ def test_an_open_network_without_a_key_is_refused(
     monkeypatch.delenv("CPT_API_KEY", raising=False)
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(
-        UserError, match=rf"{host} is open to the network and there is no key that opens anything; .* --insecure"
-    ):
+    with pytest.raises(UserError, match=rf"{host} is open to the network and there is no open key; .* --insecure"):
         serve_model(make_config(made, host=host), made, None, block=False, model=run.model)
 
 
@@ -934,7 +932,7 @@ def test_a_key_that_opens_nothing_is_none(
     keyring.add(replace(key, revoked=end == "revoked", expires=1.0 if end == "expired" else None))
     made.write_json(SPENT_FILE, {"bob": 30 if end == "spent" else 29})
     made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match="there is no key that opens anything"):
+    with pytest.raises(UserError, match="there is no open key"):
         serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
     assert keyring.keys[0].describe(30 if end == "spent" else 29).startswith(end)
 

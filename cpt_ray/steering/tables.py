@@ -70,7 +70,7 @@ def scored_sequences(
     longest, at = max((len(ids), at) for at, (ids, _) in enumerate(found))
     if longest >= max_model_len:
         answer = asked[at][2][:40]
-        raise UserError(f"{answer!r} ... and its prompt have {longest} tokens, the model takes {max_model_len - 1}")
+        raise UserError(f"too long: {answer!r} ... and its prompt have {longest} tokens, {max_model_len - 1} fit")
     return found
 
 

@@ -12,39 +12,59 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import PreferencesConfig, PromptsConfig
-from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.records import Prompt, content_id
+from cpt_ray.errors import UserError, did_you_mean, first_line
+from cpt_ray.records import Prompt, Reject, content_id
+from cpt_ray.texts import half_character, is_blank, refuse_messages_in
+
+MAX_FIELD_CHARACTERS = 100_000_000
+"""Of a CSV file's field; Python's own limit, 131,072, is less than a long conversation."""
 
 
-def read_prompts(config: PromptsConfig) -> list[Prompt]:
-    """Distinct prompts in file order; UserError that names file, line and column.
+class Prompts(list[Prompt]):
+    """Distinct prompts in file order and, beside them, the rows that repeat one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rejects: list[Reject] = []
+
+
+def read_prompts(config: PromptsConfig) -> Prompts:
+    """The prompts of a file or data set; UserError that names file, line and column.
 
     Whether a prompt is held out depends on its text alone, so it never changes side when others are added.
     """
-    rows = read_rows(config)
-    prompts: dict[str, Prompt] = {}
-    for number, row in enumerate(rows, start=1):
+    prompts, rows = Prompts(), dict[str, int]()
+    for number, row in enumerate(read_rows(config), start=1):
         if config.limit is not None and len(prompts) >= config.limit:
             break
         if config.column not in row:
             hint = did_you_mean(config.column, [str(key) for key in row])
             raise UserError(f"{config.source}: row {number}: no column {config.column!r}{hint}")
-        text = row[config.column]
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(
-                f"{config.source}: row {number}: column {config.column!r} holds {text!r:.40}; expected a non-empty text"
-            )
-        prompt_id = content_id(text.strip())
-        held_out = int(prompt_id, 16) / 16 ** len(prompt_id) < config.held_out
-        prompts[prompt_id] = Prompt(prompt_id=prompt_id, text=text.strip(), split="held_out" if held_out else "train")
-    found = list(prompts.values())
+        text = _prompt_text(row[config.column], f"{config.source}: row {number}: column {config.column!r}").strip()
+        prompt_id = content_id(text)
+        if prompt_id in rows:
+            detail = f"row {number}: the same text as row {rows[prompt_id]}"
+            prompts.rejects.append(Reject.of_row("plan", prompt_id, "repeats another", detail))
+        else:
+            rows[prompt_id] = number
+            is_held_out = int(prompt_id, 16) / 16 ** len(prompt_id) < config.held_out
+            prompts.append(Prompt(prompt_id=prompt_id, text=text, split="held_out" if is_held_out else "train"))
     for split in ("train", "held_out"):
-        if not any(one.split == split for one in found):
+        if not any(prompt.split == split for prompt in prompts):
             raise UserError(
-                f"{config.source}: {len(found)} distinct prompts, none of them {split}; "
+                f"{config.source}: {len(prompts)} distinct prompts, none of them {split}; "
                 "give more prompts or change prompts.held_out"
             )
-    return found
+    return prompts
+
+
+def _prompt_text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or is_blank(value):
+        raise UserError(f"{where} holds {value!r:.40}; expected a non-empty text")
+    if escape := half_character(value):
+        raise UserError(f"{where}: half a character ({escape}); mend the text")
+    refuse_messages_in(value, where)
+    return value
 
 
 def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, Any]]:
@@ -63,12 +83,12 @@ def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, A
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; UserError that names the line."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_object)
                 except (ValueError, RecursionError) as error:
                     why = getattr(error, "msg", str(error)[:100])
                     raise UserError(f"{path}:{number}: not JSON ({why})") from None
@@ -82,20 +102,53 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError if a name is in it twice, since only one of the values could be kept."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the name {twice!r} is in an object twice")
+    return dict(pairs)
+
+
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: texts that are not UTF-8
+        raise UserError(f"{path}: cannot be read as a parquet file ({first_line(error)})") from None
     return rows
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows with exactly the header's fields; UserError with the line of one that has others, or an open quote."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    rows: list[dict[str, Any]] = []
+    line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            return [dict(row) for row in csv.DictReader(lines)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 CSV ({error})") from None
+            reader = csv.reader(lines, strict=True)
+            header = next(reader, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise UserError(f"{path}:1: two columns are called {twice[0]!r}; rename one")
+            line = reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(header):
+                    raise UserError(
+                        f"{path}:{line}: {len(fields)} fields, but the header has {len(header)}; put a text with a "
+                        "comma or a quote in double quotes, and write each quote inside twice"
+                    )
+                rows += [dict(zip(header, fields, strict=True))] if fields else []
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{line}: a quote is not closed, or not in its place ({error}); put a text with quotes in double "
+            "quotes, and write each quote inside twice"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return rows
 
 
 def _read_hub(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, Any]]:

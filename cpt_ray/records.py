@@ -186,6 +186,11 @@ class Reject:
         where = {"rubric_id": one.rubric_id, "level": one.level}
         return cls(stage=stage, subject_id=subject_id, **where, reason=reason, detail=detail)
 
+    @classmethod
+    def of_row(cls, stage: str, subject_id: str, reason: str, detail: str) -> Self:
+        """Of a row that was read, which belongs to no rubric."""
+        return cls(stage=stage, subject_id=subject_id, rubric_id="", level="", reason=reason, detail=detail)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:

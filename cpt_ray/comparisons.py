@@ -1,0 +1,411 @@
+"""Preference data of others: which layouts are read, and what each row compares.
+
+Read are all preference layouts that TRL documents (text or messages, the prompt given or left in both answers, `tools`
+and `chat_template_kwargs` beside it) and those of the public sets used most:
+
+    UltraFeedback, Tulu    prompt (a text), and the whole conversations as chosen and rejected
+    Capybara               whole conversations as chosen and rejected
+    Orca                   system, question (or input), chosen, rejected: texts, read as messages
+    HH-RLHF                whole dialogues as text, with "\\n\\nHuman:" and "\\n\\nAssistant:" in front of the turns
+
+A row that could be read in two ways, or whose context is in a column that is not read, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpt_ray.errors import UserError
+from cpt_ray.prompting import ChatMessage
+from cpt_ray.texts import half_character, is_blank, messages_in, refuse_messages_in, same_text
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ANSWERS = ("chosen", "rejected")
+QUESTIONS = ("question", "input")
+"""Columns that hold the user's message in the layout of Orca's pairs."""
+SYSTEM = ("system", "system_prompt")
+READ = {"prompt", *ANSWERS, *QUESTIONS, *SYSTEM, "tools", "chat_template_kwargs"}
+CONTEXT = {"instruction", "instructions", "context", "history", "query", "passage", "document", "documents", *QUESTIONS}
+"""Columns that, beside a prompt, are likely a part of it."""
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+DIALOGUE_MARK = "\n\nAssistant:"
+"""In front of each answer in HH-RLHF."""
+EXPECTED = (
+    "expected TRL's preference format: chosen and rejected, and mostly prompt, all of them text or all of them lists "
+    "of {role, content}"
+)
+
+Turns = str | list[ChatMessage]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two answers to the same prompt: all three are texts, or all three are messages."""
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    dialogue: Turns
+    """What names the prompt: the prompt, or where texts hold it themselves, the dialogue up to the last answer."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template that the row brings: `tools` and its `chat_template_kwargs`."""
+    is_implicit: bool = False
+    """Whether the prompt is what two texts have in common."""
+
+
+def read_comparisons(rows: Sequence[Mapping[str, Any]], source: str) -> list[Comparison]:
+    """One per row, in order; UserError with the row's number, the column and what to do."""
+    has_system = any(name in row for row in rows for name in SYSTEM)
+    comparisons: list[Comparison] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            comparison = _comparison(row, has_system)
+        except UserError as error:
+            raise UserError(f"{source}: row {number}: {error}") from None
+        if comparisons and isinstance(comparison.prompt, str) != isinstance(comparisons[0].prompt, str):
+            kinds = ("plain text", "messages")[:: 1 if isinstance(comparison.prompt, str) else -1]
+            raise UserError(f"{source}: row {number}: {kinds[0]}, but row 1 has {kinds[1]}; give all rows in one form")
+        comparisons.append(comparison)
+    return comparisons
+
+
+def unread_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the columns that say nothing here, such as ratings."""
+    names = dict.fromkeys(str(name) for row in rows for name, value in row.items() if value is not None)
+    return [name for name in names if name and name not in READ]
+
+
+def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
+    columns = {name: value for name, value in row.items() if not _is_missing(value)}
+    for name in columns:
+        if name in MEDIA:
+            raise UserError(f"column {name!r}: only text can be trained on; leave the row or the column out")
+        if name in READ:
+            _refuse_half_characters(columns[name], name)
+    chosen, rejected = (_turns(row, name) for name in ANSWERS)
+    prompt = _turns(columns, "prompt") if "prompt" in columns else None
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise UserError("chosen and rejected: one is text, the other is messages; give both in the same form")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        made = _of_texts(columns, prompt, chosen, rejected, has_system)
+    else:
+        assert isinstance(chosen, list) and isinstance(rejected, list)
+        made = _of_messages(columns, prompt, chosen, rejected)
+    if is_blank(made.prompt) if isinstance(made.prompt, str) else not made.prompt or _is_empty(made.prompt[-1]):
+        raise UserError("an empty prompt; give one, or leave the row out")
+    for name in ("prompt", *ANSWERS, "template"):  # once more, for what stood in a text as JSON
+        _refuse_half_characters(getattr(made, name), name)
+    if isinstance(made.prompt, list):
+        _check_turns(made)
+    elif made.template:
+        raise UserError(f"{', '.join(made.template)}: only messages are rendered with it; give messages, not text")
+    return made
+
+
+def _refuse_half_characters(value: Any, name: str) -> None:
+    if escape := half_character(value):
+        raise UserError(f"{name}: half a character ({escape}); mend the text, or leave the row out")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == [] or value == {} or (isinstance(value, str) and is_blank(value))
+
+
+# ---------------------------------------------------------------- two layouts
+
+
+def _of_texts(
+    columns: Mapping[str, Any], prompt: Turns | None, chosen: str, rejected: str, has_system: bool
+) -> Comparison:
+    """Of answers that are texts."""
+    questions = [name for name in QUESTIONS if name in columns]
+    if prompt is None and questions:
+        prompt = _user_turn(columns, questions)
+    elif prompt is None:
+        others = [name for name, value in columns.items() if name not in ANSWERS and _is_prose(value)]
+        if others:
+            raise UserError(
+                f"no prompt, and {', '.join(map(repr, others))} beside chosen and rejected; name the column with the "
+                "prompt `prompt` (a system message: `system`) and leave the others out"
+            )
+        return _of_dialogues(chosen, rejected)
+    else:
+        _refuse_context(columns)
+    if isinstance(prompt, str) and has_system:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        return Comparison(
+            prompt=prompt, chosen=chosen, rejected=rejected, dialogue=prompt, template=_template_arguments(columns)
+        )
+    prompt = _with_system(columns, prompt)
+    answers = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return _explicit(columns, prompt, *answers)
+
+
+def _user_turn(columns: Mapping[str, Any], questions: Sequence[str]) -> list[ChatMessage]:
+    """The message in `question` or `input`."""
+    _refuse_context({name: value for name, value in columns.items() if name != questions[0]})
+    text = columns[questions[0]]
+    if not isinstance(text, str):
+        raise UserError(f"{questions[0]}: {_kind(text)}; expected a text")
+    return [{"role": "user", "content": _plain_text(text, questions[0])}]
+
+
+def _of_dialogues(chosen: str, rejected: str) -> Comparison:
+    """Of texts that begin with their prompt; as TRL reads them, but cut between words and never at the very end."""
+    start = _common_length(chosen, rejected)
+    prompt = chosen[:start]
+    if is_blank(prompt):
+        raise UserError("an empty prompt: there is no column `prompt`, and chosen and rejected begin differently")
+    mark = prompt.rfind(DIALOGUE_MARK)
+    dialogue = prompt[: mark + len(DIALOGUE_MARK)] if mark >= 0 else prompt
+    return Comparison(
+        prompt=prompt, chosen=chosen[start:], rejected=rejected[start:], dialogue=dialogue, is_implicit=True
+    )
+
+
+def _common_length(chosen: str, rejected: str) -> int:
+    """Where two texts part: at the end of a word, if there is a space to go back to."""
+    shorter = min(len(chosen), len(rejected))
+    length = next((at for at in range(shorter) if chosen[at] != rejected[at]), shorter)
+    rests = [text[length : length + 1] for text in (chosen, rejected)]
+    if all(not rest or rest.isspace() for rest in rests):
+        return length
+    words = chosen[:length]
+    cut = max((at for at, character in enumerate(words) if character.isspace()), default=0)
+    return len(words[:cut].rstrip(" ")) or length
+
+
+def _of_messages(
+    columns: Mapping[str, Any], prompt: Turns | None, chosen: list[ChatMessage], rejected: list[ChatMessage]
+) -> Comparison:
+    """Of answers that are messages: the answers alone, or the whole conversations."""
+    if isinstance(prompt, list):
+        for name, answer in zip(ANSWERS, (chosen, rejected), strict=True):
+            if answer[: len(prompt)] == prompt:
+                raise UserError(f"{name} repeats the prompt; leave out its first {len(prompt)}, or the column `prompt`")
+        _refuse_context(columns)
+        return _explicit(columns, _with_system(columns, prompt), chosen, rejected)
+    shared = _shared_turns(chosen, rejected)
+    lead, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if lead and prompt is not None and not _is_about(prompt, lead):
+        begins = next((one["content"] for one in lead if one["role"] == "user"), lead[0]["content"])
+        raise UserError(
+            f"prompt is {prompt[:60]!r}, but chosen and rejected begin with {begins[:60]!r}; leave out one of them"
+        )
+    if not lead and prompt is not None:
+        _refuse_context(columns)
+        lead = [{"role": "user", "content": prompt}]
+    elif not lead and (questions := [name for name in QUESTIONS if name in columns]):
+        lead = _user_turn(columns, questions)
+    return _explicit(columns, _with_system(columns, lead), chosen, rejected)
+
+
+def _shared_turns(chosen: Sequence[ChatMessage], rejected: Sequence[ChatMessage]) -> int:
+    """How many messages two conversations begin with alike, less a last answer that is the same in both."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
+    while 0 < shared == min(len(chosen), len(rejected)) and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    return shared
+
+
+def _is_about(prompt: str, lead: Sequence[ChatMessage]) -> bool:
+    """Whether a prompt's text is that of a conversation's beginning (some sets have all of it there, some one turn)."""
+    said, whole = _squash(prompt), _squash("".join(one["content"] for one in lead))
+    return said in whole or any(_squash(one["content"]) in said for one in lead if one["role"] == "user")
+
+
+def _squash(text: str) -> str:
+    return "".join(text.split())
+
+
+def _explicit(
+    columns: Mapping[str, Any],
+    prompt: list[ChatMessage],
+    chosen: list[ChatMessage],
+    rejected: list[ChatMessage],
+) -> Comparison:
+    template = _template_arguments(columns)
+    return Comparison(prompt=prompt, chosen=chosen, rejected=rejected, dialogue=prompt, template=template)
+
+
+def _refuse_context(columns: Mapping[str, Any]) -> None:
+    others = [
+        name for name, value in columns.items() if name in CONTEXT and (_is_prose(value) or isinstance(value, list))
+    ]
+    if others:
+        raise UserError(
+            f"column {others[0]!r} stands beside the prompt and is not read; put it into the prompt, or leave it out"
+        )
+
+
+def _with_system(columns: Mapping[str, Any], prompt: list[ChatMessage]) -> list[ChatMessage]:
+    """The prompt with the system column's text in front."""
+    for name in SYSTEM:
+        if name not in columns:
+            continue
+        text = columns[name]
+        if not isinstance(text, str):
+            raise UserError(f"{name}: {_kind(text)}; expected a text")
+        if prompt and prompt[0]["role"] == "system":
+            if prompt[0]["content"] != text:
+                raise UserError(f"{name} and the prompt's own system message differ; leave out one of them")
+            return prompt
+        return [{"role": "system", "content": _plain_text(text, name)}, *prompt]
+    return prompt
+
+
+def _template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """`tools`, JSON schemas as such or in a text, and the row's `chat_template_kwargs`."""
+    arguments: dict[str, Any] = {}
+    if "tools" in columns:
+        tools = _without_nulls(_parsed(columns["tools"], "tools"))
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise UserError(f"tools: {_kind(tools)}; expected a list of JSON schemas")
+        arguments["tools"] = tools
+    if "chat_template_kwargs" in columns:
+        more = _without_nulls(_parsed(columns["chat_template_kwargs"], "chat_template_kwargs"))
+        if not isinstance(more, dict):
+            raise UserError(f"chat_template_kwargs: {_kind(more)}; expected an object")
+        arguments |= more
+    return arguments
+
+
+def _parsed(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise UserError(f"{name}: a text that is not JSON ({value[:40]!r}); give JSON") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A copy without fields that are null: parquet gives each object in a column the fields of all of them."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_prose(value: Any) -> bool:
+    """Whether a column's value is text that a person wrote; a CSV file has numbers as texts too."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
+
+
+# ---------------------------------------------------------------- messages
+
+
+def _turns(row: Mapping[str, Any], name: str) -> Turns:
+    """A column as text or as messages; UserError if it is neither."""
+    if row.get(name) is None:
+        raise UserError(f"found {', '.join(map(str, row))}, and nothing in {name}; {EXPECTED}")
+    value = row[name]
+    if isinstance(value, str):
+        value = messages_in(value, name)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{name}: found {_kind(value)}; {EXPECTED}")
+    return [_message(message, f"{name}[{at}]") for at, message in enumerate(value)]
+
+
+def _plain_text(text: str, name: str) -> str:
+    refuse_messages_in(text, name)
+    return text
+
+
+def _message(value: Any, where: str) -> ChatMessage:
+    """A message as the chat template takes it, whole; its content one text."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: found {_kind(value)}; expected a message: role and content")
+    calls = value.get("tool_calls")
+    if "role" not in value or ("content" not in value and not calls):
+        raise UserError(f"{where}: found {', '.join(map(str, value))}; expected a message: role and content")
+    if value["role"] not in ROLES:
+        raise UserError(f"{where}.role: found {value['role']!r:.40}; expected {', '.join(ROLES)}")
+    message: ChatMessage = _without_nulls(value)
+    message["content"] = _content(value.get("content"), bool(calls), f"{where}.content")
+    if calls:
+        message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in message["tool_calls"]]
+    return message
+
+
+def _content(value: Any, has_calls: bool, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None and has_calls:
+        return ""
+    if value is None:
+        raise UserError(f"{where}: nothing is there (null); give a text, or leave the row out")
+    parts = value if isinstance(value, list | tuple) else [value]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: found {_kind(value)}; expected a text, or a list of text parts")
+    return "\n".join(map(str, texts))  # as the server joins them
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call with its arguments as an object, which is what chat templates expect."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where}: expected {{function: {{name, arguments}}}}")
+    if not isinstance(function.get("arguments"), str):
+        return dict(call)
+    parsed = {**function, "arguments": _parsed(function["arguments"], f"{where}.arguments")}
+    return {**call, "function": parsed} if "function" in call else parsed
+
+
+def _is_empty(message: ChatMessage) -> bool:
+    return is_blank(message["content"]) and not message.get("tool_calls")
+
+
+def is_empty_answer(answer: Turns) -> bool:
+    """Whether an answer says nothing and calls nothing."""
+    return is_blank(answer) if isinstance(answer, str) else all(map(_is_empty, answer))
+
+
+def same_answers(answer: Turns, other: Turns) -> bool:
+    """Whether a reader sees the same in two answers."""
+    if isinstance(answer, str) or isinstance(other, str):
+        return same_text(str(answer), str(other))
+    return len(answer) == len(other) and all(
+        same_text(message["content"], theirs["content"]) and {**message, "content": ""} == {**theirs, "content": ""}
+        for message, theirs in zip(answer, other, strict=True)
+    )
+
+
+def _check_turns(comparison: Comparison) -> None:
+    """UserError unless the prompt waits for an answer and the answers are the assistant's."""
+    if comparison.prompt[-1]["role"] == "assistant":  # type: ignore[index]
+        raise UserError("prompt ends with an assistant message, which chat templates do not go on with; leave it out")
+    for name in ANSWERS:
+        answer = getattr(comparison, name)
+        wrong = [at for at, message in enumerate(answer) if message["role"] != "assistant"]
+        if wrong:
+            how = "begins with" if wrong[0] == 0 else "has"
+            role = answer[wrong[0]]["role"]
+            raise UserError(f"{name} {how} a {role} message; an answer is what the assistant says to one prompt")
+
+
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (str, "a text"),
+    (Mapping, "an object"),
+    ((list, tuple), "a list"),
+)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return next((words for kind, words in _KINDS if isinstance(value, kind)), "nothing" if value is None else "a value")

@@ -1,0 +1,76 @@
+"""What makes a text unusable, wherever it comes from: nothing to read in it, half a character, or messages as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from cpt_ray.errors import UserError
+
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+"""Unicode categories of controls, format characters (zero-width ones among them) and spaces."""
+_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
+"""Fillers of Hangul, the empty Braille cell, variation selectors: nothing is drawn, whatever their category says."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: it is empty, or all spaces, controls and zero-width characters."""
+    return all(unicodedata.category(character) in _INVISIBLE or character in _BLANKS for character in text)
+
+
+def same_text(text: str, other: str) -> bool:
+    """Whether a reader sees the same: equal but for the Unicode normal form and spaces at the ends."""
+    return unicodedata.normalize("NFC", text.strip()) == unicodedata.normalize("NFC", other.strip())
+
+
+def half_character(value: Any) -> str:
+    """The first lone surrogate in a JSON value's texts and keys, as an escape; "" if there is none.
+
+    JSON can hold one ("\\\\ud83d") and UTF-8 cannot, so neither a tokenizer nor parquet takes it.
+    """
+    return next((f"\\u{ord(found.group()):04x}" for text in _strings(value) if (found := _SURROGATE.search(text))), "")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def messages_in(text: str, name: str) -> Any:
+    """The messages that a text holds as JSON, else the text; UserError if they are there in another notation."""
+    if not _looks_like_messages(text, json.loads) and _looks_like_messages(text, ast.literal_eval):
+        raise UserError(f"{name}: messages as Python prints them, not as JSON; save them with json.dumps")
+    if not _looks_like_messages(text, json.loads):
+        head = "".join(text[:40].split())
+        if head.startswith(("[{'role'", '[{"role"', "[{'content'", '[{"content"')):
+            raise UserError(f"{name}: begins like messages but is not JSON ({text[:40]!r}); save them with json.dumps")
+        return text
+    return json.loads(text)
+
+
+def _looks_like_messages(text: str, parse: Callable[[str], Any]) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = parse(text.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return False
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "role" in part for part in value)
+
+
+def refuse_messages_in(text: str, name: str) -> None:
+    """UserError if a text that should be a prompt is a list of messages, in JSON or as Python prints it."""
+    if not isinstance(messages_in(text, name), str):
+        raise UserError(f"{name}: holds a list of messages as text; expected the prompt's own text")

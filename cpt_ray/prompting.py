@@ -16,8 +16,8 @@ from typing import Any
 from cpt_ray.records import content_id
 from cpt_ray.rubric import Criterion, Level, Rubric
 
-ChatMessage = dict[str, str]
-"""{"role": ..., "content": ...}, as chat templates and the OpenAI API take it."""
+ChatMessage = dict[str, Any]
+"""{"role": ..., "content": ..., perhaps "tool_calls": ...}, as chat templates and the OpenAI API take it."""
 
 WRITE_HEAD = "You write answers that a rubric describes. Never mention the rubric."
 WRITE_TAIL = "Target level: {number} of {count}, {name} ({score:g}/100)."

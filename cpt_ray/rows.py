@@ -9,15 +9,25 @@ other preference set, the pairs of one prompt are a row.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from cpt_ray.comparisons import (
+    ANSWERS,
+    Comparison,
+    is_empty_answer,
+    read_comparisons,
+    same_answers,
+    unread_columns,
+)
 from cpt_ray.config import PreferencesConfig
+from cpt_ray.console import say
 from cpt_ray.errors import UserError
-from cpt_ray.prompting import ChatMessage, token_ids
+from cpt_ray.prompting import ChatMessage
 from cpt_ray.prompts import read_rows
 from cpt_ray.records import Message, Pair, Reject, content_id
+from cpt_ray.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,128 +76,197 @@ class Row(TypedDict):
 # ---------------------------------------------------------------- tokenising
 
 
+class Unfit(ValueError):
+    """A pair that cannot be trained on: (reason, detail) of its reject."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class TokenPairs(list[TokenPair]):
+    """Tokenised pairs in order and, beside them, what became no pair."""
+
+    def __init__(self, pairs: Iterable[TokenPair] = (), rejects: Iterable[Reject] = ()):
+        super().__init__(pairs)
+        self.rejects = list(rejects)
+
+
 class Tokeniser:
-    """Token ids of prompts and answers by a chat template; each distinct conversation is rendered once."""
+    """Token ids of prompts and answers by a chat template; each distinct conversation is rendered once.
 
-    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any]):
-        self._tokenizer, self._kwargs = tokenizer, template_kwargs
-        self._seen: dict[str, tuple[int, ...]] = {}
+    What is wrong with the template is a UserError, what is wrong with one text is `Unfit`.
+    """
 
-    def prompt(self, messages: list[ChatMessage]) -> tuple[int, ...]:
-        """Ids of a conversation that waits for its answer; UserError if the template loses the directive."""
+    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any], stop_ids: Collection[int] | None = None):
+        """`stop_ids`: at which the model ends an answer; the tokenizer's own unless given."""
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, template_kwargs)
+        self._stop_ids = own_stop_tokens(tokenizer) if stop_ids is None else stop_ids
+        self._prompts: dict[str, Rendering] = {}
+        self._answers: dict[str, tuple[int, ...]] = {}
 
-        def render() -> list[int]:
-            if not self._tokenizer.chat_template:
-                raise UserError("policy: its tokenizer has no chat template; use an instruction-tuned model")
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._kwargs
-            )
-            if any(one["role"] == "system" and one["content"].strip() not in text for one in messages):
-                raise UserError(
-                    "policy: its chat template drops the system message, where the directive is; use another model"
-                )
-            return token_ids(self._tokenizer, messages, self._kwargs)
+    def prompt(self, messages: list[ChatMessage], **more: Any) -> tuple[int, ...]:
+        """Ids of a conversation that waits for its answer.
 
-        return self._once(messages, False, render)
+        Args:
+            more: arguments of the template beside the model's own, such as `tools`.
+        """
+        return self._prompt(messages, more).ids
 
-    def answer(self, messages: list[ChatMessage], answer: list[ChatMessage]) -> tuple[int, ...]:
-        """Ids that the answer adds to its prompt's; UserError if the two cannot be told apart."""
-        prompt, both = self.prompt(messages), messages + answer
-        whole = self._once(both, True, lambda: token_ids(self._tokenizer, both, self._kwargs, True))
-        if whole[: len(prompt)] != prompt:
-            raise UserError(
-                f"policy: its chat template renders a prompt otherwise once it is answered ({prompt[-5:]} and "
-                f"{whole[len(prompt) - 5 : len(prompt)]} at its end); set policy.chat_template_kwargs (for example "
-                "{enable_thinking: false}) or use another model"
-            )
-        return whole[len(prompt) :]
+    def _prompt(self, messages: list[ChatMessage], more: Mapping[str, Any]) -> Rendering:
+        key = content_id(messages, more)
+        if key not in self._prompts:
+            self._refuse_control_tokens([messages, more.get("tools")])
+            rendering = self._template.rendering(messages, **more)
+            if where := self._template.missing(rendering.text, messages, more.get("tools", ())):
+                raise UserError(f"policy: its chat template drops the {where}; {DROPS}")
+            self._prompts[key] = rendering
+        return self._prompts[key]
+
+    def answer(self, messages: list[ChatMessage], answer: list[ChatMessage], **more: Any) -> tuple[int, ...]:
+        """Ids that the answer adds to its prompt's."""
+        key = content_id(messages, answer, more)
+        if key not in self._answers:
+            prompt = self._prompt(messages, more)
+            self._refuse_control_tokens(answer)
+            whole = self._template.rendering(messages + answer, is_finished=True, **more)
+            self._answers[key] = self._template.answer_ids(prompt, whole, answer, self._stop_ids)
+        return self._answers[key]
 
     def text(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of a plain prompt and of what a plain answer, with an end mark, adds to it."""
         end = self._tokenizer.eos_token
+        if end is None:
+            raise UserError("policy: its tokenizer has no end-of-text token (eos_token), so a plain answer has no end")
+        answer = answer.removesuffix(end)
+        self._refuse_control_tokens([prompt, answer])
         prompt_ids = tuple(self._tokenizer(prompt)["input_ids"])
-        whole = tuple(self._tokenizer(prompt + answer.removesuffix(end) + end)["input_ids"])
+        whole = tuple(self._tokenizer(prompt + answer + end)["input_ids"])
         if whole[: len(prompt_ids)] != prompt_ids:
-            raise UserError(f"preferences: a prompt and its answer share a token ({prompt[-30:]!r}); end it at a word")
+            raise Unfit(
+                "shares a token", f"the tokenizer joins the prompt's end {prompt[-30:]!r} and the answer's start"
+            )
         return prompt_ids, whole[len(prompt_ids) :]
 
-    def _once(self, messages: list[ChatMessage], is_whole: bool, render: Callable[[], list[int]]) -> tuple[int, ...]:
-        from jinja2 import TemplateError
-
-        key = content_id(messages, is_whole)
-        if key not in self._seen:
-            try:
-                self._seen[key] = tuple(render())
-            except TemplateError as error:
-                raise UserError(
-                    f"policy: its chat template refuses a message ({str(error).splitlines()[0]}); "
-                    "directives are system messages, use a model that takes them"
-                ) from None
-        return self._seen[key]
+    def _refuse_control_tokens(self, said: Any) -> None:
+        if token := self._template.control_token(said):
+            raise Unfit("control token", f"{token!r} in a text would be read as the end or the beginning of a turn")
 
 
-def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> list[TokenPair]:
-    """The run's pairs, tokenised."""
-    return [
-        TokenPair(
-            pair_id=one.pair_id,
-            twin_id=one.twin_id,
-            cell_id=one.cell_id,
-            prompt_id=one.prompt_id,
-            rubric_id=one.rubric_id,
-            level=one.level,
-            rejected_level=one.rejected_level,
-            prompt_ids=tokeniser.prompt(_chat(one.prompt)),
-            chosen_ids=tokeniser.answer(_chat(one.prompt), _chat(one.chosen)),
-            rejected_ids=tokeniser.answer(_chat(one.prompt), _chat(one.rejected)),
-        )
-        for one in pairs
-    ]
+def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
+    """The run's pairs, tokenised; one that cannot be goes with its twin."""
+    pairs = list(pairs)
+    made: dict[str, TokenPair] = {}
+    problems: dict[str, Unfit] = {}
+    for pair in pairs:
+        try:
+            made[pair.pair_id] = _own_pair(pair, tokeniser)
+        except Unfit as unfit:
+            problems[pair.pair_id] = unfit
+    rejects = []
+    for pair in pairs:
+        problem = problems.get(pair.pair_id) or problems.get(pair.twin_id)
+        if problem:
+            detail = problem.detail if pair.pair_id in problems else f"its twin: {problem.detail}"
+            rejects.append(Reject.of("train", pair, pair.pair_id, problem.reason, detail))
+    lost = {reject.subject_id for reject in rejects}
+    return TokenPairs((pair for name, pair in made.items() if name not in lost), rejects)
+
+
+def _own_pair(pair: Pair, tokeniser: Tokeniser) -> TokenPair:
+    prompt, chosen, rejected = (_chat(turns) for turns in (pair.prompt, pair.chosen, pair.rejected))
+    return TokenPair(
+        pair_id=pair.pair_id,
+        twin_id=pair.twin_id,
+        cell_id=pair.cell_id,
+        prompt_id=pair.prompt_id,
+        rubric_id=pair.rubric_id,
+        level=pair.level,
+        rejected_level=pair.rejected_level,
+        **_distinct(tokeniser.prompt(prompt), tokeniser.answer(prompt, chosen), tokeniser.answer(prompt, rejected)),
+    )
 
 
 def _chat(messages: Sequence[Message]) -> list[ChatMessage]:
-    return [{"role": one.role, "content": one.content} for one in messages]
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> list[TokenPair]:
-    """Any preference set in TRL's format (text or messages, prompt explicit or not); UserError names the bad row."""
-    pairs = []
-    for number, row in enumerate(read_rows(config), start=1):
+class _Ids(TypedDict):
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+
+def _distinct(prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[int, ...]) -> _Ids:
+    """The ids by the names of `TokenPair`; `Unfit` if the answers are the same."""
+    if chosen == rejected:
+        raise Unfit("same answers", "chosen and rejected have the same tokens")
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> TokenPairs:
+    """Any preference set (comparisons.py has the layouts), tokenised; what is in no pair is a reject, and said.
+
+    UserError names a row that cannot be read, or that the policy's template cannot render. Ids are hashes of messages,
+    so that they stay the same whatever a template makes of them.
+    """
+    rows = list(read_rows(config))
+    comparisons = read_comparisons(rows, config.source)
+    found = TokenPairs()
+    first: dict[str, int] = {}
+    for number, comparison in enumerate(comparisons, start=1):
+        name = content_id(comparison.prompt, comparison.chosen, comparison.rejected, comparison.template)
         try:
-            prompt, chosen, rejected = _preference(row, tokeniser)
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{config.source}: row {number}: found {', '.join(map(str, row))}; expected TRL's preference format: "
-                "chosen and rejected, and mostly prompt, all of them text or all of them lists of {role, content}"
-            ) from None
-        if not (prompt and chosen and rejected):
-            raise UserError(f"{config.source}: row {number}: an empty prompt or answer; leave it out")
-        name = content_id(prompt, chosen, rejected)
-        pairs.append(
-            TokenPair(
-                pair_id=name,
-                twin_id=name,
-                prompt_id=content_id(prompt),
-                prompt_ids=prompt,
-                chosen_ids=chosen,
-                rejected_ids=rejected,
-            )
+            if name in first:
+                raise Unfit("repeats another", f"row {first[name]} has the same prompt and answers")
+            first[name] = number
+            found.append(_compared_pair(name, comparison, tokeniser))
+        except Unfit as unfit:
+            found.rejects.append(Reject.of_row("train", name, unfit.reason, f"row {number}: {unfit.detail}"))
+        except UserError as error:
+            raise UserError(f"{config.source}: row {number}: {error}") from None
+    _say_what_was_read(config.source, rows, comparisons, found.rejects)
+    return found
+
+
+def _compared_pair(name: str, comparison: Comparison, tokeniser: Tokeniser) -> TokenPair:
+    prompt, answers = comparison.prompt, (comparison.chosen, comparison.rejected)
+    for column, answer in zip(ANSWERS, answers, strict=True):
+        if not comparison.is_implicit and is_empty_answer(answer):
+            raise Unfit("empty answer", f"{column} is empty")
+    if same_answers(*answers):
+        raise Unfit("same answers", "chosen and rejected say the same")
+    if isinstance(prompt, str):
+        texts = [tokeniser.text(prompt, str(answer)) for answer in answers]
+        ids = _distinct(texts[0][0], texts[0][1], texts[1][1])
+    else:
+        more = comparison.template
+        chosen, rejected = (tokeniser.answer(prompt, list(answer), **more) for answer in answers)  # type: ignore[arg-type]
+        ids = _distinct(tokeniser.prompt(prompt, **more), chosen, rejected)
+    return TokenPair(pair_id=name, twin_id=name, prompt_id=content_id(comparison.dialogue), **ids)
+
+
+def _say_what_was_read(
+    source: str, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison], rejects: Sequence[Reject]
+) -> None:
+    if comparisons and comparisons[0].is_implicit:
+        shown = comparisons[0].prompt[-60:]
+        say(
+            f"note: {source} has no column `prompt`; taken is what chosen and rejected begin with (row 1: ...{shown!r})"
         )
-    return list({one.pair_id: one for one in pairs}.values())
+    if unread := unread_columns(rows):
+        say(f"note: {source}: columns that are not read: {', '.join(unread)}")
+    if rejects:
+        say(f"note: {source}: {len(rejects)} of {len(rows)} rows are not used: {counted(rejects)}")
 
 
-def _preference(row: Mapping[str, Any], tokeniser: Tokeniser) -> tuple[tuple[int, ...], ...]:
-    """(prompt, chosen, rejected) ids of a row in TRL's format."""
-    if row.get("prompt") is None:
-        from trl.data_utils import extract_prompt
-
-        row = extract_prompt(dict(row))
-    answers = row["chosen"], row["rejected"]
-    if isinstance(row["prompt"], str):
-        prompt = tokeniser.text(row["prompt"], answers[0])[0]
-        return prompt, *(tokeniser.text(row["prompt"], one)[1] for one in answers)
-    messages, *both = ([{"role": m["role"], "content": m["content"]} for m in one] for one in (row["prompt"], *answers))
-    return tokeniser.prompt(messages), *(tokeniser.answer(messages, one) for one in both)
+def counted(rejects: Iterable[Reject]) -> str:
+    """How many rejects there are of each reason, in words, with an example of each."""
+    reasons: dict[str, list[Reject]] = defaultdict(list)
+    for reject in rejects:
+        reasons[reject.reason].append(reject)
+    return "; ".join(f"{len(group)} {reason} ({group[0].detail})" for reason, group in sorted(reasons.items()))
 
 
 # ---------------------------------------------------------------- selecting

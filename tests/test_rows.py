@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from cpt_ray.config import PreferencesConfig
-from cpt_ray.errors import UserError
-from cpt_ray.rows import Row, Tokeniser, held_out_metrics, make_rows, preference_pairs, sequence_ids
+from cpt_ray.rows import Row, held_out_metrics, make_rows, sequence_ids
 from tests.test_training import make_tokens
 
 LENGTHS = {"high": 4, "low": 2}
@@ -71,27 +65,3 @@ def test_without_its_twin_a_pair_counts_for_pair_accuracy_only() -> None:
     found = held_out_metrics(make_grid("a")[:1], [[-4.0, -10.0]])
     assert found["pair_accuracy"] == 1
     assert not {"twin_accuracy", "swap_gap"} & set(found)
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({"question": "a", "answer": "b"}, "row 2: found question, answer; expected TRL's preference format"),
-        ({"prompt": "a", "chosen": "b"}, "row 2: found prompt, chosen; expected"),
-        (
-            {"prompt": [{"role": "user"}], "chosen": [], "rejected": []},
-            "row 2: found prompt, chosen, rejected; expected",
-        ),
-    ],
-)
-def test_a_row_that_is_no_preference_is_named(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    class Words:
-        eos_token = "."
-
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": [ord(one) for one in text]}
-
-    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    (tmp_path / "set.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=problem):
-        preference_pairs(PreferencesConfig(source=str(tmp_path / "set.jsonl")), Tokeniser(Words(), {}))

@@ -1,0 +1,226 @@
+"""What a model's chat template does to conversations: looked at once, before anything expensive starts.
+
+A template can drop the system message, a role or an answer's thoughts, add text of its own (a date, a default system
+message), or end answers with nothing that the model stops at. And the text of a user or a model can hold what the
+tokenizer takes for a control token (`<|im_end|>`), which would end their turn: such text is refused, never encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from cpt_ray.errors import UserError, first_line
+from cpt_ray.prompting import ChatMessage
+
+SYSTEM, USER, ANSWER = "Violet lanterns hum.", "Which kettle sang?", "Seven copper owls."
+"""Texts of the probe conversation."""
+DROPS = "use a model whose template keeps it, or leave the row out"
+"""What to do about a template that drops something."""
+_ROLES = {"system", "developer", "user", "assistant", "tool", "model", "human", "ai", "bot"}
+_CLOCK = "clock-reading"
+
+
+class Rendering(NamedTuple):
+    """A conversation as the model gets it."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with its arguments, and the time it shows held still."""
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], role: str = "policy"):
+        """`role`: of the model, for messages."""
+        self._tokenizer, self._arguments, self.role = tokenizer, dict(arguments), role
+        self._now = datetime.now().strftime
+        self._control = control_tokens(tokenizer)
+
+    def render(self, messages: Sequence[ChatMessage], is_finished: bool = False, **more: Any) -> str:
+        """The text of a conversation, by default one that waits for its answer; UserError if the template refuses it.
+
+        Args:
+            more: arguments of the template beside the model's own, such as `tools`.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise UserError(f"{self.role}: its tokenizer has no chat template; use an instruction-tuned model")
+        arguments = {"strftime_now": self._now, **self._arguments, **more, "add_generation_prompt": not is_finished}
+        try:
+            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            roles = list(dict.fromkeys(message["role"] for message in messages))
+            hint = "; directives are system messages, use a model that takes them" if "system" in roles else ""
+            shown = ", ".join(roles)
+            raise UserError(
+                f"{self.role}: its chat template refuses a message ({first_line(error)}) of a conversation with "
+                f"{shown} messages{hint}"
+            ) from None
+
+    def rendering(self, messages: Sequence[ChatMessage], is_finished: bool = False, **more: Any) -> Rendering:
+        """`render`, and its token ids."""
+        text = self.render(messages, is_finished, **more)
+        return Rendering(text, self.encode(text))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a rendered conversation; the template has put the beginning mark there already."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def control_token(self, said: Any) -> str:
+        """The first control token in the texts of messages or other JSON values, "" if there is none."""
+        return next((token for text in _strings(said) if (token := find_control_token(self._control, text))), "")
+
+    def missing(self, text: str, messages: Sequence[ChatMessage], tools: Sequence[Any] = ()) -> str:
+        """What of `messages` and `tools` is not in their rendering `text`, the first of it; "" if all is there.
+
+        Spaces do not count, nor thoughts in earlier answers: templates are right to leave those out.
+        """
+        rendered = _squash(text)
+        pieces = [
+            (f"{name} of the {message['role']} message", piece)
+            for at, message in enumerate(messages)
+            for name, piece in _pieces(message, is_last=at == len(messages) - 1)
+        ]
+        pieces += [("tool", tool.get("function", tool).get("name", "")) for tool in tools]
+        for where, piece in pieces:
+            forms = {_squash(piece), _squash(json.dumps(piece, ensure_ascii=False)[1:-1])}
+            if not any(form in rendered for form in forms):
+                return f"{where} ({piece[:60]!r})"
+        return ""
+
+    def check(self, stop_ids: Collection[int] | None = None) -> list[str]:
+        """What the template adds, a line each; UserError if it drops what a system message or a user says.
+
+        Args:
+            stop_ids: token ids at which the model stops. If given, answers are looked at too: UserError if the template
+                drops one, changes its prompt, or ends it with none of these.
+        """
+        prompt: list[ChatMessage] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+        text = self.render(prompt)
+        if where := self.missing(text, prompt):
+            raise UserError(
+                f"{self.role}: its chat template drops the {where}; directives and rubrics are system messages, "
+                "use a model whose template keeps them"
+            )
+        if stop_ids is not None:
+            answer: list[ChatMessage] = [{"role": "assistant", "content": ANSWER}]
+            self.answer_ids(self.rendering(prompt), self.rendering([*prompt, *answer], True), answer, stop_ids)
+        return self._notes(text)
+
+    def answer_ids(
+        self, prompt: Rendering, whole: Rendering, answer: Sequence[ChatMessage], stop_ids: Collection[int]
+    ) -> tuple[int, ...]:
+        """Token ids that an answer adds to its prompt; UserError if it is not all there, or ends with no stop token."""
+        if where := self.missing(whole.text, answer):
+            raise UserError(f"{self.role}: its chat template drops the {where}; {DROPS}")
+        size = len(prompt.ids)
+        if whole.ids[:size] != prompt.ids:
+            raise UserError(
+                f"{self.role}: its chat template renders a prompt otherwise once it is answered (its end is "
+                f"{prompt.text[-40:]!r}, then {whole.text[: len(prompt.text)][-40:]!r}); set "
+                f"{self.role}.chat_template_kwargs (for example {{enable_thinking: false}}) or use another model"
+            )
+        self._check_end(whole.ids[size:], stop_ids)
+        return whole.ids[size:]
+
+    def _check_end(self, answer: Sequence[int], stop_ids: Collection[int]) -> None:
+        """UserError unless an answer's last token, blank ones aside, is one at which the model stops."""
+        last = next((token for token in reversed(answer) if not self._is_blank(token)), None)
+        if last not in stop_ids:
+            end = self._tokenizer.decode([last]) if last is not None else ""
+            stops = ", ".join(repr(self._tokenizer.decode([token])) for token in sorted(stop_ids)) or "nothing"
+            raise UserError(
+                f"{self.role}: its chat template ends an answer with {end!r}, but the model stops at {stops}; a model "
+                "tuned on it would never end an answer; mend the template, or eos_token_id in generation_config.json"
+            )
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self._tokenizer.decode([token])).strip()
+
+    def _notes(self, text: str) -> list[str]:
+        notes = []
+        bare = self._own_words(self.render([{"role": "user", "content": USER}]))
+        if added := bare or self._own_words(text):
+            when = "" if self._own_words(text) else " where there is no system message"
+            notes.append(f"{self.role}: its chat template adds text of its own{when}: {added[:100]!r}")
+        with_clock = self.render([{"role": "user", "content": USER}], strftime_now=lambda _: _CLOCK)
+        if _CLOCK in with_clock:
+            fix = f" (fix it with {self.role}.chat_template_kwargs: {{date_string: ...}})"
+            has_name = "date_string" in str(self._tokenizer.chat_template)
+            notes.append(
+                f"{self.role}: its chat template puts the present time into conversations{fix if has_name else ''}; a "
+                "training keeps the time at which it began"
+            )
+        return notes
+
+    def _own_words(self, text: str) -> str:
+        """What a rendering says beside the probe's texts, control tokens and the names of roles."""
+        for known in (SYSTEM, USER):
+            text = text.replace(known, " ")
+        text = self._control.sub(" ", text) if self._control else text
+        words = [word for word in text.split() if re.search(r"\w", word)]
+        return " ".join(word for word in words if re.sub(r"\W", "", word).lower() not in _ROLES)
+
+
+def _pieces(message: ChatMessage, is_last: bool) -> Iterator[tuple[str, str]]:
+    """(field, text) of all that a message says."""
+    content = message["content"]
+    if message["role"] == "assistant" and not is_last:
+        content = content.rpartition("</think>")[2]
+    yield "content", content
+    if is_last:
+        yield from ((name, message[name]) for name in ("reasoning_content", "reasoning", "thinking") if name in message)
+    for call in message.get("tool_calls", ()):
+        yield from (("tool_calls", text) for text in _strings(call.get("function", call)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in a JSON value, in order; numbers as they are written, keys not."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def _squash(text: str) -> str:
+    return "".join(text.split())
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds what a tokenizer takes for a control token wherever it stands in a text; None if there is nothing."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    marks = sorted({token.content for token in added if token.special and token.content.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, marks))) if marks else None
+
+
+def find_control_token(control: re.Pattern[str] | None, text: str) -> str:
+    """The first control token in a text; "" if there is none."""
+    match = control.search(text) if control else None
+    return match.group() if match else ""
+
+
+def stop_tokens(model: str, tokenizer: Any) -> set[int]:
+    """Token ids at which a model ends an answer: the tokenizer's and those of its generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    except (OSError, ValueError):  # it has none of its own
+        ends = None
+    return {*([ends] if isinstance(ends, int) else ends or ()), *own_stop_tokens(tokenizer)}
+
+
+def own_stop_tokens(tokenizer: Any) -> set[int]:
+    """The tokenizer's own end of a text, if it has one."""
+    return set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}

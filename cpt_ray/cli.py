@@ -87,7 +87,7 @@ def do_train(plan: Plan, run: RunDir) -> None:
 def do_evaluate(plan: Plan, run: RunDir) -> None:
     """Base and tuned on what was held out."""
     from cpt_ray.evaluation import evaluate
-    from cpt_ray.training import MARK
+    from cpt_ray.export import MARK
 
     shards = _finished_shards(plan, run)
     made = run.read_json(MARK)

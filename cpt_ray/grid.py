@@ -135,6 +135,16 @@ def _runs(lengths: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, to
 # ---------------------------------------------------------------- from rows to steps
 
 
+def rate_share(step: int, num_steps: int, num_warmup: int) -> float:
+    """Share of the learning rate at a step, from 0: 1/n, 2/n ... 1 over n steps of warm-up, then linearly towards 0.
+
+    transformers' own schedule begins at 0, so that its first step, and all of a training of one step, learns nothing.
+    """
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return max(0.0, (num_steps - step) / (num_steps - num_warmup))
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """How many rows go where: `num_steps` optimizer steps of an epoch, whatever the number of workers."""
@@ -479,6 +489,14 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         return torch.utils.data.DataLoader(
             self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin
         )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' hook: `rate_share` of the learning rate at each step."""
+        asked = self.args.warmup_steps
+        num_warmup = int(asked * num_training_steps if asked < 1 else asked)
+        share = functools.partial(rate_share, num_steps=num_training_steps, num_warmup=num_warmup)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """TRL's metrics and `held_out_metrics` on `eval_dataset`, which all workers share out among them."""

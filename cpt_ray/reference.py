@@ -7,14 +7,17 @@ sweep over training settings. It is computed by the code that trains (`cpt_ray/g
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
+from cpt_ray.errors import UserError
 from cpt_ray.pool import Line, Step, Tally, ledger_entry, run_lines
 from cpt_ray.records import ReferenceLogProb, content_id
 from cpt_ray.rows import Row, sequence_ids
@@ -93,9 +96,12 @@ class ReferenceStep(Step):
         rows = pq.ParquetFile(self.rows).read_row_group(self.groups[shard]).to_pylist()
         tally = Tally(len(rows))
         tally.counts["prompt_tokens"] = sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in rows)
+        logps_of_rows = engine.run(rows)
+        if not all(math.isfinite(logp) for logps in logps_of_rows for logp in logps):
+            raise UserError("the policy gives an answer no finite probability; its weights or train.dtype are broken")
         found = {
             name: ReferenceLogProb(sequence_id=name, log_prob=logp)
-            for row, logps in zip(rows, engine.run(rows), strict=True)
+            for row, logps in zip(rows, logps_of_rows, strict=True)
             for name, logp in zip(sequence_ids(row), logps, strict=True)
         }
         run.write(self.table, shard, found.values(), tally.close(len(found)))
@@ -122,9 +128,20 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
     return [row | {"ref_logps": [known[one] for one in names]} for row, names in zip(rows, ids, strict=True)]
 
 
+def rows_path(run: RunDir, name: str) -> Path:
+    """Where `write_rows` puts them."""
+    return run.path.absolute() / "train_rows" / f"{name}.parquet"
+
+
+def read_rows_file(path: Path) -> list[Row]:
+    """The rows that `write_rows` wrote."""
+    rows: list[Row] = pq.read_table(path).to_pylist()
+    return rows
+
+
 def write_rows(run: RunDir, name: str, rows: Sequence[Row]) -> str:
     """Rows as a parquet file that every node sees, in row groups of SHARD_ROWS; its path."""
-    path = run.path.absolute() / "train_rows" / f"{name}.parquet"
+    path = rows_path(run, name)
     table = pa.Table.from_pylist([dict(one) for one in rows], schema=SCHEMA)
     with replacing(path) as file:
         pq.write_table(table, file, row_group_size=SHARD_ROWS)

@@ -26,19 +26,34 @@ from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
+from cpt_ray.export import MARK, empty_folder, export
 from cpt_ray.publishing import write_cards
-from cpt_ray.records import Pair, content_id
-from cpt_ray.reference import add_reference, is_autocast, loading, write_rows
-from cpt_ray.rows import Tokeniser, make_rows, own_pairs, preference_pairs, select_pairs, steps_per_epoch
+from cpt_ray.records import Pair, Reject, content_id
+from cpt_ray.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
+from cpt_ray.rows import (
+    Row,
+    Tokeniser,
+    TokenPair,
+    counted,
+    make_rows,
+    own_pairs,
+    preference_pairs,
+    select_pairs,
+    steps_per_epoch,
+)
 from cpt_ray.rundir import RunDir
+from cpt_ray.templates import ChatTemplate, stop_tokens
 
-MARK = "model/cpt_ray.json"
-"""Written last: the model is complete, and this is what it was made from."""
 PROGRESS = ".train_progress.json"
 START_MINUTES = 15
 """How long the cluster may take to find room for the workers (autoscaling included)."""
 POLL_SECONDS = 0.5
 LN_2 = math.log(2)
+FAR_NATS = 1.0
+"""Of `kl` or `drift` per token, from which on a policy is said to be far from its reference."""
+LOSS_RISE = 0.1
+KEPT_SHARE = 0.9
+"""Of the learned change, that merged weights should keep."""
 SERVED_RANK = 512
 """The highest rank of an adapter that vLLM serves."""
 
@@ -57,41 +72,97 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
     start = time.monotonic()
     settings = config.train
     policy = str(Path(config.policy.path).absolute()) if Path(config.policy.path).is_dir() else config.policy.path
-    tokenizer, max_length = _open_policy(config, policy)
-    tokeniser = Tokeniser(tokenizer, config.policy.chat_template_kwargs)
-    if isinstance(config, PreferenceRunConfig):
-        pairs = preference_pairs(config.preferences, tokeniser)
-    else:
-        pairs = own_pairs(run.read("pairs", pair_shards, Pair), tokeniser)
-    kept, held_out, rejects = select_pairs(pairs, max_length, settings.max_pairs, settings.held_out, config.seed)
-    run.write("rejects", f"train-{key}", rejects)
-    if not kept:
-        problem = f"none of {len(pairs)} pairs is left within {max_length} tokens; raise train.max_length"
-        raise UserError(f"train: {problem if pairs else 'there are no pairs; see the rejects table for why'}")
-    rows = make_rows(kept, settings.micro_batch_size)
-    num_steps = steps_per_epoch(len(kept), settings.batch_size)
-    _check_rows(settings, len(rows), num_steps)
+    begun = _begun(run, key)
+    data = begun or _tokenised(config, run, pair_shards, key, policy)
+    num_pairs, num_held_out = (sum(len(row["chosen"]) for row in rows) for rows in (data.rows, data.held_out))
+    num_steps = steps_per_epoch(num_pairs, settings.batch_size)
+    _check_rows(settings, len(data.rows), num_steps)
     check_workers(settings)
-    whole = add_reference(config, run, rows + make_rows(held_out, settings.micro_batch_size))
+    if begun is None:
+        _keep_with_reference(config, run, key, data)
     job = Job(
         config,
         RunDir(run.path.absolute()),
         key,
         policy=policy,
-        rows=write_rows(run, key, whole[: len(rows)]),
-        held_out=write_rows(run, f"{key}-held_out", whole[len(rows) :]) if held_out else None,
+        rows=str(rows_path(run, key)),
+        held_out=str(rows_path(run, _held_out(key))) if data.held_out else None,
     )
-    logs = _fit(job, math.ceil(settings.epochs * num_steps))
+    outcome = _fit(job, math.ceil(settings.epochs * num_steps))
     seconds = round(time.monotonic() - start, 1)
-    summary = {"pairs": len(kept), **_summary(logs), "wall_seconds": seconds}
-    tokens = round(settings.epochs * sum(len(one["prompt"]) + sum(map(len, one["answers"])) for one in rows))
-    counts = Counter(one.reason for one in rejects)
-    entry = {"rows_in": len(pairs), "rows_out": len(kept), "rejected": dict(counts), "wall_seconds": seconds}
-    entry |= {"held_out": len(held_out), "steps": summary["steps"], "trained_tokens": tokens}
+    summary = {"pairs": num_pairs, **_summary(outcome["logs"]), **outcome["export"], "wall_seconds": seconds}
+    tokens = round(settings.epochs * sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in data.rows))
+    counts = Counter(reject.reason for reject in data.rejects)
+    rows_in = num_pairs + num_held_out + len(data.rejects)
+    entry = {"rows_in": rows_in, "rows_out": num_pairs, "rejected": dict(counts), "wall_seconds": seconds}
+    entry |= {"held_out": num_held_out, "steps": summary["steps"], "trained_tokens": tokens}
     run.add_to_ledger("train", entry | {"num_workers": str(settings.num_workers)})
+    for note in training_notes(summary):
+        say(f"note: train: {note}")
     write_cards(config, run, summary)
     run.write_json(MARK, {"key": key, "summary": summary})
     return summary
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a training is of; every pair of the input is in one of the three."""
+
+    rows: list[Row]
+    held_out: list[Row]
+    rejects: list[Reject]
+
+
+def _held_out(key: str) -> str:
+    return f"{key}-held_out"
+
+
+def _begun(run: RunDir, key: str) -> _Data | None:
+    """The rows of a training that has begun: it goes on with the same tokens, even if the template shows the time."""
+    if not rows_path(run, key).exists():
+        return None
+    rejects = run.read("rejects", [f"train-{key}"], Reject)
+    return _Data(read_rows_file(rows_path(run, key)), read_rows_file(rows_path(run, _held_out(key))), rejects)
+
+
+def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str, policy: str) -> _Data:
+    """Pairs read, rendered, checked and selected; their rows have no reference yet."""
+    settings = config.train
+    tokeniser, max_length, vocabulary = _open_policy(config, policy)
+    if isinstance(config, PreferenceRunConfig):
+        pairs = preference_pairs(config.preferences, tokeniser)
+    else:
+        pairs = own_pairs(run.read("pairs", pair_shards, Pair), tokeniser)
+    kept, held_out, rejects = select_pairs(pairs, max_length, settings.max_pairs, settings.held_out, config.seed)
+    run.write("rejects", f"train-{key}", pairs.rejects + rejects)
+    unsaid = rejects if isinstance(config, PreferenceRunConfig) else pairs.rejects + rejects
+    if not kept:
+        every = pairs.rejects + rejects
+        remedy = "; raise train.max_length" if any(reject.reason == "too long" for reject in every) else ""
+        why = f"none of {len(every)} is left: {counted(every)}{remedy}" if every else "see the rejects table for why"
+        raise UserError(f"train: there are no pairs; {why}")
+    if unsaid:
+        say(f"note: {len(unsaid)} pairs are not trained on: {counted(unsaid)}")
+    _check_vocabulary(kept, vocabulary)
+    rows, held_rows = (make_rows(some, settings.micro_batch_size) for some in (kept, held_out))
+    return _Data(rows, held_rows, pairs.rejects + rejects)
+
+
+def _check_vocabulary(pairs: Sequence[TokenPair], size: int) -> None:
+    """UserError if the tokenizer gives a token for which the model has no embedding."""
+    highest = max(max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
+    if highest >= size:
+        raise UserError(
+            f"policy: its tokenizer gives token {highest}, but the model has embeddings for {size} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def _keep_with_reference(config: TuneConfig, run: RunDir, key: str, data: _Data) -> None:
+    """Writes the rows with their reference, those that are trained on last: if they are there, all is."""
+    whole = add_reference(config, run, data.rows + data.held_out)
+    write_rows(run, _held_out(key), whole[len(data.rows) :])
+    write_rows(run, key, whole[: len(data.rows)])
 
 
 def _summary(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -113,8 +184,11 @@ def _summary(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------- before any worker starts
 
 
-def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
-    """The policy's tokenizer and how many tokens a sequence may have; UserError if the policy cannot be trained."""
+def _open_policy(config: TuneConfig, policy: str) -> tuple[Tokeniser, int, int]:
+    """How the policy renders, how many tokens a sequence may have, and how many tokens it knows.
+
+    UserError if it cannot be trained.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -133,7 +207,12 @@ def _open_policy(config: TuneConfig, policy: str) -> tuple[Any, int]:
         if not importlib.util.find_spec(name):
             raise UserError(f"{key}: {name} is not installed; pip install {name}, or leave {key} out")
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return tokenizer, min(config.train.max_length, limit or config.train.max_length)
+    arguments, stops = config.policy.chat_template_kwargs, stop_tokens(policy, tokenizer)
+    if not isinstance(config, PreferenceRunConfig) or tokenizer.chat_template:  # plain text needs no template
+        for note in ChatTemplate(tokenizer, arguments).check(stops):
+            say(f"note: {note}")
+    tokeniser = Tokeniser(tokenizer, arguments, stops)
+    return tokeniser, min(settings.max_length, limit or settings.max_length), model_config.get_text_config().vocab_size
 
 
 def _check_sharding(settings: TrainConfig) -> None:
@@ -191,8 +270,8 @@ class Job:
     held_out: str | None
 
 
-def _fit(job: Job, total: int) -> list[dict[str, Any]]:
-    """Runs the worker group to its end and shows how far it is; what was logged, or UserError with the root cause."""
+def _fit(job: Job, total: int) -> dict[str, Any]:
+    """Runs the worker group to its end and shows how far it is; what `work` returns, or UserError with the cause."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -221,7 +300,7 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
 
     def fit() -> None:
         try:
-            outcome["logs"] = trainer.fit().return_value
+            outcome["done"] = trainer.fit().return_value
         except BaseException as error:  # raised by the thread that waits for this one
             outcome["error"] = error
 
@@ -231,8 +310,10 @@ def _fit(job: Job, total: int) -> list[dict[str, Any]]:
     _show_progress(thread, job, total)
     if "error" in outcome:
         raise UserError(f"train: {describe_failure(outcome['error'], settings)}") from outcome["error"]
-    logs: list[dict[str, Any]] = outcome["logs"]
-    return logs
+    done: dict[str, Any] = outcome["done"]
+    if done["refused"]:
+        raise UserError(f"train: {done['refused']}")
+    return done
 
 
 def check_workers(settings: TrainConfig) -> None:
@@ -289,15 +370,20 @@ def _unwrap(error: BaseException) -> BaseException:
 # ---------------------------------------------------------------- the worker group, from inside
 
 
-def work(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank does: train from the last checkpoint if there is one; rank 0 exports the final one."""
+def work(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each rank does: train from the last checkpoint if there is one; rank 0 exports the final one.
+
+    Returns:
+        logs: the trainer's, of rank 0. export: what `export` measured.
+        refused: why the result is no model, "" if it is one. Returned, since Ray Train would try again what is raised.
+    """
     import ray.train
 
     job: Job = settings["job"]
     start, rank = ray.train.get_checkpoint(), ray.train.get_context().get_world_rank()
     # a fixed name: what a killed worker left behind is removed by the next one
     name = f"cpt_ray-train-{content_id(str(job.run.path), job.key)}-{rank}"
-    folder = _empty_folder(Path(tempfile.gettempdir()) / name)
+    folder = empty_folder(Path(tempfile.gettempdir()) / name)
     try:
         if start is None:
             _train_rank(job, folder, None)
@@ -306,16 +392,21 @@ def work(settings: dict[str, Any]) -> list[dict[str, Any]]:
                 state = _trainer_state(Path(checkpoint))
                 if state["global_step"] < state["max_steps"]:
                     _train_rank(job, folder, checkpoint)
+        return _exported(job) if rank == 0 else {"refused": ""}
+    except UserError as error:
+        return {"refused": str(error)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if rank > 0:
-        return []
+
+
+def _exported(job: Job) -> dict[str, Any]:
+    import ray.train
+
     last = ray.train.get_checkpoint()
     assert last is not None, "transformers saves at the last step"
     with last.as_directory() as checkpoint:
-        _export(job, Path(checkpoint))
-        logs: list[dict[str, Any]] = _trainer_state(Path(checkpoint))["log_history"]
-    return logs
+        made = export(job.config.train, job.run, job.policy, job.rows, Path(checkpoint))
+        return {"refused": "", "logs": _trainer_state(Path(checkpoint))["log_history"], "export": made}
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -405,6 +496,7 @@ def _arguments(job: Job, folder: Path) -> Any:
         eval_strategy="steps" if job.held_out else "no",
         eval_steps=settings.save_steps,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show a loss that is no number as 0
         report_to=list(settings.report_to),
         disable_tqdm=True,
         log_level="error",
@@ -421,6 +513,7 @@ def _reporter(job: Job, folder: Path) -> Any:
             control.should_evaluate |= job.held_out is not None and state.global_step >= state.max_steps
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            check_finite(state.global_step, logs)
             if "loss" not in logs:
                 return
             if state.global_step == 1:
@@ -439,6 +532,21 @@ def _reporter(job: Job, folder: Path) -> Any:
     return Reporter()
 
 
+def check_finite(step: int, logs: dict[str, float]) -> None:
+    """UserError if something that was logged is not a finite number; the last checkpoint is then from before."""
+    names = ("loss", "grad_norm", *(name for name in logs if name.startswith("eval_")))
+    wrong = [name for name in names if name in logs and not math.isfinite(logs[name])]
+    if not wrong:
+        return
+    what = {"loss": "the loss", "grad_norm": "the gradient"}.get(wrong[0], wrong[0].removeprefix("eval_") + " held out")
+    why = (
+        "the policy itself gives none in this train.dtype"
+        if wrong[0] == "loss" and step == 1
+        else ("training has diverged; lower train.learning_rate")
+    )
+    raise UserError(f"step {step}: {what} is not a finite number ({logs[wrong[0]]}): {why}")
+
+
 def check_first_loss(loss: float, settings: TrainConfig) -> None:
     """RuntimeError if policy and reference differ before the first step (float32 and the sigmoid loss only)."""
     is_told = settings.dtype == "float32" and settings.loss == {"sigmoid": 1.0}
@@ -446,42 +554,25 @@ def check_first_loss(loss: float, settings: TrainConfig) -> None:
         raise RuntimeError(f"the first loss is {loss:.5f}, not ln 2: policy and reference are not the same model")
 
 
-def _export(job: Job, checkpoint: Path) -> None:
-    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; the mark is left to the driver."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoTokenizer
-    from trl.trainer.utils import create_model_from_path  # the same model class as in training
-
-    run = job.run
-    (run.path / MARK).unlink(missing_ok=True)
-    if job.config.train.lora:
-        policy = create_model_from_path(job.policy, dtype="auto", device_map=None)
-        model = PeftModel.from_pretrained(policy, str(checkpoint)).merge_and_unload(safe_merge=True)
-        adapter = _empty_folder(run.path / ".adapter.tmp")
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy(checkpoint / name, adapter)
-        _replace_folder(adapter, run.adapter)
-    else:
-        dtype = AutoConfig.from_pretrained(job.policy).dtype or torch.float32
-        model = create_model_from_path(str(checkpoint), dtype=dtype, device_map=None)
-        shutil.rmtree(run.adapter, ignore_errors=True)
-    made = _empty_folder(run.path / ".model.tmp")
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(job.policy).save_pretrained(made)
-    _replace_folder(made, run.model)
-
-
-def _empty_folder(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
-def _replace_folder(made: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    made.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+def training_notes(summary: dict[str, Any]) -> list[str]:
+    """What somebody should know of a training that ended well but may not have gone well."""
+    notes, last = [], summary["held_out"][-1] if summary["held_out"] else {}
+    gone = {name: last[name] for name in ("kl", "drift") if last.get(name, 0) > FAR_NATS}
+    if gone:
+        shown = " and ".join(f"{name} {value:.1f}" for name, value in gone.items())
+        notes.append(
+            f"the policy is far from what it was ({shown} nats per token held out), its answers may be nonsense; lower "
+            "train.learning_rate or train.epochs, or raise train.beta"
+        )
+    if summary["last_loss"] > summary["first_loss"] + LOSS_RISE:
+        notes.append(
+            f"the loss rose from {summary['first_loss']:.3f} to {summary['last_loss']:.3f}; lower train.learning_rate"
+        )
+    if summary["kept_share"] < KEPT_SHARE:
+        same = f" ({summary['unchanged']} of {summary['trained']} tensors are the policy's own)"
+        notes.append(
+            f"in the merged weights {summary['dtype']} keeps {summary['kept_share']:.0%} of what was learned"
+            f"{same if summary['unchanged'] else ''}; train longer or with a higher train.learning_rate, or serve the "
+            "adapter (serve.adapters)"
+        )
+    return notes

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from cpt_ray import training
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected, unused_port
-from cpt_ray.config import RunConfig
+from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
 from cpt_ray.errors import UserError
+from cpt_ray.export import export
+from cpt_ray.grid import rate_share
 from cpt_ray.prompting import token_ids
 from cpt_ray.records import Message, Pair, ReferenceLogProb, Reject, content_id
-from cpt_ray.reference import add_reference
+from cpt_ray.reference import add_reference, rows_path, write_rows
 from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
 from cpt_ray.rundir import RunDir
-from cpt_ray.training import PROGRESS, check_first_loss, describe_failure, train, work
+from cpt_ray.training import PROGRESS, check_finite, check_first_loss, describe_failure, train, training_notes, work
 from tests.local_cluster import RAY, ROOT
 from tests.tiny_model import make_tiny_model
 
@@ -320,7 +322,8 @@ def test_the_same_key_again_returns_at_once(trained: tuple[RunDir, dict[str, Any
 def test_nothing_but_our_own_lines_is_printed(trained: tuple[RunDir, dict[str, Any]], cluster: Path) -> None:
     lines = (trained[0].path / "stdout.log").read_text().splitlines()
     assert lines[-1].startswith("train        20/20 steps, ")
-    assert [one for one in lines if not re.match(r"(train +\d+/20 steps|reference +\d+/1 shards), \d+ s", one)] == []
+    ours = r"(train +\d+/20 steps|reference +\d+/1 shards), \d+ s|note: 2 pairs are not trained on: 2 too long \("
+    assert [one for one in lines if not re.match(ours, one)] == []
     stderr = cluster.read_text().splitlines()  # since the cluster's start
     assert [one for one in stderr if "core_worker.cc" not in one] == []  # Ray Data's actors cannot be restarted
 
@@ -502,6 +505,179 @@ def test_quantised_weights_are_trained_over_and_whole_ones_exported(
         assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
 
 
+# ---------------------------------------------------------------- trainings that did not go well
+
+
+def run_file(path: Path, policy: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
+    """The run file of a training on a preference set, in the directory beside it."""
+    (path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = {"name": "alone", "run_dir": str(path / "run"), "preferences": {"source": str(path / "set.jsonl")}}
+    train = {"num_workers": 1, "dtype": "float32", "max_length": 400, "gradient_checkpointing": False} | settings
+    (path / "run.yaml").write_text(json.dumps(config | {"policy": {"model": str(policy)}, "train": train}))
+    return path / "run.yaml"
+
+
+ROWS = [
+    {"prompt": f"Tell me about town {at}:", "chosen": f" the sea and {at}", "rejected": " the town"} for at in range(24)
+]
+
+
+def test_a_training_of_one_step_learns(cluster: Path, policy: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert main(["train", str(run_file(tmp_path, policy, ROWS, batch_size=32, learning_rate=1e-3))]) == 0
+    run = RunDir(tmp_path / "run")
+    summary = run.read_json("model/cpt_ray.json")["summary"]
+    assert (summary["steps"], summary["unchanged"]) == (1, 0)
+    assert summary["kept_share"] == pytest.approx(1, abs=1e-3)
+    tuned, untuned = (load_file(folder / "model.safetensors") for folder in (run.model, policy))
+    assert sum(not tuned[name].equal(untuned[name]) for name in tuned) == summary["trained"]
+
+
+def test_a_training_that_diverged_ends_at_that_step_and_exports_nothing(
+    cluster: Path, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_file(tmp_path, policy, ROWS, batch_size=4, lora=None, learning_rate=1e30, save_steps=1)
+    assert main(["train", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"error: train: step \d: .* is not a finite number .*diverged; lower train.learning_rate", told)
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[[str, float], Path]:
+    """Makes a checkpoint of an adapter whose every B has the given value, on a policy of the given dtype."""
+
+    def make(dtype: str, value: float) -> Path:
+        import torch
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "policy", dtype=dtype))
+        adapted = get_peft_model(model, training._peft_config(LoraConfig()))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(weight, value)
+        adapted.save_pretrained(tmp_path / "checkpoint")
+        write_rows(RunDir(tmp_path / "run"), "rows", make_rows(make_tokens("a"), 4))
+        return tmp_path / "checkpoint"
+
+    return make
+
+
+def exported(tmp_path: Path, checkpoint: Path) -> dict[str, Any]:
+    run = RunDir(tmp_path / "run")
+    return export(TrainConfig(), run, str(tmp_path / "policy"), str(rows_path(run, "rows")), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "problem"),
+    [
+        ("float32", 0.0, "the policy's own in 14 of 14 trained tensors: nothing was learned; train longer"),
+        ("bfloat16", 1e-9, r"the policy's own in \d+ of 14 trained tensors: bfloat16 keeps \d% of what was learned"),
+        ("float32", math.nan, r"the merged weights are not finite"),
+        ("float16", 1e6, "not finite|changed by over 10 times"),
+        ("float32", 100.0, "the weights changed by over 10 times their own size"),
+    ],
+)
+def test_weights_that_are_the_policys_or_no_numbers_are_not_exported(
+    checkpoint: Callable[[str, float], Path], tmp_path: Path, dtype: str, value: float, problem: str
+) -> None:
+    made = checkpoint(dtype, value)
+    with pytest.raises(UserError, match=problem):
+        exported(tmp_path, made)
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_what_is_exported_is_measured_against_what_was_learned(
+    checkpoint: Callable[[str, float], Path], tmp_path: Path
+) -> None:
+    made = exported(tmp_path, checkpoint("bfloat16", 0.01))
+    assert (made["dtype"], made["trained"], made["unchanged"]) == ("bfloat16", 14, 0)
+    assert 0.9 < made["kept_share"] < 1.1
+
+
+@pytest.mark.parametrize(
+    ("logs", "problem"),
+    [
+        ({"loss": math.nan, "grad_norm": 1.0}, r"step 1: the loss is not a finite number \(nan\): the policy itself"),
+        (
+            {"loss": 0.6, "grad_norm": math.inf},
+            r"step 1: the gradient is not a finite number \(inf\): training",
+        ),
+        ({"eval_kl": math.nan, "eval_loss": 0.6}, r"step 1: kl held out is not a finite number"),
+        ({"loss": 0.6, "grad_norm": 1e9, "epoch": 1.0}, None),
+    ],
+)
+def test_the_first_number_that_is_not_finite_ends_a_training(logs: dict[str, float], problem: str | None) -> None:
+    with pytest.raises(UserError, match=problem) if problem else nullcontext():
+        check_finite(1, logs)
+
+
+def test_what_went_far_or_was_rounded_away_is_noted() -> None:
+    fine = {"held_out": [{"kl": 0.4, "drift": -0.1}], "first_loss": 0.693, "last_loss": 0.4, "kept_share": 0.97}
+    fine |= {"dtype": "bfloat16", "unchanged": 0, "trained": 14}
+    assert training_notes(fine) == []
+    (far,) = training_notes(fine | {"held_out": [{"kl": 10.2, "drift": 0.1}]})
+    assert "kl 10.2 nats per token" in far and "lower train.learning_rate" in far
+    (risen,) = training_notes(fine | {"last_loss": 2.0, "held_out": []})
+    assert "the loss rose from 0.693 to 2.000" in risen
+    (rounded,) = training_notes(fine | {"kept_share": 0.5, "unchanged": 3})
+    assert "bfloat16 keeps 50% of what was learned (3 of 14 tensors are the policy's own)" in rounded
+
+
+def test_a_training_that_has_begun_keeps_its_rows_whatever_the_time(
+    cluster: Path, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(policy, tmp_path / "policy")
+    dated = "Today: {{ strftime_now('%H:%M:%S.%f') }}\n" + (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(dated, encoding="utf-8")
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = [{name: [{"role": roles[name], "content": text}] for name, text in row.items()} for row in ROWS]
+    path = run_file(tmp_path, folder, rows, batch_size=8)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_fit", stop)
+        assert main(["train", str(path)]) == 130
+    files = {file.name: file.read_bytes() for file in (tmp_path / "run" / "train_rows").glob("????????????????????*")}
+    assert len(files) == 2
+    assert main(["train", str(path)]) == 0
+    assert {name: (tmp_path / "run" / "train_rows" / name).read_bytes() for name in files} == files
+    assert capsys.readouterr().out.count("puts the present time into conversations") == 1
+
+
+def test_a_policy_without_finite_probabilities_is_named_before_it_is_trained(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make_tiny_model(tmp_path / "policy")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["train", str(run_file(tmp_path, model, ROWS, batch_size=8))]) == 1
+    assert "the policy gives an answer no finite probability" in capsys.readouterr().err
+
+
+def test_a_token_without_an_embedding_is_named(policy: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(policy, tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match=r"its tokenizer gives token \d+, but the model has embeddings for 100 tokens"):
+        train(make_config(folder), make_run(tmp_path / "run"), ["a-0"], "key")
+
+
+def test_the_first_step_has_a_rate_and_so_has_the_last() -> None:
+    for num_steps in range(1, 40):
+        for num_warmup in range(num_steps):
+            shares = [rate_share(step, num_steps, num_warmup) for step in range(num_steps)]
+            assert min(shares) > 0 and max(shares) == 1
+            assert shares[:num_warmup] == [(step + 1) / num_warmup for step in range(num_warmup)]
+
+
 def test_wandb_and_mlflow_get_every_number(cluster: Path, policy: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     mlflow = pytest.importorskip("mlflow")
@@ -551,7 +727,10 @@ TAIL = "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     ("template", "problem"),
     [
         (None, "no chat template"),
-        (HEAD + "{% if m.role != 'system' %}<{{ m.role[0] }}>{{ m.content }}{% endif %}" + TAIL, "drops the system"),
+        (
+            HEAD + "{% if m.role != 'system' %}<{{ m.role[0] }}>{{ m.content }}{% endif %}" + TAIL,
+            "drops the content of the system",
+        ),
         (
             HEAD + "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TAIL,
             "refuses a message",
@@ -587,7 +766,7 @@ def test_a_template_that_would_lose_the_directive_is_refused(
         (None, {"sharding": "fsdp", "lora": {"quantize": "nf4"}}, "train.sharding: .* train.lora.quantize has none"),
         (None, {"num_workers": 7, "batch_size": 14}, "7 x 1 CPU wanted, this machine gives Ray"),
         (None, {"num_workers": 11}, "11 workers share 9 prompts per step of 8 pairs"),
-        (None, {"max_length": 30}, "none of 42 pairs is left within 30 tokens"),
+        (None, {"max_length": 30}, r"no pairs; none of 42 is left: 42 too long \(.*raise train.max_length"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_any_worker_starts(

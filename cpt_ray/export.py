@@ -1,0 +1,160 @@
+"""From a training's last checkpoint to the weights that are served: merged, looked at, and only then put in place."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_ray.config import TrainConfig
+from cpt_ray.errors import UserError, first_line
+from cpt_ray.reference import read_rows_file
+from cpt_ray.rundir import RunDir
+
+MARK = "model/cpt_ray.json"
+"""Written last: the model is complete, and this is what it was made from."""
+PROBE_TOKENS = 64
+MOST_GROWTH = 10
+"""How far weights may move, in units of their own size; a model that moved further is no model any more."""
+LEAST_SHARE = 0.1
+"""Of the learned change: with less of it in its weights, a model is its base by another name."""
+
+
+@dataclass
+class _Change:
+    """How far the exported weights differ from the policy's, against how far they were meant to."""
+
+    kept: float = 0.0
+    """Sum over weights of the actual times the intended change."""
+    intended: float = 0.0
+    """Sum of the intended change's squares."""
+    size: float = 0.0
+    """Sum of the squares of the policy's weights."""
+    trained: int = 0
+    """Tensors."""
+    unchanged: int = 0
+
+    def add(self, before: Any, after: Any, intended: Any) -> None:
+        """One tensor's part; `before` and `after` in the exported dtype, `intended` in float32."""
+        moved = after.float() - before.float()
+        self.kept += float((moved * intended).sum())
+        self.intended += float(intended.square().sum())
+        self.size += float(before.float().square().sum())
+        self.trained += 1
+        self.unchanged += not bool(moved.any())
+
+    @property
+    def share(self) -> float:
+        """1 if all of the intended change is there; rounding loses what is smaller than a step of the dtype."""
+        return self.kept / self.intended if self.intended else 0.0
+
+
+def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoint: Path) -> dict[str, Any]:
+    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; the mark is left to the driver.
+
+    UserError, and nothing is written, if the exported weights are (as good as) the policy's own, or are not finite, or
+    give no finite probabilities on a training row.
+
+    Returns:
+        dtype, kept_share (of the change that was learned), trained and unchanged (numbers of tensors).
+    """
+    from transformers import AutoTokenizer
+
+    change = _Change()
+    model = (_merged if settings.lora else _whole)(policy, checkpoint, change)
+    dtype = str(model.dtype).removeprefix("torch.")
+    _check_finite(model, rows)
+    if not change.intended <= MOST_GROWTH**2 * change.size:
+        raise UserError(f"the weights changed by over {MOST_GROWTH} times their own size; {DIVERGED}")
+    if change.share < LEAST_SHARE:
+        why = f"{dtype} keeps {change.share:.0%} of what was learned" if change.intended else "nothing was learned"
+        raise UserError(
+            f"the exported weights are the policy's own in {change.unchanged} of {change.trained} trained tensors: "
+            f"{why}; train longer, or with a higher train.learning_rate"
+        )
+    (run.path / MARK).unlink(missing_ok=True)
+    if settings.lora:
+        adapter = empty_folder(run.path / ".adapter.tmp")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(checkpoint / name, adapter)
+        _replace_folder(adapter, run.adapter)
+    else:
+        shutil.rmtree(run.adapter, ignore_errors=True)
+    made = empty_folder(run.path / ".model.tmp")
+    model.save_pretrained(made)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(made)
+    _replace_folder(made, run.model)
+    return {
+        "dtype": dtype,
+        "kept_share": change.share,
+        "trained": change.trained,
+        "unchanged": change.unchanged,
+    }
+
+
+def _merged(policy: str, checkpoint: Path, change: _Change) -> Any:
+    """The policy with the checkpoint's adapter in its weights."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from trl.trainer.utils import create_model_from_path  # the same model class as in training
+
+    model = PeftModel.from_pretrained(create_model_from_path(policy, dtype="auto", device_map=None), str(checkpoint))
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):  # one at a time: the memory of all weights twice is not needed
+            before = layer.get_base_layer().weight.detach().clone()
+            intended = layer.get_delta_weight(layer.active_adapters[0]).detach().float()
+            try:
+                layer.merge(safe_merge=True)
+            except ValueError as error:  # PEFT's way to say that they are not finite
+                raise UserError(f"the merged weights are not finite ({first_line(error)}); {DIVERGED}") from None
+            change.add(before, layer.get_base_layer().weight.detach(), intended)
+    return model.unload()
+
+
+def _whole(policy: str, checkpoint: Path, change: _Change) -> Any:
+    """The checkpoint's weights, which were all trained, in the policy's dtype."""
+    import torch
+    from trl.trainer.utils import create_model_from_path
+
+    untuned = create_model_from_path(policy, dtype="auto", device_map=None)
+    model = create_model_from_path(str(checkpoint), dtype=torch.float32, device_map=None)
+    before = dict(untuned.named_parameters())
+    for name, weight in model.named_parameters():
+        intended = weight.detach() - before[name].detach().float()
+        change.add(before[name].detach(), weight.detach().to(untuned.dtype), intended)
+    return model.to(untuned.dtype)
+
+
+DIVERGED = "training has diverged; lower train.learning_rate"
+
+
+def _check_finite(model: Any, rows: str) -> None:
+    """UserError if a weight is not a finite number, or a training row's tokens have no finite probabilities."""
+    import torch
+
+    wrong = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if wrong:
+        raise UserError(f"{len(wrong)} exported tensors are not finite, the first is {wrong[0]}; {DIVERGED}")
+    row = next(iter(read_rows_file(Path(rows))))
+    ids = torch.tensor([[*row["prompt"], *row["answers"][0]][:PROBE_TOKENS]])
+    with torch.no_grad():
+        is_finite = bool(torch.isfinite(model.eval()(ids).logits).all())
+    if not is_finite:
+        raise UserError(f"the exported weights give no finite probabilities in {model.dtype}; {DIVERGED}")
+
+
+def empty_folder(path: Path) -> Path:
+    """The folder, made anew."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def _replace_folder(made: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    made.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ _FLAGS = regex.WORD | regex.VERSION1 | regex.DOTALL
 _TERM = r"[\p{L}\p{N}](?:\B[^\p{Pc}\u202f:\uff1a])*"
 _END = r"[\p{Sentence_Terminal}\u2026\u22ef\u0f0d\u0f0e\u166e❓❔❕❗❢]|(?<=\p{Greek}\p{M}*);"
 _TERMS = regex.compile(_TERM, _FLAGS)
+_TERMS_AND_SYMBOLS = regex.compile(rf"{_TERM}|[\p{{Sm}}\p{{Sc}}\p{{So}}]", _FLAGS)
 _TERMS_AND_ENDS = regex.compile(f"{_TERM}|{_END}", _FLAGS)
 _LETTER = regex.compile(r"\p{L}", _FLAGS)
 _UNSPACED = regex.compile(r"[\p{L}&&[\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AS}]]", _FLAGS)
@@ -50,11 +51,11 @@ def folded(text: str) -> str:
 
 
 def terms_of(text: str) -> list[str]:
-    """The text's words and numbers, folded; of a script without spaces each cluster of letters is one.
+    """What texts are compared by: words, numbers and symbols (`+`, emoji), folded; the whole text if it has none.
 
-    For comparing texts: if there are none, the whole text stands for itself.
+    In a script without spaces, each cluster of letters is a term.
     """
-    return [folded(term) for term in _TERMS.findall(_composed(text))] or [folded(text).strip()]
+    return [folded(term) for term in _TERMS_AND_SYMBOLS.findall(_composed(text))] or [folded(text).strip()]
 
 
 def words_of(text: str) -> list[str]:
@@ -72,7 +73,7 @@ def why_undefined(text: str) -> str:
     """Why the measures of a text are `None`, all but those that look for words which it has none of."""
     if _is_unspaced(_composed(text)):
         return "its script is written without spaces, and words are not looked up in a dictionary"
-    return "none of the listed words is in it" if words_of(text) else "it has no words"
+    return "none of the listed words is in it" if words_of(text) else "it has no word (numbers and signs are none)"
 
 
 def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) -> dict[str, float | None]:

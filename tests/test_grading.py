@@ -52,7 +52,10 @@ def test_two_extremes_are_no_middle() -> None:
 def test_a_measure_interpolates_between_the_levels_values() -> None:
     assert measured_criterion(RUBRIC, BANGS, "A! B.").score == pytest.approx(50.0)
     assert measured_criterion(RUBRIC, BANGS, "A. B. C! D.").score == pytest.approx(30.0)
-    for text, why in (("...", "it has no words"), ("วันนี้อากาศดี!", "its script is written without spaces")):
+    for text, why in (
+        ("...", "it has no word (numbers and signs are none)"),
+        ("วันนี้อากาศดี!", "its script is written without spaces"),
+    ):
         grade = measured_criterion(RUBRIC, BANGS, text)
         assert grade.score is None
         assert grade.reason.startswith(f"exclamation_density is undefined for this text: {why}")

@@ -96,7 +96,7 @@ def test_a_quoted_thai_word_leaves_an_english_text_measured() -> None:
 def test_a_text_without_words_has_no_measure() -> None:
     for text in ("", "...", "123!", "😀", "\u200b", "?!"):
         assert set(measures(text, ("a",), ("b",)).values()) == {None}
-        assert why_undefined(text) == "it has no words"
+        assert why_undefined(text) == "it has no word (numbers and signs are none)"
     assert measures("A cat.", ("dog",), ("bird",))["word_balance"] is None
     assert why_undefined("A cat.") == "none of the listed words is in it"
 
@@ -151,7 +151,8 @@ def test_terms_are_unicodes_segments(text: str) -> None:
 
 
 def test_terms_keep_numbers_and_marks_apart() -> None:
-    assert terms_of("What is 2 + 2?") == ["what", "is", "2", "2"]
+    assert terms_of("What is 2 + 2?") == ["what", "is", "2", "+", "2"]
     assert terms_of("कि") != terms_of("की")
     assert terms_of("Ｃａｆｅ\u0301 “３”") == terms_of("café 3")
-    assert terms_of("😀") != terms_of("😂")
+    assert terms_of("Is it 😀?") != terms_of("Is it 😂?")
+    assert terms_of("...") != terms_of("?!")

@@ -6,23 +6,49 @@ One file holds one rubric. See `rubrics/README.md` for the format by example.
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
 import regex
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.measures import MEASURES, WORD_LISTS_OF
+from cpt_ray.measures import LARGEST, MEASURES, WORD_LISTS_OF, folded, terms_of, why_undefined, word_of, words_of
 from cpt_ray.records import CONTROL, content_id
 
 MAX_FILE_BYTES = 1_000_000
 
+_SEEN = regex.compile(r"[^\p{Default_Ignorable_Code_Point}\p{C}\p{Z}\s]")
+_SAID = regex.compile(r"[\p{L}\p{N}\p{Extended_Pictographic}]")
+
+
+def _can_be_seen(text: str) -> str:
+    if not _SEEN.search(text):
+        raise ValueError(f"found {_shown(text)}{', in which nothing can be seen' if text else ''}; write a text")
+    return text
+
+
+def _not_true_or_false(value: Any) -> Any:
+    if isinstance(value, bool):  # which would be read as 1 or 0
+        raise ValueError(f"found {_shown(value)}; expected a number")
+    return value
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_length=60)]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_can_be_seen)]
+_NUMBER = BeforeValidator(_not_true_or_false)
 
 
 class _Strict(BaseModel):
@@ -33,7 +59,7 @@ class Level(_Strict):
     """One ordered level of a rubric."""
 
     name: Name
-    score: Annotated[float, Field(ge=0, le=100, strict=False)]
+    score: Annotated[float, Field(ge=0, le=100, strict=False, allow_inf_nan=False), _NUMBER]
     """Anchor on 0-100: the score an answer exactly at this level has."""
     directives: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """System prompts that stand for the level; if empty the director model writes them."""
@@ -43,9 +69,10 @@ class MeasureSpec(_Strict):
     """How a measured criterion reads a text (see `measures.py`)."""
 
     name: str
-    values: dict[str, Annotated[float, Field(strict=False)]]
+    values: dict[str, Annotated[float, Field(strict=False, allow_inf_nan=False), _NUMBER]]
     """The measure's value at each level, strictly rising or strictly falling."""
     words: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Compared as the words of a text are (`measures.words_of`)."""
     against: Annotated[tuple[Text, ...], Field(strict=False)] = ()
 
 
@@ -53,7 +80,7 @@ class Criterion(_Strict):
     """One weighted aspect of a rubric, graded level by level by the judge or by a measure."""
 
     name: Name
-    weight: Annotated[float, Field(gt=0, le=100, strict=False)]
+    weight: Annotated[float, Field(gt=0, le=100, strict=False, allow_inf_nan=False), _NUMBER]
     """Percent; the weights of a rubric sum to 100."""
     descriptors: dict[str, Text]
     """Level name to what an answer at that level looks like."""
@@ -104,8 +131,10 @@ class Rubric(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [level.name for level in self.levels]
-        _no_duplicates("levels", names)
-        _no_duplicates("criteria", [one.name for one in self.criteria])
+        _different("levels", names)
+        _different("criteria", [one.name for one in self.criteria])
+        if CONTROL in names:
+            raise ValueError(f"levels: {CONTROL!r} is what the policy's own answers are called; rename the level")
         scores = [level.score for level in self.levels]
         if any(low >= high for low, high in itertools.pairwise(scores)):
             raise ValueError(
@@ -115,21 +144,10 @@ class Rubric(_Strict):
         if abs(total - 100) > 1e-6:
             raise ValueError(f"criteria: weights sum to {total:g}; change them so that they sum to 100")
         for one in self.criteria:
-            _keyed_by_level(f"criteria.{one.name}.descriptors", one.descriptors, names)
+            _check_descriptors(f"criteria.{one.name}.descriptors", one.descriptors, names)
             if one.measure is not None:
                 _check_measure(f"criteria.{one.name}.measure", one.measure, names)
-        owner: dict[str, str] = {}
-        for level in self.levels:
-            if level.name == CONTROL:
-                raise ValueError(f"levels: {CONTROL!r} is what the policy's own answers are called; rename the level")
-            for text in level.directives:
-                if text in owner:
-                    raise ValueError(
-                        f"levels.{level.name}.directives: {text[:60]!r} stands under {owner[text]} already; remove one"
-                    )
-                owner[text] = level.name
-                if leak := directive_leak(text, self):
-                    raise ValueError(f"levels.{level.name}.directives: {text[:60]!r} {leak}; rephrase it")
+        _check_directives(self)
         return self
 
 
@@ -137,13 +155,17 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _no_duplicates(where: str, names: list[str]) -> None:
+def _different(where: str, names: list[str]) -> None:
+    looks: dict[str, str] = {}
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{where}: the name {name!r} is used {names.count(name)} times; names must be unique")
+        like = looks.setdefault(name.replace("-", "").replace("0", "o").replace("1", "l"), name)
+        if like != name:
+            raise ValueError(f"{where}: the names {like!r} and {name!r} are too much alike; rename one")
 
 
-def _keyed_by_level(where: str, mapping: dict[str, Any], names: list[str]) -> None:
+def _keyed_by_level(where: str, mapping: Mapping[str, Any], names: list[str]) -> None:
     for key in mapping:
         if key not in names:
             raise ValueError(f"{where}: {key!r} is no level of this rubric{did_you_mean(key, names)}")
@@ -152,32 +174,111 @@ def _keyed_by_level(where: str, mapping: dict[str, Any], names: list[str]) -> No
         raise ValueError(f"{where}: nothing for level {', '.join(map(repr, missing))}; write one entry per level")
 
 
+def _wording(text: str) -> str:
+    """The same for texts that differ only in case, spaces, normal form, what is not seen or the last full stop."""
+    return " ".join(folded(text).split()).rstrip(".。 ")
+
+
+def _check_descriptors(where: str, descriptors: Mapping[str, str], names: list[str]) -> None:
+    _keyed_by_level(where, descriptors, names)
+    owner: dict[str, str] = {}
+    for name in names:
+        same = owner.setdefault(_wording(descriptors[name]), name)
+        if same != name:
+            raise ValueError(f"{where}: {same} and {name} have the same text; say how the levels differ")
+
+
 def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
     if spec.name not in MEASURES:
         raise ValueError(f"{where}.name: no measure {spec.name!r}{did_you_mean(spec.name, MEASURES)}")
     _keyed_by_level(f"{where}.values", spec.values, names)
-    values = [spec.values[name] for name in names]
-    steps = [high - low for low, high in itertools.pairwise(values)]
-    if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
-        raise ValueError(f"{where}.values: {_numbers(values)} must strictly rise or strictly fall from level to level")
     for field in ("words", "against"):
         needed, given = field in WORD_LISTS_OF.get(spec.name, ()), bool(getattr(spec, field))
         if needed != given:
             verb = "needs a list of words" if needed else f"is not read by {spec.name}; remove it"
             raise ValueError(f"{where}.{field}: {verb}")
+    if problems := [*_word_problems(where, {"words": spec.words, "against": spec.against})]:
+        raise ValueError("\n".join(problems))
+    _check_values(where, spec, [spec.values[name] for name in names])
 
 
-_NUMBER_WORDS = r"\d|\bpercent\b|\b(?:score|rubric)s?\b"
+def _check_values(where: str, spec: MeasureSpec, values: list[float]) -> None:
+    most = LARGEST.get(spec.name, math.inf)
+    for name, value in spec.values.items():
+        if not 0 <= value <= most:
+            known = f"always from 0 to {most:g}" if most < math.inf else "never below 0"
+            raise ValueError(f"{where}.values.{name}: found {value:g}, but {spec.name} is {known}; change it")
+    steps = [high - low for low, high in itertools.pairwise(values)]
+    if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
+        raise ValueError(f"{where}.values: {_numbers(values)} must strictly rise or strictly fall from level to level")
+
+
+def _word_problems(where: str, lists: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    owner: dict[str, tuple[str, str]] = {}
+    for field, entries in lists.items():
+        for entry in entries:
+            word = word_of(entry)
+            if word is None:
+                yield f"{where}.{field}: {entry!r} is never one word of a text ({_as_read(entry)}); list single words"
+            elif word in owner:
+                list_name, listed = owner[word]
+                same = "" if listed == entry else f" (as {listed!r})"
+                yield f"{where}.{field}: {entry!r} stands under {list_name} already{same}; remove one"
+            else:
+                owner[word] = (field, entry)
+
+
+def _as_read(entry: str) -> str:
+    words = words_of(entry)
+    return f"it is read as {', '.join(map(repr, words))}" if words else why_undefined(entry)
+
+
+def _check_directives(rubric: Rubric) -> None:
+    owner: dict[str, str] = {}
+    for level in rubric.levels:
+        where = f"levels.{level.name}.directives"
+        for text in level.directives:
+            if not _SAID.search(text):
+                raise ValueError(f"{where}: {text[:60]!r} has no word in it; write what the model should do")
+            if (wording := _wording(text)) in owner:
+                raise ValueError(f"{where}: {text[:60]!r} stands under {owner[wording]} already; remove one")
+            owner[wording] = level.name
+            if leak := directive_leak(text, rubric):
+                raise ValueError(f"{where}: {text[:60]!r} {leak}; rephrase it")
+        if len(level.directives) == 1:
+            raise ValueError(
+                f"{where}: found 1; give two or more, because some are held out, or none: then the director writes them"
+            )
+
+
+_NUMERALS = regex.compile(r"[\p{N}%\u066a\u2030\u2031\ufe6a\uff05]")
+_GRADING = {("percent",), ("per", "cent"), ("score",), ("scores",), ("rubric",), ("rubrics",)}
 
 
 def directive_leak(text: str, rubric: Rubric) -> str | None:
-    """Why `text` may not be a directive of `rubric` (it names the number or the rubric), or None."""
-    if found := re.search(_NUMBER_WORDS, text, re.IGNORECASE):
-        return f"leaks a number or the grading ({found.group()!r})"
-    for name in {rubric.id, rubric.id.replace("-", " "), rubric.title}:
-        if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE):
+    """Why `text` may not be a directive of `rubric` (it names the number or the rubric), or None.
+
+    Digits of every script count, and words for numbers of none: "three short sentences" is a manner.
+    """
+    if numeral := _NUMERALS.search(text):
+        return f"leaks a number or the grading ({numeral.group()!r})"
+    parts = _parts(text)
+    for words in sorted(_GRADING):
+        if _has(parts, words):
+            return f"leaks a number or the grading ({' '.join(words)!r})"
+    for name in (rubric.id, rubric.title):
+        if _has(parts, _parts(name)):
             return f"names the rubric ({name!r})"
     return None
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Words of a text, taken apart at apostrophes: "ornament's" has the name in it."""
+    return tuple(part for term in terms_of(text) for part in term.split("'") if part)
+
+
+def _has(parts: tuple[str, ...], words: tuple[str, ...]) -> bool:
+    return bool(words) and any(parts[at : at + len(words)] == words for at in range(len(parts) - len(words) + 1))
 
 
 # ---------------------------------------------------------------- reading

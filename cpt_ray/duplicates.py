@@ -1,16 +1,16 @@
-"""Near-duplicate texts, by MinHash."""
+"""Near-duplicate texts, by MinHash of their words and numbers (characters, in scripts without spaces)."""
 
 from __future__ import annotations
 
-import re
+from cpt_ray.measures import terms_of
 
 NUM_PERMUTATIONS, NUM_BANDS = 128, 32
 SHINGLE_WORDS = 3
 
 
 def _shingles(text: str) -> list[str]:
-    words = re.findall(r"\w+", text.lower())
-    return [" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))]
+    terms = terms_of(text)
+    return [" ".join(terms[at : at + SHINGLE_WORDS]) for at in range(max(1, len(terms) - SHINGLE_WORDS + 1))]
 
 
 class NearDuplicates:

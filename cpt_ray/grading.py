@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.measures import measures
+from cpt_ray.measures import measures, why_undefined
 from cpt_ray.records import CriterionGrade, Grade
 from cpt_ray.rubric import Criterion, Rubric
 
@@ -59,7 +59,7 @@ def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> Crite
     assert spec is not None
     value = measures(text, spec.words, spec.against)[spec.name]
     if value is None:
-        reason = f"{spec.name} is undefined for this text"
+        reason = f"{spec.name} is undefined for this text: {why_undefined(text)}"
         return CriterionGrade(criterion=criterion.name, measured=True, score=None, reason=reason)
     points = sorted((spec.values[level.name], level.score) for level in rubric.levels)
     return CriterionGrade(criterion=criterion.name, measured=True, score=interpolate(value, points), reason="")

@@ -1,21 +1,79 @@
 """Measures of a text that need no judge: exact, registered by name, used by *measured* criteria.
 
-A word is a maximal run of letters and inner apostrophes, lower-cased. A sentence ends in `.`, `!`, `?` or
-at the end of the text. A measure of a text without words is undefined (`None`), never zero.
+What a word is, is decided here alone: rubrics' word lists, the search for near-duplicates and the comparison of prompts
+read texts with the same functions. `rubrics/README.md` says it for users.
+
+Words are those of Unicode's text segmentation (UAX #29, as the `regex` package implements it) that have a letter, with
+two changes for the texts of language models, where `_emphasis_` is markup and `key:value` is two words: connectors
+(underscores, the narrow no-break space) and colons end a word. A sentence is a stretch with a word in it, up to a
+sentence end (Unicode's Sentence_Terminal and an ellipsis) that is not inside a word or number, or to the end of the
+text. A measure of a text without words is undefined (`None`), never zero; so is every measure of a text in a script
+that is written without spaces and would need a dictionary (Thai, Lao, Khmer, Burmese ...).
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import unicodedata
 from collections.abc import Sequence
 
-_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-_SENTENCE = re.compile(r"[^.!?\s][^.!?]*(?:[.!?]+|$)")
+import regex
+
+_FLAGS = regex.WORD | regex.VERSION1 | regex.DOTALL
+_TERM = r"[\p{L}\p{N}](?:\B[^\p{Pc}\u202f:\uff1a])*"
+_END = r"[\p{Sentence_Terminal}\u2026\u22ef\u0f0d\u0f0e\u166e❓❔❕❗❢]|(?<=\p{Greek}\p{M}*);"
+_TERMS = regex.compile(_TERM, _FLAGS)
+_TERMS_AND_SYMBOLS = regex.compile(rf"{_TERM}|[\p{{Sm}}\p{{Sc}}\p{{So}}]", _FLAGS)
+_TERMS_AND_ENDS = regex.compile(f"{_TERM}|{_END}", _FLAGS)
+_LETTER = regex.compile(r"\p{L}", _FLAGS)
+_UNSPACED = regex.compile(r"[\p{L}&&[\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AS}]]", _FLAGS)
+"""Letters of scripts without spaces: line breaking knows them, because it needs a dictionary as well."""
+_LETTER_AS_SEEN = regex.compile(r"\X", _FLAGS)
+_UNSEEN = regex.compile(r"[\p{Default_Ignorable_Code_Point}\u0640\u055b\u055c\u055e]", _FLAGS)
+"""What changes no word: soft hyphens and joiners; the Arabic stretch; Armenian accents, which stand inside words."""
+_SAME = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u05f3": "'", "\u05f4": '"'})
+_EXCLAMATION = regex.compile("[!՜߹᥄‽❕❗❢⹓]", _FLAGS)
+_QUESTION = regex.compile(r"[?՞؟፧᥅‽❓❔⳺⳻⸮⹔꘏꛷𑅃]|(?<=\p{Greek}\p{M}*);", _FLAGS)
+
+MOST_UNSPACED = 0.1
+"""Share of a text's letters in scripts without spaces above which its words are not known."""
+
+
+def folded(text: str) -> str:
+    """The form in which texts are compared: no case, no difference of width or normal form, plain apostrophes.
+
+    Nothing that cannot be seen is left in it (Unicode's NFKC_Casefold, but for apostrophes and `_UNSEEN`).
+    """
+    if text.isascii():
+        return text.lower()
+    seen = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    return unicodedata.normalize("NFKC", seen.casefold()).translate(_SAME)
+
+
+def terms_of(text: str) -> list[str]:
+    """What texts are compared by: words, numbers and symbols (`+`, emoji), folded; the whole text if it has none.
+
+    In a script without spaces, each cluster of letters is a term.
+    """
+    return [folded(term) for term in _TERMS_AND_SYMBOLS.findall(_composed(text))] or [folded(text).strip()]
 
 
 def words_of(text: str) -> list[str]:
-    """The text's words, lower-cased, typographic apostrophes made plain."""
-    return [word.lower().replace("\u2019", "'") for word in _WORD.findall(text)]
+    """The text's words, folded."""
+    return [folded(term) for term in _TERMS.findall(_composed(text)) if _is_word(term)]
+
+
+def word_of(entry: str) -> str | None:
+    """The word, folded, that an entry of a word list is; None if no text has it as one word."""
+    composed = _composed(entry.strip())
+    return folded(composed) if _TERMS.fullmatch(composed) and words_of(composed) == [folded(composed)] else None
+
+
+def why_undefined(text: str) -> str:
+    """Why the measures of a text are `None`, all but those that look for words which it has none of."""
+    if _is_unspaced(_composed(text)):
+        return "its script is written without spaces, and words are not looked up in a dictionary"
+    return "none of the listed words is in it" if words_of(text) else "it has no word (numbers and signs are none)"
 
 
 def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) -> dict[str, float | None]:
@@ -23,15 +81,17 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
 
     `words`, `against`: the lists that `word_share` and `word_balance` look in (WORD_LISTS_OF).
     """
-    found, wanted, other = words_of(text), set(words), set(against)
-    sentences = len(_SENTENCE.findall(text))
+    composed = _composed(text)
+    spelled, sentences = ([], 0) if _is_unspaced(composed) else _words_and_sentences(composed)
+    found, wanted, other = [folded(word) for word in spelled], _folded_list(tuple(words)), _folded_list(tuple(against))
     hits, misses = sum(word in wanted for word in found), sum(word in other for word in found)
+    compatible = unicodedata.normalize("NFKC", composed)  # a fullwidth mark is a mark, a double one two
     parts = {
         "word_count": (len(found), min(1, len(found))),
-        "words_per_sentence": (len(found), sentences if found else 0),
-        "mean_word_length": (sum(map(len, found)), len(found)),
-        "exclamation_density": (text.count("!"), sentences),  # per sentence
-        "question_density": (text.count("?"), sentences),
+        "words_per_sentence": (len(found), sentences),
+        "mean_word_length": (sum(map(_length, spelled)), len(found)),
+        "exclamation_density": (len(_EXCLAMATION.findall(compatible)), sentences),  # per sentence
+        "question_density": (len(_QUESTION.findall(compatible)), sentences),
         "unique_word_share": (len(set(found)), len(found)),
         "word_share": (hits, len(found)),
         "word_balance": (hits, hits + misses),
@@ -39,7 +99,48 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
     return {name: part / whole if whole else None for name, (part, whole) in parts.items()}
 
 
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text).replace("\u02bc", "'")  # an apostrophe, and a letter to Unicode
+
+
+def _is_word(term: str) -> bool:
+    """Whether a term is more than a number. Terms of scripts without spaces are parts of words that are not known."""
+    if term.isascii():
+        return term.isalpha() or _LETTER.search(term) is not None
+    return _LETTER.search(term) is not None and _UNSPACED.search(term) is None
+
+
+def _is_unspaced(text: str) -> bool:
+    if text.isascii() or not _UNSPACED.search(text):
+        return False
+    return len(_UNSPACED.findall(text)) > MOST_UNSPACED * len(_LETTER.findall(text))
+
+
+def _words_and_sentences(text: str) -> tuple[list[str], int]:
+    """The words as they are spelled, and how many sentences they are in."""
+    words: list[str] = []
+    sentences = words_before = 0  # words up to the end of the last sentence
+    for token in _TERMS_AND_ENDS.findall(text):
+        if not token[0].isalnum():
+            sentences, words_before = sentences + (len(words) > words_before), len(words)
+        elif _is_word(token):
+            words.append(token)
+    return words, sentences + (len(words) > words_before)
+
+
+def _length(word: str) -> int:
+    """Letters as a reader sees them: a letter with its marks is one."""
+    return len(word) if word.isascii() else len(_LETTER_AS_SEEN.findall(_UNSEEN.sub("", word)))
+
+
+@functools.lru_cache(maxsize=64)
+def _folded_list(entries: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(word for word in map(word_of, entries) if word is not None)
+
+
 MEASURES = tuple(measures(""))
 """Their names."""
+LARGEST = {"unique_word_share": 1.0, "word_share": 1.0, "word_balance": 1.0}
+"""The most that a measure can be, where there is a most; none is below 0."""
 WORD_LISTS_OF = {"word_share": ("words",), "word_balance": ("words", "against")}
 """Which word lists a measure reads; the others read none."""

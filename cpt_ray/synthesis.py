@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
+from cpt_ray.measures import terms_of
 from cpt_ray.pairing import cell_id_of, control_directive, pair_cells, targets_of
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
 from cpt_ray.prompting import (
@@ -91,7 +91,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def check_leakage(prompts: Sequence[Prompt]) -> None:
-    """UserError if a held-out prompt is a train prompt but for case, spaces and punctuation."""
+    """UserError if a held-out prompt is a train prompt but for case, width, normal form, spaces and punctuation."""
     train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
     for one in prompts:
         if one.split == "held_out" and (same := train.get(_plain(one.text))):
@@ -102,7 +102,7 @@ def check_leakage(prompts: Sequence[Prompt]) -> None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower())) or text
+    return " ".join(terms_of(text))
 
 
 def run_info(plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,9 @@
+# ruff: noqa: RUF001  (characters that look alike are what is tested)
 """Rubrics: what loads, and how what does not is refused."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -85,20 +87,90 @@ ANY = {"name": "words", "weight": 100, "descriptors": {"share": "So.", "control"
         ("id: a\nid: b\n", "stands twice"),
         ("id: a\nno: b\n", "put it in quotes"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
-        ("a: \x00\n", "special characters are not allowed"),
     ],
 )
 def test_a_bad_rubric_is_refused_with_field_and_remedy(tmp_path: Path, content: Any, said: str) -> None:
     assert said in refusal(tmp_path, content)
 
 
-def test_a_measure_must_be_known_and_monotonic(tmp_path: Path) -> None:
-    measure = {"name": "exclamation_densty", "values": {"low": 0, "mid": 1, "high": 2}}
-    assert 'did you mean "exclamation_density"?' in refusal(tmp_path, rubric_dict(criteria=criteria(measure=measure)))
-    measure = {"name": "exclamation_density", "values": {"low": 0, "mid": 1, "high": 1}}
-    assert "strictly rise or strictly fall" in refusal(tmp_path, rubric_dict(criteria=criteria(measure=measure)))
-    measure = {"name": "word_share", "values": {"low": 0, "mid": 1, "high": 2}}
-    assert "needs a list of words" in refusal(tmp_path, rubric_dict(criteria=criteria(measure=measure)))
+def measured(**changes: Any) -> dict[str, Any]:
+    spec = {"name": "word_share", "words": ["a"], "values": {"low": 0, "mid": 0.5, "high": 1}} | changes
+    return rubric_dict(criteria=criteria(measure=spec))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "word_shaer"}, 'did you mean "word_share"?'),
+        ({"values": {"low": 0, "mid": 1, "high": 1}}, "values: 0, 1, 1 must strictly rise or strictly fall"),
+        ({"values": {"low": 0, "mid": 1, "high": 1.5}}, "values.high: found 1.5, but word_share is always from 0 to 1"),
+        ({"values": {"low": -1, "mid": 0, "high": 1}}, "values.low: found -1, but word_share is always from 0 to 1"),
+        (
+            {"name": "word_count", "words": [], "values": {"low": -1, "mid": 0, "high": 9}},
+            "values.low: found -1, but word_count is never below 0",
+        ),
+        ({"values": {"low": 0, "mid": 1, "high": float("inf")}}, "values.high: found inf; expected a finite number"),
+        ({"values": {"low": 0, "mid": 0.5, "high": True}}, "values.high: found true; expected a number"),
+        ({"words": []}, "words: needs a list of words"),
+        ({"against": ["b"]}, "against: is not read by word_share; remove it"),
+        (
+            {"words": ["of course"]},
+            "words: 'of course' is never one word of a text (it is read as 'of', 'course'); list",
+        ),
+        ({"words": ["so-called"]}, "'so-called' is never one word of a text (it is read as 'so', 'called')"),
+        ({"words": ["C++"]}, "'C++' is never one word of a text (it is read as 'c')"),
+        ({"words": ["因为"]}, "'因为' is never one word of a text (it is read as '因', '为')"),
+        ({"words": ["42"]}, "'42' is never one word of a text (it has no word (numbers and signs are none))"),
+        ({"words": ["บิล"]}, "'บิล' is never one word of a text (its script is written without spaces"),
+        ({"words": ["a", "A"]}, "words: 'A' stands under words already (as 'a'); remove one"),
+        ({"words": ["don't", "don’t"]}, "stands under words already"),
+        ({"words": ["été", "e\u0301te\u0301"]}, "stands under words already"),
+        ({"name": "word_balance", "against": ["A"]}, "against: 'A' stands under words already (as 'a'); remove one"),
+    ],
+)
+def test_a_measure_that_cannot_be_met_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert f"criteria.{0 if 'expected' in said else 'words'}.measure." in refusal(tmp_path, measured(**changes))
+    assert said in refusal(tmp_path, measured(**changes))
+
+
+def test_every_word_that_cannot_match_is_named(tmp_path: Path) -> None:
+    lines = refusal(tmp_path, measured(words=["Perhaps", "of course", "don’t", "2nd", "so-called"])).splitlines()
+    assert [line.split("'")[1] for line in lines] == ["of course", "so-called"]
+
+
+def low_level(**changes: Any) -> dict[str, Any]:
+    first, *others = rubric_dict()["levels"]
+    return rubric_dict(levels=[first | changes, *others])
+
+
+def two(first: str, second: str) -> dict[str, Any]:
+    return low_level(directives=[first, second])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (two("Be plain.", "be  PLAIN"), "levels.low.directives: 'be  PLAIN' stands under low already"),
+        (two("Be plain", "Be\u200b plain"), "stands under low already"),
+        (two("Be plain", "..."), "levels.low.directives: '...' has no word in it"),
+        (
+            two("Be plain", " \u200b\u2060"),
+            "levels.0.directives.1: found '\\u200b\\u2060', in which nothing can be seen",
+        ),
+        (low_level(directives=["Be plain."]), "levels.low.directives: found 1; give two or more"),
+        (low_level(name="hi-gh"), "levels: the names 'hi-gh' and 'high' are too much alike"),
+        (low_level(score=True), "levels.0.score: found true; expected a number"),
+        (low_level(score=float("nan")), "levels.0.score: found nan; expected a finite number from 0 to 100"),
+        (rubric_dict(title="\u200b"), "title: found '\\u200b', in which nothing can be seen; write a text"),
+        (rubric_dict(title="  "), "title: found nothing; write a text"),
+        (
+            rubric_dict(criteria=criteria(descriptors={"low": "Few.", "mid": "few", "high": "Many."})),
+            "criteria.words.descriptors: low and mid have the same text; say how the levels differ",
+        ),
+    ],
+)
+def test_what_says_nothing_or_the_same_is_refused(tmp_path: Path, content: Any, said: str) -> None:
+    assert said in refusal(tmp_path, content)
 
 
 def test_other_encodings_and_huge_files_are_refused(tmp_path: Path) -> None:
@@ -131,9 +203,32 @@ def test_cpt_check_ends_with_1_and_no_traceback(tmp_path: Path) -> None:
 
 def test_a_directive_may_not_leak_number_grading_or_name() -> None:
     rubric = make_rubric()
-    assert directive_leak("Write richly.", rubric) is None
-    for text in ("Aim for 90.", "Reach a high score.", "Add ornament to it.", "Ninety percent flowers."):
+    for text in ("Write richly.", "Write three ornamental, scored lines.", "用三个词"):
+        assert directive_leak(text, rubric) is None, text
+    for text in (
+        *("Aim for 90.", "Reach a high score.", "Add ornament to it.", "Ninety percent flowers."),
+        *("Use ٣ words.", "Use ३ words.", "½ of it", "Ⅳ words", "x² words", "Ninety % flowers", "Ten per cent"),
+        *("Use ORNAMENT’S flair", "ｏｒｎａｍｅｎｔ", "orna\u00adment", "Keep the _score_ in mind"),
+    ):
         assert directive_leak(text, rubric), text
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "leaks"),
+    [
+        ("Politesse affirmée", "De la politesse affirme\u0301e.", True),
+        ("Reader's ease", "Mind the reader’s ease.", True),
+        ("शिष्टता", "शिष्टता से लिखो", True),
+        ("शिष्टता", "शिष्ट लिखो", False),
+        ("正式", "请用正式语气", True),
+        ("正式", "请用式样", False),
+        ("สุภาพ", "เขียนให้สุภาพมาก", True),
+        ("Film criticism", "Write a film-criticism.", True),
+        ("Film criticism", "Criticism of a film.", False),
+    ],
+)
+def test_a_rubrics_title_leaks_in_every_spelling(title: str, text: str, leaks: bool) -> None:
+    assert (directive_leak(text, make_rubric(title=title)) is not None) == leaks
 
 
 @given(st.floats(0, 100))
@@ -170,3 +265,41 @@ def test_a_field_of_another_type_is_refused_by_name(
         assert isinstance(load_rubric(path), Rubric)
     except UserError as error:
         assert "Traceback" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('a: "\\ud83d"', ":1: half a character (\\ud83d); write the whole character, or remove it"),
+        ('x: 1\na: [b, "x\\udc00y"]', ":2: half a character (\\udc00)"),
+        ('x:\n  "\\ud83d": 1', ":2: half a character (\\ud83d)"),
+        ('a: "\\e[31m"', ":1: the character U+001B is not allowed; remove it"),
+        ('a: 1\nb: "\\0"', ":2: the character U+0000 is not allowed; remove it"),
+        ("a: 1\nb: \x07\n", ":2: the character U+0007 is not allowed; remove it"),
+        ("a: \x7f\n", ":1: the character U+007F is not allowed; remove it"),
+        ('a: "\\U00110000"', ": an escape code in it stands for no character; write the character itself"),
+        ('a: "\\UFFFFFFFF"', ": an escape code in it stands for no character; write the character itself"),
+        ("x: 1\n5: a", ":2: the key '5' is read as a number; put it in quotes"),
+        ("no: a", ":1: the key 'no' is read as true or false; put it in quotes"),
+        ("~: a", ":1: the key '~' is read as nothing; put it in quotes"),
+        ("2020-01-01: a", ":1: the key '2020-01-01' is read as a date; put it in quotes"),
+        ("? [a]\n: b", ":1: the key is read as a list; put it in quotes"),
+        ("a: 2020-13-45", ":1: '2020-13-45' looks like a date or number but is none; put it in quotes"),
+        ("a: =", ":1: '=' has a meaning of its own in YAML; put it in quotes"),
+        ("<<: {a: 1}", ":1: '<<' has a meaning of its own in YAML; put it in quotes"),
+        ("a: b: c", ":1: mapping values are not allowed here; put a text with a colon in quotes"),
+        ("a:\n\t- b", ":2: found character '\\t' that cannot start any token; indent with spaces"),
+        ("5", ": found a number at the top; write 'key: value' lines"),
+        ("text", ": found text at the top; write 'key: value' lines"),
+    ],
+)
+def test_what_yaml_cannot_hold_is_refused_with_its_line(tmp_path: Path, content: str, said: str) -> None:
+    path = write(tmp_path / "bad.yaml", content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(f"{path}{said}")
+
+
+def test_a_character_in_two_halves_is_put_together(tmp_path: Path) -> None:
+    """As JSON writes it, which YAML includes."""
+    assert read_yaml(write(tmp_path / "x.yaml", json.dumps({"a": "😀 ok"}))) == {"a": "😀 ok"}

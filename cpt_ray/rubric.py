@@ -27,15 +27,15 @@ from pydantic import (
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.measures import LARGEST, MEASURES, WORD_LISTS_OF, folded, terms_of, why_undefined, word_of, words_of
 from cpt_ray.records import CONTROL, content_id
+from cpt_ray.texts import is_blank
 
 MAX_FILE_BYTES = 1_000_000
 
-_SEEN = regex.compile(r"[^\p{Default_Ignorable_Code_Point}\p{C}\p{Z}\s]")
 _SAID = regex.compile(r"[\p{L}\p{N}\p{Extended_Pictographic}]")
 
 
 def _can_be_seen(text: str) -> str:
-    if not _SEEN.search(text):
+    if is_blank(text):
         raise ValueError(f"found {_shown(text)}{', in which nothing can be seen' if text else ''}; write a text")
     return text
 

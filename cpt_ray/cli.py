@@ -139,6 +139,10 @@ def work(arguments: argparse.Namespace) -> None:
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
     for role in _called(arguments.command, config).values():
         endpoint_key(role)
+    if arguments.command == "run":  # hours before it is trained
+        from cpt_ray.training import open_policy
+
+        open_policy(config)
     if arguments.command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():

@@ -106,6 +106,15 @@ class Tokeniser:
         self._prompts: dict[str, Rendering] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
 
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be rendered at all."""
+        return bool(self._tokenizer.chat_template)
+
+    def check(self) -> list[str]:
+        """What the template adds to conversations, in lines for the user; UserError if it loses anything."""
+        return self._template.check(self._stop_ids)
+
     def prompt(self, messages: list[ChatMessage], **more: Any) -> tuple[int, ...]:
         """Ids of a conversation that waits for its answer.
 

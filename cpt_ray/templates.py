@@ -163,8 +163,8 @@ class ChatTemplate:
         for known in (SYSTEM, USER):
             text = text.replace(known, " ")
         text = self._control.sub(" ", text) if self._control else text
-        words = [word for word in text.split() if re.search(r"\w", word)]
-        return " ".join(word for word in words if re.sub(r"\W", "", word).lower() not in _ROLES)
+        lines = [line.strip() for line in text.splitlines()]
+        return " ".join(line for line in lines if re.sub(r"\W", "", line).lower() not in {"", *_ROLES})
 
 
 def _pieces(message: ChatMessage, is_last: bool) -> Iterator[tuple[str, str]]:

@@ -42,14 +42,14 @@ from cpt_ray.rows import (
     steps_per_epoch,
 )
 from cpt_ray.rundir import RunDir
-from cpt_ray.templates import ChatTemplate, stop_tokens
+from cpt_ray.templates import stop_tokens
 
 PROGRESS = ".train_progress.json"
 START_MINUTES = 15
 """How long the cluster may take to find room for the workers (autoscaling included)."""
 POLL_SECONDS = 0.5
 LN_2 = math.log(2)
-FAR_NATS = 1.0
+FAR_NATS = 2.0
 """Of `kl` or `drift` per token, from which on a policy is said to be far from its reference."""
 LOSS_RISE = 0.1
 KEPT_SHARE = 0.9
@@ -71,9 +71,8 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
         return dict(done["summary"])
     start = time.monotonic()
     settings = config.train
-    policy = str(Path(config.policy.path).absolute()) if Path(config.policy.path).is_dir() else config.policy.path
     begun = _begun(run, key)
-    data = begun or _tokenised(config, run, pair_shards, key, policy)
+    data = begun or _tokenised(config, run, pair_shards, key)
     num_pairs, num_held_out = (sum(len(row["chosen"]) for row in rows) for rows in (data.rows, data.held_out))
     num_steps = steps_per_epoch(num_pairs, settings.batch_size)
     _check_rows(settings, len(data.rows), num_steps)
@@ -84,7 +83,7 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
         config,
         RunDir(run.path.absolute()),
         key,
-        policy=policy,
+        policy=_policy_path(config),
         rows=str(rows_path(run, key)),
         held_out=str(rows_path(run, _held_out(key))) if data.held_out else None,
     )
@@ -125,10 +124,12 @@ def _begun(run: RunDir, key: str) -> _Data | None:
     return _Data(read_rows_file(rows_path(run, key)), read_rows_file(rows_path(run, _held_out(key))), rejects)
 
 
-def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str, policy: str) -> _Data:
+def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str) -> _Data:
     """Pairs read, rendered, checked and selected; their rows have no reference yet."""
     settings = config.train
-    tokeniser, max_length, vocabulary = _open_policy(config, policy)
+    tokeniser, max_length, vocabulary = open_policy(config)
+    for note in tokeniser.check() if tokeniser.has_template else ():
+        say(f"note: {note}")
     if isinstance(config, PreferenceRunConfig):
         pairs = preference_pairs(config.preferences, tokeniser)
     else:
@@ -184,12 +185,20 @@ def _summary(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------- before any worker starts
 
 
-def _open_policy(config: TuneConfig, policy: str) -> tuple[Tokeniser, int, int]:
+def _policy_path(config: TuneConfig) -> str:
+    """Absolute if it is a folder, since Ray Train changes the working directory."""
+    path = config.policy.path
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+
+def open_policy(config: TuneConfig) -> tuple[Tokeniser, int, int]:
     """How the policy renders, how many tokens a sequence may have, and how many tokens it knows.
 
-    UserError if it cannot be trained.
+    UserError if it cannot be trained, as far as its configuration, its tokenizer and its chat template tell.
     """
     from transformers import AutoConfig, AutoTokenizer
+
+    policy = _policy_path(config)
 
     try:
         model_config = AutoConfig.from_pretrained(policy)
@@ -207,11 +216,9 @@ def _open_policy(config: TuneConfig, policy: str) -> tuple[Tokeniser, int, int]:
         if not importlib.util.find_spec(name):
             raise UserError(f"{key}: {name} is not installed; pip install {name}, or leave {key} out")
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    arguments, stops = config.policy.chat_template_kwargs, stop_tokens(policy, tokenizer)
-    if not isinstance(config, PreferenceRunConfig) or tokenizer.chat_template:  # plain text needs no template
-        for note in ChatTemplate(tokenizer, arguments).check(stops):
-            say(f"note: {note}")
-    tokeniser = Tokeniser(tokenizer, arguments, stops)
+    tokeniser = Tokeniser(tokenizer, config.policy.chat_template_kwargs, stop_tokens(policy, tokenizer))
+    if tokeniser.has_template or not isinstance(config, PreferenceRunConfig):  # plain text needs no template
+        tokeniser.check()
     return tokeniser, min(settings.max_length, limit or settings.max_length), model_config.get_text_config().vocab_size
 
 

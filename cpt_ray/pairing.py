@@ -17,6 +17,7 @@ from cpt_ray.grading import confirms
 from cpt_ray.prompting import compose_directives, policy_messages
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
 from cpt_ray.rubric import Rubric
+from cpt_ray.texts import same_text
 
 Grades = Mapping[tuple[str, str], Grade]
 """By (unit_id, rubric_id)."""
@@ -119,7 +120,7 @@ class _Cell:
                     return reason, f"graded {score:.1f} ({found}), target {level}"
                 if not self.usable.get((rubric.id, level)):
                     return "no directive", f"no train directive for {rubric.id} {level}"
-        if any(one.text == other.text for other in kept):
+        if any(same_text(one.text, other.text) for other in kept):
             return "same text", "another level's answer in this cell is the same text"
         if original := self.repeats.get(one.unit_id):
             return "near duplicate", f"of {original}"

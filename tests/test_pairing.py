@@ -42,7 +42,8 @@ def test_unconfirmed_and_ungraded_answers_are_rejected_with_reasons() -> None:
 
 
 def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
-    generations = [make_generation(level, text="Same.") for level in LEVELS]
+    texts = ("Same caf\u00e9.", "Same cafe\u0301.", "Same caf\u00e9. ")
+    generations = [make_generation(level, text=text) for level, text in zip(LEVELS, texts, strict=True)]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
     pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), SynthesisConfig(), {})
     assert pairs == []

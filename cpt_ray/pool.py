@@ -209,13 +209,19 @@ def make_engine(model: ModelConfig, key: SecretStr | None) -> Engine:
 
 
 def endpoint_key(model: ModelConfig) -> SecretStr | None:
-    """The key of a role's endpoint, from this process's environment; UserError if it is not there."""
+    """The key of a role's endpoint, from this process's environment; UserError if it is not there or can be none."""
     if model.endpoint is None:
         return None
     name = model.endpoint.api_key_env
-    if not os.environ.get(name):
+    key = os.environ.get(name, "").strip()  # of a file's last newline, most often
+    if not key:
         raise UserError(f"{model.model}: no key for {model.endpoint.base_url}; set the environment variable {name}")
-    return SecretStr(os.environ[name])
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(
+            f"{model.model}: what is in the environment variable {name} cannot be a key (a space, a line break or a "
+            "letter that is not ASCII is in it); set it anew"
+        )
+    return SecretStr(key)
 
 
 def needs_schema(model: ModelConfig) -> bool:

@@ -24,7 +24,7 @@ from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enfo
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation import GradeTrialsStep, evaluate
 from cpt_ray.pairing import control_directive
-from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, ledger_entry
+from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, endpoint_key, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.report import REPORT
 from cpt_ray.rundir import RunDir
@@ -565,6 +565,15 @@ def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
     for command in ("run", "synthesize", "evaluate"):
         assert main([command, str(tmp_path / "run.yaml"), endpoint]) == 1
         assert "set the environment variable NO_SUCH_KEY" in capsys.readouterr().err
+    for key in ("sk-one sk-two", "sk-\u00e9", "sk-one\nsk-two"):
+        monkeypatch.setenv("NO_SUCH_KEY", key)
+        assert main(["synthesize", str(tmp_path / "run.yaml"), endpoint]) == 1
+        shown = capsys.readouterr().err
+        assert "the environment variable NO_SUCH_KEY cannot be a key" in shown
+        assert "sk-" not in shown
+    monkeypatch.setenv("NO_SUCH_KEY", " sk-mine\n")
+    judge = make_run(tmp_path, endpoint)[0].config.judge
+    assert (found := endpoint_key(judge)) and found.get_secret_value() == "sk-mine"
     assert main(["train", str(tmp_path / "run.yaml"), endpoint]) == 1
     assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
     assert not run.path.exists()

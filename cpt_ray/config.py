@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -88,10 +90,18 @@ class SamplingConfig(_Section):
     max_tokens: Positive = 1024
 
 
+def _read_url(value: str) -> str:
+    if not re.match(r"https?://", value, re.IGNORECASE):
+        raise ValueError(f"found {value[:60]!r}; begin it with http:// or https://")
+    if not re.fullmatch(r"\w+://[^\s/?#]+(?:[/][^\s?#]*)?", value):
+        raise ValueError(f"found {value[:60]!r}; expected http://HOST:PORT/PATH, without spaces")
+    return value
+
+
 class EndpointConfig(_Section):
     """An OpenAI-compatible server that answers instead of an engine here. Limits hold for the role as a whole."""
 
-    base_url: Annotated[str, StringConstraints(pattern=r"^https?://")]
+    base_url: Annotated[str, AfterValidator(_read_url)]
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable with the key; the key itself is written nowhere."""
     concurrency: Positive = 32
@@ -103,6 +113,8 @@ class EndpointConfig(_Section):
     """For one try."""
     max_retries: Annotated[int, Field(ge=0)] = 8
     """After 408, 409, 429, 5xx, no connection or a broken answer; waits as Retry-After says, else longer each time."""
+    max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    """What the server calls the most tokens of an answer: OpenAI the first, many older servers only the second."""
     extra_body: dict[str, Any] = {}
     """More fields of every request."""
 

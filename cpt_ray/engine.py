@@ -8,21 +8,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpt_ray.config import ModelConfig, SamplingConfig
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, first_line
 from cpt_ray.prompting import ChatMessage, PromptTokens
+from cpt_ray.texts import is_blank
+from cpt_ray.thoughts import DETAILS, NOT_ENDED, mark_tokens, opens_thoughts, without_thoughts
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.outputs import RequestOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
 
 CPU_KV_CACHE_BYTES = 512 << 20
 """Cache of an engine without a GPU unless engine.kv_cache_memory_bytes is given; vLLM would take nearly all RAM."""
@@ -50,12 +53,23 @@ def engine_arguments(config: ModelConfig) -> dict[str, Any]:
     for name in config.engine:
         if name not in known:
             raise UserError(f"engine.{name}: vLLM has no such engine argument{did_you_mean(name, known)}")
+    _check_reasoning_parser(config)
     arguments: dict[str, Any] = {"model": config.path, "seed": 0}
     if config.num_gpus == 0:
         # A seeded request whose prompt is prefilled in chunks kills a CPU engine (vLLM 0.32 rewinds the generator's
         # offset, which CPU generators do not have), so prompts are prefilled whole.
         arguments |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enable_chunked_prefill": False}
     return arguments | config.engine
+
+
+def _check_reasoning_parser(config: ModelConfig) -> None:
+    name = config.engine.get("reasoning_parser")
+    if name and not config.engine.get("reasoning_parser_plugin"):
+        from vllm.reasoning import ReasoningParserManager
+
+        known = ReasoningParserManager.list_registered()
+        if name not in known:
+            raise UserError(f"engine.reasoning_parser: vLLM has no {name!r}{did_you_mean(str(name), known)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +99,19 @@ class Completion:
     """What came of a request; `error` is a reason if nothing usable did."""
 
     text: str = ""
+    """Without thoughts; "" where there is an error, unless the answer itself was cut off."""
     error: str = ""
     """"" or a short fixed phrase: "too long", "empty answer", "cut off"."""
     detail: str = ""
     label_logprobs: tuple[float, ...] = ()
-    """Per label of the request, under the full vocabulary."""
+    """Per label of the request, under the full vocabulary: all tokens that are the label but for white space."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_tokens: int = 0
+    """All that were generated."""
+    had_thoughts: bool = False
+    thought_tokens: int = 0
+    """How many of the generated tokens were thoughts; estimated by their share of the characters unless known."""
 
 
 class Engine(Protocol):
@@ -107,8 +126,12 @@ class EngineDiedError(RuntimeError):
     """The engine came to an end of itself, or one of its processes did; a new one may do better."""
 
 
-def check_schema_is_enforced(engine: Engine, where: str) -> None:
-    """UserError unless the engine makes a model write JSON of a schema that no model would write of itself."""
+def check_schema_is_enforced(engine: Engine, where: str, max_tokens: int = 64) -> None:
+    """UserError unless the engine makes a model write JSON of a schema that no model would write of itself.
+
+    Args:
+        max_tokens: enough for the thoughts that a model may have before it.
+    """
     word = "quokka-7301"
     schema = {
         "type": "object",
@@ -117,16 +140,20 @@ def check_schema_is_enforced(engine: Engine, where: str) -> None:
         "additionalProperties": False,
     }
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = engine.run([Request(messages=asked, max_tokens=64, temperature=0, json_schema=schema)])[0]
+    answer = engine.run([Request(messages=asked, max_tokens=max_tokens, temperature=0, json_schema=schema)])[0]
     try:
         found = json.loads(answer.text)
     except json.JSONDecodeError:
         found = None
     if found != {"answer": word}:
         raise UserError(
-            f"{where}: asked for JSON of a given schema, it wrote {answer.text[:60]!r} {answer.error}; "
+            f"{where}: asked for JSON of a given schema, it wrote {answer.text[:60]!r}{_in_brackets(answer)}; "
             "rationales need a server that enforces schemas (or set judge.mode: logprobs)"
         )
+
+
+def _in_brackets(answer: Completion) -> str:
+    return f" ({answer.error}: {answer.detail})" if answer.error else ""
 
 
 class _Batch:
@@ -154,7 +181,11 @@ class VllmEngine:
         is_fast = isinstance(self._tokenizer, TokenizersBackend)
         self._decoder: Any = self._tokenizer.backend_tokenizer if is_fast else None
         self._max_model_len = self._engine.model_config.max_model_len
-        self._label_ids: dict[str, int] = {}
+        self._label_ids: dict[str, list[int]] = {}
+        self._mark_tokens = mark_tokens(self._tokenizer)
+        # That of gpt-oss parses nothing by itself; the table of marks has its form, whose tokens are kept.
+        has_parser = config.engine.get("reasoning_parser") not in (None, "", "openai_gptoss")
+        self._parser = _NamedParser(config, self._tokenizer, self._engine.model_config) if has_parser else None
         self._inbox: SimpleQueue[_Batch] = SimpleQueue()
         self._dead: EngineDiedError | None = None
         threading.Thread(target=self._work, daemon=True).start()
@@ -216,7 +247,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        label_ids = [self._label_id(label) for label in request.labels]
+        label_ids = list(dict.fromkeys(one for ids in self._ids_of_labels(request.labels) for one in ids))
         schema = request.json_schema
         return SamplingParams(
             n=request.samples,
@@ -226,6 +257,7 @@ class VllmEngine:
             seed=None if label_ids else request.seed,
             logprob_token_ids=label_ids or None,
             detokenize=not label_ids and self._decoder is None,
+            skip_special_tokens=not (self._mark_tokens or self._keeps_special_tokens),
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -240,44 +272,154 @@ class VllmEngine:
             return
         answers = [answer for output in outputs for answer in output.outputs]
         ids = [list(one.token_ids)[: -1 if one.finish_reason == "stop" else None] for one in answers]
-        for answer, text in zip(answers, self._decoder.decode_batch(ids, skip_special_tokens=True), strict=True):
+        for answer, text in zip(answers, self._decode(ids), strict=True):
             answer.text = text.rstrip("\N{REPLACEMENT CHARACTER}")
 
-    def _label_id(self, label: str) -> int:
-        if label not in self._label_ids:
-            ids = self._tokenizer.encode(label, add_special_tokens=False)
-            if len(ids) != 1:
-                raise UserError(f"judge: the model's tokenizer makes {len(ids)} tokens of {label!r}; use another judge")
-            self._label_ids[label] = ids[0]
-        return self._label_ids[label]
+    @property
+    def _keeps_special_tokens(self) -> bool:
+        return self._parser is not None and self._parser.keeps_special_tokens
+
+    def _decode(self, answers: list[list[int]]) -> list[str]:
+        """Texts without special tokens, but for those that are marks of thoughts (or all that a parser asks for)."""
+        if self._keeps_special_tokens or not self._mark_tokens:
+            return list(self._decoder.decode_batch(answers, skip_special_tokens=not self._keeps_special_tokens))
+        return ["".join(map(self._piece, itertools.groupby(ids, self._mark_tokens.get))) for ids in answers]
+
+    def _piece(self, run: tuple[str | None, Iterable[int]]) -> str:
+        """Text of a run of tokens: the same mark, or none of the marks."""
+        mark, ids = run[0], list(run[1])
+        return mark * len(ids) if mark else str(self._decoder.decode(ids, skip_special_tokens=True))
+
+    def _ids_of_labels(self, labels: Sequence[str]) -> list[list[int]]:
+        """Each label's tokens, the most usual first: every token that is the label but for white space around it."""
+        from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
+
+        for label in labels:
+            if label not in self._label_ids:
+                self._label_ids[label] = self._forms(label)
+        return [self._label_ids[label][: max(1, MAX_LOGPROB_TOKEN_IDS // len(labels))] for label in labels]
+
+    def _forms(self, label: str) -> list[int]:
+        known = self._engine.model_config.get_vocab_size()
+        near = [at for token, at in self._tokenizer.get_vocab().items() if label in token and at < known]
+        texts = {at: self._tokenizer.decode([at]) for at in near}
+        forms = [at for at in sorted(near, key=lambda at: (len(texts[at]), at)) if texts[at].strip() == label]
+        if not forms:
+            raise UserError(f"judge: the model's tokenizer has no one token for {label!r}; use another judge")
+        return forms
 
     def _completions(self, request: Request, output: RequestOutput) -> list[Completion]:
         """One per sample; the prompt's tokens are counted with the first."""
+        prompt_ids = output.prompt_token_ids or ()
         done = []
         for at, answer in enumerate(output.outputs):
             counts = Completion(
-                num_prompt_tokens=0 if at else len(output.prompt_token_ids or ()),
+                num_prompt_tokens=0 if at else len(prompt_ids),
                 num_cached_tokens=0 if at else output.num_cached_tokens or 0,
                 num_tokens=len(answer.token_ids),
             )
             if request.labels:
-                found = answer.logprobs[0] if answer.logprobs else {}
-                ids = [self._label_id(label) for label in request.labels]
-                values = tuple(found[one].logprob if one in found else float("-inf") for one in ids)
-                done.append(replace(counts, label_logprobs=values))
-            else:
-                done.append(finished(counts, answer.text, answer.finish_reason == "length", request.max_tokens))
+                done.append(self._verdict(request, answer, counts))
+                continue
+            thoughts, text = "", answer.text
+            if self._parser:
+                thoughts, text = self._parser.part(prompt_ids, answer.token_ids, text)
+            # JSON that is forced upon a model has no room for thoughts, even where the chat template opens them.
+            begun = not self._parser and not request.json_schema and opens_thoughts(self._tokenizer, prompt_ids)
+            done.append(finished(counts, text, answer.finish_reason, request.max_tokens, thoughts, begun))
         return done
 
+    def _verdict(self, request: Request, answer: CompletionOutput, counts: Completion) -> Completion:
+        if (error := unfinished(answer.finish_reason)) not in ("", CUT_OFF):
+            return replace(counts, error=error, detail=f"finish_reason {answer.finish_reason}")
+        found = answer.logprobs[0] if answer.logprobs else {}
+        forms = [[found[one].logprob for one in ids if one in found] for ids in self._ids_of_labels(request.labels)]
+        return replace(counts, label_logprobs=tuple(map(log_sum, forms)))
 
-def finished(counts: Completion, text: str, cut_off: bool, max_tokens: int) -> Completion:
-    """`counts` with the answer's text, or with the reason why it is not usable."""
-    text = text.strip()
-    if cut_off:
-        return replace(counts, text=text, error="cut off", detail=f"not finished after {max_tokens} tokens")
-    if not text:
-        return replace(counts, error="empty answer", detail="the model ended its answer at once")
-    return replace(counts, text=text)
+
+def log_sum(logprobs: Iterable[float]) -> float:
+    """Logarithm of the sum of probabilities; never above 0, whatever rounding makes of it."""
+    total = math.fsum(math.exp(min(one, 0.0)) for one in logprobs)
+    return min(math.log(total), 0.0) if total else -math.inf
+
+
+class _NamedParser:
+    """vLLM's own parser of a model's thoughts (engine.reasoning_parser), for forms that no table of marks covers."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Any, model_config: Any):
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.parser import ParserManager
+
+        name, options = config.engine["reasoning_parser"], {"chat_template_kwargs": config.chat_template_kwargs}
+        try:
+            kind = ParserManager.get_parser(reasoning_parser_name=name, model_name=config.model, tokenizer=tokenizer)
+            assert kind is not None
+            self._make: Callable[[], Any] = lambda: kind(tokenizer, None, model_config=model_config, **options)
+            self._request = self._make().adjust_request(ChatCompletionRequest(model=config.model, messages=[]))
+            self.part((), (), "")
+        except Exception as error:  # each parser has its own; now, not at the first answer
+            raise UserError(f"engine.reasoning_parser: {name} and {config.model}: {first_line(error)}") from error
+        self.keeps_special_tokens = not self._request.skip_special_tokens
+
+    def part(self, prompt_ids: Sequence[int], ids: Sequence[int], text: str) -> tuple[str, str]:
+        """(thoughts, answer); parsers have a state, so that each answer needs one of its own."""
+        parser = self._make()
+        parser.set_prompt_token_ids(prompt_ids)
+        if prompt_ids and parser.is_reasoning_end(list(prompt_ids)):
+            return "", text  # the template has ended the thoughts: these parsers would take the answer for thoughts
+        thoughts, answer, _ = parser.parse(text, self._request, model_output_token_ids=ids)
+        return thoughts or "", answer or ""
+
+
+CUT_OFF = "cut off"
+_FINISHED = {"", "stop", "eos", "eos_token"}
+_UNFINISHED = {"length": CUT_OFF, "content_filter": "filtered", "tool_calls": "tool call", "function_call": "tool call"}
+
+
+def unfinished(finish_reason: str | None) -> str:
+    """Why an answer that ended so is not a finished one, as a short phrase; "" if it is."""
+    name = (finish_reason or "").lower()
+    plain = "".join(one if one.isalnum() or one in "_-" else " " for one in name[:40])
+    return "" if name in _FINISHED else _UNFINISHED.get(name, f"ended by {plain}")
+
+
+def finished(
+    counts: Completion,
+    text: str,
+    finish_reason: str | None,
+    max_tokens: int,
+    thoughts: str = "",
+    begun: bool = False,
+) -> Completion:
+    """`counts` with the answer's text, without thoughts, or with the reason why it is not usable.
+
+    Args:
+        counts: with `thought_tokens`, if they are known.
+        finish_reason: the engine's or server's.
+        thoughts: those that came beside the text.
+        begun: the text begins within thoughts, since the prompt has opened them.
+    """
+    answer, had_thoughts, problem = without_thoughts(text, begun)
+    answer = "" if is_blank(answer) else answer
+    if thoughts and not answer:
+        problem = problem or NOT_ENDED
+    if had_thoughts or thoughts or counts.thought_tokens:
+        share = 1 - len(answer) / max(1, len(thoughts) + len(text))
+        known = counts.thought_tokens or round(share * counts.num_tokens)
+        most = max(0, counts.num_tokens - bool(answer))
+        counts = replace(counts, had_thoughts=True, thought_tokens=min(known, most))
+    error = unfinished(finish_reason)
+    if error == CUT_OFF:
+        within = f" ({DETAILS[problem]})" if problem else ""
+        return replace(counts, text=answer, error=error, detail=f"not finished after {max_tokens} tokens{within}")
+    if error:
+        return replace(counts, error=error, detail=f"finish_reason {finish_reason}"[:80])
+    if problem:
+        return replace(counts, error=problem, detail=DETAILS[problem])
+    if not answer:
+        detail = "nothing behind the thoughts" if counts.had_thoughts else "the model ended its answer at once"
+        return replace(counts, error="empty answer", detail=detail)
+    return replace(counts, text=answer)
 
 
 class FakeEngine:

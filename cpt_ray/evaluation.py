@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.report import REPORT, render_report, table_lines
@@ -121,6 +122,18 @@ class GradeTrialsStep(JudgeStep):
         run.write(self.table, self.output(shard), done, tally.close(graded))
 
 
+def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, Any]) -> None:
+    """A line if answers came with thoughts, one if over half of them were lost."""
+    if note := thoughts_note(entry):
+        say(f"{step.stage}: {entry['rows_in']:.0f} in{note}")
+    lost = sum(entry["rejected"].values())
+    if lost > entry.get("rows_in", 0) / 2:
+        was_answered = isinstance(step, GradeTrialsStep)
+        rows = run.read(step.table, names, Trial)
+        reasons = Counter(row.reason for row in rows if row.reason and bool(row.text) == was_answered)
+        say(f"note: {step.stage}: {lost} of {entry['rows_in']:.0f} were lost, most to: {reasons.most_common(1)[0][0]}")
+
+
 def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
     start = time.monotonic()
@@ -136,7 +149,9 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     done: list[tuple[Step, list[str]]] = [(step, [step.output(name) for name in planned]) for step in steps]
     graded = [judge.output(name) for _, names in done for name in names]
     for step, names in [*done, (judge, graded)]:
-        run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
+        entry = ledger_entry(run, step.table, names, step.model.price)
+        run.add_to_ledger(step.stage, entry)
+        _say_of_answers(run, step, names, entry)
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
     results: dict[str, Any] = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed)

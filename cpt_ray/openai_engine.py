@@ -1,7 +1,8 @@
 """An engine that is somebody else's server: any OpenAI-compatible endpoint as writer, director or judge.
 
 What a request can be at fault for (too long, refused) is a completion with its reason. What only the server can be at
-fault for is tried again by the client, then ends the run: a server that is down must not turn into rejected rows.
+fault for is tried again by the client, then ends the run: a server that is down must not turn into rejected rows. Nor
+must one that refuses all requests alike, for what they have in common.
 """
 
 from __future__ import annotations
@@ -9,24 +10,44 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
 from pydantic import SecretStr
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Completion, Request, finished
+from cpt_ray.engine import CUT_OFF, Completion, Request, finished, log_sum, unfinished
 from cpt_ray.errors import UserError
 
 CHARACTERS_PER_TOKEN = 3
 """A guess on the safe side, for the tokens-per-minute limit; the ledger has the server's own counts."""
 TOP_LOGPROBS = 20
 """The most alternatives that the API gives; a level number below them counts as impossible."""
+REFUSED_ALIKE = 8
+"""Requests that go out before one of their kind has been answered. If all of them are refused with the same words, it
+is not for what each of them asks: the run ends."""
+SHORTEST_SECRET = 8
+"""Characters of a key that is kept out of what is shown; a shorter one ("EMPTY") is no secret."""
+_TOO_LONG = re.compile(
+    r"maximum (?:context|model) length (?:is|of)"
+    r"|(?:exceed|longer than|too (?:long|large|many tokens) for|larger than|greater than).{0,60}"
+    r"(?:context (?:length|size|window)|model length|maximum number of tokens)"
+    r"|(?:prompt|input) is too long",
+    re.IGNORECASE | re.DOTALL,
+)
+_OF_SIZE = re.compile(r"greater|larger?|less|exceed|at (?:most|least)|maximum|range", re.IGNORECASE)
+"""Words of a refusal that is about a field's value."""
+_TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
+_FILTER_CODES = {"content_filter", "content_policy_violation"}
 
 
 class Pace:
@@ -44,6 +65,47 @@ class Pace:
         await asyncio.sleep(start - now)
 
 
+def _kind_of(body: dict[str, Any]) -> str:
+    """All of a request that others have as well; whatever the schema, that there is one."""
+    own = {"messages", "seed", "response_format"}
+    return json.dumps(
+        [{name: value for name, value in body.items() if name not in own}, "response_format" in body], default=str
+    )
+
+
+class _Kind:
+    """Requests with the same parameters: the first few go ahead, the others wait for what comes of them."""
+
+    def __init__(self) -> None:
+        self._sent = self._back = 0
+        self._is_known = asyncio.Event()
+        self._was_answered = False
+        self._refusals: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Within it a request may go out."""
+        if self._sent >= REFUSED_ALIKE:
+            await self._is_known.wait()
+        self._sent += 1
+        try:
+            yield
+        finally:  # also of one that failed: others may wait for it
+            self._back += 1
+            if self._back >= REFUSED_ALIKE:
+                self._is_known.set()
+
+    def answered(self) -> None:
+        """The server takes requests of this kind."""
+        self._was_answered = True
+        self._is_known.set()
+
+    def refused(self, words: str) -> bool:
+        """Whether so many were refused, all in these words, that the others will be as well."""
+        self._refusals[words] += 1
+        return not self._was_answered and len(self._refusals) == 1 and self._refusals[words] >= REFUSED_ALIKE
+
+
 class OpenAIEngine:
     """Chat completions of an endpoint, many at a time, within its limits; all threads' requests go through one loop."""
 
@@ -54,6 +116,9 @@ class OpenAIEngine:
         self._requests = Pace(self._endpoint.requests_per_minute, share)
         self._tokens = Pace(self._endpoint.tokens_per_minute, share)
         self._slots = asyncio.Semaphore(max(1, self._endpoint.concurrency // share))
+        self._kinds: defaultdict[str, _Kind] = defaultdict(_Kind)
+        self._ended: UserError | None = None
+        """What ended the run: other shards' requests, in other threads, are then not sent either."""
         self._client = openai.AsyncOpenAI(
             base_url=self._endpoint.base_url,
             api_key=key.get_secret_value(),
@@ -77,21 +142,62 @@ class OpenAIEngine:
 
     async def _answer(self, request: Request) -> list[Completion]:
         characters = sum(len(message["content"]) for message in request.messages)
-        async with self._slots:
+        kind = self._kinds[_kind_of(self._body(request))]
+        async with kind.turn(), self._slots:
+            if self._ended:
+                raise self._ended
             await self._requests.wait(1)
             await self._tokens.wait(characters / CHARACTERS_PER_TOKEN + request.max_tokens * request.samples)
             try:
-                made = await self._create(request)
-            except openai.AuthenticationError:
-                raise UserError(f"{self._where}: the key in ${self._endpoint.api_key_env} is refused") from None
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                too_long = "context" in error.message.lower() or "maximum" in error.message.lower()
-                refusal = Completion(error="too long" if too_long else "refused", detail=error.message[:300])
-                return [refusal] * request.samples
-            except openai.OpenAIError as error:
-                text = " ".join(str(error).split())[:200]
-                raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
+                return await self._asked(request, kind)
+            except UserError as error:
+                self._ended = error
+                raise
+
+    async def _asked(self, request: Request, kind: _Kind) -> list[Completion]:
+        try:
+            made = await self._create(request)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return [self._refusal(error, kind)] * request.samples
+        except openai.AuthenticationError as error:
+            where = f"{self._where}: the key in ${self._endpoint.api_key_env} is refused"
+            raise UserError(f"{where} ({self._words(error)})") from None
+        except (openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise UserError(
+                f"{self._where}: refused with {error.status_code} ({self._words(error)}); see model, "
+                "endpoint.base_url and what the key may do"
+            ) from None
+        except openai.OpenAIError as error:
+            text = self._hidden(" ".join(str(error).split())[:200])
+            raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
+        kind.answered()
         return self._completions(request, made)
+
+    def _refusal(self, error: openai.APIStatusError, kind: _Kind) -> Completion:
+        """What a refused request comes to; UserError if it was not refused for its own sake."""
+        words = self._words(error)
+        codes = {error.code, error.type}
+        if codes & _TOO_LONG_CODES or _TOO_LONG.search(words):
+            return Completion(error="too long", detail=words)
+        if codes & _FILTER_CODES:
+            return Completion(error="filtered", detail=words)
+        sent = self._endpoint.max_tokens_field
+        if re.search(rf"\b{sent}\b", words) and not _OF_SIZE.search(words):
+            other = "max_tokens" if sent == "max_completion_tokens" else "max_completion_tokens"
+            words += f" (if it does not know {sent}, set endpoint.max_tokens_field: {other})"
+        if kind.refused(words):
+            raise UserError(f"{self._where}: refuses every request alike, with {error.status_code}: {words}")
+        return Completion(error="refused", detail=words)
+
+    def _words(self, error: openai.APIStatusError) -> str:
+        """The server's own, in one line."""
+        text = _text_of(error.body) if error.body else error.response.text
+        return self._hidden(" ".join(text.split())[:300]) or "no reason given"
+
+    def _hidden(self, text: str) -> str:
+        """The text without the key, which some servers repeat."""
+        key = self._client.api_key
+        return text.replace(key, "***") if len(key) >= SHORTEST_SECRET else text
 
     async def _create(self, request: Request) -> ChatCompletion:
         """The client itself tries again after errors of the server and the network; this, after an unreadable body."""
@@ -103,7 +209,8 @@ class OpenAIEngine:
                 made = await self._client.chat.completions.create(**body)
             except (openai.APIResponseValidationError, json.JSONDecodeError):
                 continue
-            if isinstance(made, ChatCompletion) and len(made.choices or ()) == request.samples:
+            whole = [one for one in getattr(made, "choices", None) or () if getattr(one, "message", None)]
+            if isinstance(made, ChatCompletion) and len(whole) == request.samples:
                 return made
         raise UserError(f"{self._where}: what it sends is no chat completion with {request.samples} choice(s)")
 
@@ -115,7 +222,7 @@ class OpenAIEngine:
         body: dict[str, Any] = {
             "model": self._config.model,
             "messages": request.messages,
-            "max_completion_tokens": request.max_tokens,
+            self._endpoint.max_tokens_field: request.max_tokens,
             "temperature": 0.0 if request.labels else request.temperature,
             "top_p": request.top_p,
             "n": request.samples,
@@ -135,20 +242,66 @@ class OpenAIEngine:
     def _completions(self, request: Request, made: ChatCompletion) -> list[Completion]:
         usage = made.usage
         cached = usage and usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens
+        thought = usage and usage.completion_tokens_details and usage.completion_tokens_details.reasoning_tokens
         counts = Completion(
             num_prompt_tokens=usage.prompt_tokens if usage else 0,
             num_cached_tokens=cached or 0,
             num_tokens=usage.completion_tokens if usage else 0,
+            thought_tokens=thought or 0,
         )
         done = []
         for choice in made.choices:
-            if request.labels:
-                found = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else []
-                known = {one.token: one.logprob for one in found}
-                values = tuple(known.get(label, float("-inf")) for label in request.labels)
-                done.append(replace(counts, label_logprobs=values))
-            else:
-                text, cut_off = choice.message.content or "", choice.finish_reason == "length"
-                done.append(finished(counts, text, cut_off, request.max_tokens))
+            done.append((_verdict if request.labels else _written)(request, choice, counts))
             counts = Completion()  # the server counts all of a request's samples together
         return done
+
+
+def _verdict(request: Request, choice: Choice, counts: Completion) -> Completion:
+    """The labels' log-probabilities: a label may be several tokens, which look alike or differ by white space."""
+    reason = choice.finish_reason
+    if (error := unfinished(reason)) not in ("", CUT_OFF):
+        return replace(counts, error=error, detail=f"finish_reason {reason}")
+    if not choice.logprobs or not choice.logprobs.content:
+        if choice.message.refusal:
+            return replace(counts, error="refused", detail=choice.message.refusal[:300])
+        detail = "the server sends no logprobs; use another judge, or judge.mode: rationale"
+        return replace(counts, error="no probabilities", detail=detail)
+    top = choice.logprobs.content[0].top_logprobs
+    masses = [[one.logprob for one in top if one.token.strip() == label] for label in request.labels]
+    return replace(counts, label_logprobs=tuple(map(log_sum, masses)))
+
+
+def _written(request: Request, choice: Choice, counts: Completion) -> Completion:
+    """The choice's text, or why there is none."""
+    message, reason = choice.message, choice.finish_reason
+    text, thoughts = _parts(message.content)
+    for name in ("reasoning_content", "reasoning"):  # no fields of OpenAI's own
+        thoughts = thoughts or _parts(getattr(message, name, None))[0]
+    if not text.strip() and not unfinished(reason):
+        if message.refusal:
+            return replace(counts, error="refused", detail=message.refusal[:300])
+        if message.tool_calls:
+            reason = "tool_calls"
+    return finished(counts, text, reason, request.max_tokens, thoughts)
+
+
+def _parts(content: Any) -> tuple[str, str]:
+    """(text, thoughts) of a message's content, which some servers send in parts."""
+    if not isinstance(content, list):
+        return content or "", ""
+    parts = [part for part in content if isinstance(part, dict)]
+    thoughts = [_text_of(part.get("thinking", "")) for part in parts if part.get("type") == "thinking"]
+    return "".join(str(part.get("text") or "") for part in parts if part.get("type") == "text"), "".join(thoughts)
+
+
+def _text_of(body: Any) -> str:
+    """What an error's body says, whatever its shape: OpenAI's, FastAPI's (a list of places and messages), another."""
+    if isinstance(body, list):
+        return "; ".join(filter(None, map(_text_of, body)))
+    if not isinstance(body, dict):
+        return str(body)
+    if body.get("msg"):
+        place = ".".join(map(str, body.get("loc") or ()))
+        return f"{place}: {body['msg']}" if place else str(body["msg"])
+    inner = next((body[name] for name in ("message", "detail", "error", "errors", "text") if body.get(name)), None)
+    return _text_of(inner) if inner else json.dumps(body, ensure_ascii=False)

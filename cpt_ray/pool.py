@@ -28,13 +28,12 @@ from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
 from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
 from cpt_ray.errors import UserError, first_line
+from cpt_ray.losses import REJECTED
 from cpt_ray.rundir import RunDir, replacing
 
 Counts = Mapping[str, float]
 OpenEngine = Callable[[ModelConfig], Any]
 """Makes what a step's first argument is, where that is no `Engine`."""
-REJECTED = "rejected: "
-"""In front of the reason, in the counts of a shard."""
 MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""
 SHARDS_IN_FLIGHT = 2
@@ -90,8 +89,8 @@ class StepActor:
         try:
             self._attempts.begin(start, "while it started")
             self._engine = open_engine(model)
-            if any(needs_schema(step.model) for line in steps for step in line):
-                check_schema_is_enforced(self._engine, f"judge {model.model}")
+            if judges := [step.model for line in steps for step in line if needs_schema(step.model)]:
+                check_schema_is_enforced(self._engine, f"judge {model.model}", judges[0].sampling.max_tokens)
             self._attempts.end(start)
         except Exception as error:  # told with the first shard, which ends the run
             self._error = _told(error)
@@ -209,13 +208,19 @@ def make_engine(model: ModelConfig, key: SecretStr | None) -> Engine:
 
 
 def endpoint_key(model: ModelConfig) -> SecretStr | None:
-    """The key of a role's endpoint, from this process's environment; UserError if it is not there."""
+    """The key of a role's endpoint, from this process's environment; UserError if it is not there or can be none."""
     if model.endpoint is None:
         return None
     name = model.endpoint.api_key_env
-    if not os.environ.get(name):
+    key = os.environ.get(name, "").strip()  # of a file's last newline, most often
+    if not key:
         raise UserError(f"{model.model}: no key for {model.endpoint.base_url}; set the environment variable {name}")
-    return SecretStr(os.environ[name])
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(
+            f"{model.model}: what is in the environment variable {name} cannot be a key (a space, a line break or a "
+            "letter that is not ASCII is in it); set it anew"
+        )
+    return SecretStr(key)
 
 
 def needs_schema(model: ModelConfig) -> bool:
@@ -387,6 +392,9 @@ class Tally:
             self.counts["prompt_tokens"] += one.num_prompt_tokens
             self.counts["cached_tokens"] += one.num_cached_tokens
             self.counts["generated_tokens"] += one.num_tokens
+            if one.had_thoughts:
+                self.counts["with_thoughts"] += 1
+                self.counts["thought_tokens"] += one.thought_tokens
 
     def reject(self, reason: str) -> None:
         """Counts one row that is dropped."""
@@ -406,6 +414,15 @@ def ledger_entry(run: RunDir, table: str, names: Iterable[str], price: PriceConf
     for name in names:
         total.update(run.counts(table, name))
     return _entry(total, price)
+
+
+def thoughts_note(entry: Mapping[str, Any]) -> str:
+    """What a stage's line says of answers that came with thoughts, if there were any."""
+    if not entry.get("with_thoughts"):
+        return ""
+    thought, generated = entry.get("thought_tokens", 0), entry.get("generated_tokens", 0)
+    share = f" ({thought / generated:.0%} of the tokens)" if thought and generated else ""
+    return f"; {entry['with_thoughts']:.0f} came with thoughts, which were cut{share}"
 
 
 def _entry(total: Counts, price: PriceConfig | None) -> dict[str, Any]:

@@ -6,21 +6,22 @@ import difflib
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cpt_ray.card import write_card
-from cpt_ray.config import EMBEDDED, JudgeConfig, ModelConfig, Range, RunConfig, SynthesisConfig
+from cpt_ray.config import EMBEDDED, JudgeConfig, ModelConfig, PriceConfig, Range, RunConfig, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
+from cpt_ray.losses import OF_PAIRS, Stage
 from cpt_ray.measures import terms_of
 from cpt_ray.pairing import cell_id_of, control_directive, pair_cells, targets_of
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import (
     JOINT_HASH,
     RATIONALE_HASH,
@@ -50,7 +51,7 @@ from cpt_ray.records import (
 from cpt_ray.rubric import Criterion, Rubric, directive_leak, load_rubrics
 from cpt_ray.rundir import RunDir, derive
 
-GRADE_FORMAT = 3
+GRADE_FORMAT = 4
 """Goes up when a row of `grades` means something else than before."""
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled per one wanted: some leak, some repeat each other."""
@@ -283,7 +284,7 @@ def _generation(unit: Unit, one: Completion) -> Generation:
         level=unit.level,
         sample=unit.sample,
         text=one.text,
-        num_tokens=one.num_tokens,
+        num_tokens=one.num_tokens - one.thought_tokens,
     )
 
 
@@ -352,7 +353,11 @@ def _rationales(
 def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
     if all(one.error for one in votes):
         return [ungraded(one, f"{votes[0].error}: {votes[0].detail}") for one in rubric.judged]
-    return voted_criteria(rubric, [one.text for one in votes])
+    lost = ", ".join(f"{count} {error}" for error, count in Counter(one.error for one in votes if one.error).items())
+    return [
+        replace(one, reason=f"{one.reason}: {lost}") if lost and one.score is None else one
+        for one in voted_criteria(rubric, [one.text for one in votes])
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -694,7 +699,6 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
     run.add_to_ledger("plan", {"rows_in": sum(splits), "rows_out": num_units})
     shards = name_shards(plan, list(units))
     write, judges, direct = steps_of(plan)
-    control = control_step(plan)
     control_shards = [name for name in units if is_control(name)]
     written = [name for name in units if not is_control(name)]
     run_lines(
@@ -702,45 +706,68 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
         [
             Line([rubric.id for rubric in plan.rubrics], [direct]),
             Line(written, [write, judges[0]]),
-            Line(control_shards, [control, judges[0]]),
+            Line(control_shards, [control_step(plan), judges[0]]),
         ],
     )
     run_lines(run, [Line(shards.generations, [judge]) for judge in judges[1:]])
     pair(plan, run, shards)
-    stages = [
+    conclude(plan, run, shards)
+    write_card(plan, run, shards, run_info(plan))
+    say(f"             {time.monotonic() - start:.0f} s for synthesis")
+    return shards
+
+
+def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
+    """The ledger's entries and a line on each; UserError with the reasons if there are no pairs."""
+    (write, judges, direct), control = steps_of(plan), control_step(plan)
+    written = [name for name in shards.generations if not is_control(name)]
+    own = [name for name in shards.generations if is_control(name)]
+    stages: list[tuple[str, str, Sequence[str], PriceConfig | None]] = [
         ("direct", "directives", shards.directives, direct.model.price),
-        ("write", "generations", [write.output(name) for name in written], write.model.price),
-        *([("control", "generations", control_shards, control.model.price)] if control_shards else []),
-        ("judge", "grades", [judges[0].output(name) for name in units], judges[0].model.price),
+        ("write", "generations", written, write.model.price),
+        *([("control", "generations", own, control.model.price)] if own else []),
         *(
-            (f"judge-{at}", "grades", [judge.output(name) for name in units], judge.model.price)
-            for at, judge in enumerate(judges[1:], start=2)
+            (
+                f"judge-{at}" if at > 1 else "judge",
+                "grades",
+                [judge.output(name) for name in shards.generations],
+                judge.model.price,
+            )
+            for at, judge in enumerate(judges, start=1)
         ),
         *([("repeats", "repeats", list(shards.repeats), None)] if shards.repeats else []),
         ("pair", "pairs", shards.pairs, None),
     ]
     entries = {stage: ledger_entry(run, table, names, price) for stage, table, names, price in stages}
     costs = [entry["cost"] for entry in entries.values() if "cost" in entry]
-    if costs:
-        entries["pair"]["cost_per_pair"] = round(sum(costs) / entries["pair"]["rows_out"], 8)
+    num_pairs = entries["pair"].get("rows_out", 0)
+    if costs and num_pairs:
+        entries["pair"]["cost_per_pair"] = round(sum(costs) / num_pairs, 8)
     for stage, entry in entries.items():
         run.add_to_ledger(stage, entry)
         say(f"{stage:<12} {_summary(entry)}")
-    dropped = sum(entries["pair"]["rejected"].values())
-    if dropped > entries["pair"].get("rows_in", 0) / 2:
-        say(
-            f"note: {dropped} answers are in no pair; where grades do not confirm the levels that were asked for, the "
-            f"writer does not reach them or the judge does not see it ({run.path / 'rejects'}, judges.json)"
-        )
-    write_card(plan, run, shards, run_info(plan))
-    say(f"             {time.monotonic() - start:.0f} s for synthesis")
-    return shards
+    losing = [Stage("write", "generations", written, "writer", write.model)]
+    losing += [Stage("control", "generations", own, "policy", control.model)] if own else []
+    _say_losses(run, [*losing, Stage("pair", "pairs", shards.pairs, "writer", write.model)], entries)
+
+
+def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]]) -> None:
+    """A note if over half of the answers are in no pair; UserError if all are."""
+    total = int(sum(entries[one.name].get("rows_in", 0) for one in stages if one.name != "pair"))
+    rejected = [one for stage in stages for one in entries[stage.name]["rejected"].items()]
+    lost = sum(count for reason, count in rejected if reason not in OF_PAIRS)
+    if entries["pair"].get("rows_out") and lost <= total / 2:
+        return
+    why = "; ".join(text for one in stages for text in one.losses(run, entries[one.name], total))
+    if not entries["pair"].get("rows_out"):
+        raise UserError(f"no pair was made: {why or 'there are no answers'}; see {run.path / 'rejects'}")
+    say(f"note: {lost} of {total} answers are in no pair: {why}; see {run.path / 'rejects'} and judges.json")
 
 
 def _summary(entry: dict[str, Any]) -> str:
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(entry["rejected"].items()))
     text = f"{entry.get('rows_in', 0):.0f} in, {entry.get('rows_out', 0):.0f} out"
-    return text + (f" (rejected: {rejected})" if rejected else "")
+    return text + (f" (rejected: {rejected})" if rejected else "") + thoughts_note(entry)
 
 
 def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
@@ -751,11 +778,6 @@ def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
     run.prune("pairs", shards.pairs)
     run.prune("repeats", shards.repeats)
     run.prune("rejects", [f"pair-{name}" for name in shards.pairs], prefix="pair-")
-    if not any(run.counts("pairs", name)["rows_out"] for name in shards.pairs):
-        raise UserError(
-            f"no pair was made: no prompt has two levels whose grades confirm their targets; "
-            f"see {run.path / 'rejects'} for the reasons (is the writer or the judge too weak for these rubrics?)"
-        )
 
 
 def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str) -> dict[tuple[str, str], Grade]:

@@ -38,6 +38,16 @@ def test_an_override_replaces_one_entry() -> None:
         ("train.lora.rank=8", "train.lora.rank: unknown key (known: r, alpha, target_modules, quantize)"),
         ("train.beta=-1", "train.beta: found -1"),
         ("train.beta", "is not key=value"),
+        (
+            "judge.endpoint.base_url=localhost:8000/v1",
+            "judge.endpoint.base_url: found 'localhost:8000/v1'; begin it with http:// or https://",
+        ),
+        ("judge.endpoint.base_url=http://", "judge.endpoint.base_url: found 'http://'; expected http://HOST:PORT/PATH"),
+        ("judge.endpoint={base_url: 'http://h/v1 '}", "found 'http://h/v1 '; expected http://HOST:PORT/PATH"),
+        (
+            "judge.endpoint={base_url: 'http://h', max_tokens_field: n}",
+            "found 'n'; input should be 'max_completion",
+        ),
         ("seed.x=1", "holds a value, not a section"),
         ("name=../up", "name: found '../up'"),
         ("writer.num_actors=0", "writer.num_actors: found 0; expected 1 or more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from cpt_ray.cluster import ENGINE_ENV
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import EngineDiedError, Request, VllmEngine, check_schema_is_enforced, engine_env
-from tests.tiny_model import make_tiny_model
+from cpt_ray.engine import Completion, EngineDiedError, Request, VllmEngine, check_schema_is_enforced, engine_env
+from cpt_ray.errors import UserError
+from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 
 ARGUMENTS = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 50_000_000}
 
@@ -89,6 +92,90 @@ def test_an_engine_that_lost_a_worker_says_so_to_all_who_ask(config: ModelConfig
     for at in range(2):  # the request that meets it, and a later one
         with pytest.raises(EngineDiedError, match="Error"):
             engine.run([ask(at)])
+
+
+THOUGHTS, ANSWER = "The user wants rain.", "Rain."
+
+
+@pytest.fixture(scope="module")
+def thinker(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A model whose tokenizer has marks of thoughts, special tokens and others, and two tokens for the label 1."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    template = CHAT_TEMPLATE + "{% if add_generation_prompt and thinking is defined %}{{ thinking }}{% endif %}"
+    path = make_tiny_model(tmp_path_factory.mktemp("thinker"), chat_template=template)
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    tokenizer.add_tokens(["<think>", "</think>", " 1"])
+    tokenizer.add_tokens(["[THINK]", "[/THINK]", "<|channel|>", "<|message|>", "<|end|>", "<|start|>"], True)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return config.model_copy(update={"model": str(path)})
+
+
+def said(engine: VllmEngine, text: str, reason: str = "stop", **request: Any) -> Completion:
+    """What the engine makes of a text that its model wrote."""
+    request = {"messages": ask(0).messages, "max_tokens": 9} | request
+    prompt = engine._token_ids([request["messages"]])[0]
+    ids = [*engine._tokenizer.encode(text, add_special_tokens=False), engine._tokenizer.eos_token_id]
+    answer = CompletionOutput(0, "", ids, None, None, finish_reason=reason)
+    output = RequestOutput("0", None, prompt, None, [answer], True)
+    engine._write_texts([output])
+    return engine._completions(Request(**request), output)[0]
+
+
+HARMONY = f"<|channel|>analysis<|message|>{THOUGHTS}<|end|><|start|>assistant<|channel|>final<|message|>{ANSWER}"
+
+
+@pytest.mark.parametrize("thinking", ["", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_thoughts_are_cut_from_what_an_engine_writes(thinker: ModelConfig, thinking: str) -> None:
+    kwargs = {"thinking": thinking} if thinking else {}
+    engine = VllmEngine(thinker.model_copy(update={"chat_template_kwargs": kwargs}))
+    for text in (f"<think>\n{THOUGHTS}\n</think>\n\n{ANSWER}", f"[THINK]{THOUGHTS}[/THINK]{ANSWER}", HARMONY):
+        done = said(engine, text)
+        assert (done.text, done.error, done.had_thoughts) == (ANSWER, "", True)
+        assert 0 < done.thought_tokens < done.num_tokens
+    is_open = thinking == "<think>\n"
+    plain = said(engine, ANSWER)
+    assert (plain.text, plain.error) == (("", "thoughts not ended") if is_open else (ANSWER, ""))
+    cut = said(engine, THOUGHTS, "length")
+    assert (cut.text, cut.error) == ("" if is_open else THOUGHTS, "cut off")
+    assert said(engine, f"{THOUGHTS}</think>{ANSWER}").text == ANSWER
+    assert said(engine, "{}", json_schema={"type": "object"}).text == "{}"  # the schema leaves no room for thoughts
+    assert said(engine, ANSWER, "abort").error == "ended by abort"
+    if not thinking:
+        check_labels(engine)
+
+
+def check_labels(engine: VllmEngine) -> None:
+    """A label has the probability of all tokens that are it, but for white space."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    labels, tokenizer = ("1", "2"), engine._tokenizer
+    model = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor(engine._token_ids([ask(0).messages]))).logits[0, -1]
+    chances = logits.double().softmax(-1)
+    ids = [tokenizer.convert_tokens_to_ids(one) for one in ("1", " 1", "2")]
+    (done,) = engine.run([Request(messages=ask(0).messages, max_tokens=1, labels=labels)])
+    found = [math.exp(one) for one in done.label_logprobs]
+    expected = [float(chances[ids[0]] + chances[ids[1]]), float(chances[ids[2]])]
+    assert found == pytest.approx(expected, rel=0.02)  # the engine's weights are of bfloat16
+    with pytest.raises(UserError, match="has no one token for '10'"):
+        engine.run([Request(messages=ask(0).messages, max_tokens=1, labels=("1", "10"))])
+
+
+def test_a_parser_of_vllms_cuts_thoughts_if_the_run_file_names_it(thinker: ModelConfig) -> None:
+    named = {"engine": ARGUMENTS | {"reasoning_parser": "deepseek_r1"}}
+    engine = VllmEngine(thinker.model_copy(update=named))
+    done = said(engine, f"<think>\n{THOUGHTS}\n</think>\n\n{ANSWER}")
+    assert (done.text, done.error, done.had_thoughts) == (ANSWER, "", True)
+    assert said(engine, THOUGHTS).error == "thoughts not ended"  # this parser wants an end mark in every text
+    assert (said(engine, THOUGHTS, "length").text, said(engine, THOUGHTS, "length").error) == ("", "cut off")
+    assert engine.run([ask(1)])[0].error in ("thoughts not ended", "cut off")
+    with pytest.raises(UserError, match=r"vLLM has no 'deepseek_r2' \(did you mean \"deepseek_r1\"\?\)"):
+        VllmEngine(thinker.model_copy(update={"engine": ARGUMENTS | {"reasoning_parser": "deepseek_r2"}}))
 
 
 def test_labels_get_their_probabilities(engine: VllmEngine) -> None:

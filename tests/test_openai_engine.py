@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from cpt_ray.cluster import unused_port
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import TIGHT_JSON, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
-from cpt_ray.openai_engine import OpenAIEngine, Pace
+from cpt_ray.openai_engine import REFUSED_ALIKE, OpenAIEngine, Pace
 from tests.tiny_model import make_tiny_model
 
 KEY = "sk-not-to-be-seen"
@@ -71,9 +72,10 @@ def reply(handler: BaseHTTPRequestHandler, status: int, body: str, **headers: st
     handler.wfile.write(body.encode())
 
 
-def completion(handler: Any, text: str = "", reason: str = "stop") -> str:
+def completion(handler: Any, text: Any = "", reason: str | None = "stop", logprobs: Any = None, **more: Any) -> str:
     text = text or handler.body["messages"][0]["content"].upper()
-    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}, "logprobs": None}
+    message = {"role": "assistant", "content": text} | more
+    choice = {"index": 0, "finish_reason": reason, "message": message, "logprobs": logprobs}
     usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
     choices = [choice | {"index": at} for at in range(handler.body["n"])]
     made = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
@@ -154,6 +156,200 @@ def test_what_a_request_is_at_fault_for_is_a_reject_with_its_reason() -> None:
     assert [one.error for one in done] == ["too long", "refused", "cut off", "empty answer"]
 
 
+def one_of(act: Callable[[Any], None], **more: Any) -> Any:
+    """What comes of one request that a server answers so."""
+    return Server(act).engine().run([Request(messages=ASK, max_tokens=9, **more)])[0]
+
+
+def sends(*arguments: Any, **more: Any) -> Callable[[Any], None]:
+    return lambda one: reply(one, 200, completion(one, *arguments, **more))
+
+
+@pytest.mark.parametrize(
+    ("act", "text", "error", "said"),
+    [
+        (sends("<think>\nIt wants rain.\n</think>\n\nRain."), "Rain.", "", ""),
+        (sends("Rain.", reasoning_content="It wants rain."), "Rain.", "", ""),
+        (sends("Rain.", reason=None), "Rain.", "", ""),
+        (sends("Rain.", reason="eos_token"), "Rain.", "", ""),
+        (sends(" ", reasoning_content="It wants rain."), "", "thoughts not ended", "all of the text is thoughts"),
+        (sends(" ", reasoning="It wants rain."), "", "thoughts not ended", "all of the text is thoughts"),
+        (
+            sends("<think>It wants", "length"),
+            "",
+            "cut off",
+            "not finished after 9 tokens (all of the text is thoughts)",
+        ),
+        (sends("I can", "content_filter"), "", "filtered", "content_filter"),
+        (sends(" ", "tool_calls"), "", "tool call", "tool_calls"),
+        (sends(" ", tool_calls=[{"id": "1", "type": "function", "function": {}}]), "", "tool call", "tool_calls"),
+        (sends("Rain.", "overloaded"), "", "ended by overloaded", "overloaded"),
+        (sends(" ", refusal="I cannot write that."), "", "refused", "I cannot write that."),
+        (
+            sends([{"type": "thinking", "thinking": [{"text": "It wants rain."}]}, {"type": "text", "text": "Rain."}]),
+            "Rain.",
+            "",
+            "",
+        ),
+    ],
+)
+def test_what_is_no_finished_answer_is_none(act: Callable[[Any], None], text: str, error: str, said: str) -> None:
+    done = one_of(act)
+    assert (done.text, done.error) == (text, error)
+    assert said in done.detail
+
+
+def tops(*likely: tuple[str, float]) -> dict[str, Any]:
+    top = [{"token": text, "logprob": value, "bytes": None} for text, value in likely]
+    return {"content": [{**top[0], "top_logprobs": top}]}
+
+
+def test_the_tokens_of_a_label_are_added_up() -> None:
+    half, least = math.log(0.47), -9999.0
+    found = tops(("3", math.log(0.5)), ("1", half), (" 1", math.log(0.01)), ("1\n", math.log(0.02)), ("2", least))
+    values = one_of(sends("3", "length", found), labels=("1", "2", "3", "4")).label_logprobs
+    assert [round(math.exp(one), 9) for one in values] == [0.5, 0, 0.5, 0]
+    assert one_of(sends("1", logprobs=tops(("1", 1e-7), (" 1", 0.0))), labels=("1", "2")).label_logprobs[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (sends(" ", "content_filter"), "filtered"),
+        (sends(" ", "tool_calls"), "tool call"),
+        (sends(" ", refusal="No."), "refused"),
+        (sends("2"), "no probabilities"),
+    ],
+)
+def test_a_verdict_that_did_not_come_is_said_to_be_none(act: Callable[[Any], None], error: str) -> None:
+    done = one_of(act, labels=("1", "2"))
+    assert (done.error, done.label_logprobs) == (error, ())
+
+
+EXTRA = [{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"], "msg": "Extra inputs are not permitted"}]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (422, {"detail": EXTRA}, "body.max_completion_tokens: Extra inputs are not permitted"),
+        (422, {"message": {"detail": EXTRA}}, "body.max_completion_tokens: Extra inputs are not permitted"),
+        (422, {"detail": "no such field"}, "no such field"),
+        (400, {"error": "no such field"}, "no such field"),
+        (400, {"errors": ["no", "nor this"]}, "no; nor this"),
+        (400, {"code": 7}, '{"code": 7}'),
+    ],
+)
+def test_a_refusal_is_kept_in_the_servers_own_words(status: int, body: Any, said: str) -> None:
+    done = one_of(lambda one: reply(one, status, json.dumps(body)))
+    assert done.error == "refused"
+    assert done.detail.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("This model's maximum context length is 256 tokens. However, you asked for 300.", "too long"),
+        ("The input (500 tokens) is longer than the model's context length (256 tokens).", "too long"),
+        ("the request exceeds the available context size", "too long"),
+        ("top_logprobs: the maximum is 5", "refused"),
+        ("unknown field: context", "refused"),
+        ("this content is not allowed in the context of this service", "refused"),
+    ],
+)
+def test_too_long_is_what_the_server_says_is_too_long(message: str, error: str) -> None:
+    assert one_of(lambda one: reply(one, 400, json.dumps({"error": {"message": message}}))).error == error
+    coded = {"error": {"message": "no", "code": "context_length_exceeded"}}
+    assert one_of(lambda one: reply(one, 400, json.dumps(coded))).error == "too long"
+    coded = {"error": {"message": "no", "code": "content_filter"}}
+    assert one_of(lambda one: reply(one, 400, json.dumps(coded))).error == "filtered"
+
+
+def knows_max_tokens_only(handler: Any) -> None:
+    if "max_completion_tokens" in handler.body:
+        reply(handler, 422, json.dumps({"detail": EXTRA}))
+    else:
+        fine(handler)
+
+
+def test_a_server_that_refuses_all_requests_alike_ends_the_run_within_a_few() -> None:
+    server = Server(*[knows_max_tokens_only] * 500)
+    with pytest.raises(UserError, match=r"with 422: body\.max_completion_tokens: Extra inputs.*max_tokens\)$"):
+        server.engine(concurrency=100).run([Request(messages=ASK, max_tokens=9)] * 200)
+    assert len(server.seen) == REFUSED_ALIKE
+    done = server.engine(max_tokens_field="max_tokens").run([Request(messages=ASK, max_tokens=9)] * 20)
+    assert {one.text for one in done} == {"WRITE."}
+    few = Server(*[knows_max_tokens_only] * 500).engine().run([Request(messages=ASK, max_tokens=9)] * 5)
+    assert [one.error for one in few] == ["refused"] * 5
+    assert "set endpoint.max_tokens_field: max_tokens" in few[0].detail
+
+
+def test_each_kind_of_request_must_be_taken_by_the_server() -> None:
+    def no_logprobs(handler: Any) -> None:
+        if "logprobs" in handler.body:
+            reply(handler, 400, '{"error": {"message": "logprobs are not supported"}}')
+        else:
+            fine(handler)
+
+    def wants_temperature_1(handler: Any) -> None:
+        if handler.body["temperature"] == 1:
+            fine(handler)
+        else:
+            reply(handler, 400, '{"error": {"message": "temperature must be 1"}}')
+
+    engine = Server(*[wants_temperature_1] * 500).engine()
+    assert engine.run([Request(messages=ASK, max_tokens=9, seed=1)])[0].text == "WRITE."
+    with pytest.raises(UserError, match="refuses every request alike, with 400: temperature must be 1"):
+        engine.run([Request(messages=ASK, max_tokens=9, temperature=0.7, seed=at) for at in range(100)])
+    engine = Server(*[no_logprobs] * 500).engine()
+    assert engine.run([Request(messages=ASK, max_tokens=9)])[0].text == "WRITE."
+    with pytest.raises(UserError, match="refuses every request alike, with 400: logprobs are not supported"):
+        engine.run([Request(messages=ASK, max_tokens=1, labels=("1",))] * 100)
+
+
+def test_what_is_refused_for_its_own_sake_does_not_end_the_run() -> None:
+    def own(handler: Any) -> None:
+        text = handler.body["messages"][0]["content"]
+        if text == "fine":
+            fine(handler)
+        else:
+            code = {"long": "context_length_exceeded", "bad": "content_filter"}.get(text)
+            reply(handler, 400, json.dumps({"error": {"message": f"no, since it is {text}", "code": code}}))
+
+    def errors(*texts: str) -> list[str]:
+        asked = [Request(messages=[{"role": "user", "content": text}], max_tokens=9) for text in texts]
+        return [one.error for one in Server(*[own] * 100).engine().run(asked)]
+
+    assert errors(*["long"] * 20, "fine") == ["too long"] * 20 + [""]
+    assert errors(*["bad"] * 20) == ["filtered"] * 20
+    assert errors(*"abcdefghijkl") == ["refused"] * 12
+    assert errors("fine", *["a"] * 20)[1:] == ["refused"] * 20
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, r"the key in \$X is refused \(no such thing\)"),
+        (403, r"refused with 403 \(no such thing\)"),
+        (404, r"refused with 404 \(no such thing\); see model, endpoint\.base_url"),
+    ],
+)
+def test_a_wrong_key_model_or_address_ends_the_run_at_once(status: int, said: str) -> None:
+    server = Server(*[lambda one: reply(one, status, '{"error": {"message": "no such thing"}}')] * 9)
+    engine = server.engine(concurrency=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match=said):
+            engine.run([Request(messages=ASK, max_tokens=9)] * 3)
+    assert len(server.seen) == 1
+
+
+def test_a_key_that_the_server_repeats_is_not_shown() -> None:
+    body = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}})
+    with pytest.raises(UserError, match="is refused") as caught:
+        one_of(lambda one: reply(one, 401, body))
+    assert KEY not in str(caught.value)
+
+
 def test_the_pace_is_kept() -> None:
     server = Server()
     server.engine(requests_per_minute=600).run([Request(messages=ASK, max_tokens=9)] * 6)
@@ -211,6 +407,15 @@ def test_a_real_vllm_server_writes_judges_and_keeps_to_a_schema(vllm_url: str) -
     check_schema_is_enforced(engine, "judge tiny")
     long = engine.run([Request(messages=[{"role": "user", "content": "word " * 500}], max_tokens=8)])
     assert long[0].error == "too long"
+    greedy = engine.run([Request(messages=ASK, max_tokens=5000)])
+    assert (greedy[0].error, greedy[0].detail) == (
+        "refused",
+        "max_completion_tokens=5000 cannot be greater than max_model_len=256. Please request fewer output tokens. "
+        "(parameter=max_completion_tokens, value=5000)",
+    )
+    nobody = OpenAIEngine(ModelConfig(model="other", endpoint=endpoint), SecretStr(KEY))
+    with pytest.raises(UserError, match="refused with 404 \\(The model `other` does not exist"):
+        nobody.run([Request(messages=ASK, max_tokens=8)])
     wrong = OpenAIEngine(ModelConfig(model="tiny", endpoint=endpoint), SecretStr("another"))
     with pytest.raises(UserError, match="refused"):
         wrong.run([Request(messages=ASK, max_tokens=8)])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enfo
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation import GradeTrialsStep, evaluate
 from cpt_ray.pairing import control_directive
-from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, ledger_entry
+from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, endpoint_key, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.report import REPORT
 from cpt_ray.rundir import RunDir
@@ -34,6 +35,7 @@ from cpt_ray.synthesis import (
     JudgeStep,
     Plan,
     Shards,
+    conclude,
     control_step,
     is_control,
     make_plan,
@@ -363,6 +365,113 @@ def test_a_rationale_is_read_by_its_schema_and_an_unreadable_one_is_no_score(tmp
                 assert (grade.judged, grade.criteria[0].reason) == (30.0, "So it is.")
 
 
+def concluded(plan: Plan, run: RunDir, writes: Callable[[Request], Completion]) -> None:
+    """A run to its end, with a writer that does this and a judge that finds the level in a text."""
+
+    def does(request: Request) -> Completion:
+        is_writer = not request.labels and "tell a writer" not in request.messages[-1]["content"]
+        return writes(request) if is_writer else answer(request)
+
+    conclude(plan, run, run_all(plan, run, FakeEngine(does)))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (Completion(error="refused", detail="no such field"), r"{n} of {n} answers were refused: no such field"),
+        (
+            Completion(error="cut off", detail="not finished after 20 tokens", text="half"),
+            r"{n} of {n} answers were cut off at 20 tokens: raise writer\.sampling\.max_tokens; see",
+        ),
+        (
+            Completion(error="cut off", detail="not finished after 20 tokens (all of the text is thoughts)"),
+            r"{n} of {n} answers were cut off at 20 tokens: raise writer\.sampling\.max_tokens, or turn thinking off",
+        ),
+        (
+            Completion(error="thoughts not ended", detail="all of the text is thoughts"),
+            r"{n} of {n} answers were thoughts without an answer: raise writer\.sampling\.max_tokens",
+        ),
+        (Completion(error="ended by abort", detail="x"), r"{n} of {n} answers were lost: ended by abort \(x\)"),
+        (
+            Completion(text="low text. B."),
+            r"\d+ of {n} answers are graded at another level than was asked for: the writer does not reach it, or the",
+        ),
+    ],
+)
+def test_no_pairs_end_the_run_with_what_was_lost_and_the_ledger_has_it(
+    made: Completion, said: str, tmp_path: Path
+) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+    number = 3 * len(plan.prompts_of("train"))
+    with pytest.raises(UserError, match="no pair was made: " + said.format(n=number)):
+        concluded(plan, run, lambda request: made)
+    ledger = run.read_json("ledger.json")
+    assert ledger["write"]["rows_in"] == number
+    assert sum(ledger["write"]["rejected"].values()) == (number if made.error else 0)
+    assert ledger["pair"]["rows_out"] == 0
+
+
+def test_what_is_lost_before_judging_is_said_before_the_writer_is_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+    number = 3 * len(plan.prompts_of("train"))
+
+    def writes(request: Request) -> Completion:
+        asked = request.messages[-1]["content"]
+        level = level_in(asked)
+        if "thing 1" not in asked and level != "low":
+            return Completion(error="cut off", text="half", detail="not finished after 20 tokens")
+        return Completion(text="low text. B. C.") if level == "mid" else answer(request)
+
+    concluded(plan, run, writes)
+    printed = capsys.readouterr().out.splitlines()
+    cut, other = (run.read_json("ledger.json")[stage]["rejected"] for stage in ("write", "pair"))
+    assert printed[-1].startswith("note: ")
+    assert (
+        printed[-1]
+        .split(": ", 2)[2]
+        .startswith(
+            f"{cut['cut off']} of {number} answers were cut off at 20 tokens: raise writer.sampling.max_tokens; "
+            f"{other['other level']} of {number} answers are graded at another level"
+        )
+    )
+
+
+def test_thoughts_are_counted_and_are_not_in_an_answers_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+    number = 3 * len(plan.prompts_of("train"))
+    thinks = {"num_tokens": 40, "had_thoughts": True, "thought_tokens": 30}
+    concluded(plan, run, lambda request: Completion(text=answer(request).text.replace("half", "mid text!"), **thinks))
+    written = run.read_json("ledger.json")["write"]
+    assert (written["with_thoughts"], written["thought_tokens"]) == (number, 30 * number)
+    assert f"{number} came with thoughts, which were cut (75% of the tokens)" in capsys.readouterr().out
+    generations = [row for name in run.names("generations") for row in run.read("generations", [name], Generation)]
+    assert {row.num_tokens for row in generations} == {10}
+
+
+def test_votes_that_did_not_come_are_named(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, "judge.mode=rationale", "judge.votes=3", levels=GIVEN)
+    votes = iter(range(10**6))
+
+    def filtered(request: Request) -> Completion:
+        if request.json_schema is None:
+            return answer(request)
+        if next(votes) % 3:
+            return Completion(error="filtered", detail="finish_reason content_filter")
+        return Completion(text=json.dumps({"words": {"reason": "So it is.", "level": 1}}))
+
+    write, (judge,), _ = steps_of(plan)
+    name, units = next(iter(plan_units(plan).items()))
+    run.write("units", name, units)
+    write(FakeEngine(filtered), run, name)
+    judge(FakeEngine(filtered), run, name)
+    grades = run.read("grades", [judge.output(name)], Grade)
+    assert {one.criteria[0].reason for one in grades} == {"unreadable verdict (2 of 3 votes): 2 filtered"}
+
+
 def test_an_engine_that_ignores_schemas_is_refused_at_the_start() -> None:
     with pytest.raises(UserError, match="rationales need a server that enforces schemas"):
         check_schema_is_enforced(FakeEngine(lambda request: Completion(text="Paris.")), "judge m")
@@ -565,6 +674,15 @@ def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
     for command in ("run", "synthesize", "evaluate"):
         assert main([command, str(tmp_path / "run.yaml"), endpoint]) == 1
         assert "set the environment variable NO_SUCH_KEY" in capsys.readouterr().err
+    for key in ("sk-one sk-two", "sk-\u00e9", "sk-one\nsk-two"):
+        monkeypatch.setenv("NO_SUCH_KEY", key)
+        assert main(["synthesize", str(tmp_path / "run.yaml"), endpoint]) == 1
+        shown = capsys.readouterr().err
+        assert "the environment variable NO_SUCH_KEY cannot be a key" in shown
+        assert "sk-" not in shown
+    monkeypatch.setenv("NO_SUCH_KEY", " sk-mine\n")
+    judge = make_run(tmp_path, endpoint)[0].config.judge
+    assert (found := endpoint_key(judge)) and found.get_secret_value() == "sk-mine"
     assert main(["train", str(tmp_path / "run.yaml"), endpoint]) == 1
     assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
     assert not run.path.exists()

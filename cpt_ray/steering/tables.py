@@ -19,6 +19,7 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.users import Answer
+from cpt_ray.thoughts import opens_thoughts, without_thoughts
 
 _TURN = threading.Lock()
 """A pool calls its actors by several threads; those of this module are for one at a time."""
@@ -199,7 +200,11 @@ class AdapterActor:
             number = self._numbers.setdefault(name, len(self._numbers) + 1)
             adapters.append(LoRARequest(name, number, str(self._folder / name)))
         outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
-        return [replace(row, text=one.outputs[0].text.strip()) for row, one in zip(rows, outputs, strict=True)]
+        return [replace(row, text=self._text(one)) for row, one in zip(rows, outputs, strict=True)]
+
+    def _text(self, output: Any) -> str:
+        begun = opens_thoughts(self._llm.get_tokenizer(), output.prompt_token_ids or ())
+        return without_thoughts(output.outputs[0].text, begun).answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,74 @@
+"""What answers were lost to, in words that say what to change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.records import Reject
+from cpt_ray.rundir import RunDir
+from cpt_ray.thoughts import DETAILS, NOT_ENDED, UNCLEAR
+
+REJECTED = "rejected: "
+"""In front of the reason, in the counts of a shard."""
+OF_PAIRS = ("control has the level", "length ratio")
+"""Reasons for which a pair is dropped, not an answer."""
+LEAST_SHARE = 0.05
+"""What fewer answers than this were lost to is not worth a word."""
+
+_THINK_LESS = "turn thinking off ({role}.chat_template_kwargs, or the server's own setting)"
+_OTHER_LEVEL = "the {role} does not reach it, or the judge does not see it"
+_CHANGES = {
+    "cut off": "were cut off at {max_tokens} tokens: raise {role}.sampling.max_tokens",
+    "too long": "were too long ({detail}): lower {role}.sampling.max_tokens, or give the model more context",
+    "refused": "were refused: {detail}",
+    "filtered": "were filtered ({detail}): use another {role} or other prompts",
+    "tool call": "were calls of tools instead of texts: use another {role}",
+    "empty answer": "were empty ({detail})",
+    NOT_ENDED: f"were thoughts without an answer: raise {{role}}.sampling.max_tokens, or {_THINK_LESS}",
+    UNCLEAR: f"have a mark of thoughts in their middle: {_THINK_LESS}",
+    "ungraded": "have no grade: {detail}",
+    "other level": f"are graded at another level than was asked for: {_OTHER_LEVEL}",
+    "between two levels": f"are graded between the level that was asked for and another: {_OTHER_LEVEL}",
+    "same text": "have the text of another level's answer",
+    "near duplicate": "nearly repeat an earlier answer: raise synthesis.near_duplicates",
+    "no partner": "have no other answer left to be compared with",
+    "control has the level": "{detail}: lower synthesis.control",
+    "length ratio": "differ too much in length ({detail}): raise synthesis.max_length_ratio",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that rejects answers: where it keeps them, and whose answers they are."""
+
+    name: str
+    table: str
+    shards: Sequence[str]
+    role: str
+    model: ModelConfig
+
+    def losses(self, run: RunDir, entry: Mapping[str, Any], total: int, most: int = 2) -> list[str]:
+        """The largest reasons of its ledger entry, with their number, of `total` answers, and what to change."""
+        rejected = Counter({one: count for one, count in entry["rejected"].items() if one != "no partner"})
+        largest = (rejected or Counter(entry["rejected"])).most_common(most)
+        return [self._told(run, *one, total) for one in largest if one[1] >= LEAST_SHARE * total]
+
+    def _told(self, run: RunDir, reason: str, count: int, total: int) -> str:
+        detail = self._detail(run, reason)
+        change = _CHANGES.get(reason, f"were lost: {reason} ({{detail}})")
+        if reason == "cut off" and DETAILS[NOT_ENDED] in detail:
+            change += f", or {_THINK_LESS}"
+        told = change.format(role=self.role, max_tokens=self.model.sampling.max_tokens, detail=detail)
+        return f"{count} pairs {told}" if reason in OF_PAIRS else f"{count} of {total} answers {told}"
+
+    def _detail(self, run: RunDir, reason: str) -> str:
+        """The most frequent one of this reason in the first shard that has any."""
+        for shard in self.shards:
+            if run.counts(self.table, shard).get(f"{REJECTED}{reason}"):
+                rows = run.read("rejects", [f"{self.name}-{shard}"], Reject)
+                return Counter(row.detail for row in rows if row.reason == reason).most_common(1)[0][0]
+        return ""

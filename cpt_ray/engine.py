@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cpt_ray.config import ModelConfig, SamplingConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line
 from cpt_ray.prompting import ChatMessage, PromptTokens
+from cpt_ray.templates import ChatTemplate, control_tokens, find_control_token
 from cpt_ray.texts import is_blank
 from cpt_ray.thoughts import DETAILS, NOT_ENDED, mark_tokens, opens_thoughts, without_thoughts
 
@@ -60,6 +61,17 @@ def engine_arguments(config: ModelConfig) -> dict[str, Any]:
         # offset, which CPU generators do not have), so prompts are prefilled whole.
         arguments |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enable_chunked_prefill": False}
     return arguments | config.engine
+
+
+def _check_template(config: ModelConfig) -> None:
+    """UserError if the chat template drops what a system message or a user says; before the weights are loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or config.path)
+    except (ImportError, OSError, ValueError):  # vLLM says what is wrong with it, or has a tokenizer of its own for it
+        return
+    ChatTemplate(tokenizer, config.chat_template_kwargs, config.model).check()
 
 
 def _check_reasoning_parser(config: ModelConfig) -> None:
@@ -167,12 +179,16 @@ class _Batch:
 
 
 class VllmEngine:
-    """A vLLM engine in this process, kept full: what several threads ask for is worked on together."""
+    """A vLLM engine in this process, kept full: what several threads ask for is worked on together.
+
+    UserError if the model's chat template drops what a system message or a user says.
+    """
 
     def __init__(self, config: ModelConfig):
         from transformers import TokenizersBackend
         from vllm import LLM
 
+        _check_template(config)
         arguments = {"disable_log_stats": True, "structured_outputs_config": TIGHT_JSON, **engine_arguments(config)}
         self._llm = LLM(**arguments)
         self._engine = self._llm.llm_engine
@@ -180,6 +196,7 @@ class VllmEngine:
         self._token_ids = PromptTokens(self._tokenizer, config.chat_template_kwargs)
         is_fast = isinstance(self._tokenizer, TokenizersBackend)
         self._decoder: Any = self._tokenizer.backend_tokenizer if is_fast else None
+        self._control = control_tokens(self._tokenizer)
         self._max_model_len = self._engine.model_config.max_model_len
         self._label_ids: dict[str, list[int]] = {}
         self._mark_tokens = mark_tokens(self._tokenizer)
@@ -191,11 +208,16 @@ class VllmEngine:
         threading.Thread(target=self._work, daemon=True).start()
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request and sample; a prompt too long for the model is never sent."""
+        """One completion per request and sample; what is too long, or has a control token in a text, is never sent."""
         prompts = self._token_ids([request.messages for request in requests])
         both = list(enumerate(zip(requests, prompts, strict=True)))
         room = self._max_model_len
-        fits = {at: (ids, self._params(one)) for at, (one, ids) in both if len(ids) + one.max_tokens <= room}
+        marked = {at: token for at, one in enumerate(requests) if (token := self._control_token(one))}
+        fits = {
+            at: (ids, self._params(one))
+            for at, (one, ids) in both
+            if len(ids) + one.max_tokens <= room and at not in marked
+        }
         batch = _Batch(fits)
         if batch.asked:
             self._inbox.put(batch)
@@ -205,11 +227,17 @@ class VllmEngine:
         for at, (request, ids) in both:
             if at in batch.outputs:
                 completions += self._completions(request, batch.outputs[at])
-            else:
-                detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {room}"
-                refused = Completion(error="too long", detail=detail, num_prompt_tokens=len(ids))
-                completions += [refused] * request.samples
+                continue
+            detail = f"{len(ids)} prompt + {request.max_tokens} answer tokens, model takes {room}"
+            refused = Completion(error="too long", detail=detail, num_prompt_tokens=len(ids))
+            if at in marked:
+                refused = Completion(error="control token", detail=f"{marked[at]!r} would end or begin a turn")
+            completions += [refused] * request.samples
         return completions
+
+    def _control_token(self, request: Request) -> str:
+        texts = (find_control_token(self._control, message["content"]) for message in request.messages)
+        return next(filter(None, texts), "")
 
     def _wait(self, done: Future[None]) -> None:
         while True:

@@ -24,6 +24,7 @@ _OTHER_LEVEL = "the {role} does not reach it, or the judge does not see it"
 _CHANGES = {
     "cut off": "were cut off at {max_tokens} tokens: raise {role}.sampling.max_tokens",
     "too long": "were too long ({detail}): lower {role}.sampling.max_tokens, or give the model more context",
+    "control token": "hold a control token of the model in their prompt ({detail}): mend the prompts",
     "refused": "were refused: {detail}",
     "filtered": "were filtered ({detail}): use another {role} or other prompts",
     "tool call": "were calls of tools instead of texts: use another {role}",

@@ -53,6 +53,8 @@ from cpt_ray.rundir import RunDir, derive
 
 GRADE_FORMAT = 4
 """Goes up when a row of `grades` means something else than before."""
+REPEATS_FORMAT = 2
+"""The same for `repeats`."""
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled per one wanted: some leak, some repeat each other."""
 _RUBRICS = dict[str, Rubric]
@@ -65,6 +67,8 @@ class Plan:
     config: RunConfig
     rubrics: tuple[Rubric, ...]
     prompts: tuple[Prompt, ...]
+    rejects: tuple[Reject, ...] = ()
+    """Rows that repeat a prompt."""
 
     @property
     def by_id(self) -> _RUBRICS:
@@ -79,7 +83,8 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Reads and checks everything the run file names, before anything expensive starts."""
     rubrics = load_rubrics(config.rubric_paths)
-    plan = Plan(config=config, rubrics=rubrics, prompts=tuple(read_prompts(config.prompts)))
+    prompts = read_prompts(config.prompts)
+    plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
     for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
         is_elsewhere = model.endpoint is not None or Path(model.path).is_dir()
         if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
@@ -588,7 +593,7 @@ class Shards:
         """Every shard of rejects."""
         stages = {"direct": self.directives, "pair": self.pairs}
         found = [f"{stage}-{name}" for stage, names in stages.items() for name in names]
-        return [*found, *(f"{'control' if is_control(name) else 'write'}-{name}" for name in self.generations)]
+        return ["plan", *found, *(f"{'control' if is_control(name) else 'write'}-{name}" for name in self.generations)]
 
 
 @dataclass(frozen=True)
@@ -614,7 +619,10 @@ def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
     for name in units if chosen.near_duplicates else ():
         if not is_control(name):
             answers[rubric_of(name)].append(write.output(name))
-    repeats = {one: derive(f"{one}-", "repeats", chosen.near_duplicates, names) for one, names in answers.items()}
+    repeats = {
+        one: derive(f"{one}-", "repeats", REPEATS_FORMAT, chosen.near_duplicates, names)
+        for one, names in answers.items()
+    }
     beside = {_place(name): name for name in units if is_control(name)}
     groups = {}
     for name in units:
@@ -696,7 +704,11 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
         f"plan         {len(plan.rubrics)} rubrics, {splits[0]} prompts (+ {splits[1]} held out): "
         f"{num_units} units in {len(units)} shards"
     )
-    run.add_to_ledger("plan", {"rows_in": sum(splits), "rows_out": num_units})
+    reasons = dict(Counter(reject.reason for reject in plan.rejects))
+    run.add_to_ledger("plan", {"rows_in": sum(splits) + len(plan.rejects), "rows_out": num_units, "rejected": reasons})
+    run.write("rejects", "plan", plan.rejects)
+    if plan.rejects:
+        say(f"note: {len(plan.rejects)} rows repeat an earlier prompt and are left out ({plan.rejects[0].detail})")
     shards = name_shards(plan, list(units))
     write, judges, direct = steps_of(plan)
     control_shards = [name for name in units if is_control(name)]

@@ -20,14 +20,14 @@ from pathlib import Path
 
 from cpt_ray import __version__
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
-from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config
+from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
 from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.pool import endpoint_key
-from cpt_ray.publishing import push
+from cpt_ray.publishing import HUB, push
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import RunDir
@@ -212,7 +212,16 @@ def _file_hash(path: Path) -> str:
 
 def push_model(arguments: argparse.Namespace) -> None:
     """The run's model to a folder or to the Hugging Face Hub."""
-    push(RunDir(Path(load_any_config(Path(arguments.run_file), arguments.overrides).run_dir)), arguments.target)
+    run = RunDir(Path(load_any_config(Path(arguments.run_file), arguments.overrides).run_dir))
+    push(run, arguments.target if arguments.target.startswith(HUB) else str(_given_path("TARGET", arguments.target)))
+
+
+def _given_path(name: str, text: str) -> Path:
+    """A path among the arguments, with its ~ put in; UserError for an address."""
+    try:
+        return Path(local_path(text))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def steer(arguments: argparse.Namespace) -> None:
@@ -233,7 +242,7 @@ def steer(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         stage.describe(steering)
         return
-    choices = stage.read_choices(Path(arguments.choices)) if arguments.action == "infer" else []
+    choices = stage.read_choices(_given_path("--choices", arguments.choices)) if arguments.action == "infer" else []
     with run.locked(), connected(arguments.verbose, run.path / "ray.log"):
         if choices:
             say(json.dumps(stage.infer(steering, choices), indent=2, ensure_ascii=False))

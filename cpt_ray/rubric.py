@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.measures import MEASURES, WORD_LISTS_OF
 from cpt_ray.records import CONTROL, content_id
 
@@ -244,7 +244,8 @@ def validation_lines(error: ValidationError, model: type[BaseModel]) -> list[str
     lines = []
     for one in error.errors():
         where = ".".join(str(part) for part in one["loc"])
-        found = repr(one["input"])[:60]
+        is_plain = one["input"] is not None and not isinstance(one["input"], bool)
+        found = repr(one["input"])[:60] if is_plain else kind_of(one["input"])
         match one["type"]:
             case "extra_forbidden":
                 known = _fields_at(model, one["loc"][:-1])
@@ -256,6 +257,10 @@ def validation_lines(error: ValidationError, model: type[BaseModel]) -> list[str
                 lines.append(f"{where}: {text}" if where else text)
             case "string_pattern_mismatch":
                 lines.append(f"{where}: found {found}; use lower-case letters, digits and hyphens, a letter first")
+            case "tuple_type" | "list_type":
+                lines.append(f"{where}: found {found}; expected a list, like [a, b]")
+            case "dict_type" | "model_type" | "model_attributes_type":
+                lines.append(f"{where}: found {found}; expected entries, like {{name: value}}")
             case "string_type":
                 lines.append(f"{where}: found {found}; expected text (put it in quotes)")
             case _:

@@ -177,7 +177,9 @@ class VllmServer:
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), Record(served.run)
-        return Frontend(app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences())
+        return Frontend(
+            app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences(), _fields_of(app)
+        )
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
@@ -201,6 +203,12 @@ class VllmServer:
             self._record.write()
         if self._engine is not None:
             self._engine.shutdown()
+
+
+def _fields_of(app: Any) -> frozenset[str]:
+    """The names of all fields that vLLM's routes know."""
+    schemas = app.openapi().get("components", {}).get("schemas", {}).values()
+    return frozenset(name for one in schemas for name in one.get("properties", ()))
 
 
 def _blame_bodies(app: Any) -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import Catalog
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
 
@@ -67,7 +67,7 @@ class Choice:
 def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
     """A client's choices; UserError, in one line, for whatever is not 1 to MAX_CHOICES of them."""
     if not isinstance(data, list) or not 0 < len(data) <= MAX_CHOICES:
-        found = f"{len(data)} of them" if isinstance(data, list) else f"a {type(data).__name__}"
+        found = f"{len(data)} of them" if isinstance(data, list) else kind_of(data)
         raise UserError(f"{where}: found {found}; give a list of 1 to {MAX_CHOICES} choices")
     names = ("prompt", "chosen", "rejected")
     choices = []

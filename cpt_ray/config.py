@@ -553,13 +553,27 @@ class ServeConfig(_Section):
     configurations: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], dict[str, str | float]] = {}
     """Saved configurations: name to {rubric: level or score}; asked for by name, or as the model `cpt:NAME`."""
     frontend: VllmArguments = {}
-    """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names."""
+    """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names.
+    allowed_origins lists the pages of other origins that may ask; without it there are none."""
     base: bool = False
     """Serves the untuned model too, at /base: as many replicas again."""
     preferences: Literal["directive", "gated_lora", "soft_prompt"] = "directive"
     """What steers a chat that names a user's choices: the inferred directive, or what `cpt steer fit` trained."""
     adapters: dict[str, StoragePath] = {}
     """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
+
+    @field_validator("frontend")
+    @classmethod
+    def _opens_to_whole_origins(cls, frontend: dict[str, Any]) -> dict[str, Any]:
+        """A text in a list's place would be searched for parts of it, and an origin with a path never matches."""
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            texts = frontend.get(name, [])
+            if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"{name}: found {texts!r}; expected a list of texts")
+        for origin in frontend.get("allowed_origins", ()):
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s*]+", origin):
+                raise ValueError(f"allowed_origins: found {origin!r}; expected one like https://example.org, or *")
+        return frontend
 
 
 class TuneConfig(_Section):

@@ -52,6 +52,8 @@ PAGE_POLICY = (
 APPLIED_HEADER = b"x-cpt-configuration"
 SOURCE_HEADER = b"x-cpt-configuration-from"
 """Whether the configuration is the one that was asked for or that of the preferences named beside it."""
+EXPOSED_HEADERS = [APPLIED_HEADER.decode(), SOURCE_HEADER.decode(), "retry-after", "x-request-id"]
+"""What pages of other origins may read, if they may ask at all."""
 CONFIGURED_PREFIX = "cpt:"
 """Begins a model name that carries a configuration."""
 MAX_NAME = 60
@@ -372,6 +374,26 @@ class Frontend:
         return models
 
 
+def open_to_pages(app: AsgiApp, arguments: Mapping[str, Any]) -> AsgiApp:
+    """`app`, which pages of `allowed_origins` may ask and read; as it is if there are none.
+
+    It is around all of it, not in vLLM's place behind the keys: a browser's preflight has no key, and a page that may
+    not read a refusal cannot say why it was refused. The arguments are vLLM's.
+    """
+    from starlette.middleware.cors import CORSMiddleware
+
+    if not arguments.get("allowed_origins"):
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=arguments["allowed_origins"],
+        allow_methods=arguments.get("allowed_methods", ["*"]),
+        allow_headers=arguments.get("allowed_headers", ["*"]),
+        allow_credentials=arguments.get("allow_credentials", False),
+        expose_headers=EXPOSED_HEADERS,
+    )
+
+
 def _under_preferences(path: str) -> bool:
     return path == PREFERENCES_PATH or path.startswith(f"{PREFERENCES_PATH}/")
 
@@ -383,8 +405,8 @@ def _owner(key: Key | None) -> str:
 
 # ---------------------------------------------------------------- bodies
 
-_HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
-"""A surrogate in a JSON text, as such or as an escape, of a pair or not."""
+_SURROGATES = (re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\xed[\xa0-\xbf]"))
+"""In UTF-8, as an escape (of a pair or not) and as such; two patterns, since a fixed beginning is searched for fast."""
 
 
 def read_object(body: bytes) -> dict[str, Any] | None:
@@ -394,14 +416,15 @@ def read_object(body: bytes) -> dict[str, Any] | None:
     takes.
     """
     try:
-        text = body.decode(json.detect_encoding(body), "surrogatepass")
-        data = json.loads(text, object_pairs_hook=_object)
+        data = json.loads(body, object_pairs_hook=_object)
     except UserError:
         raise
     except (ValueError, RecursionError):
         return None
-    if _HALF.search(text) and (where := _half_in(data)) is not None:
-        raise UserError(f"{where or 'body'}: holds half a character (a lone surrogate, like \\ud83d); send whole ones")
+    is_wide = b"\0" in body[:4]  # UTF-16 or UTF-32
+    may_have = is_wide or any(one.search(body) for one in _SURROGATES)
+    if may_have and (where := _half_in(data) or _half_in_arguments(data)):
+        raise UserError(f"{where}: holds half a character (a lone surrogate, like \\ud83d); send whole ones")
     return data if isinstance(data, dict) else None
 
 
@@ -411,6 +434,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise UserError(f"{twice[:MAX_NAME]}: stands twice in one object; leave one out")
     return data
+
+
+def _half_in_arguments(data: Any) -> str | None:
+    """The same, in the JSON texts of tool calls, which vLLM reads for the chat template."""
+    messages = data.get("messages") if isinstance(data, dict) else None
+    for at, message in enumerate(messages if isinstance(messages, list) else ()):
+        with contextlib.suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            for call in message["tool_calls"]:
+                if _half_in(json.loads(call["function"]["arguments"])) is not None:
+                    return f"messages[{at}].tool_calls"
+    return None
 
 
 def _half_in(data: Any) -> str | None:
@@ -425,7 +459,7 @@ def _half_in(data: Any) -> str | None:
     while left:
         where, value = left.pop()
         if isinstance(value, str) and not _is_whole(value):
-            return where
+            return where or "body"
         if isinstance(value, list):
             left += [(f"{where}[{at}]", one) for at, one in enumerate(value)]
         if isinstance(value, dict):

@@ -44,6 +44,7 @@ from cpt_ray.frontend import (
     Frontend,
     Steerer,
     counting,
+    open_to_pages,
 )
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.rundir import RunDir
@@ -121,6 +122,7 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+        from starlette.middleware.cors import CORSMiddleware
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.config import StructuredOutputsConfig
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -168,8 +170,9 @@ class VllmServer:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)
-        # it walks the routes for each request, to count what Record counts
-        app.user_middleware = [one for one in app.user_middleware if one.cls is not PrometheusInstrumentatorMiddleware]
+        # the first walks the routes for each request, to count what Record counts; the other is put around all of it
+        dropped = (PrometheusInstrumentatorMiddleware, CORSMiddleware)
+        app.user_middleware = [one for one in app.user_middleware if one.cls not in dropped]
         app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         enable_envs_cache()  # vLLM's server asks the environment anew for every request and answer
@@ -177,9 +180,10 @@ class VllmServer:
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), Record(served.run)
-        return Frontend(
+        front = Frontend(
             app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences(), _fields_of(app)
         )
+        return open_to_pages(front, served.frontend)
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore

@@ -26,6 +26,7 @@ from cpt_ray.frontend import (
     Call,
     Frontend,
     configure,
+    open_to_pages,
     read_object,
 )
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
@@ -66,7 +67,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 def ask(
-    method: str, path: str, headers: dict[str, str] | None = None, front: Frontend | None = None, **given: Any
+    method: str, path: str, headers: dict[str, str] | None = None, front: Any = None, **given: Any
 ) -> httpx.Response:
     """One request to the front; the key is sent unless `headers` are given."""
 
@@ -367,6 +368,15 @@ def test_half_a_character_is_a_bad_request_that_names_it(path: str, body: bytes,
     assert answer.json()["error"]["message"].startswith(f"{where}: holds half a character")
 
 
+def test_half_a_character_in_a_tool_calls_arguments_is_found() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"to": "\\ud83d"}'}}
+    answer = ask("POST", CHAT, json={"messages": [*USER, {"role": "assistant", "tool_calls": [call]}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("messages[1].tool_calls: holds half a character")
+    call["function"] = {"name": "f", "arguments": '{"to": "\\ud83d\\ude00"}'}
+    assert ask("POST", CHAT, json={"messages": [*USER, {"tool_calls": [call]}, 1, {}]}).status_code == 200
+
+
 @given(st.text() | st.just("\U0001f600"), st.booleans())
 def test_whole_characters_pass_in_every_spelling(text: str, ascii_only: bool) -> None:
     body = json.dumps({"model": "m", "stop": text, text: 1}, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
@@ -380,6 +390,70 @@ def test_other_encodings_of_json_are_read_as_vllm_reads_them(encoding: str) -> N
     assert read_object('{"stop": "\U0001f600"}'.encode(encoding)) == {"stop": "\U0001f600"}
     with pytest.raises(UserError, match="stop: holds half a character"):
         read_object('{"stop": "\\ud83d"}'.encode(encoding))
+
+
+# ---------------------------------------------------------------- pages of other origins
+
+PAGE_ORIGIN = "http://localhost:5173"
+PREFLIGHT = {
+    "Origin": PAGE_ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def from_page(front: Any, method: str, path: str, headers: dict[str, str], **given: Any) -> httpx.Response:
+    opened = open_to_pages(front, {"allowed_origins": [PAGE_ORIGIN], "allow_credentials": True})
+    return ask(method, path, {"Origin": PAGE_ORIGIN, **headers}, opened, **given)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/configurations", "/v1/preferences", "/health", "/nowhere"])
+def test_a_preflight_of_a_page_that_is_let_in_needs_no_key(path: str) -> None:
+    answer = from_page(make_front(echo), "OPTIONS", path, PREFLIGHT)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == PAGE_ORIGIN
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert answer.headers["access-control-allow-headers"] == "authorization,content-type"
+
+
+async def models(scope: Any, receive: Any, send: Any) -> None:
+    """Lists models as vLLM does."""
+    body = b'{"data": [{"id": "m"}]}'
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize(
+    ("app", "method", "path", "headers", "status"),
+    [
+        (echo, "POST", CHAT, AUTHORIZED, 200),
+        (echo, "POST", CHAT, {}, 401),
+        (echo, "POST", f"{CHAT}?configuration=poet", AUTHORIZED, 400),
+        (echo, "POST", "/nowhere", AUTHORIZED, 404),
+        (echo, "GET", "/v1/configurations", AUTHORIZED, 200),
+        (models, "GET", "/v1/models", AUTHORIZED, 200),
+        (echo, "GET", "/playground", {}, 200),
+        (echo, "HEAD", "/v1/configurations", AUTHORIZED, 200),
+    ],
+)
+def test_a_page_that_is_let_in_reads_every_answer(
+    app: Any, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    answer = from_page(make_front(app), method, path, headers)
+    assert answer.status_code == status
+    assert answer.headers.get_list("access-control-allow-origin") == [PAGE_ORIGIN]
+    exposed = {one.strip() for one in answer.headers["access-control-expose-headers"].split(",")}
+    assert exposed >= {"x-cpt-configuration", "x-cpt-configuration-from", "retry-after"}
+
+
+def test_a_page_that_is_not_let_in_reads_nothing() -> None:
+    other = {**PREFLIGHT, "Origin": "http://elsewhere"}
+    assert from_page(make_front(echo), "OPTIONS", CHAT, other).status_code == 400
+    answer = from_page(make_front(echo), "GET", "/v1/configurations", {**AUTHORIZED, "Origin": "http://elsewhere"})
+    assert "access-control-allow-origin" not in answer.headers
+    front = make_front(echo)
+    assert open_to_pages(front, {"allowed_origins": []}) is front
+    assert ask("OPTIONS", CHAT, PREFLIGHT, front).status_code == 401
 
 
 # ---------------------------------------------------------------- HEAD

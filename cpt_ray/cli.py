@@ -179,8 +179,8 @@ def status(arguments: argparse.Namespace) -> None:
     """What a run has done and what it cost, from its directory alone."""
     run = RunDir(Path(arguments.run))
     made, ledger = run.read_yaml("run.yaml"), run.read_json("ledger.json") or {}
-    if made is None:
-        raise UserError(f"{run.path}: no run.yaml there; give the directory of a run (runs/NAME)")
+    if not isinstance(made, dict) or "name" not in made:
+        raise UserError(f"{run.path}: no run.yaml of a run there; give the directory of a run (runs/NAME)")
     say(f"{made['name']}: {'a process is at work on it' if run.busy else 'no process is at work on it'}")
     say("\n".join(status_lines(ledger)) or "nothing is done yet")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -114,20 +115,24 @@ STAGES: dict[str, tuple[Callable[[Plan, RunDir], object], str]] = {
 }
 
 
-LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
-    "requests_per_minute": (int, "requests it may send each minute"),
-    "tokens_per_minute": (int, "prompt and answer tokens it may use each minute"),
-    "budget": (int, "prompt and answer tokens it may use in all"),
-    "days": (float, "how long it is good for"),
+LIMITS: dict[str, tuple[Callable[[str], float], float, str]] = {
+    "requests_per_minute": (int, 1e12, "requests it may send each minute"),
+    "tokens_per_minute": (int, 1e12, "prompt and answer tokens it may use each minute"),
+    "budget": (int, 1e15, "prompt and answer tokens it may use in all"),
+    "days": (float, 36525, "how long it is good for"),
 }
-"""Limits that `cpt keys add` can put on a key."""
+"""Limits that `cpt keys add` can put on a key: kind, highest value, meaning."""
 
 
-def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+def _limit(kind: Callable[[str], float], most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < 1e15:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"found {text!r}; give {what} above 0, at most {most:,.0f}")
         return value
 
     return number
@@ -271,7 +276,8 @@ def manage_keys(arguments: argparse.Namespace) -> None:
     if arguments.action == "list":
         spent = run.read_json(SPENT_FILE) or {}
         for key in keyring.keys:
-            say(f"{key.name:<20} {key.describe(spent.get(key.name, 0))}")
+            name = key.name if key.name.isprintable() else ascii(key.name)  # of an earlier version
+            say(f"{name:<20} {key.describe(spent.get(key.name, 0))}")
     elif arguments.action == "revoke":
         keyring.revoke(arguments.name)
         say(f"{arguments.name} is revoked; a running server refuses it within a second")
@@ -315,8 +321,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "overrides", nargs="*", default=[], metavar="key=value", help="entries of the run file to change"
         )
-        for limit, (kind, about) in LIMITS.items() if name == "add" else ():
-            one.add_argument(f"--{limit.replace('_', '-')}", type=_above_zero(kind), metavar="N", help=about)
+        for limit, (kind, most, about) in LIMITS.items() if name == "add" else ():
+            one.add_argument(f"--{limit.replace('_', '-')}", type=_limit(kind, most), metavar="N", help=about)
     one = commands.add_parser("steer", help="few-shot steering: a user's choices set the dial")
     one.add_argument(
         "action",

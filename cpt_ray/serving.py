@@ -488,8 +488,8 @@ def _choose_keys(
     if insecure:
         return None, None
     given = api_key or os.environ.get(KEY_VARIABLE)
-    if given and not re.fullmatch(r"[!-~]+", given):
-        raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces")
+    if given and not re.fullmatch(r"[!-~]+", given := given.strip()):  # a key read from a file ends in a line break
+        raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces, and at least one")
     if given:
         return (Key(name=KEY_VARIABLE, hash=key_hash(given), created=time.time()),), None
     spent = run.read_json(SPENT_FILE) or {}

@@ -270,7 +270,8 @@ class Frontend:
             elif method == "POST":
                 await self._post(key, path, call, scope, receive_noted, send_noted)
             elif self._preferences is not None and _under_preferences(path):
-                await self._answer(self._preferences, key, method, path, None, send_noted)
+                if not await self._refused(key, send_noted):
+                    await self._answer(self._preferences, key, method, path, None, send_noted)
             elif (method, path) == ("GET", CONFIGURATIONS_PATH):
                 default = next(iter(self._catalogs.values()))
                 await _send_json(send_noted, 200, {**default.to_json(), **self._listing})
@@ -287,8 +288,7 @@ class Frontend:
                 await self._counts.charge(key, call.prompt_tokens + call.tokens)
 
     async def _post(self, key: Key | None, path: str, call: Call, scope: Message, receive: Receive, send: Send) -> None:
-        if key is not None and key.metered and (refusal := await self._counts.admit(key)):
-            await _refuse(send, refusal)
+        if await self._refused(key, send):
             return
         try:
             body = await _read_body(scope, receive)
@@ -322,6 +322,13 @@ class Frontend:
             return
         call.configuration = resolved.applied
         await self._app(_with_length(scope, len(body)), _replay(body, receive), _saying(resolved, source, send))
+
+    async def _refused(self, key: Key | None, send: Send) -> bool:
+        """Counts one request against a key's limits; True if they leave no room, which is answered."""
+        refusal = await self._counts.admit(key) if key is not None and key.metered else None
+        if refusal is not None:
+            await _refuse(send, refusal)
+        return refusal is not None
 
     def _check_fields(self, data: Mapping[str, Any]) -> None:
         """UserError for what would be passed over: a slip of the name of a field of ours, or one in the wrong place."""

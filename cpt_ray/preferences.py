@@ -217,7 +217,7 @@ class PreferenceStore:
         return None
 
     def _add_to(self, state: Preferences, choices: Sequence[Choice]) -> None:
-        kept = [*state.choices, *choices]
+        kept = [*state.choices, *state.new(choices)]
         if len(kept) > MAX_KEPT:
             raise UserError(f"choices: {len(kept)} with those that are known; one state has at most {MAX_KEPT}")
         if (size := sum(len(one.prompt) + len(one.chosen) + len(one.rejected) for one in kept)) > MAX_KEPT_CHARS:

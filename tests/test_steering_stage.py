@@ -150,7 +150,7 @@ def test_choices_in_a_file_become_a_belief(tmp_path: Path, capsys: pytest.Captur
     choices.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main(["steer", "infer", path, "--choices", str(choices)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["num_choices"] == 2
+    assert found["num_choices"] == 1  # the same one twice
     assert set(found["probabilities"]["ornament"]) == set(LEVELS)
     assert found["question"] is None and found["configuration"] is None
     choices.write_text('{"prompt": "Write.", "chosen": 1, "rejected": "b"}\n', encoding="utf-8")

@@ -32,7 +32,7 @@ from pydantic import (
     model_validator,
 )
 
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, shown
 from cpt_ray.records import content_id
 from cpt_ray.rubric import _StrictLoader, read_yaml, validation_lines
 
@@ -57,7 +57,7 @@ class Range(NamedTuple):
 def _read_range(value: Any, least: int = 1) -> Range:
     pair = [value, value] if isinstance(value, int) else value
     if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(one) is int for one in pair)):
-        raise ValueError(f"found {value!r}; expected a number, or [fewest, most]")
+        raise ValueError(f"found {shown(value)}; expected a number, or [fewest, most]")
     if not least <= pair[0] <= pair[1] or pair[1] < 1:
         raise ValueError(
             f"found {value!r}; expected {least} or more as the fewest, and as many or more, not 0, as the most"

@@ -35,6 +35,11 @@ def kind_of(value: Any) -> str:
             return f"{value!s:.40}"
 
 
+def shown(value: Any) -> str:
+    """A value as an error repeats it, cut short; what has no letters of its own in words."""
+    return kind_of(value) if value is None or isinstance(value, bool) else repr(value)[:60]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`' (did you mean "x"?)'` for the nearest known name, else all of them, in the order given."""
     names = list(known)

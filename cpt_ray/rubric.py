@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from cpt_ray.errors import UserError, did_you_mean, kind_of
+from cpt_ray.errors import UserError, did_you_mean, shown
 from cpt_ray.measures import MEASURES, WORD_LISTS_OF
 from cpt_ray.records import CONTROL, content_id
 
@@ -244,8 +244,7 @@ def validation_lines(error: ValidationError, model: type[BaseModel]) -> list[str
     lines = []
     for one in error.errors():
         where = ".".join(str(part) for part in one["loc"])
-        is_plain = one["input"] is not None and not isinstance(one["input"], bool)
-        found = repr(one["input"])[:60] if is_plain else kind_of(one["input"])
+        found = shown(one["input"])
         match one["type"]:
             case "extra_forbidden":
                 known = _fields_at(model, one["loc"][:-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import gc
 import http.client
 import io
@@ -33,7 +34,7 @@ from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import engine_arguments, engine_env
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.frontend import (
     CONFIGURATIONS_PATH,
     OPEN_PATH,
@@ -428,16 +429,16 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
     serve, policy, name = config.serve, config.policy, config.name
     if serve.adapters:
         name, folders = f"{config.name}-base", {one: local_copy(where) for one, where in serve.adapters.items()}
-        ranks = [_read_json(folder / "adapter_config.json", "an adapter")["r"] for folder in folders.values()]
+        ranks = [_rank(one, folder) for one, folder in folders.items()]
         rank = next((one for one in LORA_RANKS if one >= max(ranks)), max(ranks))
         lora = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
         policy = policy.model_copy(update={"model": policy.path, "engine": lora | policy.engine})
-        catalogs = {one: _read_json(folder / CATALOG_FILE, "an adapter") for one, folder in folders.items()}
+        catalogs = {one: _read_json(folder / CATALOG_FILE, _of_adapter(one)) for one, folder in folders.items()}
     else:
         if not (model / "config.json").exists():
             raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
         policy = policy.model_copy(update={"model": str(model)})
-        catalogs = {name: _read_json(run.path / CATALOG_FILE, "the catalog")}
+        catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
     conditioning = None
     if serve.preferences != "directive":
         from cpt_ray.steering.serving import Conditioning, SavedForm
@@ -475,10 +476,30 @@ def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
     return {"override_generation_config": {**neutral, **asked, "max_new_tokens": None}}
 
 
-def _read_json(path: Path, what: str) -> Any:
-    if not path.exists():
-        raise UserError(f"{path}: not there; run `cpt train RUN_FILE` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _of_adapter(name: str) -> str:
+    return f"serve.adapters.{name} takes the folder adapter/ of a run"
+
+
+def _rank(name: str, folder: Path) -> int:
+    """Of an adapter."""
+    path = folder / "adapter_config.json"
+    rank = _read_json(path, _of_adapter(name)).get("r")
+    if not isinstance(rank, int):
+        raise UserError(f"{path}: no rank `r` there; {_of_adapter(name)}")
+    return rank
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    """The object in a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: found {kind_of(data)}; {remedy}")
+    return data
 
 
 def _choose_keys(
@@ -541,7 +562,11 @@ def _free_port(host: str, port: int) -> int:
             return int(listener.getsockname()[1])
     except OSError as error:
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else "unknown host"
-        raise UserError(f"cannot listen on {host}:{port} ({why}); try another, as with serve.port={port + 1}") from None
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            remedy = f"serve.port={port + 1 if port < 65535 else port - 1}"
+        else:
+            remedy = "serve.host=127.0.0.1 for this machine alone, or 0.0.0.0 for its network"
+        raise UserError(f"cannot listen on {host}:{port} ({why}); try another, as with {remedy}") from None
 
 
 def _reachable(host: str) -> str:

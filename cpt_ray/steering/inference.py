@@ -77,7 +77,9 @@ def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
         for name in names:
             text = one[name]
             is_text = isinstance(text, str) and 0 < len(text.strip()) <= len(text) <= MAX_CHARS
-            if not is_text or _SURROGATE.search(text):
+            if is_text and _SURROGATE.search(text):
+                raise UserError(f"{where}[{at}].{name}: holds half a character (a lone surrogate, like \\ud83d)")
+            if not is_text:
                 raise UserError(f"{where}[{at}].{name}: expected a text of 1 to {MAX_CHARS} characters")
         if one["chosen"] == one["rejected"]:
             raise UserError(f"{where}[{at}]: chosen and rejected are the same text; that is no choice")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cpt_ray.config import ModelConfig, SteerConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import Advance, progress, say
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.records import Generation, Grade, Trial, content_id
@@ -102,7 +102,13 @@ class Steering:
     @cached_property
     def learned_from(self) -> Population:
         """The writer's answers, to train prompts."""
-        rubrics = [one for one in self.plan.rubrics if one.id not in self.config.held_out_rubrics]
+        known, held_out = [one.id for one in self.plan.rubrics], self.config.held_out_rubrics
+        for name in held_out:
+            if name not in known:
+                raise UserError(f"steer.held_out_rubrics: no rubric {name!r}{did_you_mean(name, known)}")
+        rubrics = [one for one in self.plan.rubrics if one.id not in held_out]
+        if not rubrics:
+            raise UserError("steer.held_out_rubrics: names every rubric; leave one to learn from")
         if self.shards is None:
             return self._crowd(self._given["train"], rubrics)
         rows_of_judges = self.run.read("grades", self.shards.grades, Grade)

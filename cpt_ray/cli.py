@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,14 +21,14 @@ from pathlib import Path
 
 from cpt_ray import __version__
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
-from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config
+from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import say, status_lines
 from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.pool import endpoint_key
-from cpt_ray.publishing import push
+from cpt_ray.publishing import HUB, push
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import RunDir
@@ -114,20 +115,24 @@ STAGES: dict[str, tuple[Callable[[Plan, RunDir], object], str]] = {
 }
 
 
-LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
-    "requests_per_minute": (int, "requests it may send each minute"),
-    "tokens_per_minute": (int, "prompt and answer tokens it may use each minute"),
-    "budget": (int, "prompt and answer tokens it may use in all"),
-    "days": (float, "how long it is good for"),
+LIMITS: dict[str, tuple[Callable[[str], float], float, str]] = {
+    "requests_per_minute": (int, 1e12, "requests it may send each minute"),
+    "tokens_per_minute": (int, 1e12, "prompt and answer tokens it may use each minute"),
+    "budget": (int, 1e15, "prompt and answer tokens it may use in all"),
+    "days": (float, 36525, "how long it is good for"),
 }
-"""Limits that `cpt keys add` can put on a key."""
+"""Limits that `cpt keys add` can put on a key: kind, highest value, meaning."""
 
 
-def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+def _limit(kind: Callable[[str], float], most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < 1e15:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"found {text!r}; give {what} above 0, at most {most:,.0f}")
         return value
 
     return number
@@ -183,8 +188,8 @@ def status(arguments: argparse.Namespace) -> None:
     """What a run has done and what it cost, from its directory alone."""
     run = RunDir(Path(arguments.run))
     made, ledger = run.read_yaml("run.yaml"), run.read_json("ledger.json") or {}
-    if made is None:
-        raise UserError(f"{run.path}: no run.yaml there; give the directory of a run (runs/NAME)")
+    if not isinstance(made, dict) or "name" not in made:
+        raise UserError(f"{run.path}: no run.yaml of a run there; give the directory of a run (runs/NAME)")
     say(f"{made['name']}: {'a process is at work on it' if run.busy else 'no process is at work on it'}")
     say("\n".join(status_lines(ledger)) or "nothing is done yet")
 
@@ -216,7 +221,16 @@ def _file_hash(path: Path) -> str:
 
 def push_model(arguments: argparse.Namespace) -> None:
     """The run's model to a folder or to the Hugging Face Hub."""
-    push(RunDir(Path(load_any_config(Path(arguments.run_file), arguments.overrides).run_dir)), arguments.target)
+    run = RunDir(Path(load_any_config(Path(arguments.run_file), arguments.overrides).run_dir))
+    push(run, arguments.target if arguments.target.startswith(HUB) else str(_given_path("TARGET", arguments.target)))
+
+
+def _given_path(name: str, text: str) -> Path:
+    """A path among the arguments, with its ~ put in; UserError for an address."""
+    try:
+        return Path(local_path(text))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def steer(arguments: argparse.Namespace) -> None:
@@ -237,7 +251,7 @@ def steer(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         stage.describe(steering)
         return
-    choices = stage.read_choices(Path(arguments.choices)) if arguments.action == "infer" else []
+    choices = stage.read_choices(_given_path("--choices", arguments.choices)) if arguments.action == "infer" else []
     with run.locked(), connected(arguments.verbose, run.path / "ray.log"):
         if choices:
             say(json.dumps(stage.infer(steering, choices), indent=2, ensure_ascii=False))
@@ -266,7 +280,8 @@ def manage_keys(arguments: argparse.Namespace) -> None:
     if arguments.action == "list":
         spent = run.read_json(SPENT_FILE) or {}
         for key in keyring.keys:
-            say(f"{key.name:<20} {key.describe(spent.get(key.name, 0))}")
+            name = key.name if key.name.isprintable() else ascii(key.name)  # of an earlier version
+            say(f"{name:<20} {key.describe(spent.get(key.name, 0))}")
     elif arguments.action == "revoke":
         keyring.revoke(arguments.name)
         say(f"{arguments.name} is revoked; a running server refuses it within a second")
@@ -310,8 +325,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "overrides", nargs="*", default=[], metavar="key=value", help="entries of the run file to change"
         )
-        for limit, (kind, about) in LIMITS.items() if name == "add" else ():
-            one.add_argument(f"--{limit.replace('_', '-')}", type=_above_zero(kind), metavar="N", help=about)
+        for limit, (kind, most, about) in LIMITS.items() if name == "add" else ():
+            one.add_argument(f"--{limit.replace('_', '-')}", type=_limit(kind, most), metavar="N", help=about)
     one = commands.add_parser("steer", help="few-shot steering: a user's choices set the dial")
     one.add_argument(
         "action",

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, kind_of
 from cpt_ray.prompting import ChatMessage
 from cpt_ray.texts import half_character, is_blank, messages_in, refuse_messages_in, same_text
 
@@ -150,7 +150,7 @@ def _user_turn(columns: Mapping[str, Any], questions: Sequence[str]) -> list[Cha
     _refuse_context({name: value for name, value in columns.items() if name != questions[0]})
     text = columns[questions[0]]
     if not isinstance(text, str):
-        raise UserError(f"{questions[0]}: {_kind(text)}; expected a text")
+        raise UserError(f"{questions[0]}: {kind_of(text)}; expected a text")
     return [{"role": "user", "content": _plain_text(text, questions[0])}]
 
 
@@ -250,7 +250,7 @@ def _with_system(columns: Mapping[str, Any], prompt: list[ChatMessage]) -> list[
             continue
         text = columns[name]
         if not isinstance(text, str):
-            raise UserError(f"{name}: {_kind(text)}; expected a text")
+            raise UserError(f"{name}: {kind_of(text)}; expected a text")
         if prompt and prompt[0]["role"] == "system":
             if prompt[0]["content"] != text:
                 raise UserError(f"{name} and the prompt's own system message differ; leave out one of them")
@@ -265,12 +265,12 @@ def _template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     if "tools" in columns:
         tools = _without_nulls(_parsed(columns["tools"], "tools"))
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise UserError(f"tools: {_kind(tools)}; expected a list of JSON schemas")
+            raise UserError(f"tools: {kind_of(tools)}; expected a list of JSON schemas")
         arguments["tools"] = tools
     if "chat_template_kwargs" in columns:
         more = _without_nulls(_parsed(columns["chat_template_kwargs"], "chat_template_kwargs"))
         if not isinstance(more, dict):
-            raise UserError(f"chat_template_kwargs: {_kind(more)}; expected an object")
+            raise UserError(f"chat_template_kwargs: {kind_of(more)}; expected an object")
         arguments |= more
     return arguments
 
@@ -315,7 +315,7 @@ def _turns(row: Mapping[str, Any], name: str) -> Turns:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
-        raise UserError(f"{name}: found {_kind(value)}; {EXPECTED}")
+        raise UserError(f"{name}: found {kind_of(value)}; {EXPECTED}")
     return [_message(message, f"{name}[{at}]") for at, message in enumerate(value)]
 
 
@@ -327,7 +327,7 @@ def _plain_text(text: str, name: str) -> str:
 def _message(value: Any, where: str) -> ChatMessage:
     """A message as the chat template takes it, whole; its content one text."""
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: found {_kind(value)}; expected a message: role and content")
+        raise UserError(f"{where}: found {kind_of(value)}; expected a message: role and content")
     calls = value.get("tool_calls")
     if "role" not in value or ("content" not in value and not calls):
         raise UserError(f"{where}: found {', '.join(map(str, value))}; expected a message: role and content")
@@ -350,7 +350,7 @@ def _content(value: Any, has_calls: bool, where: str) -> str:
     parts = value if isinstance(value, list | tuple) else [value]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: found {_kind(value)}; expected a text, or a list of text parts")
+        raise UserError(f"{where}: found {kind_of(value)}; expected a text, or a list of text parts")
     return "\n".join(map(str, texts))  # as the server joins them
 
 
@@ -395,17 +395,3 @@ def _check_turns(comparison: Comparison) -> None:
             how = "begins with" if wrong[0] == 0 else "has"
             role = answer[wrong[0]]["role"]
             raise UserError(f"{name} {how} a {role} message; an answer is what the assistant says to one prompt")
-
-
-_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (bool, "true or false"),
-    ((int, float), "a number"),
-    (str, "a text"),
-    (Mapping, "an object"),
-    ((list, tuple), "a list"),
-)
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    return next((words for kind, words in _KINDS if isinstance(value, kind)), "nothing" if value is None else "a value")

@@ -1,17 +1,21 @@
 """The run file: one YAML of plain data, checked before anything expensive starts.
 
-`key=value` on the command line overrides one entry (`train.beta=0.2`). Unknown keys are errors.
+`key=value` on the command line overrides one entry (`train.beta=0.2`). A text is taken as it was typed, anything else
+is read as YAML (`train.num_workers=[1, 4]`). Unknown keys are errors. Of what a shell replaces in a path, only a
+leading `~` is replaced here.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -23,12 +27,14 @@ from pydantic import (
     PlainSerializer,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, shown
 from cpt_ray.records import content_id
-from cpt_ray.rubric import read_yaml, validation_lines
+from cpt_ray.yaml_file import StrictLoader, read_yaml, validation_lines
 
 EMBEDDED = "embedded"
 """The model name that stands for the tiny model shipped with the package."""
@@ -51,7 +57,7 @@ class Range(NamedTuple):
 def _read_range(value: Any, least: int = 1) -> Range:
     pair = [value, value] if isinstance(value, int) else value
     if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(one) is int for one in pair)):
-        raise ValueError(f"found {value!r}; expected a number, or [fewest, most]")
+        raise ValueError(f"found {shown(value)}; expected a number, or [fewest, most]")
     if not least <= pair[0] <= pair[1] or pair[1] < 1:
         raise ValueError(
             f"found {value!r}; expected {least} or more as the fewest, and as many or more, not 0, as the most"
@@ -64,14 +70,129 @@ OneOrMore = Annotated[Range, BeforeValidator(_read_range), _AS_READ]
 NoneOrMore = Annotated[Range, BeforeValidator(functools.partial(_read_range, least=0)), _AS_READ]
 
 
+# ---------------------------------------------------------------- paths
+
+_VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}|%[A-Za-z_]\w{2,}%")
+"""What only a shell replaces."""
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def expanded(text: str) -> str:
+    """A path with its leading `~` put in; ValueError for what only a shell would put in, and for control characters."""
+    if _CONTROL.search(text):
+        raise ValueError(f"found {text!r}; a path has no line breaks or other control characters here")
+    if found := _VARIABLE.search(text):
+        raise ValueError(
+            f"found {text!r}; {found.group()} is not replaced here (nor by a shell within single quotes); "
+            "write the whole path"
+        )
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"found {text!r}; there is no user of that name here; write the whole path, or ./{text}")
+    return path
+
+
+def local_path(text: str) -> str:
+    """`expanded`; ValueError for an address (s3://...) as well, of which a folder named "s3:" would be made."""
+    if found := _SCHEME.match(text):
+        what = "the path alone" if found[1].lower() == "file" else "a path of this machine, or of a shared disk"
+        raise ValueError(f"found {text!r}; addresses ({found[1]}:) are not read or written here; give {what}")
+    return expanded(text)
+
+
+def _storage_path(text: str) -> str:
+    """`expanded`; addresses are fine if they are whole."""
+    found = _SCHEME.match(text)
+    if found and not text.startswith(f"{found[1]}://"):
+        raise ValueError(f"found {text!r}; an address begins with {found[1]}://")
+    return text if found and not _VARIABLE.search(text.replace("%", "")) else expanded(text)
+
+
+def _source(text: str) -> str:
+    """`local_path`, of what may be a data set's name as well."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or a Hugging Face data set's name" if _SCHEME.match(text) else str(error)) from None
+
+
+def _model_name(text: str) -> str:
+    """`expanded`, but a `~` that is no user's is kept: endpoints have such names."""
+    return text if text.startswith("~") and os.path.expanduser(text) == text else expanded(text)
+
+
+def _with_homes(value: Any) -> Any:
+    """vLLM's arguments, whatever they are, with the `~` put in where a text begins with `~/`."""
+    if isinstance(value, Mapping):
+        return {name: _with_homes(inner) for name, inner in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+LocalPath = Annotated[str, AfterValidator(local_path)]
+StoragePath = Annotated[str, AfterValidator(_storage_path)]
+"""A folder, or a URI."""
+Source = Annotated[str, AfterValidator(_source)]
+VllmArguments = Annotated[dict[str, Any], AfterValidator(_with_homes)]
+
+
+# ---------------------------------------------------------------- sections
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_odd_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and what may be anything may be no number."""
+        leaves = list(_leaves(cls.model_fields[str(info.field_name)].annotation))
+        if any(_is_section(one) for one in leaves):  # which looks itself
+            return value
+        is_number = (int in leaves or float in leaves) and bool not in leaves
+        for one in _scalars(value):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"found {one}; give a finite number")
+            if isinstance(one, bool) and is_number:
+                shown = "true (or on, yes)" if one else "false (or off, no)"
+                raise ValueError(f"found {shown}, which is no number; a text of that name needs quotes")
+        return value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation comes to, without None: `str` of `tuple[str, ...] | None`."""
+    arguments = [one for one in get_args(annotation) if one not in (NoneType, Ellipsis)]
+    match get_origin(annotation):
+        case origin if origin is Literal:
+            yield str
+        case origin if origin is Annotated:
+            yield from _leaves(arguments[0])
+        case None:
+            yield annotation
+        case _:
+            for one in arguments:
+                yield from _leaves(one)
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """What is in lists and mappings, however deep."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _scalars(one)
+    else:
+        yield value
 
 
 class PromptsConfig(_Section):
     """Where the prompts come from."""
 
-    source: str
+    source: Source
     """A .jsonl, .parquet or .csv file, or the name of a Hugging Face data set."""
     column: str = "prompt"
     data_split: str = "train"
@@ -153,7 +274,7 @@ SPEED_ARGUMENTS = {
 class ModelConfig(_Section):
     """A model role: which model, on which resources, in which engine."""
 
-    model: str
+    model: Annotated[str, AfterValidator(_model_name)]
     """"embedded", a folder, a Hugging Face name, or the endpoint's name for it."""
     endpoint: EndpointConfig | None = None
     """Ask this server; `engine` and `num_gpus` are then not used."""
@@ -164,11 +285,21 @@ class ModelConfig(_Section):
     """Logical CPUs per engine actor."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs per engine actor; set engine.tensor_parallel_size to the same number if it is above 1."""
-    engine: dict[str, Any] = {}
+    engine: VllmArguments = {}
     """vLLM engine arguments (dtype, max_model_len, gpu_memory_utilization, ...), checked by vLLM's own names."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template, such as {enable_thinking: false}."""
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _has_weights_here(self) -> Self:
+        is_remote = "://" in self.model.removeprefix("file://")  # vLLM reads some
+        if self.endpoint is None:
+            try:
+                (expanded if is_remote else local_path)(self.model)
+            except ValueError as error:
+                raise ValueError(f"model: {error}") from None
+        return self
 
     @property
     def path(self) -> str:
@@ -211,6 +342,12 @@ class JudgeConfig(ModelConfig):
     then a level, for every criterion, in JSON that the engine is made to write; for models that need to think."""
     votes: Positive = 1
     """Rationales per answer; their mean counts."""
+
+    @model_validator(mode="after")
+    def _votes_are_cast(self) -> Self:
+        if self.votes > 1 and self.mode == "logprobs":
+            raise ValueError("votes: they are of rationales, and there are none; add mode: rationale, or leave it out")
+        return self
 
     @property
     def answer_key(self) -> str:
@@ -282,8 +419,8 @@ class TrainConfig(_Section):
     num_workers: OneOrMore = Range(2, 2)
     """[min, max] goes on with fewer workers when nodes are lost and with more when they come."""
     use_gpu: bool = False
-    resources_per_worker: dict[str, float] | None = None
-    loss: Annotated[dict[Loss, float], Field(min_length=1)] = {"sigmoid": 1.0}
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    loss: Annotated[dict[Loss, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"sigmoid": 1.0}
     """Weights of TRL's losses of these names."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
@@ -307,7 +444,7 @@ class TrainConfig(_Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     save_steps: Positive = 50
     """Optimizer steps between checkpoints; what is held out is measured as often."""
-    checkpoints: str | None = None
+    checkpoints: StoragePath | None = None
     """Where checkpoints are kept, a folder or a URI (s3://, gs://, hdfs://); in the run directory unless given."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a died worker group is started again from the last checkpoint."""
@@ -342,6 +479,13 @@ class AnswersConfig(_Section):
     """Rubric id to the field of its grade, with dots between nested names; what is no number is ungraded."""
     scale: tuple[float, float] = (1, 5)
     """Lowest and highest grade; they become the rubric's lowest and highest anchor."""
+
+    @field_validator("scale")
+    @classmethod
+    def _goes_up(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] >= scale[1]:
+            raise ValueError(f"found {list(scale)}; give the lowest grade, then the highest")
+        return scale
 
 
 Form = Literal["film", "gated_lora", "soft_prompt"]
@@ -398,7 +542,7 @@ class SteerConfig(_Section):
     """Probability from which on an inferred level is acted upon."""
     lapse: Fraction = 0.1
     """Share of choices that say nothing, as directive inference takes it."""
-    prior: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    prior: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Rubric id to how likely a user cares about it before any choice, against 1 of those not named."""
 
 
@@ -418,23 +562,37 @@ class ServeConfig(_Section):
     """Which replica gets a request: the one with the fewest, or the one that had the same configuration (HAProxy's)."""
     configurations: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], dict[str, str | float]] = {}
     """Saved configurations: name to {rubric: level or score}; asked for by name, or as the model `cpt:NAME`."""
-    frontend: dict[str, Any] = {}
-    """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names."""
+    frontend: VllmArguments = {}
+    """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names.
+    allowed_origins lists the pages of other origins that may ask; without it there are none."""
     base: bool = False
     """Serves the untuned model too, at /base: as many replicas again."""
     preferences: Literal["directive", "gated_lora", "soft_prompt"] = "directive"
     """What steers a chat that names a user's choices: the inferred directive, or what `cpt steer fit` trained."""
-    adapters: dict[str, str] = {}
+    adapters: dict[str, StoragePath] = {}
     """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
+
+    @field_validator("frontend")
+    @classmethod
+    def _opens_to_whole_origins(cls, frontend: dict[str, Any]) -> dict[str, Any]:
+        """A text in a list's place would be searched for parts of it, and an origin with a path never matches."""
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            texts = frontend.get(name, [])
+            if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"{name}: found {texts!r}; expected a list of texts")
+        for origin in frontend.get("allowed_origins", ()):
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s*]+", origin):
+                raise ValueError(f"allowed_origins: found {origin!r}; expected one like https://example.org, or *")
+        return frontend
 
 
 class TuneConfig(_Section):
     """What tuning a policy needs, on whichever pairs."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    run_dir: str = ""
+    run_dir: LocalPath = ""
     """Where all of it is written; "runs/<name>" unless given. On a cluster: a folder every node sees."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     policy: ModelConfig
     """The model that is tuned, evaluated and served; its untuned form is the reference."""
     train: TrainConfig = TrainConfig()
@@ -442,15 +600,22 @@ class TuneConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_run_dir(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("run_dir") and isinstance(data.get("name"), str):
-            return {**data, "run_dir": f"runs/{data['name']}"}
-        return data
+        name = data.get("name") if isinstance(data, dict) and "run_dir" not in data else None
+        # a name with a line break is said to be wrong itself, and once
+        return {**data, "run_dir": f"runs/{name}"} if isinstance(name, str) and name.isprintable() else data
+
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _is_given(cls, run_dir: Any) -> Any:
+        if run_dir is None or run_dir == "":
+            raise ValueError('found nothing (YAML reads ~ so); give a path, in quotes if it is "~", or leave it out')
+        return run_dir
 
 
 class PreferencesConfig(_Section):
     """A preference set in TRL's format: prompt, chosen, rejected, as text or as messages."""
 
-    source: str
+    source: Source
     """A .jsonl, .parquet or .csv file, or the name of a Hugging Face data set."""
     data_split: str = "train"
 
@@ -464,7 +629,7 @@ class PreferenceRunConfig(TuneConfig):
 class RunConfig(TuneConfig):
     """One run of the whole loop."""
 
-    rubrics: Annotated[tuple[str, ...], Field(min_length=1)]
+    rubrics: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
     """Rubric files, or folders of them."""
     prompts: PromptsConfig
     writer: ModelConfig
@@ -513,17 +678,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | PreferenceRunConfig:
     """The run file of a whole loop or, if it names `preferences`, of a training alone."""
     data = read_yaml(path)
+    sections = {*data, *(one.partition("=")[0].partition(".")[0] for one in overrides)}
+    kind: type[RunConfig | PreferenceRunConfig] = PreferenceRunConfig if "preferences" in sections else RunConfig
     for override in overrides:
-        _apply(data, override)
-    kind: type[RunConfig | PreferenceRunConfig] = PreferenceRunConfig if "preferences" in data else RunConfig
+        _apply(kind, data, override)
     try:
         config = kind.model_validate(data)
     except ValidationError as error:
         lines = validation_lines(error, kind)
+        lines = [one for one in lines if not any(other.startswith(f"{_entry(one)}.") for other in lines)]
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
-        given = {override.partition("=")[0] for override in overrides}
-        told = [(line.partition(":")[0], line) for line in lines if not line.startswith(copies)]
-        problems = [f"{'override' if name in given else path}: {line}" for name, line in told]
+        given = [override.partition("=")[0] for override in overrides]
+        problems = [f"{_blamed(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
         raise UserError("\n".join(problems)) from None
     if JOB_ENV in os.environ and not os.path.isabs(config.run_dir):
         raise UserError(
@@ -533,15 +699,30 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
     return config
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+# ---------------------------------------------------------------- overrides
+
+
+def _entry(line: str) -> str:
+    """The name of an entry, with which the line of a problem begins."""
+    return line.partition(":")[0]
+
+
+def _blamed(path: Path, name: str, given: Sequence[str]) -> str:
+    """Where an entry was given."""
+    if any(f"{name}.".startswith(f"{one}.") for one in given):
+        return "override"
+    return f"{path}, overrides" if any(one.startswith(f"{name}.") for one in given) else str(path)
+
+
+def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise UserError(f"{override!r} is not key=value (for example train.beta=0.2)")
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        value = text
+        value = _typed(_annotation_at(kind, parts), text)
+    except ValueError as error:
+        raise UserError(f"override: {key}: {error}") from None
     for part in parts[:-1]:
         inner = data.get(part)
         if inner is None:
@@ -550,3 +731,83 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise UserError(f"{override!r}: {part!r} holds a value, not a section")
         data = inner
     data[parts[-1]] = value
+
+
+def _annotation_at(annotation: Any, parts: Sequence[str]) -> Any:
+    """Of the entry that `parts` name; Any where there is none of that name."""
+    for part in parts:
+        options = [_bare(one) for one in _options(annotation)]
+        section = next((one for one in options if _is_section(one)), None)
+        mapping = next((one for one in options if get_origin(one) is dict), None)
+        if section is not None and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+        else:
+            annotation = Any if mapping is None else get_args(mapping)[1]
+    return annotation
+
+
+def _bare(annotation: Any) -> Any:
+    return _bare(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
+
+
+def _options(annotation: Any) -> list[Any]:
+    annotation = _bare(annotation)
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+
+
+def _typed(annotation: Any, text: str) -> Any:
+    """The value of an override: its text where the entry is one, else what it says in YAML.
+
+    ValueError if it is neither.
+    """
+    if not text:
+        raise ValueError("has no value; give one, or leave it out (was it a variable that is not set?)")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"found {text!r}; it is not UTF-8")
+    options = [_bare(one) for one in _options(annotation)]
+    texts = [one for one in options if one is str or get_origin(one) is Literal]
+    if not texts:
+        return _read_yaml_value(text)
+    if text == "null" and NoneType in options:
+        return None
+    if text[0] == text[-1] and text[0] in "\"'" and len(text) > 1:
+        return _read_yaml_value(text)
+    if float in options and (number := _NUMBER.fullmatch(text)):
+        return float(number[0])
+    is_list = text.startswith("[") and any(get_origin(one) is tuple for one in options)
+    return _read_yaml_value(text) if is_list else text
+
+
+def _read_yaml_value(text: str) -> Any:
+    """ValueError for what cannot be read, or has a comment: its text would be lost."""
+    try:
+        value = yaml.load(text, Loader=_ValueLoader)
+        scalars = [one for one in yaml.scan(text) if isinstance(one, yaml.ScalarToken)]
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"found {text!r}; not read as YAML ({error.problem}); put texts in quotes") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"found {text!r:.100}; not read as YAML ({str(error)[:100]})") from None
+    read = {at for one in scalars for at in range(one.start_mark.index, one.end_mark.index)}
+    if any(letter == "#" and at not in read for at, letter in enumerate(text)):
+        raise ValueError(f"found {text!r}; what follows # would be a comment; put texts in quotes")
+    return value
+
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+
+class _ValueLoader(StrictLoader):
+    """Numbers as they are usually written (1e-3, but not 12:30 or 0123), and no dates."""
+
+
+_ValueLoader.yaml_implicit_resolvers = {
+    first: [one for one in known if one[0].rpartition(":")[2] in ("bool", "null")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in {
+    "int": r"[-+]?(0|[1-9]\d*)",
+    "float": rf"(?=.*[.eE]){_NUMBER.pattern}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _ValueLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$", re.ASCII), list("-+.0123456789")
+    )

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.prompting import compose_directives
 from cpt_ray.records import Directive
 from cpt_ray.rubric import Rubric
@@ -59,7 +59,7 @@ class CatalogRubric:
             shown = target[:MAX_SHOWN]
             raise UserError(f"{where}: no level {shown!r}{did_you_mean(shown, names)}")
         if isinstance(target, bool) or not isinstance(target, int | float):
-            raise UserError(f"{where}: found a {type(target).__name__}; give a level's name or a score from 0 to 100")
+            raise UserError(f"{where}: found {kind_of(target)}; give a level's name or a score from 0 to 100")
         if not 0 <= target <= 100:
             raise UserError(f"{where}: {target!r:.{MAX_SHOWN}} is not a score from 0 to 100")
         return min(self.levels, key=lambda level: (abs(level.score - target), -level.score))
@@ -104,8 +104,8 @@ class Catalog:
                 raise UserError(f"configuration: no saved configuration {shown!r}{did_you_mean(shown, self.saved)}")
             configuration = self.saved[configuration]
         if not isinstance(configuration, Mapping):
-            kind = type(configuration).__name__
-            raise UserError(f'configuration: found a {kind}; give an object like {{"rubric": "level"}}')
+            found = kind_of(configuration)
+            raise UserError(f'configuration: found {found}; give an object like {{"rubric": "level"}}')
         known = {rubric.id: rubric for rubric in self.rubrics}
         if len(configuration) > len(known):
             raise UserError(f"configuration: {len(configuration)} entries, but this model has {len(known)} rubrics")

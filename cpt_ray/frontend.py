@@ -9,15 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import difflib
+import functools
 import json
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 from cpt_ray.configuration import Catalog, Resolved
 from cpt_ray.errors import UserError
@@ -47,8 +52,19 @@ PAGE_POLICY = (
 APPLIED_HEADER = b"x-cpt-configuration"
 SOURCE_HEADER = b"x-cpt-configuration-from"
 """Whether the configuration is the one that was asked for or that of the preferences named beside it."""
+EXPOSED_HEADERS = [APPLIED_HEADER.decode(), SOURCE_HEADER.decode(), "retry-after", "x-request-id"]
+"""What pages of other origins may read, if they may ask at all."""
 CONFIGURED_PREFIX = "cpt:"
 """Begins a model name that carries a configuration."""
+MAX_NAME = 60
+"""Characters of a field's name that are looked at and repeated."""
+NEAR = 0.75
+"""How alike a name must be to that of one of our own fields to be taken for a slip."""
+OTHER_NAMES = {
+    "configuration": {"cpt", "conf", "cfg", "rubric", "rubrics", "directive", "directives"},
+    "preferences": {"pref", "prefs"},
+}
+"""Of the fields that are read here, what else they might be called (in letters alone)."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -184,12 +200,12 @@ class AtOnce(Executor):
 class Steerer(Protocol):
     """What the front asks about preferences (preferences.py); `owner` stands for the key."""
 
-    async def answer(self, owner: str, method: str, name: str, body: bytes) -> dict[str, Any] | Refusal:
-        """To a request to PREFERENCES_PATH, or to `name` under it."""
+    async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
+        """To a request to PREFERENCES_PATH, or to `name` under it, with `data` as its body."""
         ...
 
-    async def steer(self, owner: str, path: str, body: bytes) -> tuple[bytes, str] | Refusal:
-        """The body with the configuration that its preferences come to, and what set it; "" if it names none."""
+    async def steer(self, owner: str, path: str, data: dict[str, Any]) -> str | Refusal:
+        """Puts the configuration that its preferences come to into a body; what set it, "" if it names none."""
         ...
 
 
@@ -205,21 +221,27 @@ class Frontend:
         ended: Callable[[Call], None] = lambda call: None,
         listing: Mapping[str, Any] | None = None,
         preferences: Steerer | None = None,
+        known: frozenset[str] = frozenset(),
     ):
         """`catalogs`: what each served model can be asked for, the default model first. `ended` hears of every request.
 
-        `listing` is added to what `GET /v1/configurations` says.
+        `listing` is added to what `GET /v1/configurations` says. `known`: names of vLLM's own fields.
         """
         self._app, self._catalogs, self._keyring, self._counts, self._ended = app, catalogs, keyring, counts, ended
-        self._listing, self._preferences = listing or {}, preferences
+        self._listing, self._preferences, self._known = listing or {}, preferences, known
+        self._rubrics = frozenset(rubric.id for catalog in catalogs.values() for rubric in catalog.rubrics)
         self._page = PAGE.read_bytes()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        asked = method = scope.get("method", "")
+        if method == "HEAD":
+            method, send = "GET", _without_body(send)
+            scope = {**scope, "method": method}
         if scope["type"] == "lifespan" or path == OPEN_PATH:
             await self._app(scope, receive, send)
             return
-        headers, method = dict(scope["headers"]), scope.get("method", "")
+        headers = dict(scope["headers"])
         if method == "GET" and path in PAGE_PATHS:
             await _send(send, 200, self._page, b"text/html; charset=utf-8", [(b"content-security-policy", PAGE_POLICY)])
             return
@@ -232,7 +254,7 @@ class Frontend:
             return
         call = Call(
             key="" if key is None else key.name if isinstance(key, Key) else "-",
-            method=method,
+            method=asked,
             path=path,
             request_id=headers.get(b"x-request-id", b"").decode("latin-1"),
             time=time.time(),
@@ -248,7 +270,8 @@ class Frontend:
             elif method == "POST":
                 await self._post(key, path, call, scope, receive_noted, send_noted)
             elif self._preferences is not None and _under_preferences(path):
-                await self._answer(self._preferences, key, method, path, b"", send_noted)
+                if not await self._refused(key, send_noted):
+                    await self._answer(self._preferences, key, method, path, None, send_noted)
             elif (method, path) == ("GET", CONFIGURATIONS_PATH):
                 default = next(iter(self._catalogs.values()))
                 await _send_json(send_noted, 200, {**default.to_json(), **self._listing})
@@ -265,8 +288,7 @@ class Frontend:
                 await self._counts.charge(key, call.prompt_tokens + call.tokens)
 
     async def _post(self, key: Key | None, path: str, call: Call, scope: Message, receive: Receive, send: Send) -> None:
-        if key is not None and key.metered and (refusal := await self._counts.admit(key)):
-            await _refuse(send, refusal)
+        if await self._refused(key, send):
             return
         try:
             body = await _read_body(scope, receive)
@@ -275,18 +297,23 @@ class Frontend:
             return
         if body is None:
             return
-        call.body_bytes, source = len(body), ""
+        call.body_bytes, source, resolved = len(body), "", None
         try:
-            if self._preferences is not None:
-                if _under_preferences(path):
-                    await self._answer(self._preferences, key, "POST", path, body, send)
-                    return
-                steered = await self._preferences.steer(_owner(key), path, body)
-                if isinstance(steered, Refusal):
-                    await _refuse(send, steered)
-                    return
-                body, source = steered
-            body, resolved = configured_body(path, body, self._catalogs)
+            self._check_address(scope)
+            data = read_object(body)
+            if self._preferences is not None and _under_preferences(path):
+                await self._answer(self._preferences, key, "POST", path, data, send)
+                return
+            if data is not None:
+                self._check_fields(data)
+                if self._preferences is not None:
+                    steered = await self._preferences.steer(_owner(key), path, data)
+                    if isinstance(steered, Refusal):
+                        await _refuse(send, steered)
+                        return
+                    source = steered
+                resolved = configure(path, data, self._catalogs)
+                body = _written(data) if resolved else body
         except UserError as error:
             await _send_user_error(send, error)
             return
@@ -296,8 +323,47 @@ class Frontend:
         call.configuration = resolved.applied
         await self._app(_with_length(scope, len(body)), _replay(body, receive), _saying(resolved, source, send))
 
+    async def _refused(self, key: Key | None, send: Send) -> bool:
+        """Counts one request against a key's limits; True if they leave no room, which is answered."""
+        refusal = await self._counts.admit(key) if key is not None and key.metered else None
+        if refusal is not None:
+            await _refuse(send, refusal)
+        return refusal is not None
+
+    def _check_fields(self, data: Mapping[str, Any]) -> None:
+        """UserError for what would be passed over: a slip of the name of a field of ours, or one in the wrong place."""
+        for name, value in data.items():
+            if name in self._known or name in ("configuration", "preferences"):
+                continue
+            if name.lower() in ("extra_body", "extrabody") and value:
+                raise UserError(
+                    f"{name}: an argument of the openai client for Python, and no field of a body; "
+                    "put what is in it beside `model` and `messages`"
+                )
+            if meant := _meant(name):
+                raise UserError(f'{name[:MAX_NAME]}: no field is called so (did you mean "{meant}"?)')
+            if name in self._rubrics:
+                raise UserError(f'{name}: a rubric, not a field; put it into "configuration": {{"{name}": ...}}')
+        if data.get("preferences") is not None and self._preferences is None:
+            raise UserError("preferences: not offered by this server; name a configuration")
+        messages = data.get("messages")
+        for at, message in enumerate(messages if isinstance(messages, list) else ()):
+            for name in ("configuration", "preferences"):
+                if isinstance(message, dict) and name in message:
+                    raise UserError(f"messages[{at}].{name}: not read here; put it beside `messages`")
+
+    def _check_address(self, scope: Message) -> None:
+        """UserError for a configuration in the query or in a header."""
+        for name, _ in parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True):
+            if meant := _meant(name) or ("configuration" if name in self._rubrics else None):
+                raise UserError(f'{name[:MAX_NAME]}: not read from the address; put "{meant}" into the body')
+        for header, _ in scope["headers"]:
+            bare = re.sub("[^a-z]", "", header.decode("latin-1").removeprefix("x-"))
+            if header.startswith(b"x-cpt-") or bare in ("configuration", "configurations", "preferences", "preference"):
+                raise UserError(f"{header.decode('latin-1')[:MAX_NAME]}: not read from a header; put it into the body")
+
     async def _answer(
-        self, preferences: Steerer, key: Key | None, method: str, path: str, body: bytes, send: Send
+        self, preferences: Steerer, key: Key | None, method: str, path: str, body: Any, send: Send
     ) -> None:
         try:
             name = path.removeprefix(PREFERENCES_PATH).removeprefix("/")
@@ -315,6 +381,26 @@ class Frontend:
         return models
 
 
+def open_to_pages(app: AsgiApp, arguments: Mapping[str, Any]) -> AsgiApp:
+    """`app`, which pages of `allowed_origins` may ask and read; as it is if there are none.
+
+    It is around all of it, not in vLLM's place behind the keys: a browser's preflight has no key, and a page that may
+    not read a refusal cannot say why it was refused. The arguments are vLLM's.
+    """
+    from starlette.middleware.cors import CORSMiddleware
+
+    if not arguments.get("allowed_origins"):
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=arguments["allowed_origins"],
+        allow_methods=arguments.get("allowed_methods", ["*"]),
+        allow_headers=arguments.get("allowed_headers", ["*"]),
+        allow_credentials=arguments.get("allow_credentials", False),
+        expose_headers=EXPOSED_HEADERS,
+    )
+
+
 def _under_preferences(path: str) -> bool:
     return path == PREFERENCES_PATH or path.startswith(f"{PREFERENCES_PATH}/")
 
@@ -324,21 +410,97 @@ def _owner(key: Key | None) -> str:
     return "everybody" if key is None else key.hash[:32]
 
 
-def configured_body(path: str, body: bytes, catalogs: Mapping[str, Catalog]) -> tuple[bytes, Resolved | None]:
-    """The body that vLLM is given: as it came if it names no configuration, else with the directive in its messages.
+# ---------------------------------------------------------------- bodies
 
-    What is no JSON object is vLLM's to refuse. UserError for a bad configuration, or one where none is understood.
+_SURROGATES = (re.compile(rb"\\u[dD][89a-fA-F]"), re.compile(rb"\xed[\xa0-\xbf]"))
+"""In UTF-8, as an escape (of a pair or not) and as such; two patterns, since a fixed beginning is searched for fast."""
+
+
+def read_object(body: bytes) -> dict[str, Any] | None:
+    """The JSON object that a body is; None for anything else, which is vLLM's to refuse.
+
+    UserError for a name given twice, of which one value would be lost, and for half a character, which no tokenizer
+    takes.
     """
     try:
-        data = json.loads(body)
+        data = json.loads(body, object_pairs_hook=_object)
+    except UserError:
+        raise
     except (ValueError, RecursionError):
-        return body, None
-    if not isinstance(data, dict):
-        return body, None
+        return None
+    is_wide = b"\0" in body[:4]  # UTF-16 or UTF-32
+    may_have = is_wide or any(one.search(body) for one in _SURROGATES)
+    if may_have and (where := _half_in(data) or _half_in_arguments(data)):
+        raise UserError(f"{where}: holds half a character (a lone surrogate, like \\ud83d); send whole ones")
+    return data if isinstance(data, dict) else None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise UserError(f"{twice[:MAX_NAME]}: stands twice in one object; leave one out")
+    return data
+
+
+def _half_in_arguments(data: Any) -> str | None:
+    """The same, in the JSON texts of tool calls, which vLLM reads for the chat template."""
+    messages = data.get("messages") if isinstance(data, dict) else None
+    for at, message in enumerate(messages if isinstance(messages, list) else ()):
+        with contextlib.suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            for call in message["tool_calls"]:
+                if _half_in(json.loads(call["function"]["arguments"])) is not None:
+                    return f"messages[{at}].tool_calls"
+    return None
+
+
+def _half_in(data: Any) -> str | None:
+    """Where half a character is, like "messages[0].content"; None if there is none."""
+    with contextlib.suppress(RecursionError):
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+            return None
+        except UnicodeEncodeError:
+            pass
+    left = [("", data)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, str) and not _is_whole(value):
+            return where or "body"
+        if isinstance(value, list):
+            left += [(f"{where}[{at}]", one) for at, one in enumerate(value)]
+        if isinstance(value, dict):
+            if any(not _is_whole(name) for name in value):
+                return f"{where}.(a name)" if where else "(a name)"
+            left += [(f"{where}.{name[:MAX_NAME]}".removeprefix("."), one) for name, one in value.items()]
+    return None
+
+
+def _is_whole(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+@functools.lru_cache(1024)
+def _meant(name: str) -> str | None:
+    """The field of ours that a name looks like."""
+    letters = re.sub("[^a-z]", "", name[:MAX_NAME].lower())
+    for field, others in OTHER_NAMES.items():
+        if letters in others or letters.removeprefix("cpt").startswith((field[:6], field[:-1])):
+            return field
+        if letters[:1] == field[0] and difflib.SequenceMatcher(None, letters, field).ratio() >= NEAR:
+            return field
+    return None
+
+
+def configure(path: str, data: dict[str, Any], catalogs: Mapping[str, Catalog]) -> Resolved | None:
+    """Puts the directive of the configuration that a body names into its messages; None if it names none.
+
+    UserError for a bad configuration, or one where none is understood.
+    """
     default, model = next(iter(catalogs)), data.get("model")
     named, text = _split_model(model, catalogs) if isinstance(model, str) else (None, "")
     if named is None and "configuration" not in data:
-        return body, None
+        return None
     if path not in CHAT_PATHS:
         raise UserError(f"configuration: not understood here; send it with messages to {CHAT_PATHS[0]}")
     if named is None:
@@ -352,8 +514,12 @@ def configured_body(path: str, body: bytes, catalogs: Mapping[str, Catalog]) -> 
         except UserError as error:
             raise UserError(str(error).replace("configuration", "model", 1)) from None
     data["messages"] = policy_messages(resolved.directive, _checked_messages(data.get("messages")))
+    return resolved
+
+
+def _written(data: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(data).encode(), resolved
+        return json.dumps(data).encode()
     except RecursionError:
         raise UserError("body: nested too deeply") from None
 
@@ -452,6 +618,15 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not text or not all(isinstance(one, str) for one in texts):
         raise UserError("messages[0].content: expected text (or a list of text parts) in a system message")
     return [{**messages[0], "content": text}, *messages[1:]]
+
+
+def _without_body(send: Send) -> Send:
+    """`send` for an answer to HEAD: the headers of GET's alone."""
+
+    async def send_head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_head
 
 
 async def _read_body(scope: Message, receive: Receive) -> bytes | None:

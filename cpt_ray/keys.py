@@ -26,6 +26,8 @@ SPENT_FILE = "keys_spent.json"
 """Tokens that each key with a budget has used."""
 STATES = {"revoked": "was revoked", "expired": "has expired", "spent": "has no tokens"}
 """Of a key that opens nothing, in words."""
+MAX_NAME = 64
+"""Characters of a key's name."""
 REREAD_SECONDS = 1.0
 """How often a server looks whether the file has changed."""
 
@@ -140,9 +142,14 @@ class Keyring:
         return found
 
     def add(self, key: Key) -> None:
-        """Writes one more key; UserError if the name is taken, or says nothing."""
+        """Writes one more key; UserError if the name is taken, or cannot be read in a list."""
         if not key.name.strip():
             raise UserError("keys: a key needs a name, to be listed and revoked by")
+        if len(key.name) > MAX_NAME or key.name != key.name.strip() or not key.name.isprintable():
+            raise UserError(
+                f"keys: found the name {key.name[: MAX_NAME + 1]!a}; give one of at most {MAX_NAME} printable "
+                "characters, without spaces around it: it is a line of `cpt keys list`"
+            )
         with self._newest():
             if any(one.name == key.name for one in self.keys):
                 raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
@@ -151,7 +158,9 @@ class Keyring:
     def revoke(self, name: str) -> None:
         """Marks a key as revoked; UserError if there is none of that name."""
         if name not in (known := [one.name for one in self.keys]):
-            raise UserError(f"{self._path}: no key named {name!r}{did_you_mean(name, known)}")
+            raise UserError(
+                f"{self._path}: no key named {name[: MAX_NAME + 1]!a}{did_you_mean(name[:MAX_NAME], known)}"
+            )
         with self._newest():
             self._write(tuple(dataclasses.replace(one, revoked=one.revoked or one.name == name) for one in self._keys))
 

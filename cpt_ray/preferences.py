@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, kind_of
 from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
 from cpt_ray.keys import Refusal, write_private
 from cpt_ray.rundir import alone
@@ -105,12 +105,14 @@ class PreferenceStore:
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
         self._file_work = threading.Lock()
 
-    async def answer(self, owner: str, method: str, name: str, body: bytes) -> dict[str, Any] | Refusal:
+    async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
         """What a request to /v1/preferences, or /v1/preferences/`name`, is answered; UserError for a bad body."""
         if name and not ID.fullmatch(name):
             return UNKNOWN
         if method == "POST":
-            choices = _choices(body)
+            if not isinstance(data, dict) or set(data) != {"choices"}:
+                raise UserError('body: expected a JSON object {"choices": [...]} and nothing else')
+            choices = parse_choices(data["choices"])
             async with self._scoring:
                 return await self._in_thread(self._add if name else self._make, owner, choices, name)
         if method == "GET" and name:
@@ -120,27 +122,22 @@ class PreferenceStore:
             return await self._in_thread(self._list, owner, name)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
-    async def steer(self, owner: str, path: str, body: bytes) -> tuple[bytes, str] | Refusal:
-        """(`body` with the configuration that the preferences it names come to, what set it: "" if it names none)."""
-        if b"preferences" not in body:
-            return body, ""
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):  # vLLM's to refuse
-            return body, ""
-        if not isinstance(data, dict):
-            return body, ""
+    async def steer(self, owner: str, path: str, data: dict[str, Any]) -> str | Refusal:
+        """Puts the configuration that the preferences it names come to into a body; what set it, "" if it names none.
+
+        UserError for what names no state.
+        """
         name, model = data.pop("preferences", None), data.get("model")
         prefix, _, tail = model.partition(":") if isinstance(model, str) else ("", "", "")
         is_configured = f"{prefix}:" == CONFIGURED_PREFIX or prefix == self._model
         if name is None and is_configured and tail.startswith("preferences-"):
             name, data["model"], tail = tail, self._model, ""
         if name is None:
-            return body, ""
+            return ""
         if path not in CHAT_PATHS:
             raise UserError(f"preferences: not understood here; send it with messages to {CHAT_PATHS[0]}")
         if not isinstance(name, str):
-            raise UserError(f"preferences: found a {type(name).__name__}; give the id of a state")
+            raise UserError(f"preferences: found {kind_of(name)}; give the id of a state, as a text")
         state = await self._known(owner, name) if ID.fullmatch(name) else None
         if state is None:
             return UNKNOWN
@@ -152,7 +149,7 @@ class PreferenceStore:
                 async with self._scoring:
                     STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
                 source = f"preferences, by {self._conditioner.form}"
-        return json.dumps(data).encode(), source
+        return source
 
     async def _known(self, owner: str, name: str) -> Preferences | None:
         """The state, scored by the policy that is served; None if there is none."""
@@ -220,7 +217,7 @@ class PreferenceStore:
         return None
 
     def _add_to(self, state: Preferences, choices: Sequence[Choice]) -> None:
-        kept = [*state.choices, *choices]
+        kept = [*state.choices, *state.new(choices)]
         if len(kept) > MAX_KEPT:
             raise UserError(f"choices: {len(kept)} with those that are known; one state has at most {MAX_KEPT}")
         if (size := sum(len(one.prompt) + len(one.chosen) + len(one.rejected) for one in kept)) > MAX_KEPT_CHARS:
@@ -252,16 +249,6 @@ class PreferenceStore:
         folder = self._folder / owner
         with self._file_work, alone(folder):
             yield folder
-
-
-def _choices(body: bytes) -> list[Choice]:
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"body: not JSON ({str(error)[:100]})") from None
-    if not isinstance(data, dict) or set(data) != {"choices"}:
-        raise UserError('body: expected {"choices": [...]} and nothing else')
-    return parse_choices(data["choices"])
 
 
 def _read(path: Path) -> Preferences | None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.rundir import RunDir
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
 HUB = "hf://"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+"""Of a model; the Hub refuses a card whose `base_model` is none, such as a folder."""
+MARK = "cpt_ray.json"
+"""Beside the weights, written last."""
 CARD = """---
-base_model: {base}
-library_name: {library}
+{base_line}library_name: {library}
 pipeline_tag: text-generation
 tags: [trl, dpo, configurable-preference-tuning]
 ---
@@ -51,8 +58,10 @@ def write_cards(config: TuneConfig, run: RunDir, summary: dict[str, Any]) -> Non
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(measured.items()) if name != "step")
     metrics = f"On held-out prompts:\n\n| | |\n|---|---|\n{table}" if table else "Nothing was held out."
     own = f"table `pairs` of the run `{config.name}`, from the rubrics {', '.join(getattr(config, 'rubrics', ()))}"
+    is_on_hub = not Path(config.policy.path).exists() and HUB_NAME.fullmatch(config.policy.model)
     fields = {
         "base": config.policy.model,
+        "base_line": f"base_model: {config.policy.model}\n" if is_on_hub else "",
         "name": config.name,
         "identity": config.policy.identity,
         "source": f"`{config.preferences.source}`" if isinstance(config, PreferenceRunConfig) else own,
@@ -71,11 +80,23 @@ def write_cards(config: TuneConfig, run: RunDir, summary: dict[str, Any]) -> Non
         run.write_text("adapter/README.md", CARD.format(**fields, what=note, library="peft"))
 
 
+def _refused(error: HfHubHTTPError | OSError) -> str:
+    """What the Hub said, and what to do if it is about who asks."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = getattr(error, "server_message", None) or first_line(error)
+    if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+        return f"the Hub said no ({said}); log in with `hf auth login` as somebody who may write there"
+    return f"not pushed ({said}); the same command tries again" if status is None else f"the Hub said no: {said}"
+
+
 def push(run: RunDir, target: str) -> None:
     """The tuned model, its card, and its adapter in `adapter/`, to a folder or to hf://OWNER/NAME (made private)."""
     parts = {"": run.model} | ({"adapter": run.adapter} if run.adapter.exists() else {})
-    if not (run.model / "config.json").exists():
-        raise UserError(f"{run.model}: there is no tuned model; run `cpt train` with this run file first")
+    if not (run.model / MARK).exists():
+        found = "the tuned model is not complete" if run.model.exists() else "there is no tuned model"
+        raise UserError(f"{run.model}: {found}; run `cpt train` with this run file first")
     if not target.startswith(HUB):
         folder = Path(target)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -92,9 +113,8 @@ def push(run: RunDir, target: str) -> None:
         api.create_repo(name, private=True, exist_ok=True)
         for inside, source in parts.items():
             api.upload_folder(repo_id=name, folder_path=source, path_in_repo=inside or None)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{target}: the Hub said no ({first_line(error)}); log in with `hf auth login` as somebody who "
-            "may write there"
-        ) from None
+    except HFValidationError as error:
+        raise UserError(f"{target}: no name for a repository ({first_line(error)}); give {HUB}OWNER/NAME") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{target}: {_refused(error)}") from None
     say(f"pushed       {target}")

@@ -13,8 +13,9 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from cpt_ray.console import say
-from cpt_ray.errors import UserError
+from cpt_ray.errors import UserError, first_line
 from cpt_ray.records import (
     AnswerEmbedding,
     AnswerLogprobs,
@@ -56,6 +57,9 @@ TABLES: dict[str, type[Any]] = {
     "steering_embeddings": AnswerEmbedding,
     "steering_answers": SteeredAnswer,
 }
+LEDGER = "ledger.json"
+TRACES = {".lock", "run.yaml", "ray.log", "attempts", "units", LEDGER}
+"""What a command leaves in the run directory before it has any result: `units` are planned, not made."""
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"
 
@@ -98,6 +102,20 @@ def replacing(path: Path, mode: int = 0o666, sync: bool = True) -> Iterator[IO[b
             f"{path}: cannot be written ({error.strerror or error}); "
             "free some space or mend the folder, then give the same command again"
         ) from None
+
+
+def _holds_files(path: Path) -> bool:
+    return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    """A small file's content, or None if it is not there; UserError if it is broken."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); remove it, or mend it") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +195,7 @@ class RunDir:
 
     def read_json(self, relative: str) -> Any:
         """The JSON file's content, or None if it is not there."""
-        path = self.path / relative
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _parsed(self.path / relative, json.loads)
 
     def write_run(self, resolved: dict[str, Any]) -> None:
         """run.yaml: the resolved config and the content hashes of what it names."""
@@ -186,18 +203,47 @@ class RunDir:
 
     def read_yaml(self, relative: str) -> Any:
         """The YAML file's content, or None if it is not there."""
-        path = self.path / relative
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _parsed(self.path / relative, yaml.safe_load)
 
     def add_to_ledger(self, stage: str, entry: dict[str, Any]) -> None:
         """Replaces one stage's entry in ledger.json."""
-        ledger = self.read_json("ledger.json") or {}
+        ledger = self.read_json(LEDGER) or {}
         ledger[stage] = entry
-        self.write_json("ledger.json", ledger)
+        self.write_json(LEDGER, ledger)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run directory for this process; UserError if another one has it or it cannot be written."""
+        """Holds the run directory for this process; UserError if another one has it or it cannot be written.
+
+        What ends in a UserError before there is a result leaves nothing behind that was not there before.
+        """
+        missing = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        before = set() if missing else {one.name for one in self.path.iterdir()}
+        try:
+            with self._held():
+                yield
+        except UserError:
+            self._remove_traces(before, missing)
+            raise
+
+    def _remove_traces(self, before: Set[str], missing: Sequence[Path]) -> None:
+        """Removes the run's files that tell of no result if there is nothing else beside what was there `before`.
+
+        Args:
+            missing: folders that were not there, the deepest first.
+        """
+        with suppress(OSError):  # what led here is said, not this
+            new = [one for one in self.path.iterdir() if one.name not in before]
+            has_result = any(_holds_files(one) for one in new if one.name not in TRACES)
+            if has_result or set(self.read_json(LEDGER) or ()) - {"plan"}:
+                return
+            for one in new:
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+            for one in missing:
+                one.rmdir()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / ".lock").open("a+")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import gc
 import http.client
 import io
@@ -33,7 +34,7 @@ from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import engine_arguments, engine_env
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.frontend import (
     CONFIGURATIONS_PATH,
     OPEN_PATH,
@@ -44,6 +45,7 @@ from cpt_ray.frontend import (
     Frontend,
     Steerer,
     counting,
+    open_to_pages,
 )
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.rundir import RunDir
@@ -121,6 +123,7 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+        from starlette.middleware.cors import CORSMiddleware
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.config import StructuredOutputsConfig
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -168,8 +171,9 @@ class VllmServer:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)
-        # it walks the routes for each request, to count what Record counts
-        app.user_middleware = [one for one in app.user_middleware if one.cls is not PrometheusInstrumentatorMiddleware]
+        # the first walks the routes for each request, to count what Record counts; the other is put around all of it
+        dropped = (PrometheusInstrumentatorMiddleware, CORSMiddleware)
+        app.user_middleware = [one for one in app.user_middleware if one.cls not in dropped]
         app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         enable_envs_cache()  # vLLM's server asks the environment anew for every request and answer
@@ -177,7 +181,10 @@ class VllmServer:
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), Record(served.run)
-        return Frontend(app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences())
+        front = Frontend(
+            app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences(), _fields_of(app)
+        )
+        return open_to_pages(front, served.frontend)
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
@@ -201,6 +208,12 @@ class VllmServer:
             self._record.write()
         if self._engine is not None:
             self._engine.shutdown()
+
+
+def _fields_of(app: Any) -> frozenset[str]:
+    """The names of all fields that vLLM's routes know."""
+    schemas = app.openapi().get("components", {}).get("schemas", {}).values()
+    return frozenset(name for one in schemas for name in one.get("properties", ()))
 
 
 def _blame_bodies(app: Any) -> None:
@@ -416,16 +429,16 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
     serve, policy, name = config.serve, config.policy, config.name
     if serve.adapters:
         name, folders = f"{config.name}-base", {one: local_copy(where) for one, where in serve.adapters.items()}
-        ranks = [_read_json(folder / "adapter_config.json", "an adapter")["r"] for folder in folders.values()]
+        ranks = [_rank(one, folder) for one, folder in folders.items()]
         rank = next((one for one in LORA_RANKS if one >= max(ranks)), max(ranks))
         lora = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
         policy = policy.model_copy(update={"model": policy.path, "engine": lora | policy.engine})
-        catalogs = {one: _read_json(folder / CATALOG_FILE, "an adapter") for one, folder in folders.items()}
+        catalogs = {one: _read_json(folder / CATALOG_FILE, _of_adapter(one)) for one, folder in folders.items()}
     else:
         if not (model / "config.json").exists():
             raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
         policy = policy.model_copy(update={"model": str(model)})
-        catalogs = {name: _read_json(run.path / CATALOG_FILE, "the catalog")}
+        catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
     conditioning = None
     if serve.preferences != "directive":
         from cpt_ray.steering.serving import Conditioning, SavedForm
@@ -463,10 +476,30 @@ def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
     return {"override_generation_config": {**neutral, **asked, "max_new_tokens": None}}
 
 
-def _read_json(path: Path, what: str) -> Any:
-    if not path.exists():
-        raise UserError(f"{path}: not there; run `cpt train RUN_FILE` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _of_adapter(name: str) -> str:
+    return f"serve.adapters.{name} takes the folder adapter/ of a run"
+
+
+def _rank(name: str, folder: Path) -> int:
+    """Of an adapter."""
+    path = folder / "adapter_config.json"
+    rank = _read_json(path, _of_adapter(name)).get("r")
+    if not isinstance(rank, int):
+        raise UserError(f"{path}: no rank `r` there; {_of_adapter(name)}")
+    return rank
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    """The object in a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: found {kind_of(data)}; {remedy}")
+    return data
 
 
 def _choose_keys(
@@ -476,8 +509,8 @@ def _choose_keys(
     if insecure:
         return None, None
     given = api_key or os.environ.get(KEY_VARIABLE)
-    if given and not re.fullmatch(r"[!-~]+", given):
-        raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces")
+    if given and not re.fullmatch(r"[!-~]+", given := given.strip()):  # a key read from a file ends in a line break
+        raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces, and at least one")
     if given:
         return (Key(name=KEY_VARIABLE, hash=key_hash(given), created=time.time()),), None
     spent = run.read_json(SPENT_FILE) or {}
@@ -529,7 +562,11 @@ def _free_port(host: str, port: int) -> int:
             return int(listener.getsockname()[1])
     except OSError as error:
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else "unknown host"
-        raise UserError(f"cannot listen on {host}:{port} ({why}); try another, as with serve.port={port + 1}") from None
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            remedy = f"serve.port={port + 1 if port < 65535 else port - 1}"
+        else:
+            remedy = "serve.host=127.0.0.1 for this machine alone, or 0.0.0.0 for its network"
+        raise UserError(f"cannot listen on {host}:{port} ({why}); try another, as with {remedy}") from None
 
 
 def _reachable(host: str) -> str:

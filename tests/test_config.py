@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from cpt_ray.config import ModelConfig, PromptsConfig, load_config
+from cpt_ray.config import EMBEDDED, ModelConfig, PromptsConfig, RunConfig, expanded, load_any_config, load_config
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_prompts
 
@@ -46,7 +49,7 @@ def test_an_override_replaces_one_entry() -> None:
         ("judge.endpoint={base_url: 'http://h/v1 '}", "found 'http://h/v1 '; expected http://HOST:PORT/PATH"),
         (
             "judge.endpoint={base_url: 'http://h', max_tokens_field: n}",
-            "found 'n'; input should be 'max_completion",
+            "found 'n'; expected one of max_completion",
         ),
         ("seed.x=1", "holds a value, not a section"),
         ("name=../up", "name: found '../up'"),
@@ -64,6 +67,187 @@ def test_a_bad_entry_is_refused_by_name(override: str, said: str) -> None:
         load_config(ROOT / "jobs" / "embedded.yaml", [override])
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def overridden(*overrides: str) -> RunConfig:
+    return load_config(ROOT / "jobs" / "embedded.yaml", overrides)
+
+
+@given(st.text(min_size=1))
+def test_a_text_is_taken_as_it_was_typed(text: str) -> None:
+    assume(not (text[0] == text[-1] and text[0] in "'\""))
+    found = overridden(f"prompts.column={text}", f"serve.host={text}")
+    assert (found.prompts.column, found.serve.host) == (text, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["out/experiment #1", "12:30", "0123", "1e5", "no", "- a", "a: b", "[a", "&x", "!t", " a "]
+)
+def test_a_folder_is_named_as_it_was_typed(text: str) -> None:
+    assert overridden(f"run_dir={text}").run_dir == text
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run_dir='out #1'", "out #1"),
+        ("name=on", "on"),
+        ("train.checkpoints=null", None),
+        ("train.lora=null", None),
+        ("train.lora.quantize=null", None),
+        ("train.lora.target_modules=all-linear", "all-linear"),
+        ("train.lora.target_modules=[q, v]", ("q", "v")),
+        ("train.learning_rate=1e-3", 0.001),
+        ("seed=010", 10),
+        ("evaluate.prompts=1e3", 1000),
+        ("train.gradient_checkpointing=off", False),
+        ('rubrics=["a #1", 2024-01-01]', ("a #1", "2024-01-01")),
+        ("policy.engine.max_num_seqs=1e1", 10.0),
+        ("policy.engine.max_model_len=64", 64),
+        ("policy.engine.dtype=float32", "float32"),
+        ("serve.configurations.poet.ornament=on", "on"),
+        ("serve.configurations.poet.ornament=88", 88.0),
+    ],
+)
+def test_what_is_no_text_is_read_as_yaml(override: str, value: object) -> None:
+    found: object = overridden(override)
+    for part in override.partition("=")[0].split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run_dir=", "run_dir: has no value; give one, or leave it out (was it a variable that is not set?)"),
+        ("run_dir=''", "run_dir: found nothing"),
+        ("run_dir=\udcff", "run_dir: found '\\udcff'; it is not UTF-8"),
+        ("train.beta=0.1 # half", "train.beta: found '0.1 # half'; what follows # would be a comment"),
+        ("rubrics=[a] #b", "rubrics: found '[a] #b'; what follows # would be a comment"),
+        ("rubrics=[a", "rubrics: found '[a'; not read as YAML"),
+        ("rubrics=a", "rubrics: found 'a'; expected a list with at least one entry"),
+        ("train.lora=8", "train.lora: found 8; expected a section of 'key: value' lines"),
+        ("prompts={source: a, source: b}", "the key 'source' stands twice"),
+        ("seed=0x10", "seed: found '0x10'"),
+        ("seed=12:30", "seed: found '12:30'"),
+        ("seed=true", "seed: found true (or on, yes), which is no number"),
+        ("seed=-1", "seed: found -1"),
+        ("seed=4294967296", "seed: found 4294967296"),
+        (
+            "serve.configurations.poet={ornament: on}",
+            "serve.configurations: found true (or on, yes), which is no number",
+        ),
+        ("steer.answers={list: a, text: b, scores: {x: y}, scale: [5, 1]}", "steer.answers.scale: found [5.0, 1.0]"),
+        ("serve.frontend.allowed_origins=http://a", "allowed_origins: found 'http://a'; expected a list of texts"),
+        ("serve.frontend.allowed_origins=[http://a/]", "found 'http://a/'; expected one like https://example.org"),
+        ("judge.votes=3", "votes: they are of rationales"),
+    ],
+)
+def test_a_value_that_would_become_another_is_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        overridden(override)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "inf", "1e400", "true"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "train.beta", "train.learning_rate", "train.epochs", "train.warmup_ratio", "train.loss.sigmoid",
+        "train.resources_per_worker.GPU", "prompts.held_out", "policy.sampling.temperature", "policy.price.prompt",
+        "policy.num_gpus", "steer.learning_rate", "steer.policy_beta", "steer.prior.mood", "serve.idle_seconds",
+        "serve.target_ongoing_requests", "synthesis.control", "synthesis.max_length_ratio",
+    ],
+)  # fmt: skip
+def test_every_number_is_finite(entry: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{entry.rpartition('.')[0]}.*: found .*(finite|number|greater|less)"):
+        overridden(f"{entry}={value}")
+
+
+def test_an_engine_argument_is_finite_too() -> None:
+    with pytest.raises(UserError, match=r"policy\.engine: found nan; give a finite number"):
+        overridden("policy.engine.gpu_memory_utilization=.nan")
+
+
+@pytest.mark.parametrize("weights", ["{sigmoid: 0}", "{sigmoid: 1, sft: -0.1}"])
+def test_a_loss_that_counts_for_nothing_is_refused(weights: str) -> None:
+    with pytest.raises(UserError, match=r"train\.loss\.s\w+: found .*; expected a number above 0"):
+        overridden(f"train.loss={weights}")
+
+
+PATHS = [
+    ("run_dir={}", lambda one: one.run_dir),
+    ("rubrics=[{}]", lambda one: one.rubrics[0]),
+    ("prompts.source={}", lambda one: one.prompts.source),
+    ("policy.model={}", lambda one: one.policy.model),
+    ("judge.model={}", lambda one: one.judge.model),
+    ("steer.embedder.model={}", lambda one: one.steer.embedder.model),
+    ("train.checkpoints={}", lambda one: one.train.checkpoints),
+    ("serve.adapters.a={}", lambda one: one.serve.adapters["a"]),
+    ("policy.engine.download_dir={}", lambda one: one.policy.engine["download_dir"]),
+    ("serve.frontend.chat_template={}", lambda one: one.serve.frontend["chat_template"]),
+]
+
+
+@pytest.mark.parametrize(("override", "read"), PATHS)
+def test_a_home_folder_is_put_in_wherever_a_path_is_given(
+    override: str, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read(overridden(override.format("~/a b"))) == "/home/me/a b"
+
+
+@pytest.mark.parametrize("text", ["$HOME/a", "a/${X}/b", "%TEMP%/a", "~nobody-of-this-name/a", "a\nb", "file:///a"])
+@pytest.mark.parametrize("override", [override for override, _ in PATHS[:6]])
+def test_what_only_a_shell_replaces_is_refused(override: str, text: str) -> None:
+    with pytest.raises(UserError, match=r"is not replaced here|no user of that name|control characters|the path alone"):
+        overridden(override.format(json.dumps(text) if "[" in override else text))
+
+
+@pytest.mark.parametrize("override", ["run_dir={}", "rubrics=[{}]", "prompts.source={}"])
+@pytest.mark.parametrize("address", ["s3://bucket/a", "gs:/a", "https://host/a.jsonl", "C:/a"])
+def test_an_address_where_a_path_belongs_is_refused(override: str, address: str) -> None:
+    with pytest.raises(UserError, match="are not read or written here; give a path") as caught:
+        overridden(override.format(address))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_addresses_are_kept_where_they_are_read() -> None:
+    address = "s3://bucket/%20a%20c%C3%A9"
+    found = overridden(f"train.checkpoints={address}", f"serve.adapters.a={address}")
+    assert (found.train.checkpoints, found.serve.adapters) == (address, {"a": address})
+    with pytest.raises(UserError, match="an address begins with s3://"):
+        overridden("train.checkpoints=s3:/bucket/a")
+
+
+def test_the_run_file_itself_says_what_it_means_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "run.yaml"
+    rest = "name: a\npolicy: {model: ~/m}\n"
+    path.write_text(f"{rest}preferences: {{source: ~/p.jsonl}}\nrun_dir: ~/out")
+    found = load_any_config(path)
+    assert (found.run_dir, found.policy.model) == ("/home/me/out", "/home/me/m")
+    for text in ("~", "null", "''"):
+        path.write_text(f"{rest}preferences: {{source: p.jsonl}}\nrun_dir: {text}")
+        with pytest.raises(UserError, match="run_dir: found nothing"):
+            load_any_config(path)
+
+
+def test_an_endpoints_name_for_a_model_is_its_own() -> None:
+    endpoint = {"base_url": "https://host/v1"}
+    assert ModelConfig.model_validate({"model": "~org/latest", "endpoint": endpoint}).model == "~org/latest"
+    assert ModelConfig(model=EMBEDDED).model == EMBEDDED
+
+
+@given(st.text(alphabet="ab/~$%{} .:-_1", min_size=1))
+def test_a_path_is_as_it_was_or_has_a_home_in_front_or_is_refused(text: str) -> None:
+    try:
+        found = expanded(text)
+    except ValueError as error:
+        assert set(text) & set("~$%") and repr(text) in str(error)
+    else:
+        assert found == text or (text.startswith("~") and not found.startswith("~"))
 
 
 def test_how_many_is_a_number_or_a_range() -> None:

@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import AT_ONCE_SECONDS, CALL, MAX_BODY_BYTES, SMALL_BYTES, AtOnce, Call, Frontend, configured_body
+from cpt_ray.frontend import (
+    AT_ONCE_SECONDS,
+    CALL,
+    MAX_BODY_BYTES,
+    SMALL_BYTES,
+    AtOnce,
+    Call,
+    Frontend,
+    configure,
+    open_to_pages,
+    read_object,
+)
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from tests.builders import make_directives, make_rubric
 
@@ -56,7 +67,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 def ask(
-    method: str, path: str, headers: dict[str, str] | None = None, front: Frontend | None = None, **given: Any
+    method: str, path: str, headers: dict[str, str] | None = None, front: Any = None, **given: Any
 ) -> httpx.Response:
     """One request to the front; the key is sent unless `headers` are given."""
 
@@ -136,9 +147,9 @@ def test_the_directive_goes_in_front_and_the_length_fits() -> None:
 
 def test_a_system_message_in_parts_is_composed_as_its_text() -> None:
     parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
-    body = json.dumps({"messages": [{"role": "system", "content": parts}, *USER], "configuration": {"ornament": 99}})
-    made, _ = configured_body(CHAT, body.encode(), CATALOGS)
-    assert json.loads(made)["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
+    data = {"messages": [{"role": "system", "content": parts}, *USER], "configuration": {"ornament": 99}}
+    configure(CHAT, data, CATALOGS)
+    assert data["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
 
 
 BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 3}', b'{ "a":1 }', b'"configuration"']
@@ -156,7 +167,7 @@ def test_a_body_without_a_configuration_passes_untouched(body: bytes) -> None:
     ("path", "changes", "text"),
     [
         (CHAT, {"configuration": {"ornament": "hgih"}}, "no level 'hgih' (did you mean \"high\"?)"),
-        (CHAT, {"configuration": None}, "found a NoneType"),
+        (CHAT, {"configuration": None}, "found nothing"),
         (CHAT, {"messages": None}, "messages: expected a list"),
         (CHAT, {"messages": ["Hello"]}, "messages: expected a list"),
         (CHAT, {"messages": [{"role": "system", "content": None}]}, "messages[0].content: expected text"),
@@ -190,12 +201,13 @@ MESSAGES = JSON | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["syst
 @given(JSON | st.fixed_dictionaries({"configuration": JSON | st.just({"ornament": 1}), "messages": MESSAGES}))
 def test_any_body_is_rewritten_passed_or_refused_but_never_an_accident(data: Any) -> None:
     body = json.dumps(data).encode()
-    try:
-        made, resolved = configured_body(CHAT, body, CATALOGS)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
+    answer = ask("POST", CHAT, content=body)
+    if answer.status_code == 400:
+        assert len(answer.json()["error"]["message"].splitlines()) == 1
+    elif "configuration" in answer.json():
+        assert "configuration" not in json.loads(answer.json()["body"])
     else:
-        assert made == body if resolved is None else "configuration" not in json.loads(made)
+        assert answer.json()["body"].encode("latin-1") == body
 
 
 @pytest.mark.parametrize(
@@ -240,13 +252,223 @@ def test_a_configuration_given_twice_is_refused() -> None:
 
 @given(st.text(max_size=40) | st.from_regex(r"(ornament|x)=[a-z0-9.]{0,6}(,[a-z]+=[a-z]+)?", fullmatch=True))
 def test_any_model_name_is_rewritten_passed_or_refused(text: str) -> None:
-    body = json.dumps({"model": f"cpt:{text}", "messages": USER}).encode()
+    data = {"model": f"cpt:{text}", "messages": USER}
     try:
-        made, resolved = configured_body(CHAT, body, CATALOGS)
+        resolved = configure(CHAT, data, CATALOGS)
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert resolved is not None and json.loads(made)["model"] == "m"
+        assert resolved is not None and data["model"] == "m"
+
+
+# ---------------------------------------------------------------- what would be passed over
+
+
+NEAR_NAMES = [
+    "configurations", "Configuration", "CONFIGURATION", "configuration ", "configuraton", "confguration", "config",
+    "configuration_id", "cpt", "cpt_configuration", "cfg", "rubrics", "directive",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("name", NEAR_NAMES)
+def test_a_slip_of_the_name_of_a_field_is_said(name: str, path: str) -> None:
+    answer = ask("POST", path, json={"model": "m", "messages": USER, name: {"ornament": "high"}})
+    text = f'{name}: no field is called so (did you mean "configuration"?)'
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, text)
+
+
+@pytest.mark.parametrize("name", ["preference", "Preferences", "preferences_id", "prefernces", "prefs"])
+def test_a_slip_of_preferences_is_said(name: str) -> None:
+    answer = ask("POST", CHAT, json={"model": "m", "messages": USER, name: "preferences-1"})
+    assert (answer.status_code, 'did you mean "preferences"' in answer.text.replace("\\", "")) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"extra_body": {"configuration": {"ornament": "high"}}}, "extra_body: an argument of the openai client"),
+        ({"extra_body": {"top_k": 5}}, "extra_body: an argument of the openai client"),
+        ({"ornament": "high"}, 'ornament: a rubric, not a field; put it into "configuration"'),
+        ({"preferences": "preferences-" + 24 * "0"}, "preferences: not offered by this server"),
+        ({"messages": [USER[0] | {"configuration": {}}]}, "messages[0].configuration: not read here"),
+        ({"model": "m:"}, "model: no saved configuration ''"),
+        ({"model": "cpt:"}, "model: no saved configuration ''"),
+    ],
+)
+def test_a_configuration_in_the_wrong_place_is_said(changes: dict[str, Any], text: str) -> None:
+    answer = ask("POST", CHAT, json={"model": "m", "messages": USER} | changes)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(text)
+
+
+@pytest.mark.parametrize(
+    "query", ["configuration=poet", "Configuration", "preferences=x", "ornament=high", "config[a]=b"]
+)
+def test_a_configuration_in_the_address_is_said(query: str) -> None:
+    answer = ask("POST", f"{CHAT}?{query}", json={"model": "m", "messages": USER})
+    assert (answer.status_code, "not read from the address" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize("name", ["x-cpt-configuration", "x-configuration", "Configuration", "X-CPT-Preferences"])
+def test_a_configuration_in_a_header_is_said(name: str) -> None:
+    answer = ask("POST", CHAT, {**AUTHORIZED, name: "poet"}, json={"model": "m", "messages": USER})
+    assert (answer.status_code, "not read from a header" in answer.text) == (400, True)
+
+
+def test_what_vllm_knows_and_what_is_unlike_our_fields_passes() -> None:
+    names = ["temperature", "metadata", "output_config", "organization", "reference", "content", "1", ""]
+    body = {"model": "m", "messages": USER} | dict.fromkeys(names, 1)
+    assert ask("POST", f"{CHAT}?a=b", json=body).status_code == 200
+    assert ask("POST", CHAT, json={**body, "extra_body": None}).status_code == 200
+    keyring = Keyring(Path("/nonexistent/keys.json"), (make_key(),))
+    known = frozenset({"ornament", "config"})
+    front = Frontend(echo, CATALOGS, keyring, Meter(Path("/nonexistent") / SPENT_FILE), known=known)
+    assert ask("POST", CHAT, front=front, json={**body, "ornament": 1, "config": 2}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ('{"configuration": {"ornament": "low"}, "configuration": {"ornament": "high"}}', "configuration"),
+        ('{"model": "m", "configuration": {"ornament": "low", "orn\\u0061ment": "high"}}', "ornament"),
+        ('[{"a": {"b": 1, "b": 1}}]', "b"),
+    ],
+)
+def test_a_name_given_twice_is_said(body: str, name: str) -> None:
+    answer = ask("POST", CHAT, content=body.encode())
+    text = f"{name}: stands twice in one object; leave one out"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, text)
+
+
+# ---------------------------------------------------------------- half characters
+
+
+HALVES = [rb"\ud83d", rb"\uDE00", rb"\ud83d\ud83d\ude00", rb"\\ud83d\ude00", b"\xed\xa0\xbd", b"\xed\xb8\x80"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        (b'{"stop": "%s"}', "stop"),
+        (b'{"bad_words": ["a", "%s"]}', "bad_words[1]"),
+        (b'{"messages": [{"role": "user", "content": [{"text": "a%sb"}]}]}', "messages[0].content[0].text"),
+        (b'{"user": "x", "tools": [{"function": {"name": "%s"}}]}', "tools[0].function.name"),
+        (b'{"a": {"%s": 1}}', "a.(a name)"),
+        (b'{"model": "%s"}', "model"),
+        (b'["%s"]', "[0]"),
+        (b'"%s"', "body"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings"])
+def test_half_a_character_is_a_bad_request_that_names_it(path: str, body: bytes, where: str, half: bytes) -> None:
+    answer = ask("POST", path, content=body % half)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"{where}: holds half a character")
+
+
+def test_half_a_character_in_a_tool_calls_arguments_is_found() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"to": "\\ud83d"}'}}
+    answer = ask("POST", CHAT, json={"messages": [*USER, {"role": "assistant", "tool_calls": [call]}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("messages[1].tool_calls: holds half a character")
+    call["function"] = {"name": "f", "arguments": '{"to": "\\ud83d\\ude00"}'}
+    assert ask("POST", CHAT, json={"messages": [*USER, {"tool_calls": [call]}, 1, {}]}).status_code == 200
+
+
+@given(st.text() | st.just("\U0001f600"), st.booleans())
+def test_whole_characters_pass_in_every_spelling(text: str, ascii_only: bool) -> None:
+    body = json.dumps({"model": "m", "stop": text, text: 1}, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    if text in ("model", "stop", "configuration", "preferences"):
+        return
+    assert read_object(body) == {"model": "m", "stop": text, text: 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_other_encodings_of_json_are_read_as_vllm_reads_them(encoding: str) -> None:
+    assert read_object('{"stop": "\U0001f600"}'.encode(encoding)) == {"stop": "\U0001f600"}
+    with pytest.raises(UserError, match="stop: holds half a character"):
+        read_object('{"stop": "\\ud83d"}'.encode(encoding))
+
+
+# ---------------------------------------------------------------- pages of other origins
+
+PAGE_ORIGIN = "http://localhost:5173"
+PREFLIGHT = {
+    "Origin": PAGE_ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def from_page(front: Any, method: str, path: str, headers: dict[str, str], **given: Any) -> httpx.Response:
+    opened = open_to_pages(front, {"allowed_origins": [PAGE_ORIGIN], "allow_credentials": True})
+    return ask(method, path, {"Origin": PAGE_ORIGIN, **headers}, opened, **given)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/configurations", "/v1/preferences", "/health", "/nowhere"])
+def test_a_preflight_of_a_page_that_is_let_in_needs_no_key(path: str) -> None:
+    answer = from_page(make_front(echo), "OPTIONS", path, PREFLIGHT)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == PAGE_ORIGIN
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert answer.headers["access-control-allow-headers"] == "authorization,content-type"
+
+
+async def models(scope: Any, receive: Any, send: Any) -> None:
+    """Lists models as vLLM does."""
+    body = b'{"data": [{"id": "m"}]}'
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize(
+    ("app", "method", "path", "headers", "status"),
+    [
+        (echo, "POST", CHAT, AUTHORIZED, 200),
+        (echo, "POST", CHAT, {}, 401),
+        (echo, "POST", f"{CHAT}?configuration=poet", AUTHORIZED, 400),
+        (echo, "POST", "/nowhere", AUTHORIZED, 404),
+        (echo, "GET", "/v1/configurations", AUTHORIZED, 200),
+        (models, "GET", "/v1/models", AUTHORIZED, 200),
+        (echo, "GET", "/playground", {}, 200),
+        (echo, "HEAD", "/v1/configurations", AUTHORIZED, 200),
+    ],
+)
+def test_a_page_that_is_let_in_reads_every_answer(
+    app: Any, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    answer = from_page(make_front(app), method, path, headers)
+    assert answer.status_code == status
+    assert answer.headers.get_list("access-control-allow-origin") == [PAGE_ORIGIN]
+    exposed = {one.strip() for one in answer.headers["access-control-expose-headers"].split(",")}
+    assert exposed >= {"x-cpt-configuration", "x-cpt-configuration-from", "retry-after"}
+
+
+def test_a_page_that_is_not_let_in_reads_nothing() -> None:
+    other = {**PREFLIGHT, "Origin": "http://elsewhere"}
+    assert from_page(make_front(echo), "OPTIONS", CHAT, other).status_code == 400
+    answer = from_page(make_front(echo), "GET", "/v1/configurations", {**AUTHORIZED, "Origin": "http://elsewhere"})
+    assert "access-control-allow-origin" not in answer.headers
+    front = make_front(echo)
+    assert open_to_pages(front, {"allowed_origins": []}) is front
+    assert ask("OPTIONS", CHAT, PREFLIGHT, front).status_code == 401
+
+
+# ---------------------------------------------------------------- HEAD
+
+
+@pytest.mark.parametrize("path", ["/", "/playground", "/health", "/version", "/v1/configurations"])
+def test_head_is_get_without_a_body(path: str) -> None:
+    head, get = ask("HEAD", path), ask("GET", path)
+    assert (head.status_code, head.content, get.status_code) == (200, b"", 200)
+    assert head.headers["content-length"] == str(len(get.content))
+
+
+def test_head_needs_a_key_where_get_does() -> None:
+    assert ask("HEAD", "/v1/configurations", {}).status_code == 401
+    assert ask("HEAD", "/health", {}).status_code == 200
 
 
 async def stream(scope: Any, receive: Any, send: Any) -> None:

@@ -15,6 +15,8 @@ from cpt_ray import keys
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
 from cpt_ray.keys import UNKNOWN_KEY, Key, Keyring, Refusal, make_key
+from cpt_ray.rundir import RunDir
+from cpt_ray.serving import _choose_keys
 
 
 @pytest.fixture
@@ -55,10 +57,78 @@ def test_a_key_is_made_listed_and_revoked_by_command(run_file: Path, capsys: pyt
     assert "no key named 'alcie' (did you mean \"alice\"?)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "1e99"])
-def test_a_limit_that_is_no_number_above_zero_is_refused(run_file: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1e99", "nan", "inf", "36526", ""])
+def test_a_limit_that_is_no_number_above_zero_is_refused(
+    run_file: Path, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["keys", "add", str(run_file), "alice", "--days", value])
+        main(["keys", "add", str(run_file), "alice", f"--days={value}"])
+    assert f"--days: found '{value}'; give a number above 0, at most 36,525" in capsys.readouterr().err
+    assert not (run_file.parent / "keys.json").exists()
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "-3", "nan", "1e3", "9" * 16])
+@pytest.mark.parametrize("limit", ["--requests-per-minute", "--tokens-per-minute", "--budget"])
+def test_a_limit_that_is_counted_is_whole(
+    run_file: Path, limit: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["keys", "add", str(run_file), "alice", f"{limit}={value}"])
+    assert f"{limit}: found '{value}'; give a whole number above 0" in capsys.readouterr().err
+
+
+def test_the_longest_life_of_a_key_is_listed(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "add", str(run_file), "alice", "--days", "36525"]) == 0
+    assert main(["keys", "list", str(run_file)]) == 0
+    assert "open, until 2" in capsys.readouterr().out
+
+
+BAD_NAMES = [
+    "bob  open\nmallory", "a\tb", "\x1b[2Kbob", "a\x00", "bob\u202egnp", "\u200b", "a\u200db", "\u2066a", " bob",
+    "bob ", "a\u2028b", "\udcff", "a" * 65, "\x7f", "\u00a0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_would_fake_or_hide_a_line_of_the_list_is_refused(
+    run_file: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "add", str(run_file), name]) == 1
+    told = capsys.readouterr().err
+    assert told.isascii() and told.count("\n") == 1 and ("at most 64 printable" in told or "needs a name" in told)
+    assert not (run_file.parent / "keys.json").exists()
+    assert main(["keys", "revoke", str(run_file), name]) == 1
+    told = capsys.readouterr().err
+    assert told.isascii() and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["alice", "Zoë's laptop", "山田", "a" * 64])
+def test_any_readable_name_is_kept(run_file: Path, name: str) -> None:
+    assert main(["keys", "add", str(run_file), name]) == 0
+    assert [one.name for one in Keyring(run_file.parent / "keys.json").keys] == [name]
+
+
+def test_a_name_of_an_earlier_version_cannot_fake_a_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_file.parent / "keys.json").write_text(json.dumps([{"name": "a\nb", "hash": "0", "created": 0.0}]))
+    assert main(["keys", "list", str(run_file)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["'a\\nb'               open"]
+
+
+@pytest.mark.parametrize("given", [" secret\n", "secret", "\tsecret "])
+def test_the_servers_key_is_taken_without_the_blanks_around_it(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPT_API_KEY", given)
+    fixed, made = _choose_keys("0.0.0.0", RunDir(tmp_path), None, insecure=False)
+    assert fixed is not None and made is None
+    assert Keyring(tmp_path / "keys.json", fixed).check(header("secret")) == fixed[0]
+
+
+@pytest.mark.parametrize("given", [" ", "\n", "two words", "schlüssel", "a\nb"])
+def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPT_API_KEY", given)
+    with pytest.raises(UserError, match="CPT_API_KEY: use printable ASCII"):
+        _choose_keys("127.0.0.1", RunDir(tmp_path), None, insecure=False)
 
 
 def test_a_running_server_sees_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.errors import UserError
-from cpt_ray.rubric import Rubric, directive_leak, load_rubric, load_rubrics, read_yaml
+from cpt_ray.rubric import Rubric, directive_leak, load_rubric, load_rubrics
+from cpt_ray.yaml_file import read_yaml
 from tests.builders import make_rubric, rubric_dict
 
 ROOT = Path(__file__).parent.parent

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -62,6 +63,15 @@ USER: list[Any] = [{"role": "user", "content": "Tell me about the sea."}]
 SYSTEM: list[Any] = [{"role": "system", "content": "Be brief."}, *USER]
 TURNS: list[Any] = [*USER, {"role": "assistant", "content": "Blue."}, {"role": "user", "content": "And the hills?"}]
 CHAT = "/v1/chat/completions"
+
+
+def some_port() -> int:
+    """One that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+PAGE_ORIGIN, OTHER_ORIGIN = (f"http://127.0.0.1:{some_port()}" for _ in range(2))
 ONE_GIB = 1 << 30
 WAIT_SECONDS = 400.0
 """For anything, an engine that starts on a busy machine included; a test that passes waits for far less."""
@@ -110,7 +120,11 @@ def make_config(run: RunDir, **changes: Any) -> RunConfig:
         "serve": {
             "port": 0,
             "configurations": {"poet": {"ornament": 88}},
-            "frontend": {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
+            "frontend": {
+                "enable_auto_tool_choice": True,
+                "tool_call_parser": "hermes",
+                "allowed_origins": [PAGE_ORIGIN],
+            },
             **changes,
         },
     }
@@ -365,6 +379,34 @@ def test_no_body_makes_the_server_fail(url: str, body: bytes) -> None:
     assert httpx.get(f"{url}/health", timeout=60).status_code == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"stop": "\ud83d"}, {"bad_words": ["\ud83d"]}, {"prompt": "\ud83d"}, {"messages": [{"content": "\ud83d"}]}],
+)
+def test_half_a_character_is_a_bad_request(url: str, path: str, changes: dict[str, Any]) -> None:
+    answer = post(url, path, content=json.dumps({"model": "tiny", "messages": USER, "prompt": "a"} | changes))
+    assert (answer.status_code, "holds half a character" in answer.text) == (400, True)
+
+
+def test_no_field_that_vllm_documents_is_taken_for_a_slip(url: str) -> None:
+    schemas = httpx.get(f"{url}/openapi.json", headers=AUTHORIZED, timeout=60).json()["components"]["schemas"]
+    names = {name for one in schemas.values() for name in one.get("properties", ())}
+    assert {"max_tokens", "structured_outputs", "cache_salt"} <= names
+    body = dict.fromkeys(names, None) | {"model": "tiny", "messages": USER, "max_tokens": 1}
+    assert "no field is called so" not in post(url, json=body).text
+
+
+def test_head_and_preflights_are_answered(url: str) -> None:
+    head = httpx.head(f"{url}/v1/models", headers=AUTHORIZED, timeout=60)
+    got = httpx.get(f"{url}/v1/models", headers=AUTHORIZED, timeout=60)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == got.headers["content-length"]
+    asked = {"Origin": PAGE_ORIGIN, "Access-Control-Request-Method": "POST"}
+    assert httpx.options(url + CHAT, headers=asked, timeout=60).status_code == 200
+    assert httpx.options(url + CHAT, headers=asked | {"Origin": "http://elsewhere"}, timeout=60).status_code == 400
+
+
 @pytest.mark.parametrize("length", [4_000, 200_000, 9 << 20])
 def test_a_prompt_that_is_too_long_is_a_bad_request(url: str, length: int) -> None:
     answer = post(url, json={"model": "cpt:poet", "messages": [{"role": "user", "content": "sea " * (length // 4)}]})
@@ -471,6 +513,43 @@ def browser() -> Iterator[Any]:
         )
         yield launched
         launched.close()
+
+
+ASK_FROM_PAGE = """async ([url, key, body]) => {
+  const headers = {"Authorization": `Bearer ${key}`, "Content-Type": "application/json"};
+  const answer = await fetch(url, {method: "POST", headers, body: JSON.stringify(body)});
+  const text = await answer.text();
+  return [answer.status, answer.headers.get("x-cpt-configuration"), text];
+}"""
+
+
+class EmptyPage(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("origin", [PAGE_ORIGIN, OTHER_ORIGIN], ids=["let-in", "not-let-in"])
+def test_a_page_of_another_origin_asks_and_reads_if_it_is_let_in(url: str, browser: Any, origin: str) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", int(origin.rpartition(":")[2])), EmptyPage) as pages:
+        threading.Thread(target=pages.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"{origin}/")
+        body = {"model": "cpt:poet", "messages": USER, "max_tokens": 2}
+        if origin == PAGE_ORIGIN:
+            status, applied, text = page.evaluate(ASK_FROM_PAGE, [url + CHAT, KEY, body])
+            assert (status, applied) == (200, '{"ornament": "high"}') and json.loads(text)["choices"]
+            status, _, text = page.evaluate(ASK_FROM_PAGE, [url + CHAT, "wrong", body])
+            assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key")
+        else:
+            with pytest.raises(Exception, match="Failed to fetch"):
+                page.evaluate(ASK_FROM_PAGE, [url + CHAT, KEY, body])
+        page.close()
+        pages.shutdown()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])

@@ -220,6 +220,8 @@ def test_a_state_survives_json_and_is_scored_again_for_another_policy() -> None:
     before = policy.asked
     other.add(back, choose(5)[4:], policy)
     assert policy.asked > before and len(back.margins) == len(back.choices) == 5
+    twice = {name: state.to_json()[name] * 2 for name in ("choices", "margins")}  # as earlier versions kept them
+    assert Preferences.from_json({**twice, "key": state.key}) == state
     with pytest.raises(UserError, match="not a saved state"):
         Preferences.from_json({"choices": [], "margins": [[1.0]], "key": ""})
     with pytest.raises(UserError, match="not a saved state"):

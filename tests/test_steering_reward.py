@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cpt_ray.errors import UserError
+from cpt_ray.steering.fitting import Reporter
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
 from jobs.benchmark_steering import World, WorldA, WorldB, best_accuracy, tasks
 
@@ -85,6 +88,39 @@ def test_choices_are_used_and_another_users_choices_are_not_enough(model_of_a: R
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     shuffled = accuracy(model_of_a, Tasks(tested.context[order], tested.targets)).mean()
     assert float(shuffled) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_training_that_runs_away_ends_at_the_step_with_what_to_lower(steps: int) -> None:
+    model = RewardModel(WorldA().pairs(np.random.default_rng(0), 1).shape[-1], 64)
+    reported: list[int] = []
+    with pytest.raises(UserError, match=rf"step (\d+) of {steps}: .* not finite numbers; lower steer\.rate") as caught:
+        learn(
+            model, lambda step: draw(WorldA(), step, 4, 2), steps, 1e30, "steer.rate",
+            lambda step, loss: reported.append(step),
+        )  # fmt: skip
+    assert f"step {max(1, len(reported) + (steps > 1))} of" in str(caught.value)
+
+
+def test_every_step_is_reported_with_its_loss() -> None:
+    model, reported = RewardModel(WorldA().pairs(np.random.default_rng(0), 1).shape[-1], 64), []
+    losses = learn(model, lambda step: draw(WorldA(), step, 4, 2), 3, 1e-3, report=lambda *one: reported.append(one))
+    assert reported == list(enumerate(losses, start=1))
+
+
+def test_the_driver_reads_how_far_rank_0_is_and_why_a_training_ended(tmp_path: Path) -> None:
+    assert Reporter.read(tmp_path) == {}
+    Reporter(tmp_path, 1)(3, "of another rank")
+    assert Reporter.read(tmp_path) == {}
+    reporter = Reporter(tmp_path, 0)
+    reporter(1, "loss 0.7")
+    reporter(2, "within the same second")
+    assert Reporter.read(tmp_path) == {"done": 1, "note": "loss 0.7"}
+    with pytest.raises(UserError, match="lower it"), reporter.failing("film"):
+        raise UserError("lower it")
+    assert Reporter.read(tmp_path) == {"error": "film: lower it"}
+    with pytest.raises(UserError, match="film: lower it"):
+        Reporter(tmp_path, 0)
 
 
 def test_the_order_of_choices_does_not_matter(model_of_a: RewardModel) -> None:

@@ -159,7 +159,7 @@ def test_choices_told_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
         await asyncio.gather(*(tell(ask, [one], name) for one in [*HIGH, *LOW]))
         found = (await ask("GET", f"{PATH}/{name}")).json()
         key = json.dumps
-        assert sorted(map(key, found["choices"])) == sorted(map(key, [HIGH[0], *HIGH, *LOW]))
+        assert sorted(map(key, found["choices"])) == sorted(map(key, [*HIGH, *LOW]))
 
     talk(tmp_path, conversation)
 
@@ -231,6 +231,44 @@ def test_preferences_are_never_silently_ignored(tmp_path: Path, path: str, body:
     talk(tmp_path, conversation)
 
 
+def test_a_choice_sent_again_counts_once_and_its_opposite_speaks_against_it(tmp_path: Path) -> None:
+    async def conversation(ask: Ask) -> None:
+        once = await tell(ask, HIGH[:1])
+        many = await tell(ask, HIGH[:1] * 64)
+        again = await tell(ask, HIGH[:1] * 64, many["id"])
+        for found in (many, again):
+            assert found | {"id": once["id"]} == once and found["num_choices"] == 1
+        both = await tell(ask, LOW[:1], many["id"])
+        assert both["num_choices"] == 2
+        assert both["confidence"]["ornament"] < once["confidence"]["ornament"]
+        assert (await ask("GET", f"{PATH}/{many['id']}")).json()["choices"] == [HIGH[0], LOW[0]]
+
+    talk(tmp_path, conversation)
+
+
+def test_every_request_about_preferences_counts_against_a_key(tmp_path: Path) -> None:
+    store = PreferenceStore(tmp_path, candidates(), KnownPolicy(), (QUESTION,), "m")
+    nowhere = Path("/nonexistent")
+    key = Key(name="one", hash=key_hash("one"), created=0.0, requests_per_minute=4)
+    meter = Meter(nowhere / SPENT_FILE, lambda: 0.0)
+    front = Frontend(echo, {"m": catalog()}, Keyring(nowhere / "keys.json", (key,)), meter, preferences=store)
+
+    async def go() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:
+            client.headers["Authorization"] = "Bearer one"
+            name = (await client.post(PATH, json={"choices": HIGH[:1]})).json()["id"]
+            asked = [
+                ("GET", ""),
+                ("GET", f"/{name}"),
+                ("HEAD", f"/{name}"),
+                ("GET", f"/{name}"),
+                ("DELETE", f"/{name}"),
+            ]
+            return [(await client.request(method, PATH + rest)).status_code for method, rest in asked]
+
+    assert asyncio.run(go()) == [200, 200, 200, 429, 429]
+
+
 def test_number_and_size_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preferences, "MAX_STATES", 2)
     monkeypatch.setattr(preferences, "MAX_KEPT", 7)
@@ -240,7 +278,7 @@ def test_number_and_size_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         refused = await ask("POST", PATH, json={"choices": HIGH})
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "preferences_full")
         assert (await ask("POST", PATH, key="other", json={"choices": HIGH})).status_code == 200
-        refused = await ask("POST", f"{PATH}/{names[0]}", json={"choices": HIGH[:2]})
+        refused = await ask("POST", f"{PATH}/{names[0]}", json={"choices": LOW[:2]})
         assert refused.status_code == 400 and "at most 7" in refused.text
         assert (await ask("POST", PATH, content=b" " * (MAX_BODY_BYTES + 1))).status_code == 413
         assert (await ask("PUT", f"{PATH}/{names[0]}", json={})).status_code == 405

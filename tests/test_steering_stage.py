@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -70,31 +71,52 @@ def run_file(folder: Path, **sections: object) -> str:
     return str(path)
 
 
+STEER = {
+    "answers": {"list": "answers", "text": "text", "scores": {"ornament": "grade"}, "scale": [10, 90]},
+    "kinds": ["high", "low"],
+    "conflicting": 1.0,
+    "users": 40,
+    "test_users": 20,
+    "choices": 3,
+    "targets": 8,
+    "size": 32,
+    "steps": 60,
+    "learning_rate": 3e-3,
+    "batch_users": 8,
+    "seeds": 2,
+    "forms": ["gated_lora"],
+    "policy_steps": 12,
+    "embedder": {"model": "embedded"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["steer.learning_rate", "steer.policy_learning_rate"])
+def test_a_training_that_runs_away_ends_with_the_step_and_what_to_lower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    path, run = run_file(tmp_path, steer=STEER | {"seeds": 1}), RunDir(tmp_path / "run")
+    make_tiny_model(run.model)
+    assert main(["steer", "fit", path, f"{setting}=1e30"]) == 1
+    kind = "np-btl 0" if setting == "steer.learning_rate" else "gated_lora"
+    steps = STEER["steps"] if setting == "steer.learning_rate" else STEER["policy_steps"]
+    told = capsys.readouterr()
+    assert re.search(rf"error: steer: {kind}: step \d+ of {steps}: .* not finite numbers; lower {setting}\n", told.err)
+    assert not list(run.path.rglob(f"{kind.partition(' ')[0]}-0.safetensors"))
+    assert re.search(r"steer users +40/40 users", told.out) and "steer np-btl" in told.out
+
+
 @pytest.mark.slow
 def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steer = {
-        "answers": {"list": "answers", "text": "text", "scores": {"ornament": "grade"}, "scale": [10, 90]},
-        "kinds": ["high", "low"],
-        "conflicting": 1.0,
-        "users": 40,
-        "test_users": 20,
-        "choices": 3,
-        "targets": 8,
-        "size": 32,
-        "steps": 60,
-        "learning_rate": 3e-3,
-        "batch_users": 8,
-        "seeds": 2,
-        "forms": ["gated_lora"],
-        "policy_steps": 12,
-        "embedder": {"model": "embedded"},
-    }
-    path = run_file(tmp_path, steer=steer)
+    path = run_file(tmp_path, steer=STEER)
     run = RunDir(tmp_path / "run")
     make_tiny_model(run.model)
     assert main(["steer", "fit", path]) == 0
+    said = capsys.readouterr().out
+    for stage, total, unit in (("users", 40, "users"), ("np-btl", 4 * 60, "steps"), ("gated_lora", 12, "steps")):
+        assert re.search(rf"steer {stage} +{total}/{total} {unit}, .*", said), said
     (policy,) = run.path.rglob("gated_lora-0.safetensors")
     assert json.loads(policy.with_suffix(".json").read_text())["loss"] < 0.75
     found = run.read_json("report/steering.json")
@@ -128,7 +150,7 @@ def test_choices_in_a_file_become_a_belief(tmp_path: Path, capsys: pytest.Captur
     choices.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main(["steer", "infer", path, "--choices", str(choices)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["num_choices"] == 2
+    assert found["num_choices"] == 1  # the same one twice
     assert set(found["probabilities"]["ornament"]) == set(LEVELS)
     assert found["question"] is None and found["configuration"] is None
     choices.write_text('{"prompt": "Write.", "chosen": 1, "rejected": "b"}\n', encoding="utf-8")

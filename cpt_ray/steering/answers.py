@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_ray.config import AnswersConfig, PromptsConfig
+from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grading import interpolate
 from cpt_ray.prompts import read_rows
@@ -28,6 +30,7 @@ def read_answers(
         for name in config.scores
     }
     found: dict[str, list[Answer]] = {"train": [], "held_out": []}
+    ungraded = 0
     for number, row in enumerate(read_rows(source), start=1):
         prompt = by_text.get(str(row.get(source.column, "")).strip())
         if prompt is None:
@@ -39,9 +42,13 @@ def read_answers(
         for one in answers:
             if not isinstance(one, Mapping) or not isinstance(one.get(config.text), str):
                 raise UserError(f"{where}: an answer in {config.list!r} has no text {config.text!r}")
-            grades = {name: _number(_field(one, path, where)) for name, path in config.scores.items()}
+            grades = {name: _grade(_field(one, path, where), config, where) for name, path in config.scores.items()}
+            ungraded += sum(grade is None for grade in grades.values())
             scores = {name: interpolate(grade, points[name]) for name, grade in grades.items() if grade is not None}
             found[prompt.split].append(make_answer(prompt.prompt_id, prompt.text, one[config.text], scores))
+    if ungraded:
+        total = sum(map(len, found.values())) * len(config.scores)
+        say(f"note: {ungraded} of {total} grades are no numbers; choices by those rubrics leave these answers out")
     return found
 
 
@@ -54,8 +61,14 @@ def _field(answer: Mapping[str, Any], path: str, where: str) -> Any:
     return value
 
 
-def _number(value: Any) -> float | None:
+def _grade(value: Any, config: AnswersConfig, where: str) -> float | None:
+    """None if it is no number; UserError if it is one that the scale does not have."""
     try:
-        return float(value)
+        grade = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
+    if not math.isfinite(grade):
+        return None
+    if not config.scale[0] <= grade <= config.scale[1]:
+        raise UserError(f"{where}: found the grade {grade:g}; steer.answers.scale is {list(config.scale)}")
+    return grade

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from cpt_ray.config import Form, SteerConfig
-from cpt_ray.console import say
+from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError
 from cpt_ray.rundir import replacing
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel, Tasks, learn
 from cpt_ray.steering.users import User
+
+PROGRESS = "progress.json"
+POLL_SECONDS = 1.0
+GUESSING = math.log(2)
+"""The loss of a model that finds either answer of a pair as likely to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,42 @@ class Fit:
         return self.folder / f"{self.kind}-{number}.safetensors"
 
 
-def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], fit: Fit) -> None:
-    """Runs `loop` on every rank; UserError with the cause if it fails."""
+class Reporter:
+    """How far a worker group is, in a file of the models' folder that `under_ray_train` shows; rank 0 writes it."""
+
+    def __init__(self, folder: Path, rank: int):
+        self._path, self._rank, self._next = folder / PROGRESS, rank, 0.0
+        if (state := self.read(folder)).get("error"):  # Ray Train tries again what would fail again
+            raise UserError(state["error"])
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, Any]:
+        """{"done": steps, "note": ..., "error": ...}, as far as there is any of it."""
+        path = folder / PROGRESS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def __call__(self, done: int, note: str) -> None:
+        """Once a second at most."""
+        if self._rank == 0 and time.monotonic() >= self._next:
+            self._next = time.monotonic() + POLL_SECONDS
+            self._write({"done": done, "note": note})
+
+    @contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Leaves word of a UserError, which loses its kind on the way through Ray Train."""
+        try:
+            yield
+        except UserError as error:
+            self._write({"error": f"{what}: {error}"})
+            raise
+
+    def _write(self, state: dict[str, Any]) -> None:
+        with replacing(self._path, sync=False) as file:
+            file.write(json.dumps(state).encode())
+
+
+def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], fit: Fit, steps: int) -> None:
+    """Runs `loop` on every rank and shows how many of the `steps` are done; UserError with the cause if it fails."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -96,10 +139,29 @@ def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, 
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise UserError(f"steer: training failed: {str(error).strip().splitlines()[-1][:300]}") from error
+    (fit.folder / PROGRESS).unlink(missing_ok=True)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # raised by the thread that waits for this one
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)  # so that Ctrl-C stays this program's
+    thread.start()
+    done = 0
+    with progress(f"steer {fit.kind}", steps, "steps") as advance:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            state = Reporter.read(fit.folder)
+            advance(max(0, state.get("done", 0) - done), state.get("note", "starting the workers"))
+            done = max(done, state.get("done", 0))
+        state = Reporter.read(fit.folder)
+        advance(0 if failures else steps - done, state.get("note", ""))
+    if failures:
+        last = str(failures[0]).strip().splitlines()[-1][:300]
+        raise UserError(f"steer: {state.get('error') or f'training failed: {last}'}") from failures[0]
 
 
 def fit_reward_models(fits: Sequence[Fit], tensors: Tensors) -> list[list[RewardModel]]:
@@ -108,11 +170,17 @@ def fit_reward_models(fits: Sequence[Fit], tensors: Tensors) -> list[list[Reward
     if missing:
         missing[0].folder.mkdir(parents=True, exist_ok=True)
         torch.save(tensors.__dict__, missing[0].folder / "tensors.pt")
-        under_ray_train(work, {"fits": missing}, missing[0])
+        count = sum(not one.path(number).exists() for one in missing for number in range(one.seeds))
+        under_ray_train(work, {"fits": missing}, missing[0], count * missing[0].config.steps)
     for fit in fits:
         losses = [json.loads(fit.path(one).with_suffix(".json").read_text())["loss"] for one in range(fit.seeds)]
-        say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {np.mean(losses):.3f}")
+        say(f"steer fit    {fit.kind}: {fit.seeds} models, loss {_judged(float(np.mean(losses)))}")
     return [[load(fit, number, tensors.embeddings.shape[1]) for number in range(fit.seeds)] for fit in fits]
+
+
+def _judged(loss: float) -> str:
+    """A loss, and whether guessing is as good."""
+    return f"{loss:.3f}" + (f" (guessing: {GUESSING:.3f})" if loss >= GUESSING else "")
 
 
 def new_model(fit: Fit, number: int, embedding: int) -> RewardModel:
@@ -140,14 +208,17 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
     loaded = torch.load(fits[0].folder / "tensors.pt")
     tensors = Tensors(**{name: one.to(get_device()) for name, one in loaded.items()})
+    reporter, done = Reporter(fits[0].folder, ray.train.get_context().get_world_rank()), 0
     for fit in fits:
         for number in range(fit.seeds):
             if not fit.path(number).exists():
-                _learn_rewards(fit, number, tensors)
+                with reporter.failing(f"{fit.kind} {number}"):
+                    _learn_rewards(fit, number, tensors, reporter, done)
+                done += fit.config.steps
                 ray.train.report({fit.kind: number})
 
 
-def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
+def _learn_rewards(fit: Fit, number: int, tensors: Tensors, reporter: Reporter, done: int) -> None:
     import ray.train
     from ray.train.torch import prepare_model
 
@@ -167,7 +238,11 @@ def _learn_rewards(fit: Fit, number: int, tensors: Tensors) -> None:
         return Tasks(made.context[:, order], made.targets).with_twins()
 
     wrapped = prepare_model(model, parallel_strategy="ddp" if ranks > 1 else None)
-    losses = learn(wrapped, draw, config.steps, config.learning_rate)
+
+    def report(step: int, loss: float) -> None:
+        reporter(done + step, f"{fit.kind} {number}, loss {loss:.3f}")
+
+    losses = learn(wrapped, draw, config.steps, config.learning_rate, "steer.learning_rate", report)
     if rank == 0:
         _save(fit, number, model.state_dict(), losses)
 
@@ -203,10 +278,10 @@ def fit_policy(
         torch.save(
             tensors.__dict__ | {"texts": list(texts), "prompts": list(prompts)}, fit.folder / "policy_tensors.pt"
         )
-        say(f"steer fit    {fit.kind}: {fit.config.policy_steps} steps, in silence")
-        under_ray_train(work_policy, {"fit": fit, "policy": policy, "reward": reward}, fit)
+        settings = {"fit": fit, "policy": policy, "reward": reward}
+        under_ray_train(work_policy, settings, fit, fit.config.policy_steps)
     found = json.loads(fit.path(0).with_suffix(".json").read_text())
-    say(f"steer fit    {fit.kind}: loss {found['loss']:.3f}")
+    say(f"steer fit    {fit.kind}: loss {_judged(found['loss'])}")
     model = new_policy(fit, tensors.embeddings.shape[1], policy)
     model.load_own_state(load_file(fit.path(0)))
     return model.eval()
@@ -246,6 +321,8 @@ def work_policy(settings: dict[str, Any]) -> None:
         policy.encoder.requires_grad_(False)
     teacher.to(device).eval()
     policy.to(device)
+    reporter = Reporter(fit.folder, rank)
+    reporter(0, f"the reference of {len(texts)} answers")
     reference = reference_logps(policy, texts)
     users_here = torch.arange(rank, len(tensors.context), ranks)
     random = torch.Generator().manual_seed(1000 * fit.seed + rank)
@@ -265,7 +342,13 @@ def work_policy(settings: dict[str, Any]) -> None:
         return context, answers.tolist(), texts, reference, preferred
 
     wrapped = prepare_model(policy, parallel_strategy="ddp" if ranks > 1 else None)
-    losses = learn(wrapped, draw, config.policy_steps, config.policy_learning_rate)
+
+    def report(step: int, loss: float) -> None:
+        reporter(step, f"loss {loss:.3f}")
+
+    with reporter.failing(fit.kind):
+        rate = config.policy_learning_rate
+        losses = learn(wrapped, draw, config.policy_steps, rate, "steer.policy_learning_rate", report)
     if rank == 0:
         _save(fit, 0, policy.own_state(), losses)
     ray.train.report({"steps": config.policy_steps})

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import Catalog
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
 
@@ -67,7 +67,7 @@ class Choice:
 def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
     """A client's choices; UserError, in one line, for whatever is not 1 to MAX_CHOICES of them."""
     if not isinstance(data, list) or not 0 < len(data) <= MAX_CHOICES:
-        found = f"{len(data)} of them" if isinstance(data, list) else f"a {type(data).__name__}"
+        found = f"{len(data)} of them" if isinstance(data, list) else kind_of(data)
         raise UserError(f"{where}: found {found}; give a list of 1 to {MAX_CHOICES} choices")
     names = ("prompt", "chosen", "rejected")
     choices = []
@@ -77,7 +77,9 @@ def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
         for name in names:
             text = one[name]
             is_text = isinstance(text, str) and 0 < len(text.strip()) <= len(text) <= MAX_CHARS
-            if not is_text or _SURROGATE.search(text):
+            if is_text and _SURROGATE.search(text):
+                raise UserError(f"{where}[{at}].{name}: holds half a character (a lone surrogate, like \\ud83d)")
+            if not is_text:
                 raise UserError(f"{where}[{at}].{name}: expected a text of 1 to {MAX_CHARS} characters")
         if one["chosen"] == one["rejected"]:
             raise UserError(f"{where}[{at}]: chosen and rejected are the same text; that is no choice")
@@ -120,6 +122,7 @@ class Belief:
     probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
     """Rubric id to level name to probability; what is missing to 1 is that the rubric does not matter."""
     num_choices: int
+    """How many count: the same one again does not."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -136,9 +139,14 @@ class Preferences:
     key: str = ""
     """The candidates (and the policy) that the margins belong to; "" if they are none's."""
 
+    def new(self, choices: Sequence[Choice]) -> list[Choice]:
+        """Those that are not known yet, each once: a choice sent again says nothing new. Its opposite does."""
+        known = set(self.choices)
+        return [one for one in dict.fromkeys(choices) if one not in known]
+
     def add_unscored(self, choices: Sequence[Choice]) -> None:
-        """Adds choices that no policy is asked about; one that needs the margins scores all of them anew."""
-        self.choices += choices
+        """Adds what is new of choices that no policy is asked about; one that needs the margins scores all anew."""
+        self.choices += self.new(choices)
         self.margins, self.key = [() for _ in self.choices], ""
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +160,8 @@ class Preferences:
             choices = [Choice(**one) for one in data["choices"]]
             margins = [tuple(map(float, one)) for one in data["margins"]]
             if len(choices) == len(margins):
-                return cls(choices=choices, margins=margins, key=str(data["key"]))
+                known = dict(zip(choices, margins, strict=True))  # once each, also in a state of an earlier version
+                return cls(choices=list(known), margins=list(known.values()), key=str(data["key"]))
         except (KeyError, TypeError, ValueError):
             pass
         raise UserError("preferences: not a saved state; delete it and choose again")
@@ -232,12 +241,15 @@ class Candidates:
     def add(
         self, state: Preferences, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
     ) -> None:
-        """Adds choices to a state. What was asked as one of `questions` costs nothing; the rest is one batch."""
+        """Adds what is new of `choices` to a state. What was asked as one of `questions` costs nothing; the rest is
+        one batch.
+        """
         known = {Choice(prompt=one.prompt, chosen=one.first, rejected=one.second): one.margins for one in questions}
         known |= {one.swapped(): tuple(-value for value in margins) for one, margins in known.items()}
         if state.key != self.key:  # what was known belongs to another policy
             choices, state.choices, state.margins, state.key = [*state.choices, *choices], [], [], self.key
-        left = [one for one in dict.fromkeys(choices) if one not in known]
+        choices = state.new(choices)
+        left = [one for one in choices if one not in known]
         if left:
             scored = self.score(scorer, left).tolist()
             known |= {one: tuple(margins) for one, margins in zip(left, scored, strict=True)}

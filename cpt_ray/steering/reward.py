@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from cpt_ray.errors import UserError
+
 
 @dataclass(frozen=True)
 class Tasks:
@@ -108,12 +110,30 @@ class RewardModel(nn.Module):
         return -logsigmoid(rewards[..., 0] - rewards[..., 1]).mean() + kl.mean() / tasks.targets.shape[1]
 
 
-def learn(module: nn.Module, draw: Callable[[int], Any], steps: int, learning_rate: float) -> list[float]:
+def learn(
+    module: nn.Module,
+    draw: Callable[[int], Any],
+    steps: int,
+    learning_rate: float,
+    setting: str = "the learning rate",
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
     """Trains `module`, whose forward gives the loss of what `draw(step)` gives: Adam, warm-up, linear decay.
 
+    Args:
+        setting: what the learning rate is called in the run file.
+        report: gets the number of every step, from 1, and its loss.
+
     Returns:
-        The loss of every step.
+        The loss of every step. UserError at the first one that is not finite, or if the last one spoilt the weights.
     """
+
+    def check(step: int, *values: Tensor) -> None:
+        if not all(bool(one.isfinite().all()) for one in values):
+            raise UserError(
+                f"step {step} of {steps}: loss, gradient or weights are not finite numbers; lower {setting}"
+            )
+
     trained = [one for one in module.parameters() if one.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     warmup = max(1, steps // 20)
@@ -124,10 +144,14 @@ def learn(module: nn.Module, draw: Callable[[int], Any], steps: int, learning_ra
         loss = module(draw(step))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        # every rank has the same gradient, so that all of them stop here
+        check(step + 1, loss.detach(), nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        report(step + 1, losses[-1])
+    with torch.no_grad():
+        check(steps, module(draw(steps)), *trained)
     module.eval()
     return losses
 

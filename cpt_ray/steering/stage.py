@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, SteerConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
-from cpt_ray.console import say
-from cpt_ray.errors import UserError
+from cpt_ray.console import Advance, progress, say
+from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.records import Generation, Grade, Trial, content_id
@@ -102,7 +102,13 @@ class Steering:
     @cached_property
     def learned_from(self) -> Population:
         """The writer's answers, to train prompts."""
-        rubrics = [one for one in self.plan.rubrics if one.id not in self.config.held_out_rubrics]
+        known, held_out = [one.id for one in self.plan.rubrics], self.config.held_out_rubrics
+        for name in held_out:
+            if name not in known:
+                raise UserError(f"steer.held_out_rubrics: no rubric {name!r}{did_you_mean(name, known)}")
+        rubrics = [one for one in self.plan.rubrics if one.id not in held_out]
+        if not rubrics:
+            raise UserError("steer.held_out_rubrics: names every rubric; leave one to learn from")
         if self.shards is None:
             return self._crowd(self._given["train"], rubrics)
         rows_of_judges = self.run.read("grades", self.shards.grades, Grade)
@@ -137,13 +143,19 @@ class Steering:
         answers = [self.answer(one.prompt_id, one.prompt, one.text, {one.rubric_id: one.score}) for one in rows]
         return self._crowd(answers, self.plan.rubrics)
 
-    def users(self, crowd: Population, count: int, salt: int) -> list[User]:
-        """Users of all kinds in turn."""
+    def users(
+        self, crowd: Population, count: int, salt: int, advance: Advance = lambda amount, note: None
+    ) -> list[User]:
+        """Users of all kinds in turn; `advance` is called for each."""
         rng = np.random.default_rng([self.plan.config.seed, salt])
         kinds, settings = self.config.kinds, self.config
         tastes = [draw_taste(rng, crowd.rubrics, kinds[at % len(kinds)]) for at in range(count)]
         sizes = (settings.choices, settings.targets, settings.conflicting)
-        return [crowd.user(rng, taste, *sizes) for taste in tastes]
+        users = []
+        for taste in tastes:
+            users.append(crowd.user(rng, taste, *sizes))
+            advance(1, "")
+        return users
 
     @cached_property
     def test_users(self) -> list[User]:
@@ -211,9 +223,15 @@ class Fitted:
 
 def fit(steering: Steering) -> Fitted:
     """Embeddings, reward models and the questions worth asking; only what is missing is made."""
-    crowd, held_out = steering.learned_from, steering.held_out
-    users = steering.users(crowd, steering.config.users, 0)
+    with progress("steer users", steering.config.users, "users") as advance:
+        advance(0, "reading the answers")
+        crowd, held_out = steering.learned_from, steering.held_out
+        users = steering.users(crowd, steering.config.users, 0, advance)
     vectors = steering.embeddings([*crowd.answers, *held_out.answers])
+    if broken := int((~np.isfinite(vectors).all(axis=1)).sum()):
+        raise UserError(
+            f"steer.embedder: {broken} of {len(vectors)} embeddings are not finite numbers; give another one"
+        )
     learned = vectors[: len(crowd.answers)]
     mean, deviation = learned.mean(axis=0), learned.std(axis=0) + 1e-6
     scaled = (vectors - mean) / deviation

@@ -1,0 +1,88 @@
+"""What a refused command leaves behind: nothing that was not there before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpt_ray.cli import main
+from cpt_ray.errors import UserError
+from cpt_ray.rundir import RunDir
+
+
+def refused(run: RunDir, *written: str) -> None:
+    """A command that writes these files and then ends with a user's error."""
+    with pytest.raises(UserError, match="no good"), run.locked():
+        for name in written:
+            run.write_text(name, '{"plan": {}}')
+        raise UserError("no good")
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(one.relative_to(folder)) for one in folder.rglob("*")}
+
+
+PLANNED = ("run.yaml", "ray.log", "ledger.json", "units/a.parquet", "attempts/start-1")
+
+
+@pytest.mark.parametrize("written", [(), ("run.yaml",), PLANNED])
+def test_a_refused_command_leaves_no_folder(tmp_path: Path, written: tuple[str, ...]) -> None:
+    refused(RunDir(tmp_path / "runs" / "a"), *written)
+    assert tree(tmp_path) == set()
+
+
+def test_what_was_there_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes.txt").touch()
+    refused(RunDir(tmp_path / "runs" / "a"), *PLANNED)
+    assert tree(tmp_path) == {"runs", "runs/notes.txt"}
+    (tmp_path / "runs" / "a").mkdir()
+    refused(RunDir(tmp_path / "runs" / "a"), *PLANNED)
+    assert tree(tmp_path) == {"runs", "runs/notes.txt", "runs/a"}
+    (tmp_path / "runs" / "a" / "run.yaml").touch()
+    refused(RunDir(tmp_path / "runs" / "a"), *PLANNED)
+    assert tree(tmp_path) == {"runs", "runs/notes.txt", "runs/a", "runs/a/run.yaml"}
+
+
+@pytest.mark.parametrize(
+    "result", ["generations/a.parquet", "checkpoints/key/state.json", "keys.json", "rejects/a.parquet"]
+)
+def test_a_result_keeps_all_that_tells_of_it(tmp_path: Path, result: str) -> None:
+    refused(RunDir(tmp_path), *PLANNED, result)
+    assert {*PLANNED, result, ".lock"} <= tree(tmp_path)
+
+
+def test_a_stage_in_the_ledger_is_a_result(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    with pytest.raises(UserError), run.locked():
+        run.add_to_ledger("write", {"rejected": {"refused": 24}})
+        raise UserError("all answers were refused")
+    assert run.read_json("ledger.json") == {"write": {"rejected": {"refused": 24}}}
+
+
+def test_an_accident_or_a_stop_keeps_everything(tmp_path: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt):
+        run = RunDir(tmp_path / error.__name__)
+        with pytest.raises(error), run.locked():
+            run.write_text("ray.log", "why")
+            raise error
+        assert tree(run.path) == {".lock", "ray.log"}
+
+
+@pytest.mark.parametrize(("name", "text"), [("ledger.json", "{"), ("run.yaml", "name: [")])
+def test_a_broken_file_of_a_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    (tmp_path / "run.yaml").write_text("name: a")
+    (tmp_path / name).write_text(text)
+    assert main(["status", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: cannot be read (")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: b"])
+def test_a_folder_that_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "run.yaml"):
+        assert main(["status", str(path)]) == 1
+        assert f"error: {path}: no run.yaml of a run there; give the directory of a run" in capsys.readouterr().err

@@ -28,6 +28,8 @@ from cpt_ray.configuration import Catalog, Resolved
 from cpt_ray.errors import UserError
 from cpt_ray.keys import Counts, Key, Keyring, Refusal
 from cpt_ray.prompting import policy_messages
+from cpt_ray.templates import find_control_token
+from cpt_ray.texts import strings_in
 
 MAX_BODY_BYTES = 10 << 20
 SMALL_BYTES = 8 << 10
@@ -36,6 +38,10 @@ AT_ONCE_SECONDS = 0.005
 """Of work on a request in the event loop, after which the rest of it is done in threads."""
 CHAT_PATHS = ("/v1/chat/completions", "/tokenize")
 """Where a body may name a configuration; anywhere else one is an error, never silently ignored."""
+RAW_PATHS = ("/v1/completions", "/tokenize", "/detokenize")
+"""Where a text is the model's input as it is, control tokens and all."""
+RENDERED = ("messages", "input", "system", "instructions", "tools", "choices")
+"""Fields of bodies whose texts become parts of conversations, at all other paths."""
 CONFIGURATIONS_PATH = "/v1/configurations"
 MODELS_PATH = "/v1/models"
 PREFERENCES_PATH = "/v1/preferences"
@@ -222,13 +228,16 @@ class Frontend:
         listing: Mapping[str, Any] | None = None,
         preferences: Steerer | None = None,
         known: frozenset[str] = frozenset(),
+        control: re.Pattern[str] | None = None,
     ):
         """`catalogs`: what each served model can be asked for, the default model first. `ended` hears of every request.
 
         `listing` is added to what `GET /v1/configurations` says. `known`: names of vLLM's own fields.
+        `control`: finds a control token of the model in a text.
         """
         self._app, self._catalogs, self._keyring, self._counts, self._ended = app, catalogs, keyring, counts, ended
         self._listing, self._preferences, self._known = listing or {}, preferences, known
+        self._control = control
         self._rubrics = frozenset(rubric.id for catalog in catalogs.values() for rubric in catalog.rubrics)
         self._page = PAGE.read_bytes()
 
@@ -301,6 +310,7 @@ class Frontend:
         try:
             self._check_address(scope)
             data = read_object(body)
+            self._check_texts(path, data or {})
             if self._preferences is not None and _under_preferences(path):
                 await self._answer(self._preferences, key, "POST", path, data, send)
                 return
@@ -351,6 +361,16 @@ class Frontend:
             for name in ("configuration", "preferences"):
                 if isinstance(message, dict) and name in message:
                     raise UserError(f"messages[{at}].{name}: not read here; put it beside `messages`")
+
+    def _check_texts(self, path: str, data: Mapping[str, Any]) -> None:
+        """UserError for a control token in what a chat template will render: it would end a turn and begin another."""
+        for name in RENDERED if path not in RAW_PATHS else ():
+            for text in strings_in(data.get(name)):
+                if token := find_control_token(self._control, text):
+                    raise UserError(
+                        f"{name}: a text holds the control token {token!r}, which would end or begin a turn; "
+                        "leave it out, or write it otherwise"
+                    )
 
     def _check_address(self, scope: Message) -> None:
         """UserError for a configuration in the query or in a header."""

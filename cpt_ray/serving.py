@@ -50,6 +50,7 @@ from cpt_ray.frontend import (
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
+from cpt_ray.templates import control_tokens
 
 KEY_VARIABLE = "CPT_API_KEY"
 APPLICATION = "cpt"
@@ -181,8 +182,10 @@ class VllmServer:
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), Record(served.run)
+        control = control_tokens(self._engine.renderer.tokenizer)
+        preferences, fields_of_vllm = self._preferences(), _fields_of(app)
         front = Frontend(
-            app, served.catalogs, keyring, meter, self._record, served.listing, self._preferences(), _fields_of(app)
+            app, served.catalogs, keyring, meter, self._record, served.listing, preferences, fields_of_vllm, control
         )
         return open_to_pages(front, served.frontend)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.prompting import ChatMessage
+from cpt_ray.texts import strings_in
 
 SYSTEM, USER, ANSWER = "Violet lanterns hum.", "Which kettle sang?", "Seven copper owls."
 """Texts of the probe conversation."""
@@ -73,7 +74,7 @@ class ChatTemplate:
 
     def control_token(self, said: Any) -> str:
         """The first control token in the texts of messages or other JSON values, "" if there is none."""
-        return next((token for text in _strings(said) if (token := find_control_token(self._control, text))), "")
+        return next((token for text in strings_in(said) if (token := find_control_token(self._control, text))), "")
 
     def missing(self, text: str, messages: Sequence[ChatMessage], tools: Sequence[Any] = ()) -> str:
         """What of `messages` and `tools` is not in their rendering `text`, the first of it; "" if all is there.
@@ -176,17 +177,17 @@ def _pieces(message: ChatMessage, is_last: bool) -> Iterator[tuple[str, str]]:
     if is_last:
         yield from ((name, message[name]) for name in ("reasoning_content", "reasoning", "thinking") if name in message)
     for call in message.get("tool_calls", ()):
-        yield from (("tool_calls", text) for text in _strings(call.get("function", call)))
+        yield from (("tool_calls", text) for text in _values(call.get("function", call)))
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """The texts in a JSON value, in order; numbers as they are written, keys not."""
+def _values(value: Any) -> Iterator[str]:
+    """The texts in a JSON value, in order; numbers as they are written, names not."""
     if isinstance(value, Mapping):
         for inner in value.values():
-            yield from _strings(inner)
+            yield from _values(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _strings(inner)
+            yield from _values(inner)
     elif isinstance(value, str):
         yield value
     elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -33,19 +33,22 @@ def half_character(value: Any) -> str:
 
     JSON can hold one ("\\\\ud83d") and UTF-8 cannot, so neither a tokenizer nor parquet takes it.
     """
-    return next((f"\\u{ord(found.group()):04x}" for text in _strings(value) if (found := _SURROGATE.search(text))), "")
+    return next(
+        (f"\\u{ord(found.group()):04x}" for text in strings_in(value) if (found := _SURROGATE.search(text))), ""
+    )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """All texts in a JSON value, names included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
+            yield from strings_in(key)
+            yield from strings_in(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _strings(inner)
+            yield from strings_in(inner)
 
 
 def messages_in(text: str, name: str) -> Any:

@@ -19,6 +19,7 @@ from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.users import Answer
+from cpt_ray.templates import control_tokens, find_control_token
 from cpt_ray.thoughts import opens_thoughts, without_thoughts
 
 _TURN = threading.Lock()
@@ -66,7 +67,14 @@ SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs
 def scored_sequences(
     tokenizer: Any, asked: Sequence[tuple[str | None, str, str]], template_kwargs: dict[str, Any], max_model_len: int
 ) -> list[tuple[list[int], int]]:
-    """`sequence` of each (directive, prompt, answer); UserError if one is too long for the model."""
+    """`sequence` of each (directive, prompt, answer); UserError if one does not fit.
+
+    Fits is what is not too long for the model, and has no control token that would end its turn.
+    """
+    control = control_tokens(tokenizer)
+    for _, prompt, answer in asked:
+        if token := find_control_token(control, prompt) or find_control_token(control, answer):
+            raise UserError(f"choices: a text holds the control token {token!r}; leave it out, or write it otherwise")
     found = [sequence(tokenizer, *one, template_kwargs) for one in asked]
     longest, at = max((len(ids), at) for at, (ids, _) in enumerate(found))
     if longest >= max_model_len:

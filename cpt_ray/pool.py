@@ -38,6 +38,8 @@ MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""
 SHARDS_IN_FLIGHT = 2
 """Shards an engine works on at a time: while one runs out, the next keeps it full."""
+READER_THREAD, READER_SECONDS = "iter_threaded", 30.0
+"""What Ray Data 2.60 calls its threads that read ahead, and how long one may take to end."""
 LIVE_SECONDS = 5.0
 """Between two writes of the ledger while a pool is at work."""
 
@@ -323,6 +325,21 @@ def _complete(done: dict[str, set[str]], steps: Sequence[Step], name: str) -> bo
     return True
 
 
+@contextmanager
+def _ended(rows: Any) -> Iterator[Any]:
+    """Rows of Ray Data, whose threads are gone afterwards also where not all were read.
+
+    One that meets a Ray which was shut down meanwhile ends the process, before it could say what was wrong.
+    """
+    try:
+        yield rows
+    finally:
+        rows.close()
+        for thread in threading.enumerate():
+            if thread.name == READER_THREAD:
+                thread.join(READER_SECONDS)
+
+
 def _map_shards(
     run: RunDir,
     model: ModelConfig,
@@ -350,11 +367,12 @@ def _map_shards(
         runtime_env={"env_vars": engine_env(model)},
     )
     try:
-        for row in shards.iter_rows():
-            line, _, trace = row["error"].partition("\n")
-            if line:
-                raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
-            yield row
+        with _ended(iter(shards.iter_rows())) as rows:
+            for row in rows:
+                line, _, trace = row["error"].partition("\n")
+                if line:
+                    raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
+                yield row
     except RayError as error:
         cause: BaseException = getattr(error, "cause", None) or error
         cause = cause.__cause__ or cause  # Ray Data wraps what an actor raises

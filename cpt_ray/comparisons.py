@@ -186,7 +186,7 @@ def _of_messages(
     if isinstance(prompt, list):
         for name, answer in zip(ANSWERS, (chosen, rejected), strict=True):
             if answer[: len(prompt)] == prompt:
-                raise UserError(f"{name} repeats the prompt; leave out its first {len(prompt)}, or the column `prompt`")
+                raise UserError(f"{name} repeats the prompt; leave it out there, or leave out the column `prompt`")
         _refuse_context(columns)
         return _explicit(columns, _with_system(columns, prompt), chosen, rejected)
     shared = _shared_turns(chosen, rejected)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import PreferencesConfig, PromptsConfig
-from cpt_ray.errors import UserError, did_you_mean, first_line
+from cpt_ray.errors import UserError, did_you_mean, first_line, shown
 from cpt_ray.records import Prompt, Reject, content_id
 from cpt_ray.texts import half_character, is_blank, refuse_messages_in
 
@@ -60,7 +60,7 @@ def read_prompts(config: PromptsConfig) -> Prompts:
 
 def _prompt_text(value: Any, where: str) -> str:
     if not isinstance(value, str) or is_blank(value):
-        raise UserError(f"{where} holds {value!r:.40}; expected a non-empty text")
+        raise UserError(f"{where} holds {shown(value)}; expected a non-empty text")
     if escape := half_character(value):
         raise UserError(f"{where}: half a character ({escape}); mend the text")
     refuse_messages_in(value, where)

@@ -77,7 +77,7 @@ class ChatTemplate:
         return next((token for text in strings_in(said) if (token := find_control_token(self._control, text))), "")
 
     def missing(self, text: str, messages: Sequence[ChatMessage], tools: Sequence[Any] = ()) -> str:
-        """What of `messages` and `tools` is not in their rendering `text`, the first of it; "" if all is there.
+        """What of `messages` and `tools` is not in their rendering `text`, the longest of it; "" if all is there.
 
         Spaces do not count, nor thoughts in earlier answers: templates are right to leave those out.
         """
@@ -88,10 +88,13 @@ class ChatTemplate:
             for name, piece in _pieces(message, is_last=at == len(messages) - 1)
         ]
         pieces += [("tool", tool.get("function", tool).get("name", "")) for tool in tools]
-        for where, piece in pieces:
-            forms = {_squash(piece), _squash(json.dumps(piece, ensure_ascii=False)[1:-1])}
-            if not any(form in rendered for form in forms):
+        # the longest first, and each found place is used up: a short text is not found inside another one
+        for where, piece in sorted(pieces, key=lambda one: -len(one[1])):
+            forms = (_squash(piece), _squash(json.dumps(piece, ensure_ascii=False)[1:-1]))
+            form = next((form for form in forms if form in rendered), None)
+            if form is None:
                 return f"{where} ({piece[:60]!r})"
+            rendered = rendered.replace(form, "\0", 1) if form else rendered
         return ""
 
     def check(self, stop_ids: Collection[int] | None = None) -> list[str]:
@@ -117,7 +120,7 @@ class ChatTemplate:
         self, prompt: Rendering, whole: Rendering, answer: Sequence[ChatMessage], stop_ids: Collection[int]
     ) -> tuple[int, ...]:
         """Token ids that an answer adds to its prompt; UserError if it is not all there, or ends with no stop token."""
-        if where := self.missing(whole.text, answer):
+        if where := self.missing(whole.text.removeprefix(prompt.text), answer):
             raise UserError(f"{self.role}: its chat template drops the {where}; {DROPS}")
         size = len(prompt.ids)
         if whole.ids[:size] != prompt.ids:

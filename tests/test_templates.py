@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpt_ray.cli import main
 from cpt_ray.config import EMBEDDED_PATH, PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.records import Message, Pair
@@ -109,6 +111,18 @@ def test_stop_tokens_are_the_tokenizers_and_those_of_the_generation_config(tmp_p
     assert stop_tokens(str(tmp_path), made) == {made.eos_token_id, 1, 2}
 
 
+def test_a_run_with_a_policy_that_loses_its_directive_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    folder = Path(shutil.copytree(EMBEDDED_PATH, tmp_path / "policy"))
+    (folder / "chat_template.jinja").write_text(HEAD + "{% if m.role != 'system' %}" + TURN + "{% endif %}" + TAIL)
+    overrides = [f"policy.model={folder}", f"run_dir={tmp_path / 'run'}"]
+    assert main(["run", "jobs/embedded.yaml", *overrides]) == 1
+    assert "policy: its chat template drops the content of the system message" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- rows of a preference set
 
 
@@ -123,6 +137,10 @@ def test_stop_tokens_are_the_tokenizers_and_those_of_the_generation_config(tmp_p
          "row 2: policy: its chat template drops the content of the assistant message ('<think>"),
         ({**ROW, "chosen": answer("", tool_calls=[{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}])},
          PLAIN, "row 2: policy: its chat template drops the tool_calls of the assistant message ('weather')"),
+        ({**ROW, "prompt": [{"role": "user", "content": "Is the weather fine in Oslo?"},
+                            *answer("", tool_calls=[{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]),
+                            {"role": "tool", "content": "3 C"}]},
+         PLAIN, "row 2: policy: its chat template drops the tool_calls of the assistant message ('weather')"),
         ({**ROW, "tools": [{"type": "function", "function": {"name": "weather"}}]},
          PLAIN, "row 2: policy: its chat template drops the tool ('weather')"),
         ({**ROW, "chosen": answer("Hello", reasoning_content="A plan.")},
@@ -135,6 +153,13 @@ def test_what_a_template_drops_of_a_row_is_said_with_the_row(
     with pytest.raises(UserError) as caught:
         pairs(tmp_path, ROW, row, template=template)
     assert problem in str(caught.value)
+
+
+def test_an_answer_is_looked_for_behind_its_prompt(tmp_path: Path) -> None:
+    drops = HEAD + "{% if m.role == 'assistant' %}<|im_start|>assistant\n<|im_end|>\n{% else %}" + TURN + "{% endif %}"
+    row = {**ROW, "prompt": [{"role": "user", "content": "Say yes or no."}], "chosen": answer("yes")}
+    with pytest.raises(UserError, match=r"drops the content of the assistant message \('yes'\)"):
+        pairs(tmp_path, row, template=drops + TAIL)
 
 
 def test_thoughts_in_earlier_answers_may_go_and_spaces_may_change(tmp_path: Path) -> None:

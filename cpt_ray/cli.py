@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -189,7 +190,7 @@ def status(arguments: argparse.Namespace) -> None:
     run = RunDir(Path(arguments.run))
     made, ledger = run.read_yaml("run.yaml"), run.read_json("ledger.json") or {}
     if not isinstance(made, dict) or "name" not in made:
-        raise UserError(f"{run.path}: no run.yaml of a run there; give the directory of a run (runs/NAME)")
+        raise UserError(f"{run.path}: no run.yaml there that names a run; give the directory of a run (runs/NAME)")
     say(f"{made['name']}: {'a process is at work on it' if run.busy else 'no process is at work on it'}")
     say("\n".join(status_lines(ledger)) or "nothing is done yet")
 
@@ -367,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say_next(run_file: str, config: RunConfig, overrides: Sequence[str]) -> None:
     program = "cpt" if shutil.which("cpt") or not sys.argv[0].endswith("cpt") else os.path.relpath(sys.argv[0])
-    command = " ".join([program, "serve", run_file, *overrides])
+    command = shlex.join([program, "serve", run_file, *overrides])
     rubric = load_rubrics(config.rubric_paths)[0]
     say(f"\nServe it:    {command}")
     say(

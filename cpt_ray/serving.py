@@ -497,7 +497,8 @@ def _read_json(path: Path, remedy: str) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        what = "not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {what}; {remedy}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
     if not isinstance(data, dict):

@@ -85,4 +85,6 @@ def test_a_folder_that_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "run.yaml").write_text(text)
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "run.yaml"):
         assert main(["status", str(path)]) == 1
-        assert f"error: {path}: no run.yaml of a run there; give the directory of a run" in capsys.readouterr().err
+        assert (
+            f"error: {path}: no run.yaml there that names a run; give the directory of a run" in capsys.readouterr().err
+        )

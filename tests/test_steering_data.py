@@ -59,6 +59,14 @@ def test_ungraded_answers_are_in_no_choice(tmp_path: Path, capsys: pytest.Captur
     assert "too few graded answers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("grade", ["N/A", "nan", "inf", True])
+def test_grades_that_are_no_numbers_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], grade: Any) -> None:
+    rng = Random(0)
+    answers = [completion(rng, *([grade, None] if at == 0 else [str(at + 1)])) for at in range(4)]
+    assert dry_run(write(tmp_path / "data.jsonl", completions=answers)) == 0
+    assert "note: 60 of 480 grades are no numbers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -67,6 +75,12 @@ def test_ungraded_answers_are_in_no_choice(tmp_path: Path, capsys: pytest.Captur
         (["steer.answers.scores={helpfulness: annotations.helpfulness.Score}"], "no field"),
         (["steer.answers.scores={helpfullness: a}"], 'did you mean "helpfulness"'),
         (["steer.conflicting=0.5"], "conflicting"),
+        (
+            ["steer.held_out_rubrics=[honestly]"],
+            "steer.held_out_rubrics: no rubric 'honestly' (did you mean \"honesty\"?)",
+        ),
+        (["steer.held_out_rubrics=[honesty, helpfulness]"], "steer.held_out_rubrics: names every rubric"),
+        (["steer.answers.scale=[1, 4]"], "found the grade 5; steer.answers.scale is [1.0, 4.0]"),
     ],
 )
 def test_what_does_not_fit_the_data_is_said_in_a_line(

@@ -32,7 +32,7 @@ from cpt_ray.pool import endpoint_key
 from cpt_ray.publishing import HUB, push
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, plan_units, run_info, synthesize
 
 
@@ -89,7 +89,6 @@ def do_train(plan: Plan, run: RunDir) -> None:
 def do_evaluate(plan: Plan, run: RunDir) -> None:
     """Base and tuned on what was held out."""
     from cpt_ray.evaluation import evaluate
-    from cpt_ray.export import MARK
 
     shards = _finished_shards(plan, run)
     made = run.read_json(MARK)

@@ -10,10 +10,8 @@ from typing import Any
 from cpt_ray.config import TrainConfig
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.reference import read_rows_file
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import MARK, RunDir
 
-MARK = "model/cpt_ray.json"
-"""Written last: the model is complete, and this is what it was made from."""
 PROBE_TOKENS = 64
 MOST_GROWTH = 10
 """How far weights may move, in units of their own size; a model that moved further is no model any more."""

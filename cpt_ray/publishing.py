@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import MARK, RunDir
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 HUB = "hf://"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 """Of a model; the Hub refuses a card whose `base_model` is none, such as a folder."""
-MARK = "cpt_ray.json"
-"""Beside the weights, written last."""
 CARD = """---
 {base_line}library_name: {library}
 pipeline_tag: text-generation
@@ -94,7 +92,7 @@ def _refused(error: HfHubHTTPError | OSError) -> str:
 def push(run: RunDir, target: str) -> None:
     """The tuned model, its card, and its adapter in `adapter/`, to a folder or to hf://OWNER/NAME (made private)."""
     parts = {"": run.model} | ({"adapter": run.adapter} if run.adapter.exists() else {})
-    if not (run.model / MARK).exists():
+    if not (run.path / MARK).exists():
         found = "the tuned model is not complete" if run.model.exists() else "there is no tuned model"
         raise UserError(f"{run.model}: {found}; run `cpt train` with this run file first")
     if not target.startswith(HUB):

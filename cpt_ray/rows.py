@@ -8,7 +8,7 @@ other preference set, the pairs of one prompt are a row.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -270,12 +270,17 @@ def _say_what_was_read(
         say(f"note: {source}: {len(rejects)} of {len(rows)} rows are not used: {counted(rejects)}")
 
 
+def reasons(rejects: Iterable[Reject]) -> dict[str, int]:
+    """How many rejects there are of each reason, for the ledger."""
+    return dict(Counter(reject.reason for reject in rejects))
+
+
 def counted(rejects: Iterable[Reject]) -> str:
-    """How many rejects there are of each reason, in words, with an example of each."""
-    reasons: dict[str, list[Reject]] = defaultdict(list)
+    """The same in words, with an example of each."""
+    groups: dict[str, list[Reject]] = defaultdict(list)
     for reject in rejects:
-        reasons[reject.reason].append(reject)
-    return "; ".join(f"{len(group)} {reason} ({group[0].detail})" for reason, group in sorted(reasons.items()))
+        groups[reject.reason].append(reject)
+    return "; ".join(f"{len(group)} {reason} ({group[0].detail})" for reason, group in sorted(groups.items()))
 
 
 # ---------------------------------------------------------------- selecting

@@ -58,6 +58,8 @@ TABLES: dict[str, type[Any]] = {
     "steering_answers": SteeredAnswer,
 }
 LEDGER = "ledger.json"
+MARK = "model/cpt_ray.json"
+"""Written last: the model is complete, and this is what it was made from."""
 TRACES = {".lock", "run.yaml", "ray.log", "attempts", "units", LEDGER}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""
 Record = TypeVar("Record")

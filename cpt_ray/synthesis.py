@@ -706,7 +706,6 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
     )
     reasons = dict(Counter(reject.reason for reject in plan.rejects))
     run.add_to_ledger("plan", {"rows_in": sum(splits) + len(plan.rejects), "rows_out": num_units, "rejected": reasons})
-    run.write("rejects", "plan", plan.rejects)
     if plan.rejects:
         say(f"note: {len(plan.rejects)} rows repeat an earlier prompt and are left out ({plan.rejects[0].detail})")
     shards = name_shards(plan, list(units))
@@ -732,6 +731,7 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
 def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     """The ledger's entries and a line on each; UserError with the reasons if there are no pairs."""
     (write, judges, direct), control = steps_of(plan), control_step(plan)
+    run.write("rejects", "plan", plan.rejects)
     written = [name for name in shards.generations if not is_control(name)]
     own = [name for name in shards.generations if is_control(name)]
     stages: list[tuple[str, str, Sequence[str], PriceConfig | None]] = [

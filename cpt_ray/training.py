@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.export import MARK, empty_folder, export
+from cpt_ray.export import empty_folder, export
 from cpt_ray.publishing import write_cards
 from cpt_ray.records import Pair, Reject, content_id
 from cpt_ray.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
@@ -38,10 +37,11 @@ from cpt_ray.rows import (
     make_rows,
     own_pairs,
     preference_pairs,
+    reasons,
     select_pairs,
     steps_per_epoch,
 )
-from cpt_ray.rundir import RunDir
+from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.templates import stop_tokens
 
 PROGRESS = ".train_progress.json"
@@ -91,9 +91,8 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
     seconds = round(time.monotonic() - start, 1)
     summary = {"pairs": num_pairs, **_summary(outcome["logs"]), **outcome["export"], "wall_seconds": seconds}
     tokens = round(settings.epochs * sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in data.rows))
-    counts = Counter(reject.reason for reject in data.rejects)
     rows_in = num_pairs + num_held_out + len(data.rejects)
-    entry = {"rows_in": rows_in, "rows_out": num_pairs, "rejected": dict(counts), "wall_seconds": seconds}
+    entry = {"rows_in": rows_in, "rows_out": num_pairs, "rejected": reasons(data.rejects), "wall_seconds": seconds}
     entry |= {"held_out": num_held_out, "steps": summary["steps"], "trained_tokens": tokens}
     run.add_to_ledger("train", entry | {"num_workers": str(settings.num_workers)})
     for note in training_notes(summary):
@@ -141,6 +140,7 @@ def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key:
         every = pairs.rejects + rejects
         remedy = "; raise train.max_length" if any(reject.reason == "too long" for reject in every) else ""
         why = f"none of {len(every)} is left: {counted(every)}{remedy}" if every else "see the rejects table for why"
+        run.add_to_ledger("train", {"rows_in": len(every), "rows_out": 0, "rejected": reasons(every)})
         raise UserError(f"train: there are no pairs; {why}")
     if unsaid:
         say(f"note: {len(unsaid)} pairs are not trained on: {counted(unsaid)}")

@@ -958,7 +958,7 @@ def test_a_taken_port_is_said_before_anything_starts(url: str, run: RunDir, monk
     assert str(raised.value) == f"cannot listen on {where}; try another, as with serve.port={port + 1}"
 
 
-@pytest.mark.parametrize(("left_out", "named"), [("model", "model: no model here"), (CATALOG_FILE, "cannot be read")])
+@pytest.mark.parametrize(("left_out", "named"), [("model", "model: no model here"), (CATALOG_FILE, "not there")])
 def test_a_run_that_was_not_trained_is_told_what_to_do(tmp_path: Path, left_out: str, named: str) -> None:
     made = RunDir(tmp_path)
     steps: dict[str, Callable[[], Any]] = {

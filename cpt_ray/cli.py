@@ -71,7 +71,7 @@ def _settings(train: TrainConfig) -> dict[str, object]:
         "checkpoints",
         "report_to",
     }
-    return train.model_dump(exclude=places)
+    return {**train.model_dump(exclude=places), "format": TRAIN_FORMAT}
 
 
 def do_train(plan: Plan, run: RunDir) -> None:
@@ -107,6 +107,8 @@ def do_run(plan: Plan, run: RunDir) -> None:
     say(f"total        {time.monotonic() - start:.0f} s")
 
 
+TRAIN_FORMAT = 2
+"""Goes up when the same settings and pairs train another model than before."""
 STAGES: dict[str, tuple[Callable[[Plan, RunDir], object], str]] = {
     "run": (do_run, "synthesize, train and evaluate"),
     "synthesize": (synthesize, "write and judge answers, make twin pairs"),
@@ -147,7 +149,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.command == "run":  # hours before it is trained
         from cpt_ray.training import open_policy
 
-        open_policy(config)
+        open_policy(config)[0].check()
     if arguments.command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():
@@ -210,8 +212,7 @@ def train_model(arguments: argparse.Namespace) -> None:
     )
     with run.locked():
         run.write_run({"config": config.model_dump(mode="json"), "name": config.name, "preferences": data})
-        with connected(arguments.verbose, run.path / "ray.log"):
-            train(config, run, (), key)
+        train(config, run, (), key, connected(arguments.verbose, run.path / "ray.log"))
 
 
 def _file_hash(path: Path) -> str:

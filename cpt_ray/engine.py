@@ -71,7 +71,8 @@ def _check_template(config: ModelConfig) -> None:
         tokenizer = AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or config.path)
     except (ImportError, OSError, ValueError):  # vLLM says what is wrong with it, or has a tokenizer of its own for it
         return
-    ChatTemplate(tokenizer, config.chat_template_kwargs, config.model).check()
+    if hasattr(tokenizer, "chat_template") and config.engine.get("tokenizer_mode") != "mistral":
+        ChatTemplate(tokenizer, config.chat_template_kwargs, config.model).check()
 
 
 def _check_reasoning_parser(config: ModelConfig) -> None:

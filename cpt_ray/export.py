@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from cpt_ray.config import TrainConfig
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.reference import read_rows_file
 from cpt_ray.rundir import MARK, RunDir
 
 PROBE_TOKENS = 64
 MOST_GROWTH = 10
 """How far weights may move, in units of their own size; a model that moved further is no model any more."""
-LEAST_SHARE = 0.1
+LEAST_KEPT = 0.1
 """Of the learned change: with less of it in its weights, a model is its base by another name."""
 
 
@@ -65,11 +66,11 @@ def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoin
     _check_finite(model, rows)
     if not change.intended <= MOST_GROWTH**2 * change.size:
         raise UserError(f"the weights changed by over {MOST_GROWTH} times their own size; {DIVERGED}")
-    if change.share < LEAST_SHARE:
+    if change.share < LEAST_KEPT:
         why = f"{dtype} keeps {change.share:.0%} of what was learned" if change.intended else "nothing was learned"
         raise UserError(
             f"the exported weights are the policy's own in {change.unchanged} of {change.trained} trained tensors: "
-            f"{why}; train longer, or with a higher train.learning_rate"
+            f"{why}; train longer, or with a higher train.learning_rate{' (' + ADAPTER + ')' if settings.lora else ''}"
         )
     (run.path / MARK).unlink(missing_ok=True)
     if settings.lora:
@@ -124,6 +125,7 @@ def _whole(policy: str, checkpoint: Path, change: _Change) -> Any:
     return model.to(untuned.dtype)
 
 
+ADAPTER = "the adapter itself is whole, in the last checkpoint"
 DIVERGED = "training has diverged; lower train.learning_rate"
 
 
@@ -134,7 +136,7 @@ def _check_finite(model: Any, rows: str) -> None:
     wrong = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if wrong:
         raise UserError(f"{len(wrong)} exported tensors are not finite, the first is {wrong[0]}; {DIVERGED}")
-    row = next(iter(read_rows_file(Path(rows))))
+    row = next(pq.ParquetFile(rows).iter_batches(batch_size=1)).to_pylist()[0]
     ids = torch.tensor([[*row["prompt"], *row["answers"][0]][:PROBE_TOKENS]])
     with torch.no_grad():
         is_finite = bool(torch.isfinite(model.eval()(ids).logits).all())

@@ -40,7 +40,9 @@ CHAT_PATHS = ("/v1/chat/completions", "/tokenize")
 """Where a body may name a configuration; anywhere else one is an error, never silently ignored."""
 RAW_PATHS = ("/v1/completions", "/tokenize", "/detokenize")
 """Where a text is the model's input as it is, control tokens and all."""
-RENDERED = ("messages", "input", "system", "instructions", "tools", "choices")
+RENDERED = (
+    "messages", "input", "system", "instructions", "tools", "documents", "chat_template_kwargs", "choices"
+)  # fmt: skip
 """Fields of bodies whose texts become parts of conversations, at all other paths."""
 CONFIGURATIONS_PATH = "/v1/configurations"
 MODELS_PATH = "/v1/models"
@@ -64,11 +66,11 @@ CONFIGURED_PREFIX = "cpt:"
 """Begins a model name that carries a configuration."""
 MAX_NAME = 60
 """Characters of a field's name that are looked at and repeated."""
-NEAR = 0.75
+NEAR = 0.87
 """How alike a name must be to that of one of our own fields to be taken for a slip."""
 OTHER_NAMES = {
-    "configuration": {"cpt", "conf", "cfg", "rubric", "rubrics", "directive", "directives"},
-    "preferences": {"pref", "prefs"},
+    "configuration": {"cpt", "conf", "config", "configs", "cfg", "rubric", "rubrics", "directive", "directives"},
+    "preferences": {"pref", "prefs", "preferencesid", "preferenceid"},
 }
 """Of the fields that are read here, what else they might be called (in letters alone)."""
 
@@ -378,8 +380,7 @@ class Frontend:
             if meant := _meant(name) or ("configuration" if name in self._rubrics else None):
                 raise UserError(f'{name[:MAX_NAME]}: not read from the address; put "{meant}" into the body')
         for header, _ in scope["headers"]:
-            bare = re.sub("[^a-z]", "", header.decode("latin-1").removeprefix("x-"))
-            if header.startswith(b"x-cpt-") or bare in ("configuration", "configurations", "preferences", "preference"):
+            if _meant(header.decode("latin-1").removeprefix("x-")):
                 raise UserError(f"{header.decode('latin-1')[:MAX_NAME]}: not read from a header; put it into the body")
 
     async def _answer(
@@ -503,11 +504,11 @@ def _is_whole(text: str) -> bool:
 @functools.lru_cache(1024)
 def _meant(name: str) -> str | None:
     """The field of ours that a name looks like."""
-    letters = re.sub("[^a-z]", "", name[:MAX_NAME].lower())
+    letters = re.sub("[^a-z]", "", name[:MAX_NAME].partition("[")[0].lower())
     for field, others in OTHER_NAMES.items():
-        if letters in others or letters.removeprefix("cpt").startswith((field[:6], field[:-1])):
-            return field
-        if letters[:1] == field[0] and difflib.SequenceMatcher(None, letters, field).ratio() >= NEAR:
+        bare = letters.removeprefix("cpt") or letters
+        is_near = bare[:1] == field[0] and difflib.SequenceMatcher(None, bare, field).ratio() >= NEAR
+        if bare in others or is_near:
             return field
     return None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from cpt_ray.comparisons import (
@@ -76,6 +77,9 @@ class Row(TypedDict):
 # ---------------------------------------------------------------- tokenising
 
 
+NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
+
+
 class Unfit(ValueError):
     """A pair that cannot be trained on: (reason, detail) of its reject."""
 
@@ -106,16 +110,11 @@ class Tokeniser:
         self._prompts: dict[str, Rendering] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
 
-    @property
-    def has_template(self) -> bool:
-        """Whether messages can be rendered at all."""
-        return bool(self._tokenizer.chat_template)
-
-    def check(self) -> list[str]:
+    def check(self, has_system: bool = True) -> list[str]:
         """What the template adds to conversations, in lines for the user; UserError if it loses anything."""
-        return self._template.check(self._stop_ids)
+        return self._template.check(self._stop_ids, has_system)
 
-    def prompt(self, messages: list[ChatMessage], **more: Any) -> tuple[int, ...]:
+    def prompt(self, messages: list[ChatMessage], more: Mapping[str, Any] = NOTHING_MORE) -> tuple[int, ...]:
         """Ids of a conversation that waits for its answer.
 
         Args:
@@ -124,22 +123,24 @@ class Tokeniser:
         return self._prompt(messages, more).ids
 
     def _prompt(self, messages: list[ChatMessage], more: Mapping[str, Any]) -> Rendering:
-        key = content_id(messages, more)
+        key = content_id(messages, dict(more))
         if key not in self._prompts:
             self._refuse_control_tokens([messages, more.get("tools")])
-            rendering = self._template.rendering(messages, **more)
+            rendering = self._template.rendering(messages, more=more)
             if where := self._template.missing(rendering.text, messages, more.get("tools", ())):
                 raise UserError(f"policy: its chat template drops the {where}; {DROPS}")
             self._prompts[key] = rendering
         return self._prompts[key]
 
-    def answer(self, messages: list[ChatMessage], answer: list[ChatMessage], **more: Any) -> tuple[int, ...]:
+    def answer(
+        self, messages: list[ChatMessage], answer: list[ChatMessage], more: Mapping[str, Any] = NOTHING_MORE
+    ) -> tuple[int, ...]:
         """Ids that the answer adds to its prompt's."""
-        key = content_id(messages, answer, more)
+        key = content_id(messages, answer, dict(more))
         if key not in self._answers:
             prompt = self._prompt(messages, more)
             self._refuse_control_tokens(answer)
-            whole = self._template.rendering(messages + answer, is_finished=True, **more)
+            whole = self._template.rendering(messages + answer, is_finished=True, more=more)
             self._answers[key] = self._template.answer_ids(prompt, whole, answer, self._stop_ids)
         return self._answers[key]
 
@@ -159,8 +160,8 @@ class Tokeniser:
         return prompt_ids, whole[len(prompt_ids) :]
 
     def _refuse_control_tokens(self, said: Any) -> None:
-        if token := self._template.control_token(said):
-            raise Unfit("control token", f"{token!r} in a text would be read as the end or the beginning of a turn")
+        if token := self._template.special_token(said):
+            raise Unfit("control token", f"{token!r} is a special token of the policy and would not be read as text")
 
 
 def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
@@ -222,6 +223,9 @@ def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> TokenPa
     """
     rows = list(read_rows(config))
     comparisons = read_comparisons(rows, config.source)
+    if comparisons and not isinstance(comparisons[0].prompt, str):  # plain text needs no template
+        for note in tokeniser.check(has_system=False):  # each row's own roles are looked at below
+            say(f"note: {note}")
     found = TokenPairs()
     first: dict[str, int] = {}
     for number, comparison in enumerate(comparisons, start=1):
@@ -251,8 +255,8 @@ def _compared_pair(name: str, comparison: Comparison, tokeniser: Tokeniser) -> T
         ids = _distinct(texts[0][0], texts[0][1], texts[1][1])
     else:
         more = comparison.template
-        chosen, rejected = (tokeniser.answer(prompt, list(answer), **more) for answer in answers)  # type: ignore[arg-type]
-        ids = _distinct(tokeniser.prompt(prompt, **more), chosen, rejected)
+        chosen, rejected = (tokeniser.answer(prompt, list(answer), more) for answer in answers)  # type: ignore[arg-type]
+        ids = _distinct(tokeniser.prompt(prompt, more), chosen, rejected)
     return TokenPair(pair_id=name, twin_id=name, prompt_id=content_id(comparison.dialogue), **ids)
 
 

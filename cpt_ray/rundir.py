@@ -60,7 +60,8 @@ TABLES: dict[str, type[Any]] = {
 LEDGER = "ledger.json"
 MARK = "model/cpt_ray.json"
 """Written last: the model is complete, and this is what it was made from."""
-TRACES = {".lock", "run.yaml", "ray.log", "attempts", "units", LEDGER}
+LOCK = ".lock"
+TRACES = {LOCK, "run.yaml", "attempts", "units", LEDGER}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"
@@ -107,7 +108,9 @@ def replacing(path: Path, mode: int = 0o666, sync: bool = True) -> Iterator[IO[b
 
 
 def _holds_files(path: Path) -> bool:
-    return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
+    """Whether there is a file with something in it; a log may be empty."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return any(file.is_file() and file.stat().st_size > 0 for file in files)
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -219,14 +222,17 @@ class RunDir:
 
         What ends in a UserError before there is a result leaves nothing behind that was not there before.
         """
-        missing = [one for one in (self.path, *self.path.parents) if not one.exists()]
-        before = set() if missing else {one.name for one in self.path.iterdir()}
-        try:
-            with self._held():
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with self._lock_file() as is_new:
+            names = {path.name for path in self.path.iterdir()}
+            before = names - {LOCK} if is_new else names
+            for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
+                left_behind.unlink(missing_ok=True)
+            try:
                 yield
-        except UserError:
-            self._remove_traces(before, missing)
-            raise
+            except UserError:
+                self._remove_traces(before, missing)  # while nobody else can be at work here
+                raise
 
     def _remove_traces(self, before: Set[str], missing: Sequence[Path]) -> None:
         """Removes the run's files that tell of no result if there is nothing else beside what was there `before`.
@@ -235,40 +241,46 @@ class RunDir:
             missing: folders that were not there, the deepest first.
         """
         with suppress(OSError):  # what led here is said, not this
-            new = [one for one in self.path.iterdir() if one.name not in before]
-            has_result = any(_holds_files(one) for one in new if one.name not in TRACES)
+            new = [path for path in self.path.iterdir() if path.name not in before]
+            has_result = any(_holds_files(path) for path in new if path.name not in TRACES)
             if has_result or set(self.read_json(LEDGER) or ()) - {"plan"}:
                 return
-            for one in new:
-                shutil.rmtree(one) if one.is_dir() else one.unlink()
-            for one in missing:
-                one.rmdir()
+            for path in new:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in missing:
+                folder.rmdir()
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another run_dir") from None
-        with handle:
+    def _lock_file(self) -> Iterator[bool]:
+        """Holds the lock, on the file that has its name: another process may just have removed it. Was it not there?"""
+        path = self.path / LOCK
+        while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+                self.path.mkdir(parents=True, exist_ok=True)
+                is_new = not path.exists()
+                handle = path.open("a+")
             except OSError as error:
-                say(
-                    f"note: {self.path} cannot be locked ({error.strerror}); see that one process works on it at a time"
-                )
-            for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
-                left_behind.unlink(missing_ok=True)
-            yield
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another run_dir") from None
+            with handle:
+                self._flock(handle)
+                with suppress(FileNotFoundError):
+                    if path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+                        yield is_new
+                        return
+
+    def _flock(self, handle: IO[str]) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+        except OSError as error:
+            say(f"note: {self.path} cannot be locked ({error.strerror}); see that one process works on it at a time")
 
     @property
     def busy(self) -> bool:
         """Whether some process on this machine holds the run."""
         try:
-            with (self.path / ".lock").open() as handle:
+            with (self.path / LOCK).open() as handle:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False

@@ -582,6 +582,8 @@ class Shards:
     """What each shard of near-duplicates is found in: generations."""
     groups: dict[str, PairInputs]
     """What each shard of pairs is made of."""
+    planned: list[str]
+    """Of rejects: rows that repeat a prompt; none if there are none."""
 
     @property
     def pairs(self) -> list[str]:
@@ -593,7 +595,11 @@ class Shards:
         """Every shard of rejects."""
         stages = {"direct": self.directives, "pair": self.pairs}
         found = [f"{stage}-{name}" for stage, names in stages.items() for name in names]
-        return ["plan", *found, *(f"{'control' if is_control(name) else 'write'}-{name}" for name in self.generations)]
+        return [
+            *self.planned,
+            *found,
+            *(f"{'control' if is_control(name) else 'write'}-{name}" for name in self.generations),
+        ]
 
 
 @dataclass(frozen=True)
@@ -642,6 +648,7 @@ def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
         grades=all_grades,
         repeats={repeats[one]: names for one, names in answers.items()},
         groups=groups,
+        planned=[f"plan-{content_id([one.detail for one in plan.rejects])[:12]}"] if plan.rejects else [],
     )
 
 
@@ -731,7 +738,10 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
 def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     """The ledger's entries and a line on each; UserError with the reasons if there are no pairs."""
     (write, judges, direct), control = steps_of(plan), control_step(plan)
-    run.write("rejects", "plan", plan.rejects)
+    for name in shards.planned:
+        if not run.has("rejects", name):
+            run.write("rejects", name, plan.rejects)
+    run.prune("rejects", shards.planned, prefix="plan-")
     written = [name for name in shards.generations if not is_control(name)]
     own = [name for name in shards.generations if is_control(name)]
     stages: list[tuple[str, str, Sequence[str], PriceConfig | None]] = [

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cpt_ray.errors import UserError, first_line
@@ -39,9 +40,11 @@ class ChatTemplate:
         """`role`: of the model, for messages."""
         self._tokenizer, self._arguments, self.role = tokenizer, dict(arguments), role
         self._now = datetime.now().strftime
-        self._control = control_tokens(tokenizer)
+        self._special = control_tokens(tokenizer, every=True)
 
-    def render(self, messages: Sequence[ChatMessage], is_finished: bool = False, **more: Any) -> str:
+    def render(
+        self, messages: Sequence[ChatMessage], is_finished: bool = False, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         """The text of a conversation, by default one that waits for its answer; UserError if the template refuses it.
 
         Args:
@@ -63,18 +66,20 @@ class ChatTemplate:
                 f"{shown} messages{hint}"
             ) from None
 
-    def rendering(self, messages: Sequence[ChatMessage], is_finished: bool = False, **more: Any) -> Rendering:
+    def rendering(
+        self, messages: Sequence[ChatMessage], is_finished: bool = False, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> Rendering:
         """`render`, and its token ids."""
-        text = self.render(messages, is_finished, **more)
+        text = self.render(messages, is_finished, more)
         return Rendering(text, self.encode(text))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered conversation; the template has put the beginning mark there already."""
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def control_token(self, said: Any) -> str:
-        """The first control token in the texts of messages or other JSON values, "" if there is none."""
-        return next((token for text in strings_in(said) if (token := find_control_token(self._control, text))), "")
+    def special_token(self, said: Any) -> str:
+        """The first special token in the texts of messages or other JSON values, "" if there is none."""
+        return next((token for text in strings_in(said) if (token := find_control_token(self._special, text))), "")
 
     def missing(self, text: str, messages: Sequence[ChatMessage], tools: Sequence[Any] = ()) -> str:
         """What of `messages` and `tools` is not in their rendering `text`, the longest of it; "" if all is there.
@@ -97,14 +102,16 @@ class ChatTemplate:
             rendered = rendered.replace(form, "\0", 1) if form else rendered
         return ""
 
-    def check(self, stop_ids: Collection[int] | None = None) -> list[str]:
+    def check(self, stop_ids: Collection[int] | None = None, has_system: bool = True) -> list[str]:
         """What the template adds, a line each; UserError if it drops what a system message or a user says.
 
         Args:
             stop_ids: token ids at which the model stops. If given, answers are looked at too: UserError if the template
                 drops one, changes its prompt, or ends it with none of these.
+            has_system: whether system messages are needed.
         """
-        prompt: list[ChatMessage] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+        system: list[ChatMessage] = [{"role": "system", "content": SYSTEM}] if has_system else []
+        prompt = [*system, {"role": "user", "content": USER}]
         text = self.render(prompt)
         if where := self.missing(text, prompt):
             raise UserError(
@@ -122,15 +129,18 @@ class ChatTemplate:
         """Token ids that an answer adds to its prompt; UserError if it is not all there, or ends with no stop token."""
         if where := self.missing(whole.text.removeprefix(prompt.text), answer):
             raise UserError(f"{self.role}: its chat template drops the {where}; {DROPS}")
-        size = len(prompt.ids)
-        if whole.ids[:size] != prompt.ids:
+        if not whole.text.startswith(prompt.text):
             raise UserError(
                 f"{self.role}: its chat template renders a prompt otherwise once it is answered (its end is "
                 f"{prompt.text[-40:]!r}, then {whole.text[: len(prompt.text)][-40:]!r}); set "
-                f"{self.role}.chat_template_kwargs (for example {{enable_thinking: false}}) or use another model"
+                f"{self.role}.chat_template_kwargs (for Qwen3: {{enable_thinking: false}}) or use another model"
             )
-        self._check_end(whole.ids[size:], stop_ids)
-        return whole.ids[size:]
+        size = len(prompt.ids)
+        # an answer that begins with a space may share a token with its prompt; never when it is generated
+        is_apart = whole.ids[:size] == prompt.ids
+        answer_ids = whole.ids[size:] if is_apart else self.encode(whole.text[len(prompt.text) :])
+        self._check_end(answer_ids, stop_ids)
+        return answer_ids
 
     def _check_end(self, answer: Sequence[int], stop_ids: Collection[int]) -> None:
         """UserError unless an answer's last token, blank ones aside, is one at which the model stops."""
@@ -152,7 +162,7 @@ class ChatTemplate:
         if added := bare or self._own_words(text):
             when = "" if self._own_words(text) else " where there is no system message"
             notes.append(f"{self.role}: its chat template adds text of its own{when}: {added[:100]!r}")
-        with_clock = self.render([{"role": "user", "content": USER}], strftime_now=lambda _: _CLOCK)
+        with_clock = self.render([{"role": "user", "content": USER}], more={"strftime_now": lambda _: _CLOCK})
         if _CLOCK in with_clock:
             fix = f" (fix it with {self.role}.chat_template_kwargs: {{date_string: ...}})"
             has_name = "date_string" in str(self._tokenizer.chat_template)
@@ -166,7 +176,7 @@ class ChatTemplate:
         """What a rendering says beside the probe's texts, control tokens and the names of roles."""
         for known in (SYSTEM, USER):
             text = text.replace(known, " ")
-        text = self._control.sub(" ", text) if self._control else text
+        text = self._special.sub(" ", text) if self._special else text
         lines = [line.strip() for line in text.splitlines()]
         return " ".join(line for line in lines if re.sub(r"\W", "", line).lower() not in {"", *_ROLES})
 
@@ -201,11 +211,30 @@ def _squash(text: str) -> str:
     return "".join(text.split())
 
 
-def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds what a tokenizer takes for a control token wherever it stands in a text; None if there is nothing."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = sorted({token.content for token in added if token.special and token.content.strip()}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, marks))) if marks else None
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """By id, the tokens that a tokenizer finds wherever they stand in a text, and leaves out when it decodes."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    added = added() if callable(added) else added  # Mistral's own tokenizers have a method of that name
+    return {at: str(token.content) for at, token in added.items() if token.special and token.content.strip()}
+
+
+def control_tokens(tokenizer: Any, every: bool = False) -> re.Pattern[str] | None:
+    """Finds what would begin or end a turn, or the text; None if there is nothing.
+
+    That is the special tokens which have a role, have the form `<|...|>`, or are in the chat template.
+
+    Args:
+        every: all special tokens, also those that are just names in code (`<filename>`): none of them is text.
+    """
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    roles = {getattr(tokenizer, name, None) for name in names}
+    template = str(getattr(tokenizer, "chat_template", ""))
+    marks = [
+        mark
+        for mark in set(special_tokens(tokenizer).values())
+        if every or mark in roles or mark in template or re.fullmatch(r"<[|\uff5c].*[|\uff5c]>", mark)
+    ]
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
 
 
 def find_control_token(control: re.Pattern[str] | None, text: str) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cpt_ray.templates import special_tokens
+
 NOT_ENDED, UNCLEAR = "thoughts not ended", "thoughts unclear"
 DETAILS = {
     NOT_ENDED: "all of the text is thoughts",
@@ -25,11 +27,9 @@ _MARKS = (  # begin, end; all of these are tags or control tokens, which stand i
     (r"<\|channel>", r"<channel\|>"),
     (r"(?:<\|start\|>assistant)?<\|channel\|>", r"<\|channel\|>final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"),
 )
-_PLAIN_MARKS = (  # marks that could also be words of an answer: they count at its beginning only
-    ("Here(?:'s| is) my thought process:", "Here(?:'s| is) my response:"),
+_PLAIN_MARKS = (  # could also be words of an answer: they count at its beginning only
     # gpt-oss without its control tokens: "analysisThe user ... assistantfinalRain falls."
     ("analysis(?=[A-Z]|.*assistantfinal)|final(?=[A-Z])", "(?:^|assistant)final"),
-    ("thought\n", r"<channel\|>"),
 )
 _QUOTE = "[`'\"\u201c\u201d\u2018\u2019\u00ab\u00bb]"
 _PARTS_OF_MARKS = re.compile(r"<\|(?:message|constrain)\|>")
@@ -48,6 +48,7 @@ _BEGINS = [
     (re.compile(begin, re.DOTALL), re.compile(_unquoted(end), re.DOTALL)) for begin, end in (*_MARKS, *_PLAIN_MARKS)
 ]
 _END = re.compile(_unquoted(_any([end for _, end in _MARKS])))
+_BEGIN = re.compile(_unquoted(_any([begin for begin, _ in _MARKS])))
 _MARK = re.compile(_unquoted(_any([mark for pair in _MARKS for mark in pair])))
 _OPEN = re.compile(rf"(?:{_any([begin for begin, _ in _MARKS])})\s*$")
 _WRAPPED = re.compile(r"<(answer|response)>(.*?)(?:</\1>)?", re.DOTALL)
@@ -85,6 +86,8 @@ def without_thoughts(text: str, begun: bool = False) -> Parted:
         rest, had_thoughts = rest[found.end() :].strip(), True
         end = _end_of_begun(rest)
     lone = None if had_thoughts else _END.search(rest)
+    if lone and _BEGIN.search(rest[: lone.start()]):  # a part of the answer is in front of the thoughts
+        return Parted("", True, UNCLEAR)
     if lone and _is_alone(rest[: lone.start()], rest[lone.end() :]):
         rest, had_thoughts = rest[lone.end() :].strip(), True
     if had_thoughts:
@@ -112,7 +115,6 @@ def opens_thoughts(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
 
 def mark_tokens(tokenizer: Any) -> dict[int, str]:
     """Marks (or parts of them) that are special tokens, by id: a text decoded without special tokens lacks them."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {at: token.content for at, token in added.items() if token.special}
+    special = special_tokens(tokenizer)
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
     return {at: text for at, text in special.items() if _MARK.fullmatch(text) or _PARTS_OF_MARKS.fullmatch(text)}

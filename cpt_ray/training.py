@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,19 @@ SERVED_RANK = 512
 """The highest rank of an adapter that vLLM serves."""
 
 
-def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str) -> dict[str, Any]:
+def train(
+    config: TuneConfig,
+    run: RunDir,
+    pair_shards: Sequence[str],
+    key: str,
+    connecting: AbstractContextManager[None] | None = None,
+) -> dict[str, Any]:
     """Pairs to `run.model` (and `run.adapter`); the summary kept in model/cpt_ray.json.
 
     Args:
         pair_shards: of the pairs table; not read if the run file names a preference set.
         key: hash of all that the model depends on; the model that has it is not made again.
+        connecting: connects to Ray, once the pairs are read and checked; without one, Ray is connected already.
     """
     done = run.read_json(MARK)
     if done and done["key"] == key:
@@ -76,18 +84,11 @@ def train(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str)
     num_pairs, num_held_out = (sum(len(row["chosen"]) for row in rows) for rows in (data.rows, data.held_out))
     num_steps = steps_per_epoch(num_pairs, settings.batch_size)
     _check_rows(settings, len(data.rows), num_steps)
-    check_workers(settings)
-    if begun is None:
-        _keep_with_reference(config, run, key, data)
-    job = Job(
-        config,
-        RunDir(run.path.absolute()),
-        key,
-        policy=_policy_path(config),
-        rows=str(rows_path(run, key)),
-        held_out=str(rows_path(run, _held_out(key))) if data.held_out else None,
-    )
-    outcome = _fit(job, math.ceil(settings.epochs * num_steps))
+    with connecting or nullcontext():
+        check_workers(settings)
+        if begun is None:
+            _keep_with_reference(config, run, key, data)
+        outcome = _fit(_job(config, run, key, data), math.ceil(settings.epochs * num_steps))
     seconds = round(time.monotonic() - start, 1)
     summary = {"pairs": num_pairs, **_summary(outcome["logs"]), **outcome["export"], "wall_seconds": seconds}
     tokens = round(settings.epochs * sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in data.rows))
@@ -127,11 +128,11 @@ def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key:
     """Pairs read, rendered, checked and selected; their rows have no reference yet."""
     settings = config.train
     tokeniser, max_length, vocabulary = open_policy(config)
-    for note in tokeniser.check() if tokeniser.has_template else ():
-        say(f"note: {note}")
     if isinstance(config, PreferenceRunConfig):
         pairs = preference_pairs(config.preferences, tokeniser)
     else:
+        for note in tokeniser.check():
+            say(f"note: {note}")
         pairs = own_pairs(run.read("pairs", pair_shards, Pair), tokeniser)
     kept, held_out, rejects = select_pairs(pairs, max_length, settings.max_pairs, settings.held_out, config.seed)
     run.write("rejects", f"train-{key}", pairs.rejects + rejects)
@@ -217,8 +218,6 @@ def open_policy(config: TuneConfig) -> tuple[Tokeniser, int, int]:
             raise UserError(f"{key}: {name} is not installed; pip install {name}, or leave {key} out")
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     tokeniser = Tokeniser(tokenizer, config.policy.chat_template_kwargs, stop_tokens(policy, tokenizer))
-    if tokeniser.has_template or not isinstance(config, PreferenceRunConfig):  # plain text needs no template
-        tokeniser.check()
     return tokeniser, min(settings.max_length, limit or settings.max_length), model_config.get_text_config().vocab_size
 
 
@@ -275,6 +274,17 @@ class Job:
     rows: str
     """The training set's parquet file."""
     held_out: str | None
+
+
+def _job(config: TuneConfig, run: RunDir, key: str, data: _Data) -> Job:
+    return Job(
+        config,
+        RunDir(run.path.absolute()),
+        key,
+        policy=_policy_path(config),
+        rows=str(rows_path(run, key)),
+        held_out=str(rows_path(run, _held_out(key))) if data.held_out else None,
+    )
 
 
 def _fit(job: Job, total: int) -> dict[str, Any]:

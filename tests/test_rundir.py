@@ -23,7 +23,7 @@ def tree(folder: Path) -> set[str]:
     return {str(one.relative_to(folder)) for one in folder.rglob("*")}
 
 
-PLANNED = ("run.yaml", "ray.log", "ledger.json", "units/a.parquet", "attempts/start-1")
+PLANNED = ("run.yaml", "ledger.json", "units/a.parquet", "attempts/start-1")
 
 
 @pytest.mark.parametrize("written", [(), ("run.yaml",), PLANNED])
@@ -46,11 +46,27 @@ def test_what_was_there_before_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", ["generations/a.parquet", "checkpoints/key/state.json", "keys.json", "rejects/a.parquet"]
+    "result", ["ray.log", "generations/a.parquet", "checkpoints/key/state.json", "keys.json", "rejects/a.parquet"]
 )
 def test_a_result_keeps_all_that_tells_of_it(tmp_path: Path, result: str) -> None:
     refused(RunDir(tmp_path), *PLANNED, result)
     assert {*PLANNED, result, ".lock"} <= tree(tmp_path)
+
+
+def test_who_is_refused_because_another_is_at_work_touches_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    with run.locked():
+        run.write_text("run.yaml", "name: a")
+        for _ in range(2):
+            with pytest.raises(UserError, match="another process works on this run"), RunDir(tmp_path / "a").locked():
+                raise AssertionError("it is locked")
+        assert tree(run.path) == {".lock", "run.yaml"}
+
+
+def test_a_run_directory_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match="cannot be written"), RunDir(tmp_path / "a").locked():
+        raise AssertionError("there is no folder")
 
 
 def test_a_stage_in_the_ledger_is_a_result(tmp_path: Path) -> None:

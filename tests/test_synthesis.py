@@ -700,7 +700,7 @@ def test_a_reader_that_has_left_ends_a_command_in_one_line(tmp_path: Path) -> No
 
 def test_status_needs_only_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 1
-    assert "no run.yaml of a run there" in capsys.readouterr().err
+    assert "no run.yaml there that names a run" in capsys.readouterr().err
     run = RunDir(tmp_path)
     run.write_text("run.yaml", "name: mine\n")
     run.add_to_ledger("write", {"rows_in": 5, "rows_out": 4, "rejected": {"cut off": 1}})

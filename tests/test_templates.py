@@ -15,7 +15,7 @@ from cpt_ray.config import EMBEDDED_PATH, PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.records import Message, Pair
 from cpt_ray.rows import Tokeniser, TokenPairs, own_pairs, preference_pairs
-from cpt_ray.templates import ChatTemplate, own_stop_tokens, stop_tokens
+from cpt_ray.templates import ChatTemplate, control_tokens, find_control_token, own_stop_tokens, stop_tokens
 
 HEAD = "{% for m in messages %}"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -156,7 +156,7 @@ def test_what_a_template_drops_of_a_row_is_said_with_the_row(
 
 
 def test_an_answer_is_looked_for_behind_its_prompt(tmp_path: Path) -> None:
-    drops = HEAD + "{% if m.role == 'assistant' %}<|im_start|>assistant\n<|im_end|>\n{% else %}" + TURN + "{% endif %}"
+    drops = HEAD + "{% if m.content == 'yes' %}<|im_start|>assistant\n<|im_end|>\n{% else %}" + TURN + "{% endif %}"
     row = {**ROW, "prompt": [{"role": "user", "content": "Say yes or no."}], "chosen": answer("yes")}
     with pytest.raises(UserError, match=r"drops the content of the assistant message \('yes'\)"):
         pairs(tmp_path, row, template=drops + TAIL)
@@ -191,6 +191,50 @@ def test_tool_calls_are_rendered_as_trl_renders_them(tmp_path: Path) -> None:
     assert made.prompt_ids == tuple(theirs["prompt_ids"])
     assert (made.chosen_ids, made.rejected_ids) == (tuple(theirs["chosen_ids"]), tuple(theirs["rejected_ids"]))
     assert '{"city": "Oslo"' in tokenizer().decode(made.chosen_ids)
+
+
+def test_an_answer_that_begins_with_a_space_is_tokenised_apart_from_its_prompt(tmp_path: Path) -> None:
+    (made,) = pairs(tmp_path, {**ROW, "chosen": answer("\n\n  Hello there")})
+    tokens = tokenizer()
+    prompt = tokens.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    assert tokens.decode(made.prompt_ids) == prompt
+    assert tokens.decode(made.chosen_ids) == "\n\n  Hello there<|im_end|>\n"
+
+
+def test_a_template_without_system_messages_does_for_rows_without(tmp_path: Path) -> None:
+    no_system = HEAD + "{% if m.role == 'system' %}{{ raise_exception('none here') }}{% endif %}" + TURN + TAIL
+    assert len(pairs(tmp_path, ROW, template=no_system)) == 1
+    with pytest.raises(UserError, match=r"row 1: policy: its chat template refuses a message \(none here\)"):
+        pairs(tmp_path, {**ROW, "system": "Be brief."}, template=no_system)
+
+
+def test_a_row_may_not_meddle_with_how_templates_are_called(tmp_path: Path) -> None:
+    for name in ("tokenize", "conversation", "is_finished", "messages"):
+        try:
+            made = pairs(tmp_path, {**ROW, "chat_template_kwargs": {name: True}})
+        except UserError as error:
+            assert "row 1: " in str(error)
+        else:
+            assert "Greet me." in tokenizer().decode(made[0].prompt_ids)
+
+
+def test_control_tokens_are_those_of_turns_and_special_tokens_are_never_text(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<filename>", "<|call|>"]})
+    turns, every = control_tokens(made), control_tokens(made, every=True)
+    assert turns and every
+    for text, is_control in (("<|im_end|>", True), ("<|call|>", True), ("cp <filename> b", False), ("a < b", False)):
+        assert bool(find_control_token(turns, text)) == is_control
+    assert find_control_token(every, "cp <filename> b") == "<filename>"
+
+
+def test_tokenizers_of_another_make_have_no_control_tokens() -> None:
+    class Other:
+        def added_tokens_decoder(self) -> dict[int, Any]:
+            return {}
+
+    assert control_tokens(Other()) is None
+    assert control_tokens(object()) is None
 
 
 def test_rows_that_teach_nothing_are_rejects_with_their_number_and_are_said(

@@ -30,7 +30,6 @@ HARMONY = "<|channel|>analysis<|message|>The user wants rain.<|end|><|start|>ass
         "\u25c1think\u25b7The user wants rain.\u25c1/think\u25b7Rain.",
         "<|START_THINKING|>The user wants rain.<|END_THINKING|>Rain.",
         "<|channel>thought\nThe user wants rain.<channel|>Rain.",
-        "Here is my thought process: The user wants rain. Here is my response: Rain.",
         HARMONY,
         HARMONY + "<|return|>",
         "<|channel|>final<|message|>Rain.",
@@ -50,12 +49,23 @@ def test_thoughts_are_cut_whatever_marks_a_model_puts_around_them(text: str) -> 
         "[THINK]The user wants rain.",
         "analysisThe user wants rain.",
         "<|channel|>analysis<|message|>The user wants rain.<|end|>",
-        "thought\nThe user wants rain.",  # of Gemma, without its control tokens: where they were cannot be seen
         "<think>one</think><think>two",
     ],
 )
 def test_thoughts_without_an_end_are_no_answer(text: str) -> None:
     assert without_thoughts(text) == ("", True, NOT_ENDED)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A real answer.\n\n<thought>\nHe wondered.\n</thought>\n\nHe opened the door.",
+        "The first half. <think>Hm.</think>\nThe second half.",
+        "Use this:\n<reasoning>\nwhy\n</reasoning>\n42",
+    ],
+)
+def test_thoughts_behind_a_part_of_the_answer_are_rejected_not_cut(text: str) -> None:
+    assert without_thoughts(text) == ("", True, UNCLEAR)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ A row that could be read in two ways, or whose context is in a column that is no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cpt_ray.errors import UserError, kind_of
 from cpt_ray.prompting import ChatMessage
-from cpt_ray.texts import half_character, is_blank, messages_in, refuse_messages_in, same_text
+from cpt_ray.texts import common_length, half_character, is_blank, messages_in, refuse_messages_in, same_text, squashed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERS = ("chosen", "rejected")
@@ -31,8 +31,14 @@ READ = {"prompt", *ANSWERS, *QUESTIONS, *SYSTEM, "tools", "chat_template_kwargs"
 CONTEXT = {"instruction", "instructions", "context", "history", "query", "passage", "document", "documents", *QUESTIONS}
 """Columns that, beside a prompt, are likely a part of it."""
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
-DIALOGUE_MARK = "\n\nAssistant:"
-"""In front of each answer in HH-RLHF."""
+DIALOGUE_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
+"""In front of each turn in HH-RLHF."""
+ECHO_WORDS = 3
+"""Of a prompt with which both answers begin: a shorter one may be a greeting that is answered with the same."""
+FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
+"""Of a message, those that chat templates know."""
+OURS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "messages", "conversation"}
+"""Arguments of chat templates that are not a row's to give."""
 EXPECTED = (
     "expected TRL's preference format: chosen and rejected, and mostly prompt, all of them text or all of them lists "
     "of {role, content}"
@@ -58,6 +64,8 @@ class Comparison:
 
 def read_comparisons(rows: Sequence[Mapping[str, Any]], source: str) -> list[Comparison]:
     """One per row, in order; UserError with the row's number, the column and what to do."""
+    if not rows:
+        raise UserError(f"{source}: there are no rows in it")
     has_system = any(name in row for row in rows for name in SYSTEM)
     comparisons: list[Comparison] = []
     for number, row in enumerate(rows, start=1):
@@ -70,6 +78,12 @@ def read_comparisons(rows: Sequence[Mapping[str, Any]], source: str) -> list[Com
             raise UserError(f"{source}: row {number}: {kinds[0]}, but row 1 has {kinds[1]}; give all rows in one form")
         comparisons.append(comparison)
     return comparisons
+
+
+def unread_fields(comparisons: Iterable[Comparison]) -> list[str]:
+    """Names of the messages' fields that no chat template is known to read, such as `weight`."""
+    turns = (one for comparison in comparisons for one in (comparison.prompt, comparison.chosen, comparison.rejected))
+    return sorted({name for some in turns if isinstance(some, list) for message in some for name in message} - FIELDS)
 
 
 def unread_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -85,6 +99,9 @@ def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
             raise UserError(f"column {name!r}: only text can be trained on; leave the row or the column out")
         if name in READ:
             _refuse_half_characters(columns[name], name)
+    for name in ("prompt", *QUESTIONS):
+        if name in row and name not in columns and isinstance(row.get("chosen"), str):
+            raise UserError(f"{name} is empty; fill it in, leave the row out, or the column if no row has one")
     chosen, rejected = (_turns(row, name) for name in ANSWERS)
     prompt = _turns(columns, "prompt") if "prompt" in columns else None
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -134,6 +151,8 @@ def _of_texts(
         return _of_dialogues(chosen, rejected)
     else:
         _refuse_context(columns)
+        if isinstance(prompt, str):
+            _refuse_echo(prompt, chosen, rejected)
     if isinstance(prompt, str) and has_system:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
@@ -143,6 +162,13 @@ def _of_texts(
     prompt = _with_system(columns, prompt)
     answers = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     return _explicit(columns, prompt, *answers)
+
+
+def _refuse_echo(prompt: str, chosen: str, rejected: str) -> None:
+    """UserError if both answers begin with a prompt of some length: it would be there twice."""
+    is_long = len(prompt.split()) >= ECHO_WORDS
+    if is_long and all(answer.lstrip().startswith(prompt.strip()) for answer in (chosen, rejected)):
+        raise UserError("chosen and rejected repeat the prompt; leave it out there, or leave out the column `prompt`")
 
 
 def _user_turn(columns: Mapping[str, Any], questions: Sequence[str]) -> list[ChatMessage]:
@@ -169,8 +195,7 @@ def _of_dialogues(chosen: str, rejected: str) -> Comparison:
 
 def _common_length(chosen: str, rejected: str) -> int:
     """Where two texts part: at the end of a word, if there is a space to go back to."""
-    shorter = min(len(chosen), len(rejected))
-    length = next((at for at in range(shorter) if chosen[at] != rejected[at]), shorter)
+    length = common_length(chosen, rejected)
     rests = [text[length : length + 1] for text in (chosen, rejected)]
     if all(not rest or rest.isspace() for rest in rests):
         return length
@@ -215,12 +240,8 @@ def _shared_turns(chosen: Sequence[ChatMessage], rejected: Sequence[ChatMessage]
 
 def _is_about(prompt: str, lead: Sequence[ChatMessage]) -> bool:
     """Whether a prompt's text is that of a conversation's beginning (some sets have all of it there, some one turn)."""
-    said, whole = _squash(prompt), _squash("".join(one["content"] for one in lead))
-    return said in whole or any(_squash(one["content"]) in said for one in lead if one["role"] == "user")
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())
+    said, whole = squashed(prompt), squashed("".join(one["content"] for one in lead))
+    return said in whole or any(squashed(one["content"]) in said for one in lead if one["role"] == "user")
 
 
 def _explicit(
@@ -271,6 +292,8 @@ def _template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
         more = _without_nulls(_parsed(columns["chat_template_kwargs"], "chat_template_kwargs"))
         if not isinstance(more, dict):
             raise UserError(f"chat_template_kwargs: {kind_of(more)}; expected an object")
+        if wrong := sorted(OURS & {*more}):
+            raise UserError(f"chat_template_kwargs: {wrong[0]} is not for a row to set; leave it out")
         arguments |= more
     return arguments
 
@@ -308,7 +331,11 @@ def _is_prose(value: Any) -> bool:
 def _turns(row: Mapping[str, Any], name: str) -> Turns:
     """A column as text or as messages; UserError if it is neither."""
     if row.get(name) is None:
-        raise UserError(f"found {', '.join(map(str, row))}, and nothing in {name}; {EXPECTED}")
+        if name in row:
+            raise UserError(f"{name}: nothing is there (null); give an answer, or leave the row out")
+        near = [column for column in row if str(column).strip().lower() == name]
+        hint = f" (is it {near[0]!r}? rename that column)" if near else ""
+        raise UserError(f"no column {name!r}{hint} among {', '.join(map(repr, row)) or 'none'}; {EXPECTED}")
     value = row[name]
     if isinstance(value, str):
         value = messages_in(value, name)

@@ -679,6 +679,11 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
     """The run file of a whole loop or, if it names `preferences`, of a training alone."""
     data = read_yaml(path)
     sections = {*data, *(one.partition("=")[0].partition(".")[0] for one in overrides)}
+    if "preferences" in data and (others := [name for name in ("rubrics", "prompts", "writer") if name in data]):
+        raise UserError(
+            f"{path}: `preferences` stands in the place of rubrics, prompts and writer; leave out {', '.join(others)}, "
+            "in a run file of its own"
+        )
     kind: type[RunConfig | PreferenceRunConfig] = PreferenceRunConfig if "preferences" in sections else RunConfig
     for override in overrides:
         _apply(kind, data, override)

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextvars import ContextVar
@@ -29,7 +28,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.keys import Counts, Key, Keyring, Refusal
 from cpt_ray.prompting import policy_messages
 from cpt_ray.templates import find_control_token
-from cpt_ray.texts import strings_in
+from cpt_ray.texts import half_character, strings_in, unique_names
 
 MAX_BODY_BYTES = 10 << 20
 SMALL_BYTES = 8 << 10
@@ -444,7 +443,7 @@ def read_object(body: bytes) -> dict[str, Any] | None:
     takes.
     """
     try:
-        data = json.loads(body, object_pairs_hook=_object)
+        data = json.loads(body, object_pairs_hook=unique_names)
     except UserError:
         raise
     except (ValueError, RecursionError):
@@ -454,14 +453,6 @@ def read_object(body: bytes) -> dict[str, Any] | None:
     if may_have and (where := _half_in(data) or _half_in_arguments(data)):
         raise UserError(f"{where}: holds half a character (a lone surrogate, like \\ud83d); send whole ones")
     return data if isinstance(data, dict) else None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise UserError(f"{twice[:MAX_NAME]}: stands twice in one object; leave one out")
-    return data
 
 
 def _half_in_arguments(data: Any) -> str | None:
@@ -486,19 +477,15 @@ def _half_in(data: Any) -> str | None:
     left = [("", data)]
     while left:
         where, value = left.pop()
-        if isinstance(value, str) and not _is_whole(value):
+        if isinstance(value, str) and half_character(value):
             return where or "body"
         if isinstance(value, list):
             left += [(f"{where}[{at}]", one) for at, one in enumerate(value)]
         if isinstance(value, dict):
-            if any(not _is_whole(name) for name in value):
+            if half_character(list(value)):
                 return f"{where}.(a name)" if where else "(a name)"
             left += [(f"{where}.{name[:MAX_NAME]}".removeprefix("."), one) for name, one in value.items()]
     return None
-
-
-def _is_whole(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @functools.lru_cache(1024)

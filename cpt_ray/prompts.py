@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line, shown
 from cpt_ray.records import Prompt, Reject, content_id
-from cpt_ray.texts import half_character, is_blank, refuse_messages_in
+from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
 
 MAX_FIELD_CHARACTERS = 100_000_000
 """Of a CSV file's field; Python's own limit, 131,072, is less than a long conversation."""
@@ -71,10 +71,11 @@ def read_rows(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, A
     """The rows of `source`; UserError if it cannot be read."""
     path = Path(config.source)
     readers = {".jsonl": read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
-    if path.suffix in readers:
+    suffix = path.suffix.lower()
+    if suffix in readers:
         if not path.is_file():
             raise UserError(f"{path}: no such file (source)")
-        return readers[path.suffix](path)
+        return readers[suffix](path)
     if path.exists():
         raise UserError(f"{path}: rows are read from {', '.join(readers)} files or a data set's name")
     return _read_hub(config)
@@ -88,7 +89,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line, object_pairs_hook=_object)
+                    row = json.loads(line, object_pairs_hook=unique_names)
+                except UserError as error:
+                    raise UserError(f"{path}:{number}: {error}") from None
                 except (ValueError, RecursionError) as error:
                     why = getattr(error, "msg", str(error)[:100])
                     raise UserError(f"{path}:{number}: not JSON ({why})") from None
@@ -100,15 +103,6 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError if a name is in it twice, since only one of the values could be kept."""
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"the name {twice!r} is in an object twice")
-    return dict(pairs)
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -130,6 +124,8 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
             header = next(reader, [])
             if twice := [name for name in header if header.count(name) > 1]:
                 raise UserError(f"{path}:1: two columns are called {twice[0]!r}; rename one")
+            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                raise UserError(f"{path}:1: fields seem to be divided by {other!r}; divide them by commas")
             line = reader.line_num + 1
             for fields in reader:
                 if fields and len(fields) != len(header):

@@ -16,11 +16,13 @@ from typing import Any, TypedDict
 
 from cpt_ray.comparisons import (
     ANSWERS,
+    HUMAN_MARK,
     Comparison,
     is_empty_answer,
     read_comparisons,
     same_answers,
     unread_columns,
+    unread_fields,
 )
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.console import say
@@ -223,7 +225,7 @@ def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> TokenPa
     """
     rows = list(read_rows(config))
     comparisons = read_comparisons(rows, config.source)
-    if comparisons and not isinstance(comparisons[0].prompt, str):  # plain text needs no template
+    if not isinstance(comparisons[0].prompt, str):  # plain text needs no template
         for note in tokeniser.check(has_system=False):  # each row's own roles are looked at below
             say(f"note: {note}")
     found = TokenPairs()
@@ -248,6 +250,8 @@ def _compared_pair(name: str, comparison: Comparison, tokeniser: Tokeniser) -> T
     for column, answer in zip(ANSWERS, answers, strict=True):
         if not comparison.is_implicit and is_empty_answer(answer):
             raise Unfit("empty answer", f"{column} is empty")
+    if comparison.is_implicit and any(HUMAN_MARK in str(answer) for answer in answers):
+        raise Unfit("another turn", "an answer goes on with a turn of the human")
     if same_answers(*answers):
         raise Unfit("same answers", "chosen and rejected say the same")
     if isinstance(prompt, str):
@@ -263,11 +267,13 @@ def _compared_pair(name: str, comparison: Comparison, tokeniser: Tokeniser) -> T
 def _say_what_was_read(
     source: str, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison], rejects: Sequence[Reject]
 ) -> None:
-    if comparisons and comparisons[0].is_implicit:
+    if isinstance(comparisons[0].prompt, str):
+        say(f"note: {source} is plain text: the chat template is not used")
+    if fields := unread_fields(comparisons):
+        say(f"note: {source}: fields of messages that a chat template may not read: {', '.join(fields)}")
+    if comparisons[0].is_implicit:
         shown = comparisons[0].prompt[-60:]
-        say(
-            f"note: {source} has no column `prompt`; taken is what chosen and rejected begin with (row 1: ...{shown!r})"
-        )
+        say(f"note: {source} has no column `prompt`; it is what chosen and rejected begin with (row 1: ...{shown!r})")
     if unread := unread_columns(rows):
         say(f"note: {source}: columns that are not read: {', '.join(unread)}")
     if rejects:

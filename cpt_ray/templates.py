@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.prompting import ChatMessage
-from cpt_ray.texts import strings_in
+from cpt_ray.texts import common_length, squashed, strings_in
 
 SYSTEM, USER, ANSWER = "Violet lanterns hum.", "Which kettle sang?", "Seven copper owls."
 """Texts of the probe conversation."""
@@ -50,13 +50,19 @@ class ChatTemplate:
         Args:
             more: arguments of the template beside the model's own, such as `tools`.
         """
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
         if not self._tokenizer.chat_template:
             raise UserError(f"{self.role}: its tokenizer has no chat template; use an instruction-tuned model")
         arguments = {"strftime_now": self._now, **self._arguments, **more, "add_generation_prompt": not is_finished}
         try:
             return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+        except (TemplateSyntaxError, UndefinedError) as error:
+            line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+            raise UserError(
+                f"{self.role}: its chat template is broken ({line}{first_line(error)}); mend chat_template.jinja (or "
+                "chat_template in tokenizer_config.json)"
+            ) from None
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             roles = list(dict.fromkeys(message["role"] for message in messages))
             hint = "; directives are system messages, use a model that takes them" if "system" in roles else ""
@@ -86,7 +92,7 @@ class ChatTemplate:
 
         Spaces do not count, nor thoughts in earlier answers: templates are right to leave those out.
         """
-        rendered = _squash(text)
+        rendered = squashed(text)
         pieces = [
             (f"{name} of the {message['role']} message", piece)
             for at, message in enumerate(messages)
@@ -95,7 +101,7 @@ class ChatTemplate:
         pieces += [("tool", tool.get("function", tool).get("name", "")) for tool in tools]
         # the longest first, and each found place is used up: a short text is not found inside another one
         for where, piece in sorted(pieces, key=lambda one: -len(one[1])):
-            forms = (_squash(piece), _squash(json.dumps(piece, ensure_ascii=False)[1:-1]))
+            forms = (squashed(piece), squashed(json.dumps(piece, ensure_ascii=False)[1:-1]))
             form = next((form for form in forms if form in rendered), None)
             if form is None:
                 return f"{where} ({piece[:60]!r})"
@@ -120,7 +126,14 @@ class ChatTemplate:
             )
         if stop_ids is not None:
             answer: list[ChatMessage] = [{"role": "assistant", "content": ANSWER}]
-            self.answer_ids(self.rendering(prompt), self.rendering([*prompt, *answer], True), answer, stop_ids)
+            whole = self.rendering([*prompt, *answer], True)
+            self.answer_ids(self.rendering(prompt), whole, answer, stop_ids)
+            added = whole.text.removeprefix(text).partition(ANSWER)[0].strip()
+            if added:
+                said = (
+                    f"{self.role}: its chat template puts {added!r} in front of each answer, which is learned as well"
+                )
+                return [said, *self._notes(text)]
         return self._notes(text)
 
     def answer_ids(
@@ -130,9 +143,10 @@ class ChatTemplate:
         if where := self.missing(whole.text.removeprefix(prompt.text), answer):
             raise UserError(f"{self.role}: its chat template drops the {where}; {DROPS}")
         if not whole.text.startswith(prompt.text):
+            at = max(0, common_length(prompt.text, whole.text) - 20)
             raise UserError(
-                f"{self.role}: its chat template renders a prompt otherwise once it is answered (its end is "
-                f"{prompt.text[-40:]!r}, then {whole.text[: len(prompt.text)][-40:]!r}); set "
+                f"{self.role}: its chat template renders a prompt otherwise once it is answered "
+                f"({prompt.text[at : at + 60]!r}, then {whole.text[at : at + 60]!r}); set "
                 f"{self.role}.chat_template_kwargs (for Qwen3: {{enable_thinking: false}}) or use another model"
             )
         size = len(prompt.ids)
@@ -205,10 +219,6 @@ def _values(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,12 +52,32 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(inner)
 
 
+def common_length(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    shorter = min(len(text), len(other))
+    return next((at for at in range(shorter) if text[at] != other[at]), shorter)
+
+
+def squashed(text: str) -> str:
+    """A text without its white space."""
+    return "".join(text.split())
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `object_pairs_hook`; UserError if a name is in it twice, since one value would be lost."""
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise UserError(f"{twice[:60]}: stands twice in one object; leave one out")
+    return names
+
+
 def messages_in(text: str, name: str) -> Any:
     """The messages that a text holds as JSON, else the text; UserError if they are there in another notation."""
     if not _looks_like_messages(text, json.loads) and _looks_like_messages(text, ast.literal_eval):
         raise UserError(f"{name}: messages as Python prints them, not as JSON; save them with json.dumps")
     if not _looks_like_messages(text, json.loads):
-        head = "".join(text[:40].split())
+        head = squashed(text[:40])
         if head.startswith(("[{'role'", '[{"role"', "[{'content'", '[{"content"')):
             raise UserError(f"{name}: begins like messages but is not JSON ({text[:40]!r}); save them with json.dumps")
         return text

@@ -8,6 +8,7 @@ never the trainer's memory.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import math
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_ray.cluster import check_room
-from cpt_ray.config import LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
+from cpt_ray.config import EMBEDDED, LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.export import empty_folder, export
@@ -99,6 +100,7 @@ def train(
     for note in training_notes(summary):
         say(f"note: train: {note}")
     write_cards(config, run, summary)
+    say(f"model        {run.model} ({summary['steps']} steps on {num_pairs} pairs, {num_held_out} held out)")
     run.write_json(MARK, {"key": key, "summary": summary})
     return summary
 
@@ -205,7 +207,11 @@ def open_policy(config: TuneConfig) -> tuple[Tokeniser, int, int]:
         model_config = AutoConfig.from_pretrained(policy)
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
-        raise UserError(f"policy.model: {config.policy.model!r} cannot be loaded: {first_line(error)}") from None
+        name = config.policy.model
+        if name.startswith((".", "/")) and not Path(name).is_dir():
+            raise UserError(f"policy.model: {name}: no such folder") from None
+        near = f' (did you mean "{EMBEDDED}"?)' if difflib.get_close_matches(name, [EMBEDDED], cutoff=0.8) else ""
+        raise UserError(f"policy.model: {name!r} cannot be loaded{near}: {first_line(error)}") from None
     settings = config.train
     _check_sharding(settings)
     if settings.lora:
@@ -573,13 +579,18 @@ def check_first_loss(loss: float, settings: TrainConfig) -> None:
 
 def training_notes(summary: dict[str, Any]) -> list[str]:
     """What somebody should know of a training that ended well but may not have gone well."""
-    notes, last = [], summary["held_out"][-1] if summary["held_out"] else {}
+    notes: list[str] = []
+    last = summary["held_out"][-1] if summary["held_out"] else {}
     gone = {name: last[name] for name in ("kl", "drift") if last.get(name, 0) > FAR_NATS}
     if gone:
         shown = " and ".join(f"{name} {value:.1f}" for name, value in gone.items())
         notes.append(
             f"the policy is far from what it was ({shown} nats per token held out), its answers may be nonsense; lower "
             "train.learning_rate or train.epochs, or raise train.beta"
+        )
+    if not summary["held_out"]:
+        notes.append(
+            "no pair is held out, so that nothing tells how it does on others (a tenth of whole prompts can be)"
         )
     if summary["last_loss"] > summary["first_loss"] + LOSS_RISE:
         notes.append(
@@ -589,7 +600,7 @@ def training_notes(summary: dict[str, Any]) -> list[str]:
         same = f" ({summary['unchanged']} of {summary['trained']} tensors are the policy's own)"
         notes.append(
             f"in the merged weights {summary['dtype']} keeps {summary['kept_share']:.0%} of what was learned"
-            f"{same if summary['unchanged'] else ''}; train longer or with a higher train.learning_rate, or serve the "
-            "adapter (serve.adapters)"
+            f"{same if summary['unchanged'] else ''}; train longer or with a higher train.learning_rate, or use the "
+            "adapter, which is whole"
         )
     return notes

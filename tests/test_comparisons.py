@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.comparisons import is_empty_answer, read_comparisons, same_answers
+from cpt_ray.comparisons import is_empty_answer, read_comparisons, same_answers, unread_fields
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_rows
@@ -143,13 +143,20 @@ def test_tools_and_tool_calls_are_kept_whole() -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "a", "answer": "b"}, "found question, answer, and nothing in chosen; expected TRL's"),
-        ({"prompt": "a", "chosen": "b", "rejected": None}, "nothing in rejected; expected"),
+        ({"question": "a", "answer": "b"}, "no column 'chosen' among 'question', 'answer'; expected TRL's"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected: nothing is there (null)"),
         ({"prompt": "a", "chosen": 4, "rejected": "5"}, "chosen: found a number; expected"),
         ({"prompt": "a", "chosen": "b", "rejected": [FIVE]}, "one is text, the other is messages"),
         ({"prompt": [{"role": "user"}], "chosen": [FOUR], "rejected": [FIVE]}, "prompt[0]: found role; expected a"),
         ({"prompt": [], "chosen": [FOUR], "rejected": [FIVE]}, "an empty prompt"),
-        ({"prompt": " \u200b", "chosen": "a", "rejected": "b"}, "an empty prompt"),
+        ({"prompt": " \u200b", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+        ({"prompt": None, "chosen": "The gate was red.", "rejected": "The gate was big."}, "prompt is empty"),
+        ({"system": "Be brief.", "question": "", "chosen": "a", "rejected": "b"}, "question is empty"),
+        ({"prompt": "What is two and two?", "chosen": "What is two and two? 4", "rejected": "What is two and two?\n5"},
+         "chosen and rejected repeat the prompt"),
+        ({" chosen": "a", "rejected": "b"}, "no column 'chosen' (is it ' chosen'? rename that column)"),
+        ({"prompt": [ASK], "chosen": [FOUR], "rejected": [FIVE], "chat_template_kwargs": {"tokenize": True}},
+         "chat_template_kwargs: tokenize is not for a row to set"),
         ({"prompt": [{"role": "user", "content": ""}], "chosen": [FOUR], "rejected": [FIVE]}, "an empty prompt"),
         ({"chosen": "Paris is it ", "rejected": "London calling"}, "an empty prompt: there is no column `prompt`"),
         ({"chosen": [FOUR], "rejected": [FIVE]}, "an empty prompt"),
@@ -209,6 +216,15 @@ def test_answers_that_look_the_same_are_the_same() -> None:
     assert not same_answers([FOUR], [FIVE])
 
 
+def test_a_file_without_rows_is_said() -> None:
+    assert problem() == "set: there are no rows in it"
+
+
+def test_fields_of_messages_that_templates_do_not_read_are_named() -> None:
+    row = {"prompt": [ASK], "chosen": [{**FOUR, "weight": 0, "name": "Bob"}], "rejected": [FIVE]}
+    assert unread_fields(read_comparisons([row], "set")) == ["weight"]
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -225,11 +241,13 @@ def rows_of(path: Path, content: str | bytes) -> list[Row]:
         ("a.csv", 'prompt,chosen\na,"b\nc,d\n', r"a.csv:2: a quote is not closed"),
         ("a.csv", 'prompt\n"Hold" fast\n', r"a.csv:2: a quote is not closed, or not in its place"),
         ("a.csv", "prompt,prompt\na,b\n", r"a.csv:1: two columns are called 'prompt'"),
+        ("a.csv", "prompt;chosen;rejected\n", r"a.csv:1: fields seem to be divided by ';'"),
+        ("a.CSV", "prompt\na,b\n", r"a.CSV:2: 2 fields, but the header has 1"),
         ("a.csv", b"prompt\n\xff\n", r"a.csv: byte 7 is not UTF-8"),
         (
             "a.jsonl",
             '{"prompt": "a", "prompt": "b"}\n',
-            r"a.jsonl:1: not JSON \(the name 'prompt' is in an object twice",
+            r"a.jsonl:1: prompt: stands twice in one object",
         ),
         ("a.jsonl", b"\xff", r"a.jsonl: byte 0 is not UTF-8"),
         ("a.parquet", "PAR1 not really", r"a.parquet: cannot be read as a parquet file"),

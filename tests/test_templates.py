@@ -65,6 +65,8 @@ def test_a_template_that_keeps_and_ends_everything_has_nothing_to_note() -> None
         (HEAD + "{% if m.role != 'assistant' %}" + TURN + "{% endif %}" + TAIL, "drops the content of the assistant"),
         (HEAD + "{{ raise_exception('no system role') }}" + TAIL, r"refuses a message \(no system role\)"),
         (HEAD + "{{ m.content + 1 }}" + TAIL, "refuses a message"),
+        ("\n{{ m['role' }}", r"its chat template is broken \(line 2: .*mend chat_template.jinja"),
+        ("{{ m.content | nofilter }}", "its chat template is broken"),
         (HEAD + "#{{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}#assistant:\n{% endif %}",
          r"ends an answer with '.*', but the model stops at '<\|im_end\|>'"),
         (HEAD + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}",
@@ -84,6 +86,11 @@ def test_what_a_template_adds_is_said() -> None:
     assert notes("Knowledge cutoff: 2023.\n" + PLAIN) == [
         "policy: its chat template adds text of its own: 'Knowledge cutoff: 2023.'"
     ]
+
+
+def test_a_template_without_a_generation_prompt_is_said() -> None:
+    (note,) = notes(HEAD + TURN + "{% endfor %}")
+    assert "puts '<|im_start|>assistant' in front of each answer, which is learned as well" in note
 
 
 def test_a_clock_is_said_with_the_argument_that_stops_it() -> None:
@@ -209,13 +216,9 @@ def test_a_template_without_system_messages_does_for_rows_without(tmp_path: Path
 
 
 def test_a_row_may_not_meddle_with_how_templates_are_called(tmp_path: Path) -> None:
-    for name in ("tokenize", "conversation", "is_finished", "messages"):
-        try:
-            made = pairs(tmp_path, {**ROW, "chat_template_kwargs": {name: True}})
-        except UserError as error:
-            assert "row 1: " in str(error)
-        else:
-            assert "Greet me." in tokenizer().decode(made[0].prompt_ids)
+    for name in ("is_finished", "answer", "more"):
+        (made,) = pairs(tmp_path, {**ROW, "chat_template_kwargs": {name: True}})
+        assert "Greet me." in tokenizer().decode(made.prompt_ids)
 
 
 def test_control_tokens_are_those_of_turns_and_special_tokens_are_never_text(tmp_path: Path) -> None:
@@ -261,6 +264,19 @@ def test_rows_that_teach_nothing_are_rejects_with_their_number_and_are_said(
     said = capsys.readouterr().out
     assert "5 of 7 rows are not used: 2 control token (row 5: '<|im_end|>'" in said
     assert "columns that are not read: score" in said
+    assert "plain text" not in said
+
+
+def test_a_dialogue_that_goes_on_is_a_reject_and_plain_text_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = "\n\nHuman: Hi\n\nAssistant:"
+    row = {"chosen": f"{head} Yes\n\nHuman: More\n\nAssistant: a", "rejected": f"{head} No"}
+    made = pairs(tmp_path, {"chosen": f"{head} Hello", "rejected": f"{head} Go"}, row)
+    assert [(one.reason, one.detail[:6]) for one in made.rejects] == [("another turn", "row 2:")]
+    said = capsys.readouterr().out
+    assert "is plain text: the chat template is not used" in said
+    assert "it is what chosen and rejected begin with" in said
 
 
 def test_answers_that_a_template_makes_the_same_are_no_pair(tmp_path: Path) -> None:

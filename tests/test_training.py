@@ -321,8 +321,9 @@ def test_the_same_key_again_returns_at_once(trained: tuple[RunDir, dict[str, Any
 
 def test_nothing_but_our_own_lines_is_printed(trained: tuple[RunDir, dict[str, Any]], cluster: Path) -> None:
     lines = (trained[0].path / "stdout.log").read_text().splitlines()
-    assert lines[-1].startswith("train        20/20 steps, ")
-    ours = r"(train +\d+/20 steps|reference +\d+/1 shards), \d+ s|note: 2 pairs are not trained on: 2 too long \("
+    assert lines[-2].startswith("train        20/20 steps, ")
+    assert lines[-1].startswith(f"model        {trained[0].model} (20 steps on ")
+    ours = r"(train +\d+/20 steps|reference +\d+/1 shards), \d+ s|(note: 2 pairs are not trained on: 2 t|model .* \()"
     assert [one for one in lines if not re.match(ours, one)] == []
     stderr = cluster.read_text().splitlines()  # since the cluster's start
     assert [one for one in stderr if "core_worker.cc" not in one] == []  # Ray Data's actors cannot be restarted
@@ -620,7 +621,8 @@ def test_what_went_far_or_was_rounded_away_is_noted() -> None:
     assert training_notes(fine) == []
     (far,) = training_notes(fine | {"held_out": [{"kl": 10.2, "drift": 0.1}]})
     assert "kl 10.2 nats per token" in far and "lower train.learning_rate" in far
-    (risen,) = training_notes(fine | {"last_loss": 2.0, "held_out": []})
+    unmeasured, risen = training_notes(fine | {"last_loss": 2.0, "held_out": []})
+    assert "no pair is held out" in unmeasured
     assert "the loss rose from 0.693 to 2.000" in risen
     (rounded,) = training_notes(fine | {"kept_share": 0.5, "unchanged": 3})
     assert "bfloat16 keeps 50% of what was learned (3 of 14 tensors are the policy's own)" in rounded

@@ -16,7 +16,6 @@ contradictory or hostile choices cannot make the belief certain.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.records import content_id
 from cpt_ray.rundir import RunDir
+from cpt_ray.texts import half_character
 
 QUESTIONS = "steering/questions.json"
 """Where `cpt steer fit` keeps pairs worth asking."""
@@ -45,8 +45,6 @@ SHARPNESS = 8.0
 """How sure users choose between the two ends of a rubric: sigmoid(8) of them take the end they like."""
 MOST_RUBRICS = 2
 """In one configuration."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, which JSON can hold and UTF-8 cannot."""
 
 Floats = NDArray[np.float64]
 
@@ -77,7 +75,7 @@ def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
         for name in names:
             text = one[name]
             is_text = isinstance(text, str) and 0 < len(text.strip()) <= len(text) <= MAX_CHARS
-            if is_text and _SURROGATE.search(text):
+            if is_text and half_character(text):
                 raise UserError(f"{where}[{at}].{name}: holds half a character (a lone surrogate, like \\ud83d)")
             if not is_text:
                 raise UserError(f"{where}[{at}].{name}: expected a text of 1 to {MAX_CHARS} characters")

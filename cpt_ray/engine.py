@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,14 +64,22 @@ def engine_arguments(config: ModelConfig) -> dict[str, Any]:
     return arguments | config.engine
 
 
-def _check_template(config: ModelConfig) -> None:
-    """UserError if the chat template drops what a system message or a user says; before the weights are loaded."""
+def check_template(config: ModelConfig, other: str = "") -> None:
+    """UserError if the chat template drops what a system message or a user says; before the weights are loaded.
+
+    Args:
+        other: a template, or its file, in the place of the model's own.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or config.path)
     except (ImportError, OSError, ValueError):  # vLLM says what is wrong with it, or has a tokenizer of its own for it
         return
+    if other and "{" not in other and not Path(other).is_file():
+        raise UserError(f"serve.frontend.chat_template: {other}: no such file")
+    if other:
+        tokenizer.chat_template = other if "{" in other else Path(other).read_text(encoding="utf-8")
     if hasattr(tokenizer, "chat_template") and config.engine.get("tokenizer_mode") != "mistral":
         ChatTemplate(tokenizer, config.chat_template_kwargs, config.model).check()
 
@@ -189,7 +198,7 @@ class VllmEngine:
         from transformers import TokenizersBackend
         from vllm import LLM
 
-        _check_template(config)
+        check_template(config)
         arguments = {"disable_log_stats": True, "structured_outputs_config": TIGHT_JSON, **engine_arguments(config)}
         self._llm = LLM(**arguments)
         self._engine = self._llm.llm_engine

@@ -33,7 +33,7 @@ from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import progress, say
-from cpt_ray.engine import engine_arguments, engine_env
+from cpt_ray.engine import check_template, engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.frontend import (
     CONFIGURATIONS_PATH,
@@ -451,6 +451,8 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         embedder = config.steer.embedder or policy
         saved = SavedForm.read(run, serve.preferences, policy, embedder)
         conditioning = Conditioning(form=serve.preferences, saved=saved, embedder=embedder)
+    if template := serve.frontend.get("chat_template"):  # the model's own is one that it was tuned with
+        check_template(policy, str(template))
     offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
     base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
     base = {"path": "", "model": name} if serve.adapters else base

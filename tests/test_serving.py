@@ -989,6 +989,9 @@ def test_what_can_be_checked_without_ray_is_said_before_it_starts(
     with pytest.raises(UserError, match="no model here"):
         serve_model(make_config(run), RunDir(tmp_path), KEY, connecting=no_ray())
     assert list(tmp_path.iterdir()) == []
+    no_system = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="its chat template drops the content of the system message"):
+        serve_model(make_config(run, frontend={"chat_template": no_system}), run, KEY, connecting=no_ray())
     monkeypatch.delenv("CPT_API_KEY", raising=False)
     made = RunDir(tmp_path)
     made.write_json(CATALOG_FILE, CATALOG.to_json())

@@ -99,14 +99,13 @@ def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
             raise UserError(f"column {name!r}: only text can be trained on; leave the row or the column out")
         if name in READ:
             _refuse_half_characters(columns[name], name)
-    for name in ("prompt", *QUESTIONS):
-        if name in row and name not in columns and isinstance(row.get("chosen"), str):
-            raise UserError(f"{name} is empty; fill it in, leave the row out, or the column if no row has one")
     chosen, rejected = (_turns(row, name) for name in ANSWERS)
     prompt = _turns(columns, "prompt") if "prompt" in columns else None
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("chosen and rejected: one is text, the other is messages; give both in the same form")
     if isinstance(chosen, str) and isinstance(rejected, str):
+        if empty := [name for name in ("prompt", *QUESTIONS) if name in row and name not in columns]:
+            raise UserError(f"{empty[0]} is empty; fill it in, leave the row out, or the column if no row has one")
         made = _of_texts(columns, prompt, chosen, rejected, has_system)
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list)
@@ -156,12 +155,9 @@ def _of_texts(
     if isinstance(prompt, str) and has_system:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        return Comparison(
-            prompt=prompt, chosen=chosen, rejected=rejected, dialogue=prompt, template=_template_arguments(columns)
-        )
-    prompt = _with_system(columns, prompt)
+        return _explicit(columns, prompt, chosen, rejected)
     answers = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    return _explicit(columns, prompt, *answers)
+    return _explicit(columns, _with_system(columns, prompt), *answers)
 
 
 def _refuse_echo(prompt: str, chosen: str, rejected: str) -> None:
@@ -244,12 +240,7 @@ def _is_about(prompt: str, lead: Sequence[ChatMessage]) -> bool:
     return said in whole or any(squashed(one["content"]) in said for one in lead if one["role"] == "user")
 
 
-def _explicit(
-    columns: Mapping[str, Any],
-    prompt: list[ChatMessage],
-    chosen: list[ChatMessage],
-    rejected: list[ChatMessage],
-) -> Comparison:
+def _explicit(columns: Mapping[str, Any], prompt: Turns, chosen: Turns, rejected: Turns) -> Comparison:
     template = _template_arguments(columns)
     return Comparison(prompt=prompt, chosen=chosen, rejected=rejected, dialogue=prompt, template=template)
 

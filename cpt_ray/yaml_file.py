@@ -115,6 +115,13 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# copies: what another library changes in PyYAML's own loader does not change how run files are read
+StrictLoader.yaml_implicit_resolvers = {
+    at: list(known) for at, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+StrictLoader.yaml_constructors = dict(yaml.SafeLoader.yaml_constructors)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; UserError naming the file, and the line where there is one."""
     try:

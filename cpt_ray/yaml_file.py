@@ -116,9 +116,8 @@ class StrictLoader(yaml.SafeLoader):
 
 
 # copies: what another library changes in PyYAML's own loader does not change how run files are read
-StrictLoader.yaml_implicit_resolvers = {
-    at: list(known) for at, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_RESOLVERS = yaml.SafeLoader.yaml_implicit_resolvers
+StrictLoader.yaml_implicit_resolvers = {first: list(known) for first, known in _RESOLVERS.items()}
 StrictLoader.yaml_constructors = dict(yaml.SafeLoader.yaml_constructors)
 
 

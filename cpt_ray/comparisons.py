@@ -173,7 +173,8 @@ def _user_turn(columns: Mapping[str, Any], questions: Sequence[str]) -> list[Cha
     text = columns[questions[0]]
     if not isinstance(text, str):
         raise UserError(f"{questions[0]}: {kind_of(text)}; expected a text")
-    return [{"role": "user", "content": _plain_text(text, questions[0])}]
+    refuse_messages_in(text, questions[0])
+    return [{"role": "user", "content": text}]
 
 
 def _of_dialogues(chosen: str, rejected: str) -> Comparison:
@@ -267,7 +268,8 @@ def _with_system(columns: Mapping[str, Any], prompt: list[ChatMessage]) -> list[
             if prompt[0]["content"] != text:
                 raise UserError(f"{name} and the prompt's own system message differ; leave out one of them")
             return prompt
-        return [{"role": "system", "content": _plain_text(text, name)}, *prompt]
+        refuse_messages_in(text, name)
+        return [{"role": "system", "content": text}, *prompt]
     return prompt
 
 
@@ -335,11 +337,6 @@ def _turns(row: Mapping[str, Any], name: str) -> Turns:
     if not isinstance(value, list | tuple):
         raise UserError(f"{name}: found {kind_of(value)}; {EXPECTED}")
     return [_message(message, f"{name}[{at}]") for at, message in enumerate(value)]
-
-
-def _plain_text(text: str, name: str) -> str:
-    refuse_messages_in(text, name)
-    return text
 
 
 def _message(value: Any, where: str) -> ChatMessage:

@@ -48,6 +48,7 @@ from cpt_ray.records import (
     Unit,
     content_id,
 )
+from cpt_ray.rows import reasons
 from cpt_ray.rubric import Criterion, Rubric, directive_leak, load_rubrics
 from cpt_ray.rundir import RunDir, derive
 
@@ -711,8 +712,8 @@ def synthesize(plan: Plan, run: RunDir) -> Shards:
         f"plan         {len(plan.rubrics)} rubrics, {splits[0]} prompts (+ {splits[1]} held out): "
         f"{num_units} units in {len(units)} shards"
     )
-    reasons = dict(Counter(reject.reason for reject in plan.rejects))
-    run.add_to_ledger("plan", {"rows_in": sum(splits) + len(plan.rejects), "rows_out": num_units, "rejected": reasons})
+    rows_in, rejected = sum(splits) + len(plan.rejects), reasons(plan.rejects)
+    run.add_to_ledger("plan", {"rows_in": rows_in, "rows_out": num_units, "rejected": rejected})
     if plan.rejects:
         say(f"note: {len(plan.rejects)} rows repeat an earlier prompt and are left out ({plan.rejects[0].detail})")
     shards = name_shards(plan, list(units))

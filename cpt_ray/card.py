@@ -13,6 +13,7 @@ import yaml
 
 from cpt_ray.agreement import agreement
 from cpt_ray.grading import aggregate
+from cpt_ray.levels import LevelCounts
 from cpt_ray.pairing import targets_of
 from cpt_ray.records import CONTROL, Generation, Grade, Pair, content_id
 from cpt_ray.report import flat
@@ -20,7 +21,8 @@ from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir
 
 if TYPE_CHECKING:
-    from cpt_ray.synthesis import Plan, Shards
+    from cpt_ray.planning import Plan
+    from cpt_ray.synthesis import Shards
 
 CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
 EXAMPLE_CHARACTERS = 600
@@ -45,6 +47,7 @@ class _Survey:
         self.examples: dict[str, Pair] = {}
         self.words: dict[str, tuple[int, int]] = {}
         """Per rubric_id of the pairs: words of the chosen and of the rejected answers."""
+        self.levels = LevelCounts(run, shards.pairs)
         every = math.ceil(len(shards.groups) / MAX_SURVEYED)
         chosen = list(shards.groups.items())[::every]
         self.share = f"{len(chosen)} of {len(shards.groups)} shards"
@@ -61,14 +64,14 @@ class _Survey:
         for one in generations:
             self.written[one.rubric_id, one.level] += 1
             self.tokens[one.rubric_id, one.level].append(one.num_tokens)
-            rubrics = [self.rubrics[name] for name in one.rubric_id.split("+")]
-            for rubric in rubrics:
-                self._compare(rubric, verdicts[one.unit_id][rubric.id])
-            if one.level != CONTROL:
-                for rubric, level in targets_of(rubrics, one.level):
-                    score = aggregate(rubric, verdicts[one.unit_id][rubric.id], self._how).score
-                    found = "ungraded" if score is None else rubric.nearest_level(score).name
-                    self.confusion[rubric.id, level, found] += 1
+            for rubric_id, found in verdicts[one.unit_id].items():
+                self._compare(self.rubrics[rubric_id], found)
+            if one.rubric_id and one.level != CONTROL:
+                for rubric, level in targets_of([self.rubrics[name] for name in one.rubric_id.split("+")], one.level):
+                    if grades_by_rubric := verdicts[one.unit_id][rubric.id]:
+                        score = aggregate(rubric, grades_by_rubric, self._how).score
+                        found_level = "ungraded" if score is None else rubric.nearest_level(score).name
+                        self.confusion[rubric.id, level, found_level] += 1
 
     def _compare(self, rubric: Rubric, grades: Sequence[Grade]) -> None:
         for one, other in itertools.combinations(grades, 2):
@@ -131,8 +134,20 @@ def _card(
     pairs_hash: str,
 ) -> str:
     counts = [
-        (rubric, level, written, survey.pairs[rubric, level], *_quantiles(survey.tokens[rubric, level]))
+        (rubric or "nothing", level or "-", written, *_quantiles(survey.tokens[rubric, level]))
         for (rubric, level), written in sorted(survey.written.items())
+    ]
+    levels = [
+        (rubric.id, level.name, *(counts_of_level[what] for what in ("asked", "hit", "at", "kept")), pairs)
+        for rubric in survey.rubrics.values()
+        for level in rubric.levels
+        if (counts_of_level := survey.levels.level(rubric.id, level.name)) is not None
+        for pairs in [survey.pairs[rubric.id, level.name]]
+    ]
+    shifts = [
+        (rubric.id, survey.levels.grids(rubric.id), other, *both)
+        for rubric in survey.rubrics.values()
+        for other, both in survey.levels.shifts(rubric.id).items()
     ]
     balance = [(name, *words, words[0] / words[1] if words[1] else None) for name, words in survey.words.items()]
     agreed = ("n", "same_level", "weighted_kappa", "spearman_rho")
@@ -143,8 +158,16 @@ def _card(
         "whose grade confirms what the directive stands for; every pair has a twin with the answers swapped. "
         "`datasets.load_dataset` takes this folder; with a second argument, `directives`, `generations`, `grades` or "
         "`rejects`. Each names the shards of the present settings, whatever older ones are in the folders.\n",
-        f"## Answers and pairs\n\nOf {survey.share}. Tokens: 10th, 50th and 90th percentile of an answer's length.\n",
-        _table(("rubric", "level", "answers", "pairs (chosen)", "p10", "p50", "p90"), counts),
+        f"## Answers, by what was asked for\n\nOf {survey.share}. Tokens: 10th, 50th and 90th percentile of an "
+        "answer's length.\n",
+        _table(("rubric", "level", "answers", "p10", "p50", "p90"), counts),
+        "## Levels, by what the grades say\n\nHit: answers at the level they were asked to be at. Answers: all at the "
+        "level, whatever they were asked to be.\n",
+        _table(("rubric", "level", "asked", "hit", "answers", "in pairs", "pairs (chosen)"), levels),
+        "## What else differs within a grid\n\nThe grid's highest level less its lowest, on what its rubric does not "
+        "dial, in standard deviations, mean over all grids: of all answers at those levels, and of those that were "
+        "taken.\n",
+        _table(("rubric", "grids", "differs in", "all answers", "taken"), shifts),
         "## Length of chosen against rejected\n",
         _table(("rubric", "words chosen", "words rejected", "ratio"), balance),
         "## Grade against target\n\nRows: the level asked for; columns: the level of the grade.\n",

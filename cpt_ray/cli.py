@@ -28,12 +28,13 @@ from cpt_ray.console import say, status_lines
 from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.planning import Plan, make_plan, plan_units, run_info
 from cpt_ray.pool import endpoint_key
 from cpt_ray.publishing import HUB, push
 from cpt_ray.records import Directive, content_id
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import MARK, RunDir
-from cpt_ray.synthesis import Plan, Shards, make_plan, name_shards, plan_units, run_info, synthesize
+from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -46,12 +47,14 @@ def check(arguments: argparse.Namespace) -> None:
         say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {len(rubric.criteria)} criteria{measured})")
 
 
-def _finished_shards(plan: Plan, run: RunDir) -> Shards:
-    """The synthesis tables this run file names; UserError if they are not complete."""
-    shards = name_shards(plan, list(plan_units(plan)))
+def _finished(plan: Plan, run: RunDir) -> tuple[Plan, Shards]:
+    """The plan with its levels, and the synthesis tables it names; UserError if they are not complete."""
+    units = plan_units(plan)
+    shards = name_shards(plan, units)
+    plan = resolved(plan, run, units)
     if not all(run.has("pairs", name) for name in shards.pairs):
         raise UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
-    return shards
+    return plan, shards
 
 
 def _train_key(plan: Plan, shards: Shards) -> str:
@@ -78,7 +81,7 @@ def do_train(plan: Plan, run: RunDir) -> None:
     """Pairs to a model."""
     from cpt_ray.training import train
 
-    shards = _finished_shards(plan, run)
+    plan, shards = _finished(plan, run)
     train(plan.config, run, shards.pairs, _train_key(plan, shards))
     catalog = Catalog.build(plan.rubrics, run.read("directives", shards.directives, Directive))
     run.write_json(CATALOG_FILE, catalog.to_json())
@@ -90,7 +93,7 @@ def do_evaluate(plan: Plan, run: RunDir) -> None:
     """Base and tuned on what was held out."""
     from cpt_ray.evaluation import evaluate
 
-    shards = _finished_shards(plan, run)
+    plan, shards = _finished(plan, run)
     made = run.read_json(MARK)
     if not made or made["key"] != _train_key(plan, shards):
         found = "was trained with other settings or pairs" if made else "is not there"
@@ -242,7 +245,10 @@ def steer(arguments: argparse.Namespace) -> None:
 
     plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
     needs_tables = arguments.action != "infer" and not config.steer.answers
-    steering = stage.Steering(plan, run, _finished_shards(plan, run) if needs_tables else None)
+    shards = None
+    if needs_tables:
+        plan, shards = _finished(plan, run)
+    steering = stage.Steering(plan, run, shards)
     if arguments.action == "infer" and arguments.dry_run:
         raise UserError("steer infer: nothing is learned there, so --dry-run says nothing; leave it out")
     if arguments.action == "infer" and not arguments.choices:

@@ -372,11 +372,26 @@ def _fingerprint(path: Path, _modified_ns: int) -> str:
     return f"{size}-{digest.hexdigest()[:20]}"
 
 
+MOST_FURTHER_PASSES = 4
+"""Passes after the first, each of which may ask for several answers of a prompt at once."""
+
+
 class SynthesisConfig(_Section):
     """How much is written."""
 
-    samples: Positive = 1
-    """Answers per (prompt, rubric, level)."""
+    ask: Literal["levels", "prompt"] = "levels"
+    """What the writer is asked for: an answer at each level of each rubric, with the rubric in front of it; or just an
+    answer to the prompt, for a writer whose own answers spread over the levels more than it does what it is told."""
+    first_pass: Positive = 1
+    """How often each of them is asked for at first."""
+    samples: Positive = 3
+    """How often at most: after the first pass, only what a prompt still lacks is asked for."""
+    grids: Positive = 1
+    """Grids (an answer at each level) wanted per prompt and rubric; a prompt that has them is done."""
+    margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """An answer whose score is this close to half-way between two levels is at neither; a share of the way."""
+    balance: bool = True
+    """Choose among the answers at a level those that differ in their own rubric alone; false: by hash."""
     paraphrases: Annotated[int, Field(ge=2)] = 6
     """Directives wanted per (rubric, level) where the rubric gives none."""
     held_out_directives: Fraction = 0.3
@@ -395,9 +410,24 @@ class SynthesisConfig(_Section):
     aggregate: Literal["mean", "median", "majority", "min"] = "mean"
     """How the grades of several judges (`judges`) become one."""
     near_duplicates: Fraction | None = None
-    """Drop an answer whose words resemble an earlier one's at the same level this much (Jaccard, by MinHash)."""
+    """Drop an answer whose words resemble those of an earlier one that was asked to be the same this much (Jaccard, by
+    MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1)] | None = None
     """Drop a pair (and its twin) whose longer answer has over this many times the tokens of the shorter."""
+
+    @model_validator(mode="after")
+    def _first_pass_is_within(self) -> Self:
+        if self.first_pass > self.samples:
+            raise ValueError(
+                f"first_pass: found {self.first_pass}, but samples, the most in all passes, is {self.samples}; "
+                "raise samples"
+            )
+        return self
+
+    @property
+    def num_passes(self) -> int:
+        """The first, and as many as can still ask for something; a pass with nothing to ask for costs nothing."""
+        return 1 + min(self.samples - self.first_pass, MOST_FURTHER_PASSES)
 
 
 class LoraConfig(_Section):

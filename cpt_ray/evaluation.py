@@ -10,6 +10,8 @@ from typing import Any
 
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
+from cpt_ray.judging import JudgeStep, judge_answers
+from cpt_ray.planning import Plan, run_info
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
@@ -18,7 +20,7 @@ from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
 from cpt_ray.steering.page import RESULTS, with_steering
-from cpt_ray.synthesis import JudgeStep, Plan, Shards, judge_answers, run_info
+from cpt_ray.synthesis import Shards
 
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:

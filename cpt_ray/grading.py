@@ -32,6 +32,13 @@ def interpolate(value: float, points: Sequence[tuple[float, float]]) -> float:
     return points[-1][1]
 
 
+def extended(value: float, points: Sequence[tuple[float, float]]) -> float:
+    """`interpolate` between the ends, and beyond them a line with the points' mean slope."""
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    inside = min(max(value, x0), x1)
+    return interpolate(inside, points) + (value - inside) * (y1 - y0) / (x1 - x0)
+
+
 def judged_criterion(rubric: Rubric, criterion: Criterion, logprobs: Mapping[int, float]) -> CriterionGrade:
     """The expected level under the judge's distribution, as a score; none if it lies between two likelier levels.
 
@@ -61,8 +68,11 @@ def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> Crite
     if value is None:
         reason = f"{spec.name} is undefined for this text: {why_undefined(text)}"
         return CriterionGrade(criterion=criterion.name, measured=True, score=None, reason=reason)
-    points = sorted((spec.values[level.name], level.score) for level in rubric.levels)
-    return CriterionGrade(criterion=criterion.name, measured=True, score=interpolate(value, points), reason="")
+    if isinstance(spec.values, str):
+        score = extended(value, spec.points)
+    else:
+        score = interpolate(value, sorted((spec.values[level.name], level.score) for level in rubric.levels))
+    return CriterionGrade(criterion=criterion.name, measured=True, score=score, reason="")
 
 
 def weighted(rubric: Rubric, grades: Sequence[CriterionGrade]) -> float | None:
@@ -163,5 +173,20 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
 
 def confirms(rubric: Rubric, level: str, score: float) -> bool:
     """Whether the target level's anchor is the nearest to a score; half-way between two it confirms neither."""
-    target = abs(rubric.level(level).score - score)
-    return all(one.name == level or abs(one.score - score) > target for one in rubric.levels)
+    return level_at(rubric, score) == level
+
+
+def level_at(rubric: Rubric, score: float, margin: float = 0.0) -> str | None:
+    """The level whose anchor is nearest to a score; None if it is about half-way between two.
+
+    Args:
+        margin: how far from half-way still is, as a share of the way from one anchor to the next.
+    """
+    levels = rubric.levels
+    for low, high in itertools.pairwise(levels):
+        if score <= high.score:
+            share = (score - low.score) / (high.score - low.score)
+            if abs(share - 0.5) <= margin:
+                return None
+            return low.name if share < 0.5 else high.name
+    return levels[-1].name

@@ -140,7 +140,15 @@ def _folded_list(entries: tuple[str, ...]) -> frozenset[str]:
 
 MEASURES = tuple(measures(""))
 """Their names."""
+OF_LENGTH = {"word_count"}
+"""Those that say how long a text is: of one that was cut off they say nothing."""
 LARGEST = {"unique_word_share": 1.0, "word_share": 1.0, "word_balance": 1.0}
 """The most that a measure can be, where there is a most; none is below 0."""
 WORD_LISTS_OF = {"word_share": ("words",), "word_balance": ("words", "against")}
 """Which word lists a measure reads; the others read none."""
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to its last sentence end; "" if it has none."""
+    ends = [found.end() for found in regex.finditer(rf"(?:{_END})+[\"'\u201d\u2019)\]]*", text, _FLAGS)]
+    return text[: ends[-1]] if ends else ""

@@ -1,19 +1,21 @@
 """From graded answers to pairs and their twins. Pure logic.
 
-A *cell* is one (prompt, rubric, sample): at most one answer per level. Every ordered pair of levels whose
-answers' grades confirm their targets becomes a pair, so each pair's twin is there by construction. In a cell of
-several rubrics a level is one level of each; a control answer (the policy's own) is one more level.
+All answers to a prompt are one pool, whatever they were asked to be. Each rubric draws grids from it (`grids.py`): at
+most one answer per level, each at the level that its grade says. Every ordered pair of a grid's answers becomes a pair,
+so each pair's twin is there by construction. In a grid of several rubrics a level is one level of each; a control
+answer (the policy's own) is one more level.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grading import confirms
+from cpt_ray.grids import Answer, Grid, GridMaker, Shifts
 from cpt_ray.prompting import compose_directives, policy_messages
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
 from cpt_ray.rubric import Rubric
@@ -24,7 +26,7 @@ Grades = Mapping[tuple[str, str], Grade]
 
 
 def targets_of(rubrics: Sequence[Rubric], level: str) -> list[tuple[Rubric, str]]:
-    """(rubric, level) of each rubric in a cell, from a level's name."""
+    """(rubric, level) of each rubric in a grid, from a level's name."""
     return list(zip(rubrics, level.split("+"), strict=True))
 
 
@@ -34,118 +36,214 @@ def control_directive(neutral: Sequence[str], cell_id: str) -> str | None:
     return neutral[number // 2 % len(neutral)] if neutral and number % 2 else None
 
 
-def cell_id_of(rubric_id: str, prompt_id: str, sample: int) -> str:
-    """Id of a cell."""
-    return content_id(rubric_id, prompt_id, sample)
+def cell_id_of(rubric_id: str, prompt_id: str, number: int) -> str:
+    """Id of a prompt's grid, by its number among those of the same rubric."""
+    return content_id(rubric_id, prompt_id, number)
 
 
-def pair_cells(
+@dataclass
+class Paired:
+    """What became of a shard's answers."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    at_level: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Answers by (rubric, level) that they are at."""
+    hit: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Those that were asked to be there."""
+    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Those that are in a pair of the rubric."""
+    shifts: Mapping[str, Shifts] = field(default_factory=dict)
+
+    @property
+    def num_kept(self) -> int:
+        """Different answers in pairs."""
+        return len({message.content for pair in self.pairs for message in pair.chosen})
+
+
+def pair_answers(
     rubrics: Sequence[Rubric],
+    combine: Sequence[tuple[str, str]],
     generations: Iterable[Generation],
     grades: Grades,
     directives: Sequence[Directive],
     settings: SynthesisConfig,
     repeats: Mapping[str, str],
-) -> tuple[list[Pair], list[Reject]]:
-    """Pairs of the answers written to `rubrics` (one, or several at once), and all that is in none, with its reason.
+) -> Paired:
+    """Pairs of all answers to some prompts, and each answer that is in none, with its reason.
 
     Args:
-        grades: an answer without one by each of the rubrics is ungraded.
-        directives: only those of these rubrics and of the train split are used.
-        settings: the neutral directives, and what may keep two good answers apart.
+        combine: ids of rubrics whose directives are also given together.
+        grades: an answer without one by a rubric is in none of its grids.
+        directives: only those of the train split are used.
+        settings: how many grids, the margin between levels, and what may keep two good answers apart.
         repeats: unit_id of an answer to the one that it nearly repeats.
     """
-    cells: dict[tuple[str, int], list[Generation]] = defaultdict(list)
-    for one in generations:
-        cells[one.prompt_id, one.sample].append(one)
+    of_prompt: dict[str, list[Generation]] = defaultdict(list)
+    for generation in generations:
+        of_prompt[generation.prompt_id].append(generation)
     usable: dict[tuple[str, str], list[Directive]] = defaultdict(list)
-    for directive in sorted(directives, key=lambda one: one.directive_id):
+    for directive in sorted(directives, key=lambda row: row.directive_id):
         if directive.split == "train":
             usable[directive.rubric_id, directive.level].append(directive)
-    pairs: list[Pair] = []
-    rejects: list[Reject] = []
-    for (prompt_id, sample), answers in cells.items():
-        cell = _Cell(rubrics, cell_id_of(answers[0].rubric_id, prompt_id, sample), grades, usable, settings, repeats)
-        made, dropped = cell.pair(answers)
-        pairs += made
-        rejects += dropped
-    return pairs, rejects
+    by_id = {rubric.id: rubric for rubric in rubrics}
+    asked = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
+    pools = {name: _Pool(rubrics, some, grades, repeats) for name, some in of_prompt.items()}
+    answers = [answer for pool in pools.values() for answer in pool.answers]
+    maker = GridMaker(rubrics, answers, settings.margin, settings.balance)
+    paired = Paired(shifts=maker.shifts)
+    for pool in pools.values():
+        for group in asked:
+            for number, grid in enumerate(maker.draw(group, pool.answers, settings.grids)):
+                cell_id = cell_id_of(_joined(group), pool.prompt_id, number)
+                cell = _Cell(group, cell_id, grades, usable, settings)
+                control = pool.control_of(_joined(group)) if number == 0 else None
+                pairs, apart = cell.pair(grid | ({CONTROL: control} if control else {}))
+                paired.pairs += pairs
+                paired.rejects += apart
+                paired.kept.update((_joined(group), level) for level in {pair.level for pair in pairs})
+                pool.used |= cell.used
+        paired.rejects += pool.rejects + pool.unused(asked, settings.margin)
+        _count_levels(paired, rubrics, pool.answers, settings.margin)
+    return paired
 
 
-@dataclass(frozen=True)
+def _joined(rubrics: Sequence[Rubric]) -> str:
+    return "+".join(rubric.id for rubric in rubrics)
+
+
+def _count_levels(paired: Paired, rubrics: Sequence[Rubric], answers: Sequence[Answer], margin: float) -> None:
+    for answer in answers:
+        targets = dict(zip(answer.generation.rubric_id.split("+"), answer.generation.level.split("+"), strict=True))
+        for rubric in rubrics:
+            if level := answer.level([rubric], margin):
+                paired.at_level[rubric.id, level] += 1
+                paired.hit[rubric.id, level] += targets.get(rubric.id) == level
+
+
+class _Pool:
+    """One prompt's answers: those that can be drawn, the policy's own, and what cannot be used."""
+
+    def __init__(
+        self,
+        rubrics: Sequence[Rubric],
+        generations: Sequence[Generation],
+        grades: Grades,
+        repeats: Mapping[str, str],
+    ):
+        self.prompt_id = generations[0].prompt_id
+        self.answers: list[Answer] = []
+        self.used: set[str] = set()
+        self.rejects: list[Reject] = []
+        self._controls: dict[str, Generation] = {}
+        for generation in generations:
+            verdicts = [grades[key] for rubric in rubrics if (key := (generation.unit_id, rubric.id)) in grades]
+            scores = {verdict.rubric_id: verdict.score for verdict in verdicts if verdict.score is not None}
+            if problem := self._problem(generation, verdicts, scores, repeats):
+                self.rejects.append(Reject.of("pair", generation, generation.unit_id, *problem))
+            elif generation.level == CONTROL:
+                self._controls[generation.rubric_id] = generation
+            else:
+                self.answers.append(Answer(generation, scores))
+
+    def control_of(self, rubric_id: str) -> Generation | None:
+        """The policy's own answer that takes part in the rubric's first grid, if there is one."""
+        return self._controls.get(rubric_id)
+
+    def _problem(
+        self,
+        generation: Generation,
+        verdicts: Sequence[Grade],
+        scores: Mapping[str, float],
+        repeats: Mapping[str, str],
+    ) -> tuple[str, str] | None:
+        """(reason, detail) why an answer cannot be in any grid, or None."""
+        if not scores:
+            why = "; ".join(dict.fromkeys(verdict.reason for verdict in verdicts))
+            return "ungraded", why or "no verdict on this answer"
+        same = [answer.generation for answer in self.answers] + list(self._controls.values())
+        if any(same_text(generation.text, other.text) for other in same):
+            return "same text", "another answer to this prompt is the same text"
+        if original := repeats.get(generation.unit_id):
+            return "near duplicate", f"of {original}"
+        return None
+
+    def unused(self, asked: Sequence[Sequence[Rubric]], margin: float) -> list[Reject]:
+        """A reject for each answer that could have been in a grid and is in no pair."""
+        rejects = []
+        for answer in self.answers:
+            generation = answer.generation
+            if generation.unit_id not in self.used:
+                reason = self._why_unused(answer, asked, margin)
+                rejects.append(Reject.of("pair", generation, generation.unit_id, *reason))
+        for control in self._controls.values():
+            if control.unit_id not in self.used:
+                rejects.append(Reject.of("pair", control, control.unit_id, "no partner", "no answer to compare with"))
+        return rejects
+
+    def _why_unused(self, answer: Answer, asked: Sequence[Sequence[Rubric]], margin: float) -> tuple[str, str]:
+        levels = {_joined(group): answer.level(group, margin) for group in asked}
+        if not any(levels.values()):
+            scores = ", ".join(f"{name} {score:.1f}" for name, score in answer.scores.items())
+            return "between two levels", f"graded {scores}"
+        for group in asked:
+            at = levels[_joined(group)]
+            if at and any(other.level(group, margin) not in (None, at) for other in self.answers):
+                return "not needed", f"other answers to this prompt were taken ({_joined(group)} {at})"
+        shown = ", ".join(f"{name} {level}" for name, level in levels.items() if level)
+        return "no partner", f"all answers to this prompt are at the same level ({shown})"
+
+
+@dataclass
 class _Cell:
+    """One grid, becoming pairs."""
+
     rubrics: Sequence[Rubric]
     cell_id: str
     grades: Grades
     usable: Mapping[tuple[str, str], list[Directive]]
     settings: SynthesisConfig
-    repeats: Mapping[str, str]
+    used: set[str] = field(default_factory=set)
+    """unit_ids of the answers that are in a pair."""
 
-    def pair(self, answers: Sequence[Generation]) -> tuple[list[Pair], list[Reject]]:
-        """All pairs of one cell's answers, and what is in none."""
-        kept: list[Generation] = []
-        rejects: list[Reject] = []
-        for one in answers:
-            if problem := self._problem(one, kept):
-                rejects.append(Reject.of("pair", one, one.unit_id, *problem))
-            else:
-                kept.append(one)
+    def pair(self, grid: Grid) -> tuple[list[Pair], list[Reject]]:
+        """All pairs of the grid's answers, and the pairs that are not made."""
         pairs: list[Pair] = []
-        for one, other in itertools.combinations(kept, 2):
-            if problem := self._apart(one, other):
-                rejects.append(Reject.of("pair", one, _pair_id(self.cell_id, one, other), *problem))
+        rejects: list[Reject] = []
+        ready = {level: answer for level, answer in grid.items() if self._has_directive(level)}
+        for (level, answer), (other_level, other) in itertools.combinations(ready.items(), 2):
+            if problem := self._apart(level, answer, other_level, other):
+                rejects.append(Reject.of("pair", answer, _pair_id(self.cell_id, answer, other), *problem))
             else:
-                pairs += [self._make(one, other), self._make(other, one)]
-        paired = {pair.level for pair in pairs}
-        for one in kept:
-            if one.level not in paired:
-                rejects.append(
-                    Reject.of("pair", one, one.unit_id, "no partner", "no other answer of this cell to compare with")
-                )
-        order = {one.level: at for at, one in enumerate(kept)}
+                pairs += [self._make(level, answer, other_level, other), self._make(other_level, other, level, answer)]
+                self.used |= {answer.unit_id, other.unit_id}
+        order = {level: at for at, level in enumerate(grid)}
         return sorted(pairs, key=lambda pair: (order[pair.level], order[pair.rejected_level])), rejects
 
-    def _problem(self, one: Generation, kept: Sequence[Generation]) -> tuple[str, str] | None:
-        """(reason, detail) why an answer cannot be in a pair, or None."""
-        verdicts = [self.grades.get((one.unit_id, rubric.id)) for rubric in self.rubrics]
-        for verdict in verdicts:
-            if verdict is None or verdict.score is None:
-                return "ungraded", verdict.reason if verdict else "no verdict on this answer"
-        if one.level != CONTROL:
-            for rubric, level in targets_of(self.rubrics, one.level):
-                score = self._score(one, rubric)
-                if not confirms(rubric, level, score):
-                    found = rubric.nearest_level(score).name
-                    reason = "between two levels" if found == level else "other level"
-                    return reason, f"graded {score:.1f} ({found}), target {level}"
-                if not self.usable.get((rubric.id, level)):
-                    return "no directive", f"no train directive for {rubric.id} {level}"
-        if any(same_text(one.text, other.text) for other in kept):
-            return "same text", "another level's answer in this cell is the same text"
-        if original := self.repeats.get(one.unit_id):
-            return "near duplicate", f"of {original}"
-        return None
+    def _has_directive(self, level: str) -> bool:
+        return level == CONTROL or all(
+            self.usable.get((rubric.id, part)) for rubric, part in targets_of(self.rubrics, level)
+        )
 
-    def _apart(self, one: Generation, other: Generation) -> tuple[str, str] | None:
-        """(reason, detail) why two good answers do not make a pair, or None."""
-        for control, asked in ((one, other), (other, one)):
-            if control.level == CONTROL and all(
-                confirms(rubric, level, self._score(control, rubric))
-                for rubric, level in targets_of(self.rubrics, asked.level)
+    def _apart(self, level: str, answer: Generation, other_level: str, other: Generation) -> tuple[str, str] | None:
+        """(reason, detail) why two answers of a grid do not make a pair, or None."""
+        for control, name, asked in ((answer, level, other_level), (other, other_level, level)):
+            if name == CONTROL and all(
+                confirms(rubric, part, self._score(control, rubric)) for rubric, part in targets_of(self.rubrics, asked)
             ):
-                return "control has the level", f"the policy's own answer is {asked.level} already"
-        limit, (short, long) = self.settings.max_length_ratio, sorted((one.num_tokens, other.num_tokens))
+                return "control has the level", f"the policy's own answer is {asked} already"
+        limit, (short, long) = self.settings.max_length_ratio, sorted((answer.num_tokens, other.num_tokens))
         if limit and long > limit * short:
             return "length ratio", f"{long} against {short} tokens"
         return None
 
-    def _score(self, one: Generation, rubric: Rubric) -> float:
-        score = self.grades[one.unit_id, rubric.id].score
+    def _score(self, answer: Generation, rubric: Rubric) -> float:
+        score = self.grades[answer.unit_id, rubric.id].score
         assert score is not None
         return score
 
-    def _mean_score(self, one: Generation) -> float:
-        return sum(self._score(one, rubric) for rubric in self.rubrics) / len(self.rubrics)
+    def _mean_score(self, answer: Generation) -> float:
+        return sum(self._score(answer, rubric) for rubric in self.rubrics) / len(self.rubrics)
 
     def _directive(self, level: str) -> tuple[str, str | None]:
         """(id, text) of what the policy is told for a level: one paraphrase, spread evenly over cells by hash."""
@@ -157,21 +255,23 @@ class _Cell:
             picked.append(choices[int(content_id(self.cell_id, part), 16) % len(choices)])
         return "+".join(one.directive_id for one in picked), compose_directives([one.text for one in picked])
 
-    def _make(self, winner: Generation, loser: Generation) -> Pair:
-        directive_id, text = self._directive(winner.level)
+    def _make(self, level: str, winner: Generation, other_level: str, loser: Generation) -> Pair:
+        directive_id, text = self._directive(level)
         prompt = policy_messages(text, winner.prompt)
         return Pair(
             pair_id=_pair_id(self.cell_id, winner, loser),
             twin_id=_pair_id(self.cell_id, loser, winner),
             cell_id=self.cell_id,
             prompt_id=winner.prompt_id,
-            rubric_id=winner.rubric_id,
-            level=winner.level,
-            rejected_level=loser.level,
+            rubric_id=_joined(self.rubrics),
+            level=level,
+            rejected_level=other_level,
             directive_id=directive_id,
             prompt=[Message(role=one["role"], content=one["content"]) for one in prompt],
             chosen=[Message(role="assistant", content=winner.text)],
             rejected=[Message(role="assistant", content=loser.text)],
+            chosen_is_cut=winner.is_cut,
+            rejected_is_cut=loser.is_cut,
             chosen_score=self._mean_score(winner),
             rejected_score=self._mean_score(loser),
         )

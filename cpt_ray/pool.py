@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +40,8 @@ SHARDS_IN_FLIGHT = 2
 """Shards an engine works on at a time: while one runs out, the next keeps it full."""
 READER_THREAD, READER_SECONDS = "iter_threaded", 30.0
 """What Ray Data 2.60 calls its threads that read ahead, and how long one may take to end."""
+APART = "apart: "
+"""In front of a shard's counts that are not for the ledger."""
 LIVE_SECONDS = 5.0
 """Between two writes of the ledger while a pool is at work."""
 
@@ -58,6 +60,9 @@ class Step:
     def output(self, shard: str) -> str:
         """Name of the output shard: the input's, whose hash then covers all that the step depends on."""
         return shard
+
+    def wait(self, run: RunDir) -> None:
+        """Waits for what it needs of other shards: those of the pool's lines before its own, which begin earlier."""
 
     def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
         """Reads the input shard, writes the output shard last; `engine` is what the pool's `open_engine` made."""
@@ -101,23 +106,25 @@ class StepActor:
         done = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
         return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
-    def _bring(self, line: int, shard: str) -> tuple[str, dict[str, Counts]]:
+    def _bring(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
         """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did."""
-        done: dict[str, Counts] = {}
+        done: dict[str, Counter[str]] = defaultdict(Counter)
         for step in self._steps[line]:
             output = step.output(shard)
             if not self._run.has(step.table, output):
                 error = self._error or self._try(step, shard)
                 if error:
                     return error, done
-                done[step.stage] = self._run.counts(step.table, output)
-                self._meters.add(step.stage, done[step.stage])
+                counts = self._run.counts(step.table, output)
+                done[step.stage].update(counts)  # a stage may come again, in another pass
+                self._meters.add(step.stage, counts)
             shard = output
         return "", done
 
     def _try(self, step: Step, shard: str) -> str:
         name = f"{step.stage}-{shard}"
         try:
+            step.wait(self._run)
             with self._turn(alone=bool(self._attempts.causes(name))):
                 self._attempts.begin(name, f"on {step.stage} of shard {shard}")
                 step(self._engine, self._run, shard)
@@ -444,7 +451,7 @@ def thoughts_note(entry: Mapping[str, Any]) -> str:
 
 
 def _entry(total: Counts, price: PriceConfig | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {key: value for key, value in total.items() if not key.startswith(REJECTED)}
+    entry: dict[str, Any] = {key: value for key, value in total.items() if not key.startswith((REJECTED, APART))}
     entry["rejected"] = {
         key.removeprefix(REJECTED): int(value) for key, value in total.items() if key.startswith(REJECTED)
     }

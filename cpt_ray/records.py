@@ -98,6 +98,8 @@ class Generation:
     text: str
     num_tokens: int
     """Tokens of the answer."""
+    is_cut: bool
+    """It ran into max_tokens and lost its unfinished sentence: it has no end mark, and is at least this long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +157,9 @@ class Pair:
     rejected: list[Message]
     chosen_score: float
     rejected_score: float
+    chosen_is_cut: bool
+    """It has no end mark (`Generation.is_cut`)."""
+    rejected_is_cut: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import regex
 from pydantic import (
@@ -67,8 +67,12 @@ class MeasureSpec(_Strict):
     """How a measured criterion reads a text (see `measures.py`)."""
 
     name: str
-    values: dict[str, Annotated[float, Field(strict=False, allow_inf_nan=False), _NUMBER]]
-    """The measure's value at each level, strictly rising or strictly falling."""
+    values: dict[str, Annotated[float, Field(strict=False, allow_inf_nan=False), _NUMBER]] | Literal["spread"]
+    """The measure's value at each level, strictly rising or strictly falling. "spread": as the writer's own answers
+    are spread (`points`)."""
+    points: tuple[tuple[float, float], ...] = ()
+    """(value, score), both rising: a score is the share of the first pass's answers, in percent, that are below the
+    value. Filled in by the run (`spread.py`), never given."""
     words: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Compared as the words of a text are (`measures.words_of`)."""
     against: Annotated[tuple[Text, ...], Field(strict=False)] = ()
@@ -99,8 +103,14 @@ class Rubric(_Strict):
 
     @property
     def content_hash(self) -> str:
-        """Changes with any part of the rubric that a written answer or a grade can depend on."""
-        return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}}))
+        """Changes with any part of the rubric that a written answer or, but for the spread, a grade can depend on."""
+        points = {"criteria": {"__all__": {"measure": {"points"}}}}
+        return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}, **points}))
+
+    @property
+    def grading_hash(self) -> str:
+        """Changes with all that a grade depends on."""
+        return content_id(self.content_hash, [one.measure.points for one in self.measured if one.measure])
 
     def __hash__(self) -> int:
         return hash((self.id, self.version))
@@ -189,7 +199,8 @@ def _check_descriptors(where: str, descriptors: Mapping[str, str], names: list[s
 def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
     if spec.name not in MEASURES:
         raise ValueError(f"{where}.name: no measure {spec.name!r}{did_you_mean(spec.name, MEASURES)}")
-    _keyed_by_level(f"{where}.values", spec.values, names)
+    if spec.values != "spread":
+        _keyed_by_level(f"{where}.values", spec.values, names)
     for field in ("words", "against"):
         needed, given = field in WORD_LISTS_OF.get(spec.name, ()), bool(getattr(spec, field))
         if needed != given:
@@ -197,12 +208,14 @@ def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
             raise ValueError(f"{where}.{field}: {verb}")
     if problems := [*_word_problems(where, {"words": spec.words, "against": spec.against})]:
         raise ValueError("\n".join(problems))
-    _check_values(where, spec, [spec.values[name] for name in names])
+    if not isinstance(spec.values, str):
+        _check_values(where, spec, spec.values, names)
 
 
-def _check_values(where: str, spec: MeasureSpec, values: list[float]) -> None:
+def _check_values(where: str, spec: MeasureSpec, at_levels: Mapping[str, float], names: list[str]) -> None:
+    values = [at_levels[name] for name in names]
     most = LARGEST.get(spec.name, math.inf)
-    for name, value in spec.values.items():
+    for name, value in at_levels.items():
         if not 0 <= value <= most:
             known = f"always from 0 to {most:g}" if most < math.inf else "never below 0"
             raise ValueError(f"{where}.values.{name}: found {value:g}, but {spec.name} is {known}; change it")

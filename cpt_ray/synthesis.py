@@ -1,235 +1,61 @@
-"""Synthesis: plan, direct, write, judge, pair. Rubrics and prompts in, twin pairs out."""
+"""Synthesis: direct, write, judge, pair. Rubrics and prompts in, twin pairs out.
+
+Writing goes in passes. A shard of prompts goes through all of them by itself: what its next pass asks for is planned
+from the answers and grades that it has. Every shard's name is a function of the plan, so that stages and jobs agree
+without talking; only the levels that the writer's own spread sets are known after the first pass (`spread.py`).
+"""
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cpt_ray.card import write_card
-from cpt_ray.config import EMBEDDED, JudgeConfig, ModelConfig, PriceConfig, Range, RunConfig, SynthesisConfig
+from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig, Range, SynthesisConfig
 from cpt_ray.console import say
+from cpt_ray.directing import DirectStep
 from cpt_ray.duplicates import NearDuplicates
-from cpt_ray.engine import Completion, Engine, Request, sampled
-from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
+from cpt_ray.engine import CUT_OFF, Completion, Engine, Request, sampled
+from cpt_ray.errors import UserError
+from cpt_ray.judging import JudgeStep, combine_judges
+from cpt_ray.levels import level_counts, level_lines
 from cpt_ray.losses import OF_PAIRS, Stage
-from cpt_ray.measures import terms_of
-from cpt_ray.pairing import cell_id_of, control_directive, pair_cells, targets_of
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
-from cpt_ray.prompting import (
-    JOINT_HASH,
-    RATIONALE_HASH,
-    TEMPLATES_HASH,
-    ChatMessage,
-    director_messages,
-    joint_writer_messages,
-    judge_messages,
-    level_labels,
-    policy_messages,
-    rationale_messages,
-    rationale_schema,
-    writer_messages,
+from cpt_ray.measures import whole_sentences
+from cpt_ray.pairing import cell_id_of, control_directive, pair_answers, targets_of
+from cpt_ray.planning import (
+    Asking,
+    Plan,
+    Rubrics,
+    answers_of,
+    asking_of,
+    is_control,
+    plan_units,
+    run_info,
 )
-from cpt_ray.prompts import read_prompts
-from cpt_ray.records import (
-    CONTROL,
-    CriterionGrade,
-    Directive,
-    Generation,
-    Grade,
-    Prompt,
-    Reject,
-    Unit,
-    content_id,
-)
+from cpt_ray.pool import Line, Step, Tally, ledger_entry, run_lines, thoughts_note
+from cpt_ray.prompting import ChatMessage, joint_writer_messages, policy_messages, writer_messages
+from cpt_ray.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.rows import reasons
-from cpt_ray.rubric import Criterion, Rubric, directive_leak, load_rubrics
 from cpt_ray.rundir import RunDir, derive
+from cpt_ray.spread import Spread, is_spread
 
-GRADE_FORMAT = 4
-"""Goes up when a row of `grades` means something else than before."""
-REPEATS_FORMAT = 2
-"""The same for `repeats`."""
-DIRECTOR_OVERSAMPLING = 4
-"""Directives sampled per one wanted: some leak, some repeat each other."""
-_RUBRICS = dict[str, Rubric]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run consists of; a pure function of the run file and what it names."""
-
-    config: RunConfig
-    rubrics: tuple[Rubric, ...]
-    prompts: tuple[Prompt, ...]
-    rejects: tuple[Reject, ...] = ()
-    """Rows that repeat a prompt."""
-
-    @property
-    def by_id(self) -> _RUBRICS:
-        """Rubrics by id."""
-        return {rubric.id: rubric for rubric in self.rubrics}
-
-    def prompts_of(self, split: str) -> list[Prompt]:
-        """Prompts of one split, in file order."""
-        return [prompt for prompt in self.prompts if prompt.split == split]
-
-
-def make_plan(config: RunConfig) -> Plan:
-    """Reads and checks everything the run file names, before anything expensive starts."""
-    rubrics = load_rubrics(config.rubric_paths)
-    prompts = read_prompts(config.prompts)
-    plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
-    for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
-        is_elsewhere = model.endpoint is not None or Path(model.path).is_dir()
-        if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
-            raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
-    for name in (name for names in config.synthesis.combine for name in names):
-        if name not in plan.by_id:
-            raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
-    check_leakage(plan.prompts)
-    return plan
-
-
-def check_leakage(prompts: Sequence[Prompt]) -> None:
-    """UserError if a held-out prompt is a train prompt but for case, width, normal form, spaces and punctuation."""
-    train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
-    for one in prompts:
-        if one.split == "held_out" and (same := train.get(_plain(one.text))):
-            raise UserError(
-                f"prompts: {one.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
-                "remove one of them"
-            )
-
-
-def _plain(text: str) -> str:
-    return " ".join(terms_of(text))
-
-
-def run_info(plan: Plan) -> dict[str, Any]:
-    """What a run was made of, for run.yaml and the report."""
-    config = plan.config
-    roles = {role: getattr(config, role) for role in ("writer", "director", "judge", "policy")}
-    return {
-        "name": config.name,
-        "seed": config.seed,
-        "models": {role: model.model for role, model in roles.items()},
-        "judges": [model.model for model in config.judges],
-        "rubrics": {rubric.id: rubric.version for rubric in plan.rubrics},
-        "hashes": {
-            "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
-            "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
-            "templates": TEMPLATES_HASH,
-            "models": {role: model.identity for role, model in roles.items()},
-        },
-    }
-
-
-# ---------------------------------------------------------------- plan
-
-
-@dataclass(frozen=True)
-class Units(Iterable[Unit]):
-    """The units of one shard, made when they are looked at: a plan of millions costs no memory, nor their hashes."""
-
-    rubrics: tuple[Rubric, ...]
-    rubric_hashes: tuple[str, ...]
-    prompts: Sequence[Prompt]
-    sample: int
-    model_key: str
-    """Of the writer; of the policy in control units."""
-    seed: int
-    neutral_directives: tuple[str, ...] | None = None
-    """In control units: what may be told instead of a rubric's directive."""
-
-    @property
-    def key(self) -> str:
-        """Changes when any unit in it does."""
-        prompts = content_id(*(one.prompt_id for one in self.prompts))
-        settings = (self.neutral_directives, self._templates, self.model_key, self.seed)
-        return content_id(self.rubric_hashes, prompts, self.sample, *settings)
-
-    @property
-    def _templates(self) -> str:
-        return TEMPLATES_HASH if len(self.rubrics) == 1 else JOINT_HASH
-
-    def __iter__(self) -> Iterator[Unit]:
-        for prompt in self.prompts:
-            for level, score in self._targets(prompt):
-                yield self._unit(prompt, level, score)
-
-    def _targets(self, prompt: Prompt) -> list[tuple[str, float | None]]:
-        if self.neutral_directives is not None:
-            return [(CONTROL, None)]
-        if len(self.rubrics) == 1:
-            return [(level.name, level.score) for level in self.rubrics[0].levels]
-        # Several rubrics: as many answers as the shorter scale has levels, no level of either rubric twice.
-        count = min(len(rubric.levels) for rubric in self.rubrics)
-        orders = [
-            sorted(rubric.levels, key=lambda level: content_id(prompt.prompt_id, self.sample, rubric.id, level.name))
-            for rubric in self.rubrics
-        ]
-        return [("+".join(order[at].name for order in orders), None) for at in range(count)]
-
-    def _unit(self, prompt: Prompt, level: str, score: float | None) -> Unit:
-        rubric_id = "+".join(one.id for one in self.rubrics)
-        if self.neutral_directives is not None:
-            told = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, self.sample))
-            key: tuple[Any, ...] = (self.rubric_hashes, level, told, prompt.text, self.sample)
-        else:
-            rubrics = self.rubric_hashes[0] if len(self.rubrics) == 1 else self.rubric_hashes
-            key = (rubrics, level, prompt.text, self.sample, self._templates)
-        return Unit(
-            unit_id=content_id(*key, self.model_key, self.seed),
-            prompt_id=prompt.prompt_id,
-            prompt=prompt.text,
-            rubric_id=rubric_id,
-            level=level,
-            score=score,
-            sample=self.sample,
-        )
-
-
-def plan_units(plan: Plan) -> dict[str, Units]:
-    """Every unit, by shard name. A shard holds whole cells of one (rubric, sample), so that it can be paired alone.
-
-    The policy's own answers to some of a shard's prompts are a shard of their own, beside it. A prompt's samples follow
-    each other, so that they share what the engine's prefix cache has of it.
-    """
-    config, chosen = plan.config, plan.config.synthesis
-    prompts = plan.prompts_of("train")
-    writer_key, policy_key = config.writer.answer_key, config.policy.answer_key
-    joint = [tuple(plan.by_id[name] for name in names) for names in chosen.combine]
-    shards: dict[str, Units] = {}
-    for rubrics in [*((one,) for one in plan.rubrics), *joint]:
-        rubric_id = "+".join(one.id for one in rubrics)
-        hashes = tuple(one.content_hash for one in rubrics)
-        rows = chosen.shard_rows // SHARDS_IN_FLIGHT  # of a file
-        per_shard = max(1, rows // min(len(one.levels) for one in rubrics))
-        for start, sample in itertools.product(range(0, len(prompts), per_shard), range(chosen.samples)):
-            chunk, number = prompts[start : start + per_shard], f"{start // per_shard:05d}"
-            units = Units(rubrics, hashes, chunk, sample, writer_key, config.seed)
-            shards[f"{rubric_id}-{sample:03d}-{number}-{units.key[:12]}"] = units
-            chunk = [one for one in chunk if _is_controlled(rubric_id, one, sample, chosen.control)]
-            if chunk:
-                units = Units(rubrics, hashes, chunk, sample, policy_key, config.seed, chosen.neutral_directives)
-                shards[f"{rubric_id}-{sample:03d}-{CONTROL_MARK}{number}-{units.key[:12]}"] = units
-    return shards
-
-
-CONTROL_MARK = "c"
-"""In front of the number of a shard of control units."""
-
-
-def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) -> bool:
-    number = content_id("controlled", rubric_id, prompt.prompt_id, sample)
-    return bool(int(number, 16) < share * 16 ** len(number))
+REPEATS_FORMAT = 3
+"""Goes up when a row of `repeats` means something else than before."""
+PAIR_FORMAT = 1
+"""The same for `pairs`."""
+PAIR_SETTINGS = {
+    "aggregate",
+    "balance",
+    "combine",
+    "grids",
+    "margin",
+    "max_length_ratio",
+    "neutral_directives",
+}
+"""Entries of `synthesis` on which pairs depend beside their answers and grades."""
 
 
 # ---------------------------------------------------------------- write
@@ -237,9 +63,9 @@ def _is_controlled(rubric_id: str, prompt: Prompt, sample: int, share: float) ->
 
 @dataclass(frozen=True, kw_only=True)
 class WriteStep(Step):
-    """units -> generations (+ rejects): the writer answers with rubric and target in front of it."""
+    """units -> generations (+ rejects): the writer answers, with rubric and target in front of it or with nothing."""
 
-    rubrics: _RUBRICS
+    rubrics: Rubrics
     seed: int
     neutral_directives: tuple[str, ...] = ()
     stage: str = "write"
@@ -247,17 +73,21 @@ class WriteStep(Step):
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Writes one shard of answers."""
-        units = run.read("units", [shard], Unit)
+        self.write(engine, run, shard, run.read("units", [shard], Unit))
+
+    def write(self, engine: Engine, run: RunDir, shard: str, units: Sequence[Unit]) -> None:
+        """Answers some units, as one shard."""
         tally = Tally(len(units))
-        completions = engine.run([self.request(unit) for unit in units])
+        completions = engine.run([self.request(unit) for unit in units]) if units else []
         tally.add(completions)
         rows, rejects = [], []
-        for unit, one in zip(units, completions, strict=True):
-            if one.error:
-                tally.reject(one.error)
-                rejects.append(Reject.of(self.stage, unit, unit.unit_id, one.error, one.detail))
+        for unit, completion in zip(units, completions, strict=True):
+            if generation := _generation(unit, completion):
+                rows.append(generation)
+                tally.counts["cut_answers"] += generation.is_cut
             else:
-                rows.append(_generation(unit, one))
+                tally.reject(completion.error)
+                rejects.append(Reject.of(self.stage, unit, unit.unit_id, completion.error, completion.detail))
         run.write("rejects", f"{self.stage}-{shard}", rejects)
         run.write(self.table, shard, rows, tally.close(len(rows)))
 
@@ -266,22 +96,24 @@ class WriteStep(Step):
         return sampled(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
 
     def _messages(self, unit: Unit) -> list[ChatMessage]:
-        rubrics = rubrics_of(self.rubrics, unit.rubric_id)
         if unit.level == CONTROL:
             told = control_directive(self.neutral_directives, cell_id_of(unit.rubric_id, unit.prompt_id, unit.sample))
             return policy_messages(told, unit.prompt)
+        if not unit.rubric_id:
+            return policy_messages(None, unit.prompt)
+        rubrics = [self.rubrics[name] for name in unit.rubric_id.split("+")]
         targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, unit.level)]
         if len(targets) == 1:
             return writer_messages(*targets[0], unit.prompt)
         return joint_writer_messages(targets, unit.prompt)
 
 
-def rubrics_of(rubrics: _RUBRICS, rubric_id: str) -> list[Rubric]:
-    """The rubrics that a unit's rubric_id names."""
-    return [rubrics[name] for name in rubric_id.split("+")]
-
-
-def _generation(unit: Unit, one: Completion) -> Generation:
+def _generation(unit: Unit, completion: Completion) -> Generation | None:
+    """The answer; of one that was cut off what is whole of it; None if there is none."""
+    is_cut = completion.error == CUT_OFF
+    text = whole_sentences(completion.text) if is_cut else completion.text
+    if not text or (completion.error and not is_cut):
+        return None
     return Generation(
         unit_id=unit.unit_id,
         prompt_id=unit.prompt_id,
@@ -289,213 +121,59 @@ def _generation(unit: Unit, one: Completion) -> Generation:
         rubric_id=unit.rubric_id,
         level=unit.level,
         sample=unit.sample,
-        text=one.text,
-        num_tokens=one.num_tokens - one.thought_tokens,
+        text=text,
+        num_tokens=completion.num_tokens - completion.thought_tokens,
+        is_cut=is_cut,
     )
 
 
-# ---------------------------------------------------------------- judge
+@dataclass(frozen=True)
+class Pass:
+    """The shards of one pass over a shard's prompts."""
 
-
-def judge_answers(
-    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
-) -> list[Grade]:
-    """Grades (unit_id, prompt, answer) by one rubric, in the judge's mode."""
-    verdicts = (_rationales if judge.mode == "rationale" else _probabilities)(engine, rubric, answers, judge, tally)
-    return [
-        grade_answer(rubric, unit_id, text, judged, judge.model)
-        for (unit_id, _, text), judged in zip(answers, verdicts, strict=True)
-    ]
-
-
-def _probabilities(
-    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
-) -> list[list[CriterionGrade]]:
-    """One request of one token per answer and judged criterion."""
-    labels = tuple(level_labels(rubric))
-    completions = engine.run(
-        [
-            Request(messages=judge_messages(rubric, criterion, prompt, text), max_tokens=1, labels=labels)
-            for _, prompt, text in answers
-            for criterion in rubric.judged
-        ]
-    )
-    tally.add(completions)
-    at = iter(completions)
-
-    def verdict(criterion: Criterion, one: Completion) -> CriterionGrade:
-        if one.error:
-            return ungraded(criterion, f"{one.error}: {one.detail}")
-        return judged_criterion(rubric, criterion, dict(enumerate(one.label_logprobs, start=1)))
-
-    return [[verdict(criterion, next(at)) for criterion in rubric.judged] for _ in answers]
-
-
-def _rationales(
-    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
-) -> list[list[CriterionGrade]]:
-    """One request per answer: all judged criteria, `votes` times."""
-    schema = rationale_schema(rubric)
-    completions = engine.run(
-        [
-            sampled(
-                rationale_messages(rubric, prompt, text),
-                judge.sampling,
-                unit_id,
-                0,
-                json_schema=schema,
-                samples=judge.votes,
-            )
-            for unit_id, prompt, text in answers
-        ]
-        if rubric.judged
-        else []
-    )
-    tally.add(completions)
-    votes = [completions[at : at + judge.votes] for at in range(0, len(completions), judge.votes)]
-    return [_voted(rubric, one) for one in votes] if votes else [[] for _ in answers]
-
-
-def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
-    if all(one.error for one in votes):
-        return [ungraded(one, f"{votes[0].error}: {votes[0].detail}") for one in rubric.judged]
-    lost = ", ".join(f"{count} {error}" for error, count in Counter(one.error for one in votes if one.error).items())
-    return [
-        replace(one, reason=f"{one.reason}: {lost}") if lost and one.score is None else one
-        for one in voted_criteria(rubric, [one.text for one in votes])
-    ]
+    generations: str
+    """Also the name of its units."""
+    grades: str
+    """The first judge's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeStep(Step):
-    """generations -> grades, by each rubric that an answer was written to."""
+class NextPassStep(WriteStep):
+    """The grades of a pass -> the generations of the next: units for what is missing, and the answers to them."""
 
-    rubrics: _RUBRICS
-    model: JudgeConfig
-    stage: str = "judge"
-    table: str = "grades"
-
-    def output(self, shard: str) -> str:
-        """Depends on the answers and the judge."""
-        templates = RATIONALE_HASH if self.model.mode == "rationale" else TEMPLATES_HASH
-        return derive(shard, "judge", self.model.answer_key, templates, GRADE_FORMAT)
-
-    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
-        """Grades one shard of answers."""
-        rows = run.read("generations", [shard], Generation)
-        rubrics = rubrics_of(self.rubrics, rubric_of(shard))
-        tally = Tally(len(rows) * len(rubrics))
-        answers = [(row.unit_id, row.prompt, row.text) for row in rows]
-        grades = [grade for rubric in rubrics for grade in judge_answers(engine, rubric, answers, self.model, tally)]
-        for grade in grades:
-            if grade.score is None:
-                tally.reject("ungraded")
-        graded = sum(grade.score is not None for grade in grades)
-        run.write(self.table, self.output(shard), grades, tally.close(graded))
-
-
-# ---------------------------------------------------------------- direct
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectStep(Step):
-    """rubric -> directives (+ rejects): given in the rubric, or written by the director."""
-
-    rubrics: _RUBRICS
-    paraphrases: int
-    held_out: float
-    seed: int
-    stage: str = "direct"
-    table: str = "directives"
+    asking: Asking
+    spread: Spread | None
+    """Where the rubrics' levels come from."""
+    number: int
+    """From 2."""
+    before: Mapping[str, Sequence[Pass]]
+    """By the last pass's shard of grades: all passes so far."""
 
     def output(self, shard: str) -> str:
-        """Depends on the rubric, its own directives, the director and how many are wanted."""
-        rubric = self.rubrics[shard]
-        given = [level.directives for level in rubric.levels]
-        settings = (self.paraphrases, self.held_out, self.seed, TEMPLATES_HASH)
-        return derive(f"{shard}-", rubric.content_hash, given, self.model.answer_key, *settings)
+        """Depends on the passes before it and on what counts as missing."""
+        settings = self.asking.settings
+        return derive(shard, "pass", self.number, settings.grids, settings.margin, settings.samples)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
-        """Makes one rubric's directives."""
-        rubric, name = self.rubrics[shard], self.output(shard)
-        missing = [level for level in rubric.levels if not level.directives]
-        wanted = self.paraphrases * DIRECTOR_OVERSAMPLING
-        tally = Tally(wanted * len(missing))
-        requests = [
-            sampled(
-                director_messages(rubric, level),
-                self.model.sampling,
-                f"{rubric.content_hash}/{level.name}/{number}",
-                self.seed,
-            )
-            for level in missing
-            for number in range(wanted)
-        ]
-        completions = engine.run(requests) if requests else []
-        tally.add(completions)
-        rows, rejects = self._choose(rubric, [level.name for level in missing for _ in range(wanted)], completions)
-        for reject in rejects:
-            tally.reject(reject.reason)
-        run.write("rejects", f"{self.stage}-{name}", rejects)
-        run.write(self.table, name, rows, tally.close(len(rows)))
+        """Plans one shard and writes it."""
+        name, passes = self.output(shard), self.before[shard]
+        if not run.has("units", name):
+            rows = list(self._plan(run, passes))
+            run.write("units", name, rows, {"rows_out": len(rows)})
+        self.write(engine, run, name, run.read("units", [name], Unit))
 
-    def _choose(
-        self, rubric: Rubric, levels: list[str], completions: list[Completion]
-    ) -> tuple[list[Directive], list[Reject]]:
-        texts: dict[str, list[str]] = {level.name: list(level.directives) for level in rubric.levels}
-        owner = {text: name for name, given in texts.items() for text in given}
-        rejects = []
-        for level, one in zip(levels, completions, strict=True):
-            text = " ".join(one.text.split())
-            error, detail = one.error, one.detail
-            if not error and (leak := directive_leak(text, rubric)):
-                error, detail = "leak", leak
-            elif not error and text in owner:
-                error = "repeats another" if owner[text] == level else "same as another level's"
-            elif not error and len(texts[level]) >= self.paraphrases:
-                error = "not needed"
-            if error:
-                rejects.append(
-                    Reject(
-                        stage=self.stage,
-                        subject_id=content_id(text),
-                        rubric_id=rubric.id,
-                        level=level,
-                        reason=error,
-                        detail=detail or text,
-                    )
-                )
-            else:
-                owner[text] = level
-                texts[level].append(text)
-        for asked in rubric.levels:
-            if len(texts[asked.name]) < 2:
-                lost = [one for one in rejects if one.level == asked.name]
-                why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in lost).items())
-                example = f"; the director's were: {why}, for example {lost[0].detail!r}" if lost else ""
-                raise UserError(
-                    f"rubric {rubric.id}, level {asked.name}: {len(texts[asked.name])} usable directive(s), at least 2 "
-                    f"are needed (one is held out){example}; give some under the level's `directives:` or use another "
-                    "director"
-                )
-        rows = [row for level in rubric.levels for row in self._split(rubric, level.name, texts[level.name])]
-        return rows, rejects
-
-    def _split(self, rubric: Rubric, level: str, texts: list[str]) -> list[Directive]:
-        given = set(rubric.level(level).directives)
-        num_held_out = min(len(texts) - 1, max(1, round(self.held_out * len(texts))))
-        ordered = sorted(texts, key=lambda text: content_id(rubric.id, level, text))
-        return [
-            Directive(
-                directive_id=content_id(rubric.id, level, text),
-                rubric_id=rubric.id,
-                level=level,
-                text=text,
-                split="held_out" if at < num_held_out else "train",
-                source="rubric" if text in given else self.model.model,
-            )
-            for at, text in enumerate(ordered)
-        ]
+    def _plan(self, run: RunDir, passes: Sequence[Pass]) -> Iterator[Unit]:
+        names = [one.generations for one in passes]
+        asked: dict[str, list[Unit]] = defaultdict(list)
+        for unit in run.read("units", names, Unit):
+            asked[unit.prompt_id].append(unit)
+        grades = run.read("grades", [one.grades for one in passes], Grade)
+        rubrics = self.spread.resolve(run) if self.spread else list(self.rubrics.values())
+        by_key = {(grade.unit_id, grade.rubric_id): grade for grade in grades}
+        answers = answers_of(run.read("generations", names, Generation), by_key, rubrics)
+        asking = replace(self.asking, rubrics=tuple(rubrics))
+        for prompt_id, units in asked.items():
+            yield from asking.more(units, answers.get(prompt_id, []))
 
 
 # ---------------------------------------------------------------- pair
@@ -511,33 +189,33 @@ def no_engine(model: ModelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatStep(Step):
-    """A rubric's generations -> repeats: those that nearly repeat an earlier answer at the same level."""
+    """All generations -> repeats: those that nearly repeat an earlier answer that was asked to be the same."""
 
     generations: dict[str, list[str]]
-    """By shard: all of a rubric, since any may repeat any; about 5 KB of memory each."""
+    """By shard: all of a run, since any may repeat any; about 5 KB of memory each."""
     threshold: float
     model: ModelConfig = PAIRING
     stage: str = "repeats"
     table: str = "repeats"
 
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
-        """Compares one rubric's answers."""
-        seen: dict[str, NearDuplicates] = defaultdict(lambda: NearDuplicates(self.threshold))
-        tally, found = Tally(0), []
+        """Compares a run's answers."""
+        seen: dict[tuple[str, str], NearDuplicates] = defaultdict(lambda: NearDuplicates(self.threshold))
+        tally, repeats = Tally(0), []
         for name in self.generations[shard]:
             rows = run.read("generations", [name], Generation)
             tally.counts["rows_in"] += len(rows)
-            for one in rows:
-                if original := seen[one.level].add(one.unit_id, one.text):
-                    found.append(Reject.of(self.stage, one, one.unit_id, "near duplicate", original))
-        run.write(self.table, shard, found, tally.close(len(found)))
+            for row in rows:
+                if original := seen[row.rubric_id, row.level].add(row.unit_id, row.text):
+                    repeats.append(Reject.of(self.stage, row, row.unit_id, "near duplicate", original))
+        run.write(self.table, shard, repeats, tally.close(len(repeats)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairStep(Step):
     """generations + grades + directives -> pairs (+ rejects)."""
 
-    rubrics: _RUBRICS
+    rubrics: Rubrics
     groups: dict[str, PairInputs]
     settings: SynthesisConfig
     model: ModelConfig = PAIRING
@@ -545,18 +223,20 @@ class PairStep(Step):
     table: str = "pairs"
 
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
-        """Pairs the cells of one shard."""
-        rubrics, inputs = rubrics_of(self.rubrics, rubric_of(shard)), self.groups[shard]
+        """Pairs the answers of one shard."""
+        rubrics, inputs = list(self.rubrics.values()), self.groups[shard]
         rows = run.read("generations", inputs.generations, Generation)
         tally = Tally(len(rows))
         grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
         directives = run.read("directives", inputs.directives, Directive)
-        repeats = {one.subject_id: one.detail for one in run.read("repeats", inputs.repeats, Reject)}
-        pairs, rejects = pair_cells(rubrics, rows, grades, directives, self.settings, repeats)
-        for reject in rejects:
+        repeats = {row.subject_id: row.detail for row in run.read("repeats", inputs.repeats, Reject)}
+        paired = pair_answers(rubrics, self.settings.combine, rows, grades, directives, self.settings, repeats)
+        for reject in paired.rejects:
             tally.reject(reject.reason)
-        run.write("rejects", f"{self.stage}-{shard}", rejects)
-        run.write(self.table, shard, pairs, tally.close(len(pairs)))
+        units = run.read("units", [name for name in inputs.generations if not is_control(name)], Unit)
+        tally.counts.update(level_counts(paired, units, rows))
+        run.write("rejects", f"{self.stage}-{shard}", paired.rejects)
+        run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
 
 
 def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
@@ -576,7 +256,10 @@ class Shards:
     """Names of a run's complete shards, per table."""
 
     directives: list[str]
-    generations: list[str]
+    passes: dict[str, list[Pass]]
+    """By the shard of the first pass's units: all passes."""
+    controls: list[str]
+    """Of the policy's own answers."""
     grades: list[str]
     """Every judge's."""
     repeats: dict[str, list[str]]
@@ -587,6 +270,16 @@ class Shards:
     """Of rejects: rows that repeat a prompt; none if there are none."""
 
     @property
+    def written(self) -> list[str]:
+        """Every shard of the writer's answers."""
+        return [one.generations for passes in self.passes.values() for one in passes]
+
+    @property
+    def generations(self) -> list[str]:
+        """Every shard of answers."""
+        return [*self.written, *self.controls]
+
+    @property
     def pairs(self) -> list[str]:
         """Every shard of pairs."""
         return list(self.groups)
@@ -594,13 +287,8 @@ class Shards:
     @property
     def rejects(self) -> list[str]:
         """Every shard of rejects."""
-        stages = {"direct": self.directives, "pair": self.pairs}
-        found = [f"{stage}-{name}" for stage, names in stages.items() for name in names]
-        return [
-            *self.planned,
-            *found,
-            *(f"{'control' if is_control(name) else 'write'}-{name}" for name in self.generations),
-        ]
+        stages = {"direct": self.directives, "write": self.written, "control": self.controls, "pair": self.pairs}
+        return [*self.planned, *(f"{stage}-{name}" for stage, names in stages.items() for name in names)]
 
 
 @dataclass(frozen=True)
@@ -608,147 +296,212 @@ class PairInputs:
     """Shards that become one shard of pairs."""
 
     generations: list[str]
-    """The writer's, and the policy's own answers to some of the same prompts."""
+    """The writer's, of all passes, and the policy's own answers to some of the same prompts."""
     grades: list[str]
     directives: list[str]
     repeats: list[str]
     """Where the near-duplicates are, if they are looked for."""
 
 
-def name_shards(plan: Plan, units: Sequence[str]) -> Shards:
-    """Every shard name of the run: a function of the plan, so stages and jobs agree without talking."""
-    write, judges, direct = steps_of(plan)
-    directives = {rubric.id: direct.output(rubric.id) for rubric in plan.rubrics}
-    grades = {name: [judge.output(name) for judge in judges] for name in units}
-    chosen = plan.config.synthesis
-    rules = (chosen.aggregate, chosen.neutral_directives, chosen.max_length_ratio)
-    answers: dict[str, list[str]] = defaultdict(list)
-    for name in units if chosen.near_duplicates else ():
-        if not is_control(name):
-            answers[rubric_of(name)].append(write.output(name))
-    repeats = {
-        one: derive(f"{one}-", "repeats", REPEATS_FORMAT, chosen.near_duplicates, names)
-        for one, names in answers.items()
-    }
-    beside = {_place(name): name for name in units if is_control(name)}
+def name_shards(plan: Plan, units: Iterable[str]) -> Shards:
+    """Every shard name of the run: a function of the plan, so stages and jobs agree without talking.
+
+    Args:
+        plan: as it was made, without the levels that are found later.
+    """
+    units = list(units)
+    steps, settings = Steps.of(plan, units), plan.config.synthesis
+    passes = {name: _passes(steps, name) for name in units if not is_control(name)}
+    controls = [name for name in units if is_control(name)]
+    written = [one.generations for some in passes.values() for one in some]
+    grades = {name: [judge.output(name) for judge in steps.judges] for name in (*written, *controls)}
+    directives = [steps.direct.output(rubric.id) for rubric in plan.rubrics]
+    repeats: dict[str, list[str]] = {}
+    if settings.near_duplicates:
+        repeats = {derive("answers-", "repeats", REPEATS_FORMAT, settings.near_duplicates, written): written}
+    rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT}
+    beside = {_number(name): name for name in controls}
     groups = {}
-    for name in units:
-        if not is_control(name):
-            names = [name, *([beside[_place(name)]] if _place(name) in beside else [])]
-            inputs = PairInputs(
-                generations=[write.output(one) for one in names],
-                grades=[grade for one in names for grade in grades[one]],
-                directives=[directives[one] for one in rubric_of(name).split("+")],
-                repeats=[repeats[rubric_of(name)]] if repeats else [],
-            )
-            groups[derive(name, "pair", inputs.grades, inputs.directives, inputs.repeats, rules)] = inputs
-    all_grades = [grade for one in grades.values() for grade in one]
+    for name, some in passes.items():
+        names = [one.generations for one in some]
+        names += [beside[_number(name)]] if _number(name) in beside else []
+        inputs = PairInputs(names, [grade for one in names for grade in grades[one]], directives, list(repeats))
+        groups[derive(name, "pair", inputs.grades, inputs.directives, inputs.repeats, rules)] = inputs
     return Shards(
-        directives=list(directives.values()),
-        generations=[write.output(one) for one in units],
-        grades=all_grades,
-        repeats={repeats[one]: names for one, names in answers.items()},
+        directives=directives,
+        passes=passes,
+        controls=controls,
+        grades=[grade for some in grades.values() for grade in some],
+        repeats=repeats,
         groups=groups,
-        planned=[f"plan-{content_id([one.detail for one in plan.rejects])[:12]}"] if plan.rejects else [],
+        planned=[f"plan-{content_id([reject.detail for reject in plan.rejects])[:12]}"] if plan.rejects else [],
     )
 
 
-def rubric_of(unit_shard: str) -> str:
-    """The rubric id in a unit shard's name (`<rubric>-<sample>-<chunk>-<hash>`)."""
-    return unit_shard.rsplit("-", 3)[0]
+def _passes(steps: Steps, units: str) -> list[Pass]:
+    judge = steps.judges[0]
+    passes = [Pass(units, judge.output(units))]
+    for step in steps.later:
+        name = step.output(passes[-1].grades)
+        passes.append(Pass(name, judge.output(name)))
+    return passes
 
 
-def _place(unit_shard: str) -> tuple[str, str]:
-    """What a shard of control units has in common with the one whose cells it joins."""
-    stem, chunk, _ = unit_shard.rsplit("-", 2)
-    return stem, chunk.removeprefix(CONTROL_MARK)
+def _number(unit_shard: str) -> str:
+    """What a shard of control units has in common with the one whose prompts it has."""
+    return unit_shard.split("-")[-2]
 
 
-def is_control(unit_shard: str) -> bool:
-    """Whether a unit shard's name is one of control units."""
-    return unit_shard.rsplit("-", 2)[1].startswith(CONTROL_MARK)
-
-
-def steps_of(plan: Plan) -> tuple[WriteStep, list[JudgeStep], DirectStep]:
+@dataclass(frozen=True)
+class Steps:
     """The steps that call a model."""
+
+    direct: DirectStep
+    write: WriteStep
+    later: list[NextPassStep]
+    control: WriteStep
+    judges: list[JudgeStep]
+
+    @classmethod
+    def of(cls, plan: Plan, units: Iterable[str]) -> Steps:
+        """Those of a run; which shards they read is not known to them yet (`graded`, `further`)."""
+        config, settings, spread = plan.config, plan.config.synthesis, spread_of(plan, units)
+        write = WriteStep(rubrics=plan.by_id, model=config.writer, seed=config.seed)
+        asking = asking_of(plan)
+        numbers = range(2, settings.num_passes + 1)
+        return cls(
+            direct=DirectStep(
+                rubrics=plan.by_id,
+                model=config.director,
+                paraphrases=settings.paraphrases,
+                held_out=settings.held_out_directives,
+                seed=config.seed,
+            ),
+            write=write,
+            later=[
+                NextPassStep(
+                    rubrics=plan.by_id,
+                    model=config.writer,
+                    seed=config.seed,
+                    asking=asking,
+                    spread=spread,
+                    number=number,
+                    before={},
+                )
+                for number in numbers
+            ],
+            control=WriteStep(
+                rubrics=plan.by_id,
+                model=config.policy,
+                seed=config.seed,
+                neutral_directives=settings.neutral_directives,
+                stage="control",
+            ),
+            judges=[
+                JudgeStep(rubrics=plan.by_id, model=model, grids=settings.grids, margin=settings.margin, spread=spread)
+                for model in _judges(plan)
+            ],
+        )
+
+    def graded(self, shards: Shards) -> Line:
+        """What follows the first pass: each pass is graded by the first judge before the next is planned."""
+        steps: list[Step] = [self.judges[0]]
+        for at, step in enumerate(self.later, start=1):
+            before = {passes[at - 1].grades: passes[:at] for passes in shards.passes.values()}
+            steps += [replace(step, before=before), self.judges[0]]
+        return Line(list(shards.passes), steps)
+
+    def further(self, shards: Shards) -> list[Line]:
+        """The other judges, of what the first one has graded."""
+        beside = {name: self.judges[0].output(name) for name in shards.generations}
+        return [Line(shards.generations, [replace(judge, beside=beside)]) for judge in self.judges[1:]]
+
+
+def _judges(plan: Plan) -> list[JudgeConfig]:
+    """Measures need no judge: where there is nothing else, the writer's engine does not make room for one."""
     config = plan.config
-    return (
-        WriteStep(rubrics=plan.by_id, model=config.writer, seed=config.seed),
-        [JudgeStep(rubrics=plan.by_id, model=model) for model in (config.judge, *config.judges)],
-        DirectStep(
-            rubrics=plan.by_id,
-            model=config.director,
-            paraphrases=config.synthesis.paraphrases,
-            held_out=config.synthesis.held_out_directives,
-            seed=config.seed,
-        ),
-    )
+    if any(rubric.judged for rubric in plan.rubrics):
+        return [config.judge, *config.judges]
+    return [JudgeConfig.model_validate(config.writer.model_dump())]
 
 
-def control_step(plan: Plan) -> WriteStep:
-    """The policy's own answers."""
-    config = plan.config
-    return WriteStep(
-        rubrics=plan.by_id,
-        model=config.policy,
-        seed=config.seed,
-        neutral_directives=config.synthesis.neutral_directives,
-        stage="control",
-    )
+def spread_of(plan: Plan, units: Iterable[str]) -> Spread | None:
+    """Where the levels come from, if the writer's own spread sets any."""
+    if not any(map(is_spread, plan.rubrics)):
+        return None
+    return Spread(plan.rubrics, tuple(name for name in units if not is_control(name)))
 
 
-def synthesize(plan: Plan, run: RunDir) -> Shards:
-    """plan, direct, write, judge, pair; what is complete already is not done again."""
+def resolved(plan: Plan, run: RunDir, units: Iterable[str]) -> Plan:
+    """The plan with its levels; UserError if the first pass is not there."""
+    spread = spread_of(plan, units)
+    if spread and not spread.is_ready(run):
+        raise UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
+    return replace(plan, rubrics=spread.resolve(run)) if spread else plan
+
+
+def synthesize(plan: Plan, run: RunDir) -> None:
+    """direct, write, judge, pair; what is complete already is not done again."""
     start = time.monotonic()
     units = plan_units(plan)
+    _write_units(plan, run, units)
+    shards = name_shards(plan, units)
+    steps = Steps.of(plan, units)
+    run_lines(
+        run,
+        [
+            Line([rubric.id for rubric in plan.rubrics], [steps.direct]),
+            Line(list(shards.passes), [steps.write]),
+            steps.graded(shards),
+            Line(shards.controls, [steps.control, steps.judges[0]]),
+        ],
+    )
+    run_lines(run, steps.further(shards))
+    plan = resolved(plan, run, units)
+    _say_spread(plan)
+    pair(plan, run, shards)
+    conclude(plan, run, shards)
+    write_card(plan, run, shards, run_info(plan))
+    say(f"             {time.monotonic() - start:.0f} s for synthesis")
+
+
+def _write_units(plan: Plan, run: RunDir, units: Mapping[str, Any]) -> None:
     complete = run.names("units")
     for name, planned in units.items():
         if name not in complete:
             rows = list(planned)
             run.write("units", name, rows, {"rows_out": len(rows)})
-    num_units = int(ledger_entry(run, "units", units).get("rows_out", 0))
     splits = [len(plan.prompts_of(split)) for split in ("train", "held_out")]
+    num_units = int(ledger_entry(run, "units", units).get("rows_out", 0))
     say(
         f"plan         {len(plan.rubrics)} rubrics, {splits[0]} prompts (+ {splits[1]} held out): "
-        f"{num_units} units in {len(units)} shards"
+        f"{num_units} answers in the first pass, in {len(units)} shards"
     )
-    rows_in, rejected = sum(splits) + len(plan.rejects), reasons(plan.rejects)
-    run.add_to_ledger("plan", {"rows_in": rows_in, "rows_out": num_units, "rejected": rejected})
+    rows_in = sum(splits) + len(plan.rejects)
+    run.add_to_ledger("plan", {"rows_in": rows_in, "rows_out": num_units, "rejected": reasons(plan.rejects)})
     if plan.rejects:
         say(f"note: {len(plan.rejects)} rows repeat an earlier prompt and are left out ({plan.rejects[0].detail})")
-    shards = name_shards(plan, list(units))
-    write, judges, direct = steps_of(plan)
-    control_shards = [name for name in units if is_control(name)]
-    written = [name for name in units if not is_control(name)]
-    run_lines(
-        run,
-        [
-            Line([rubric.id for rubric in plan.rubrics], [direct]),
-            Line(written, [write, judges[0]]),
-            Line(control_shards, [control_step(plan), judges[0]]),
-        ],
-    )
-    run_lines(run, [Line(shards.generations, [judge]) for judge in judges[1:]])
-    pair(plan, run, shards)
-    conclude(plan, run, shards)
-    write_card(plan, run, shards, run_info(plan))
-    say(f"             {time.monotonic() - start:.0f} s for synthesis")
-    return shards
+
+
+def _say_spread(plan: Plan) -> None:
+    for rubric in plan.rubrics:
+        for measure in (criterion.measure for criterion in rubric.measured):
+            if measure and measure.points:
+                bounds = ", ".join(f"{value:.3g}" for value, _ in measure.points[1:-1])
+                say(f"levels       {rubric.id}: the writer's own answers, by {measure.name}, are divided at {bounds}")
 
 
 def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     """The ledger's entries and a line on each; UserError with the reasons if there are no pairs."""
-    (write, judges, direct), control = steps_of(plan), control_step(plan)
+    steps = Steps.of(plan, shards.passes)
     for name in shards.planned:
         if not run.has("rejects", name):
             run.write("rejects", name, plan.rejects)
     run.prune("rejects", shards.planned, prefix="plan-")
-    written = [name for name in shards.generations if not is_control(name)]
-    own = [name for name in shards.generations if is_control(name)]
     stages: list[tuple[str, str, Sequence[str], PriceConfig | None]] = [
-        ("direct", "directives", shards.directives, direct.model.price),
-        ("write", "generations", written, write.model.price),
-        *([("control", "generations", own, control.model.price)] if own else []),
+        ("direct", "directives", shards.directives, steps.direct.model.price),
+        ("write", "generations", shards.written, steps.write.model.price),
+        *([("control", "generations", shards.controls, steps.control.model.price)] if shards.controls else []),
         *(
             (
                 f"judge-{at}" if at > 1 else "judge",
@@ -756,7 +509,7 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
                 [judge.output(name) for name in shards.generations],
                 judge.model.price,
             )
-            for at, judge in enumerate(judges, start=1)
+            for at, judge in enumerate(steps.judges, start=1)
         ),
         *([("repeats", "repeats", list(shards.repeats), None)] if shards.repeats else []),
         ("pair", "pairs", shards.pairs, None),
@@ -769,22 +522,26 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     for stage, entry in entries.items():
         run.add_to_ledger(stage, entry)
         say(f"{stage:<12} {_summary(entry)}")
-    losing = [Stage("write", "generations", written, "writer", write.model)]
-    losing += [Stage("control", "generations", own, "policy", control.model)] if own else []
-    _say_losses(run, [*losing, Stage("pair", "pairs", shards.pairs, "writer", write.model)], entries)
+    losing = [Stage("write", "generations", shards.written, "writer", steps.write.model)]
+    losing += (
+        [Stage("control", "generations", shards.controls, "policy", steps.control.model)] if shards.controls else []
+    )
+    _say_losses(run, [*losing, Stage("pair", "pairs", shards.pairs, "writer", steps.write.model)], entries)
+    for line in level_lines(plan, run, shards, entries["write"].get("generated_tokens", 0)):
+        say(line)
 
 
 def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]]) -> None:
-    """A note if over half of the answers are in no pair; UserError if all are."""
+    """A note if over half of the answers could not be used; UserError if there is no pair."""
     total = int(sum(entries[one.name].get("rows_in", 0) for one in stages if one.name != "pair"))
     rejected = [one for stage in stages for one in entries[stage.name]["rejected"].items()]
-    lost = sum(count for reason, count in rejected if reason not in OF_PAIRS)
+    lost = sum(count for reason, count in rejected if reason not in (*OF_PAIRS, "not needed"))
     if entries["pair"].get("rows_out") and lost <= total / 2:
         return
     why = "; ".join(text for one in stages for text in one.losses(run, entries[one.name], total))
     if not entries["pair"].get("rows_out"):
         raise UserError(f"no pair was made: {why or 'there are no answers'}; see {run.path / 'rejects'}")
-    say(f"note: {lost} of {total} answers are in no pair: {why}; see {run.path / 'rejects'} and judges.json")
+    say(f"note: {lost} of {total} answers are of no use: {why}; see {run.path / 'rejects'} and judges.json")
 
 
 def _summary(entry: dict[str, Any]) -> str:
@@ -801,12 +558,3 @@ def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
     run.prune("pairs", shards.pairs)
     run.prune("repeats", shards.repeats)
     run.prune("rejects", [f"pair-{name}" for name in shards.pairs], prefix="pair-")
-
-
-def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str) -> dict[tuple[str, str], Grade]:
-    """One grade per (unit_id, rubric_id)."""
-    by_answer: dict[tuple[str, str], list[Grade]] = defaultdict(list)
-    for grade in grades:
-        by_answer[grade.unit_id, grade.rubric_id].append(grade)
-    by_id = {rubric.id: rubric for rubric in rubrics}
-    return {key: aggregate(by_id[key[1]], found, how) for key, found in by_answer.items()}

@@ -35,10 +35,11 @@ from transformers import AutoTokenizer
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
 from cpt_ray.config import EMBEDDED_PATH, ModelConfig, RunConfig, load_config
 from cpt_ray.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
+from cpt_ray.planning import Plan, make_plan, plan_units
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompting import token_ids
 from cpt_ray.rundir import RunDir
-from cpt_ray.synthesis import Plan, make_plan, plan_units, steps_of
+from cpt_ray.synthesis import Steps
 
 LAYERS = 8
 WARM_UP = 200
@@ -150,7 +151,9 @@ def stage(plan: Plan, folder: Path, chats: bool = False) -> tuple[dict[str, Any]
     (folder / REQUESTS).write_text(json.dumps(requests_of(plan)))
     start = time.time()
     run_lines(
-        run, [Line(list(units), [steps_of(plan)[0]])], functools.partial(WatchedEngine, folder=folder, chats=chats)
+        run,
+        [Line(list(units), [Steps.of(plan, ()).write])],
+        functools.partial(WatchedEngine, folder=folder, chats=chats),
     )
     whole = time.time() - start
     seen = [json.loads(path.read_text()) for path in folder.glob("[0-9]*.json")]
@@ -215,7 +218,7 @@ def ray_llm(model: ModelConfig, ids: Sequence[list[int]], params: Sequence[dict[
 
 def requests_of(plan: Plan) -> list[tuple[list[dict[str, str]], dict[str, Any]]]:
     """The stage's conversations and vLLM sampling parameters."""
-    write, units = steps_of(plan)[0], plan_units(plan)
+    write, units = Steps.of(plan, ()).write, plan_units(plan)
     asked = [write.request(unit) for rows in units.values() for unit in rows]
     keys = ("max_tokens", "temperature", "top_p", "seed")
     return [(one.messages, {key: getattr(one, key) for key in keys}) for one in asked]

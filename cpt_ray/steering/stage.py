@@ -21,6 +21,8 @@ from cpt_ray.config import ModelConfig, SteerConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.console import Advance, progress, say
 from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.judging import combine_judges
+from cpt_ray.planning import Plan
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.records import Generation, Grade, Trial, content_id
@@ -57,7 +59,7 @@ from cpt_ray.steering.users import (
     grade_by_measures,
     make_answer,
 )
-from cpt_ray.synthesis import Plan, Shards, combine_judges
+from cpt_ray.synthesis import Shards
 
 NUM_QUESTIONS = 200
 

@@ -1,0 +1,119 @@
+"""Directives: given in a rubric, or written by the director; some are held out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from cpt_ray.engine import Completion, Engine, sampled
+from cpt_ray.errors import UserError
+from cpt_ray.planning import Rubrics
+from cpt_ray.pool import Step, Tally
+from cpt_ray.prompting import TEMPLATES_HASH, director_messages
+from cpt_ray.records import Directive, Reject, content_id
+from cpt_ray.rubric import Rubric, directive_leak
+from cpt_ray.rundir import RunDir, derive
+
+DIRECTOR_OVERSAMPLING = 4
+"""Directives sampled per one wanted: some leak, some repeat each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectStep(Step):
+    """rubric -> directives (+ rejects): given in the rubric, or written by the director."""
+
+    rubrics: Rubrics
+    paraphrases: int
+    held_out: float
+    seed: int
+    stage: str = "direct"
+    table: str = "directives"
+
+    def output(self, shard: str) -> str:
+        """Depends on the rubric, its own directives, the director and how many are wanted."""
+        rubric = self.rubrics[shard]
+        given = [level.directives for level in rubric.levels]
+        settings = (self.paraphrases, self.held_out, self.seed, TEMPLATES_HASH)
+        return derive(f"{shard}-", rubric.content_hash, given, self.model.answer_key, *settings)
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        """Makes one rubric's directives."""
+        rubric, name = self.rubrics[shard], self.output(shard)
+        missing = [level for level in rubric.levels if not level.directives]
+        wanted = self.paraphrases * DIRECTOR_OVERSAMPLING
+        tally = Tally(wanted * len(missing))
+        requests = [
+            sampled(
+                director_messages(rubric, level),
+                self.model.sampling,
+                f"{rubric.content_hash}/{level.name}/{number}",
+                self.seed,
+            )
+            for level in missing
+            for number in range(wanted)
+        ]
+        completions = engine.run(requests) if requests else []
+        tally.add(completions)
+        rows, rejects = self._choose(rubric, [level.name for level in missing for _ in range(wanted)], completions)
+        for reject in rejects:
+            tally.reject(reject.reason)
+        run.write("rejects", f"{self.stage}-{name}", rejects)
+        run.write(self.table, name, rows, tally.close(len(rows)))
+
+    def _choose(
+        self, rubric: Rubric, levels: list[str], completions: list[Completion]
+    ) -> tuple[list[Directive], list[Reject]]:
+        texts: dict[str, list[str]] = {level.name: list(level.directives) for level in rubric.levels}
+        owner = {text: name for name, given in texts.items() for text in given}
+        rejects = []
+        for level, one in zip(levels, completions, strict=True):
+            text = " ".join(one.text.split())
+            error, detail = one.error, one.detail
+            if not error and (leak := directive_leak(text, rubric)):
+                error, detail = "leak", leak
+            elif not error and text in owner:
+                error = "repeats another" if owner[text] == level else "same as another level's"
+            elif not error and len(texts[level]) >= self.paraphrases:
+                error = "not needed"
+            if error:
+                rejects.append(
+                    Reject(
+                        stage=self.stage,
+                        subject_id=content_id(text),
+                        rubric_id=rubric.id,
+                        level=level,
+                        reason=error,
+                        detail=detail or text,
+                    )
+                )
+            else:
+                owner[text] = level
+                texts[level].append(text)
+        for asked in rubric.levels:
+            if len(texts[asked.name]) < 2:
+                lost = [one for one in rejects if one.level == asked.name]
+                why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in lost).items())
+                example = f"; the director's were: {why}, for example {lost[0].detail!r}" if lost else ""
+                raise UserError(
+                    f"rubric {rubric.id}, level {asked.name}: {len(texts[asked.name])} usable directive(s), at least 2 "
+                    f"are needed (one is held out){example}; give some under the level's `directives:` or use another "
+                    "director"
+                )
+        rows = [row for level in rubric.levels for row in self._split(rubric, level.name, texts[level.name])]
+        return rows, rejects
+
+    def _split(self, rubric: Rubric, level: str, texts: list[str]) -> list[Directive]:
+        given = set(rubric.level(level).directives)
+        num_held_out = min(len(texts) - 1, max(1, round(self.held_out * len(texts))))
+        ordered = sorted(texts, key=lambda text: content_id(rubric.id, level, text))
+        return [
+            Directive(
+                directive_id=content_id(rubric.id, level, text),
+                rubric_id=rubric.id,
+                level=level,
+                text=text,
+                split="held_out" if at < num_held_out else "train",
+                source="rubric" if text in given else self.model.model,
+            )
+            for at, text in enumerate(ordered)
+        ]

@@ -1,0 +1,203 @@
+"""Which of a prompt's answers make a grid: one answer at each level of a rubric. Pure logic.
+
+What an answer was asked to be is a proposal; its grade says which level it stands for. Among the answers at a level
+those are taken that are far out on the rubric that is dialled and like the prompt's other answers on all others, so
+that a directive's pairs differ in what the directive says and in little else. What is left of the differences is kept
+from adding up: a sum over all grids drawn so far pushes the next choice the other way.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cpt_ray.grading import level_at
+from cpt_ray.measures import OF_LENGTH
+from cpt_ray.records import Generation, content_id
+from cpt_ray.rubric import Rubric
+
+LENGTH = "length"
+"""The name of an answer's length among the rubrics; no rubric of length is balanced against it."""
+FAR = 1.5
+"""Standard deviations from the prompt's median beyond which an answer of an end level gains nothing more."""
+PUSH = 0.3
+"""How strongly a difference summed over the grids so far counts against adding to it, in costs per sd."""
+
+Grid = dict[str, Generation]
+"""By level; in a grid of several rubrics a level is one of each, joined by "+"."""
+
+
+def is_of_length(rubric: Rubric) -> bool:
+    """Whether the rubric measures how long an answer is: then an answer that was cut says nothing."""
+    return any(criterion.measure.name in OF_LENGTH for criterion in rubric.measured if criterion.measure)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generation with its score by each rubric that grades it."""
+
+    generation: Generation
+    scores: Mapping[str, float]
+    """By rubric id; ungraded: not in it."""
+
+    def level(self, rubrics: Sequence[Rubric], margin: float) -> str | None:
+        """The level that it is at, one of each rubric joined by "+"; None if it is between two, or not graded."""
+        levels = []
+        for rubric in rubrics:
+            score = self.scores.get(rubric.id)
+            if score is None or (self.generation.is_cut and is_of_length(rubric)):
+                return None
+            level = level_at(rubric, score, margin)
+            if level is None:
+                return None
+            levels.append(level)
+        return "+".join(levels)
+
+
+def missing_levels(rubric: Rubric, answers: Iterable[Answer], wanted: int, margin: float) -> dict[str, int]:
+    """How many answers a prompt still lacks at each level, of `wanted`; levels that lack none are left out."""
+    count = dict.fromkeys((level.name for level in rubric.levels), wanted)
+    for answer in answers:
+        if level := answer.level([rubric], margin):
+            count[level] -= 1
+    return {level: number for level, number in count.items() if number > 0}
+
+
+@dataclass
+class Shifts:
+    """How far grids differ in what their rubric does not dial, in sd: the higher level less the lower, summed."""
+
+    grids: int = 0
+    drawn: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By rubric, of the answers that were taken."""
+    offered: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of all answers that could have been: the mean at each level."""
+
+
+class GridMaker:
+    """Draws the grids of a shard's prompts, one prompt after the other."""
+
+    def __init__(self, rubrics: Sequence[Rubric], answers: Sequence[Answer], margin: float, is_balanced: bool):
+        """`answers`: all of the shard, for the standard deviations in which differences are counted."""
+        self._margin, self._is_balanced = margin, is_balanced
+        has_length = any(map(is_of_length, rubrics))
+        self._names = [rubric.id for rubric in rubrics] + ([] if has_length else [LENGTH])
+        self._sd = {name: _sd(answers, name) for name in self._names}
+        self.shifts: dict[str, Shifts] = defaultdict(Shifts)
+        """By rubric id, joined by "+"."""
+
+    def draw(self, rubrics: Sequence[Rubric], answers: Sequence[Answer], most: int) -> list[Grid]:
+        """At most `most` grids of one prompt's answers, with two levels or more each; no answer is in two of them."""
+        free = [(answer, level) for answer in answers if (level := answer.level(rubrics, self._margin))]
+        grids: list[Grid] = []
+        while len(grids) < most:
+            grid = self._joint(rubrics, free) if len(rubrics) > 1 else self._single(rubrics[0], free, answers)
+            if len(grid) < 2:
+                break
+            grids.append({level: answer.generation for level, answer in grid.items()})
+            taken = {answer.generation.unit_id for answer in grid.values()}
+            free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
+        return grids
+
+    def _joint(self, rubrics: Sequence[Rubric], free: Sequence[tuple[Answer, str]]) -> dict[str, Answer]:
+        """Answers of which no two have the same level of any of the rubrics."""
+        grid: dict[str, Answer] = {}
+        used: set[tuple[int, str]] = set()
+        for answer, level in sorted(free, key=lambda pair: content_id("joint", pair[0].generation.unit_id)):
+            parts = set(enumerate(level.split("+")))
+            if not parts & used:
+                used |= parts
+                grid[level] = answer
+        return grid
+
+    def _single(
+        self, rubric: Rubric, free: Sequence[tuple[Answer, str]], answers: Sequence[Answer]
+    ) -> dict[str, Answer]:
+        at_level: dict[str, list[Answer]] = {
+            level.name: [answer for answer, name in free if name == level.name] for level in rubric.levels
+        }
+        offered = {name: some for name, some in at_level.items() if some}
+        if len(offered) < 2:
+            return {}
+        shifts = self.shifts[rubric.id]
+        others = [name for name in self._names if name != rubric.id and not (name == LENGTH and is_of_length(rubric))]
+        middle = {name: _median(answers, name) for name in [*others, rubric.id]}
+        grid: dict[str, Answer] = {}
+        for name, some in offered.items():
+            side = _side(rubric, name)
+            costs = [
+                (self._cost(rubric, answer, side, middle, others, shifts), answer.generation.unit_id) for answer in some
+            ]
+            if self._is_balanced:
+                grid[name] = some[costs.index(min(costs))]
+            else:
+                grid[name] = min(some, key=lambda answer: content_id("grid", answer.generation.unit_id))
+        self._count(rubric, grid, offered, others, shifts)
+        return {level.name: grid[level.name] for level in rubric.levels if level.name in grid}
+
+    def _cost(
+        self,
+        rubric: Rubric,
+        answer: Answer,
+        side: float,
+        middle: Mapping[str, float],
+        others: Sequence[str],
+        shifts: Shifts,
+    ) -> float:
+        """Small where an answer is far out on its own rubric and in the prompt's middle on the others."""
+        own = self._in_sd(answer, rubric.id, middle)
+        cost = -min(own * math.copysign(1, side), FAR) if abs(side) == 1 else abs(own - side)
+        for name in others:
+            away = self._in_sd(answer, name, middle)
+            cost += away * away / 2 + PUSH * shifts.drawn[name] * side * away
+        return cost
+
+    def _in_sd(self, answer: Answer, name: str, middle: Mapping[str, float]) -> float:
+        value = _value(answer, name)
+        return 0.0 if value is None or not self._sd[name] else (value - middle[name]) / self._sd[name]
+
+    def _count(
+        self,
+        rubric: Rubric,
+        grid: Mapping[str, Answer],
+        offered: Mapping[str, Sequence[Answer]],
+        others: Sequence[str],
+        shifts: Shifts,
+    ) -> None:
+        """Adds the highest level's difference from the lowest's."""
+        order = [level.name for level in rubric.levels if level.name in grid]
+        low, high = order[0], order[-1]
+        shifts.grids += 1
+        for name in others:
+            if sd := self._sd[name]:
+                shifts.drawn[name] += _difference([grid[low]], [grid[high]], name) / sd
+                shifts.offered[name] += _difference(offered[low], offered[high], name) / sd
+
+
+def _side(rubric: Rubric, name: str) -> float:
+    """-1 for the lowest level, 1 for the highest, between them in equal steps."""
+    at = [level.name for level in rubric.levels].index(name)
+    return 2 * at / (len(rubric.levels) - 1) - 1
+
+
+def _value(answer: Answer, name: str) -> float | None:
+    return math.log(max(1, answer.generation.num_tokens)) if name == LENGTH else answer.scores.get(name)
+
+
+def _sd(answers: Sequence[Answer], name: str) -> float:
+    values = [value for answer in answers if (value := _value(answer, name)) is not None]
+    return statistics.pstdev(values) if values else 0.0
+
+
+def _median(answers: Sequence[Answer], name: str) -> float:
+    values = [value for answer in answers if (value := _value(answer, name)) is not None]
+    return statistics.median(values) if values else 0.0
+
+
+def _difference(low: Sequence[Answer], high: Sequence[Answer], name: str) -> float:
+    """The mean of the high answers less that of the low ones; 0 where one has no value."""
+    values = [[value for answer in some if (value := _value(answer, name)) is not None] for some in (low, high)]
+    return statistics.fmean(values[1]) - statistics.fmean(values[0]) if all(values) else 0.0

@@ -1,0 +1,190 @@
+"""Grading answers by rubrics: by the judge's token probabilities or rationales, and by measures."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cpt_ray.config import JudgeConfig
+from cpt_ray.engine import Completion, Engine, Request, sampled
+from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
+from cpt_ray.grids import missing_levels
+from cpt_ray.planning import Rubrics, answers_of
+from cpt_ray.pool import Step, Tally
+from cpt_ray.prompting import (
+    RATIONALE_HASH,
+    TEMPLATES_HASH,
+    judge_messages,
+    level_labels,
+    rationale_messages,
+    rationale_schema,
+)
+from cpt_ray.records import CONTROL, CriterionGrade, Generation, Grade
+from cpt_ray.rubric import Criterion, Rubric
+from cpt_ray.rundir import RunDir, derive
+from cpt_ray.spread import Spread
+
+GRADE_FORMAT = 5
+"""Goes up when a row of `grades` means something else than before."""
+
+
+def judge_answers(
+    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
+) -> list[Grade]:
+    """Grades (unit_id, prompt, answer) by one rubric, in the judge's mode."""
+    verdicts = (_rationales if judge.mode == "rationale" else _probabilities)(engine, rubric, answers, judge, tally)
+    return [
+        grade_answer(rubric, unit_id, text, judged, judge.model)
+        for (unit_id, _, text), judged in zip(answers, verdicts, strict=True)
+    ]
+
+
+def _probabilities(
+    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
+) -> list[list[CriterionGrade]]:
+    """One request of one token per answer and judged criterion."""
+    labels = tuple(level_labels(rubric))
+    completions = engine.run(
+        [
+            Request(messages=judge_messages(rubric, criterion, prompt, text), max_tokens=1, labels=labels)
+            for _, prompt, text in answers
+            for criterion in rubric.judged
+        ]
+    )
+    tally.add(completions)
+    at = iter(completions)
+
+    def verdict(criterion: Criterion, one: Completion) -> CriterionGrade:
+        if one.error:
+            return ungraded(criterion, f"{one.error}: {one.detail}")
+        return judged_criterion(rubric, criterion, dict(enumerate(one.label_logprobs, start=1)))
+
+    return [[verdict(criterion, next(at)) for criterion in rubric.judged] for _ in answers]
+
+
+def _rationales(
+    engine: Engine, rubric: Rubric, answers: Sequence[tuple[str, str, str]], judge: JudgeConfig, tally: Tally
+) -> list[list[CriterionGrade]]:
+    """One request per answer: all judged criteria, `votes` times."""
+    schema = rationale_schema(rubric)
+    completions = engine.run(
+        [
+            sampled(
+                rationale_messages(rubric, prompt, text),
+                judge.sampling,
+                unit_id,
+                0,
+                json_schema=schema,
+                samples=judge.votes,
+            )
+            for unit_id, prompt, text in answers
+        ]
+        if rubric.judged
+        else []
+    )
+    tally.add(completions)
+    votes = [completions[at : at + judge.votes] for at in range(0, len(completions), judge.votes)]
+    return [_voted(rubric, one) for one in votes] if votes else [[] for _ in answers]
+
+
+def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
+    if all(one.error for one in votes):
+        return [ungraded(one, f"{votes[0].error}: {votes[0].detail}") for one in rubric.judged]
+    lost = ", ".join(f"{count} {error}" for error, count in Counter(one.error for one in votes if one.error).items())
+    return [
+        replace(one, reason=f"{one.reason}: {lost}") if lost and one.score is None else one
+        for one in voted_criteria(rubric, [one.text for one in votes])
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeStep(Step):
+    """generations -> grades: measured rubrics of every answer, judged ones of those that could still be needed.
+
+    A judge is asked about an answer by the rubric that it was written to. Where a prompt then lacks a level of a
+    rubric, its other answers are judged by that rubric too.
+    """
+
+    rubrics: Rubrics
+    model: JudgeConfig
+    grids: int = 1
+    margin: float = 0.0
+    spread: Spread | None = None
+    """Where the rubrics' levels are still to come from."""
+    beside: Mapping[str, str] | None = None
+    """For a further judge: to each shard of answers that of the first judge's grades, all of which it grades too."""
+    stage: str = "judge"
+    table: str = "grades"
+
+    def output(self, shard: str) -> str:
+        """Depends on the answers, the judge and the rubrics."""
+        templates = RATIONALE_HASH if self.model.mode == "rationale" else TEMPLATES_HASH
+        rubrics = [self.spread.key] if self.spread else [rubric.grading_hash for rubric in self.rubrics.values()]
+        settings = (rubrics, self.grids, self.margin)
+        return derive(shard, "judge", self.model.answer_key, templates, GRADE_FORMAT, *settings)
+
+    def wait(self, run: RunDir) -> None:
+        """For the levels."""
+        if self.spread:
+            self.spread.wait(run)
+
+    def _rubrics(self, run: RunDir) -> Sequence[Rubric]:
+        return self.spread.resolve(run) if self.spread else list(self.rubrics.values())
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        """Grades one shard of answers."""
+        rows = run.read("generations", [shard], Generation)
+        tally = Tally(0)
+        if self.beside is None:
+            grades = self._first_grades(engine, self._rubrics(run), rows, tally)
+        else:
+            known = {(grade.unit_id, grade.rubric_id) for grade in run.read("grades", [self.beside[shard]], Grade)}
+            grades = []
+            for rubric in self._rubrics(run):
+                own = [row for row in rows if (row.unit_id, rubric.id) in known]
+                grades += self._grade(engine, rubric, own, tally)
+        for grade in grades:
+            if grade.score is None:
+                tally.reject("ungraded")
+        graded = sum(grade.score is not None for grade in grades)
+        run.write(self.table, self.output(shard), grades, tally.close(graded))
+
+    def _first_grades(
+        self, engine: Engine, rubrics: Sequence[Rubric], rows: Sequence[Generation], tally: Tally
+    ) -> list[Grade]:
+        grades: list[Grade] = []
+        for rubric in rubrics:
+            if not rubric.judged:
+                grades += self._grade(engine, rubric, rows, tally)
+                continue
+            own = [row for row in rows if rubric.id in row.rubric_id.split("+")]
+            asked = self._grade(engine, rubric, own, tally)
+            lacking = self._lacking(rubric, own, asked)
+            others = [
+                row for row in rows if row.level != CONTROL and row not in own and lacking.get(row.prompt_id, True)
+            ]
+            grades += asked + self._grade(engine, rubric, others, tally)
+        return grades
+
+    def _lacking(self, rubric: Rubric, rows: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, bool]:
+        """Whether a prompt lacks a level of the rubric; prompts without a row are not in it."""
+        by_key = {(grade.unit_id, grade.rubric_id): grade for grade in grades}
+        return {
+            prompt_id: bool(missing_levels(rubric, answers, self.grids, self.margin))
+            for prompt_id, answers in answers_of(rows, by_key, [rubric]).items()
+        }
+
+    def _grade(self, engine: Engine, rubric: Rubric, rows: Sequence[Generation], tally: Tally) -> list[Grade]:
+        tally.counts["rows_in"] += len(rows)
+        answers = [(row.unit_id, row.prompt, row.text) for row in rows]
+        return judge_answers(engine, rubric, answers, self.model, tally) if rows else []
+
+
+def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str) -> dict[tuple[str, str], Grade]:
+    """One grade per (unit_id, rubric_id)."""
+    by_answer: dict[tuple[str, str], list[Grade]] = defaultdict(list)
+    for grade in grades:
+        by_answer[grade.unit_id, grade.rubric_id].append(grade)
+    by_id = {rubric.id: rubric for rubric in rubrics}
+    return {key: aggregate(by_id[key[1]], found, how) for key, found in by_answer.items()}

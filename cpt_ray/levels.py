@@ -1,0 +1,98 @@
+"""What writing came to at each level: asked, hit, in pairs, at what cost; and how alike the grids' answers are else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cpt_ray.pairing import Paired
+from cpt_ray.pool import APART
+from cpt_ray.records import Generation, Unit
+from cpt_ray.rundir import RunDir
+
+if TYPE_CHECKING:
+    from cpt_ray.planning import Plan
+    from cpt_ray.synthesis import Shards
+
+_COUNTED = ("asked", "hit", "at", "kept", "tokens")
+
+
+def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generation]) -> dict[str, float]:
+    """A shard's counts by rubric and level, to be kept and summed with it (`level_table`, `shift_table`)."""
+    asked = Counter((unit.rubric_id, unit.level) for unit in units if unit.rubric_id)
+    tokens: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        tokens[row.rubric_id, row.level] += row.num_tokens
+    counts: dict[str, float] = {}
+    named = {"asked": asked, "hit": paired.hit, "at": paired.at_level, "kept": paired.kept, "tokens": tokens}
+    for what, by_level in named.items():
+        counts |= {f"{APART}{what}/{rubric}/{level}": count for (rubric, level), count in by_level.items()}
+    for rubric, shifts in paired.shifts.items():
+        counts[f"{APART}grids/{rubric}"] = shifts.grids
+        counts |= {f"{APART}drawn/{rubric}/{other}": total for other, total in shifts.drawn.items()}
+        counts |= {f"{APART}offered/{rubric}/{other}": total for other, total in shifts.offered.items()}
+    return {**counts, "kept_answers": paired.num_kept}
+
+
+class LevelCounts:
+    """The sum over a run's shards of pairs."""
+
+    def __init__(self, run: RunDir, pairs: Sequence[str]):
+        total: Counter[str] = Counter()
+        for name in pairs:
+            total.update({key: value for key, value in run.counts("pairs", name).items() if key.startswith(APART)})
+        self._total = total
+
+    def level(self, rubric: str, level: str) -> dict[str, int]:
+        """`asked` to be there, `hit` by those, `at` it in all, `kept` in pairs, `tokens` of those asked for."""
+        return {what: int(self._total[f"{APART}{what}/{rubric}/{level}"]) for what in _COUNTED}
+
+    def shifts(self, rubric: str) -> dict[str, tuple[float, float]]:
+        """Rubric (or "length") to the mean difference, in sd, between highest and lowest answer of a grid: of all
+        answers that could have been drawn, and of those that were."""
+        grids = self._total[f"{APART}grids/{rubric}"]
+        prefix = f"{APART}offered/{rubric}/"
+        names = [key.removeprefix(prefix) for key in self._total if key.startswith(prefix)]
+        return {
+            name: (self._total[f"{prefix}{name}"] / grids, self._total[f"{APART}drawn/{rubric}/{name}"] / grids)
+            for name in names
+        }
+
+    def grids(self, rubric: str) -> int:
+        """Grids drawn of one rubric."""
+        return int(self._total[f"{APART}grids/{rubric}"])
+
+
+def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) -> list[str]:
+    """For the terminal: a line per rubric and level, levels that the writer does not reach, pairs per 1,000 tokens."""
+    counts = LevelCounts(run, shards.pairs)
+    head = f"{'level':<28}{'asked':>8}{'hit':>8}{'answers':>9}{'in pairs':>9}{'tokens each':>13}"
+    lines, notes = [head], []
+    for rubric in plan.rubrics:
+        for level in rubric.levels:
+            row = counts.level(rubric.id, level.name)
+            each = f"{row['tokens'] / row['kept']:.0f}" if row["tokens"] and row["kept"] else "-"
+            asked, hit = (row["asked"], row["hit"]) if row["asked"] else ("-", "-")
+            name = f"{rubric.id} {level.name}"
+            lines.append(f"{name:<28}{asked:>8}{hit:>8}{row['at']:>9}{row['kept']:>9}{each:>13}")
+            if not row["at"]:
+                notes.append(f"note: no answer is at {name}: this writer does not reach it; it is in no pair")
+    total = _totals(run, shards)
+    if written_tokens:
+        per_thousand = {name: 1000 * count / written_tokens for name, count in total.items()}
+        lines.append(
+            f"per 1,000 written tokens: {per_thousand['kept_answers']:.1f} answers in pairs, "
+            f"{per_thousand['grids']:.1f} grids, {per_thousand['pairs']:.1f} ordered pairs"
+        )
+    return [*lines, *notes]
+
+
+def _totals(run: RunDir, shards: Shards) -> dict[str, Any]:
+    total: Counter[str] = Counter()
+    for name in shards.pairs:
+        counts = run.counts("pairs", name)
+        total["kept_answers"] += int(counts.get("kept_answers", 0))
+        total["pairs"] += int(counts.get("rows_out", 0))
+        total["grids"] += int(sum(value for key, value in counts.items() if key.startswith(f"{APART}grids/")))
+    return dict(total) | {name: total[name] for name in ("kept_answers", "pairs", "grids")}

@@ -1,0 +1,292 @@
+"""What a run consists of: its rubrics and prompts, and what the writer is asked for, pass by pass.
+
+The first pass asks for the same of every prompt. Each later one is planned from what the passes before it left: it asks
+only for the levels that a prompt's pool of answers still lacks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_ray.config import EMBEDDED, RunConfig, SynthesisConfig
+from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.grids import Answer, missing_levels
+from cpt_ray.measures import terms_of
+from cpt_ray.pairing import cell_id_of, control_directive
+from cpt_ray.pool import SHARDS_IN_FLIGHT
+from cpt_ray.prompting import JOINT_HASH, TEMPLATES_HASH
+from cpt_ray.prompts import read_prompts
+from cpt_ray.records import CONTROL, Generation, Grade, Prompt, Reject, Unit, content_id
+from cpt_ray.rubric import Rubric, load_rubrics
+
+Rubrics = dict[str, Rubric]
+"""By id."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run consists of; a pure function of the run file and what it names."""
+
+    config: RunConfig
+    rubrics: tuple[Rubric, ...]
+    prompts: tuple[Prompt, ...]
+    rejects: tuple[Reject, ...] = ()
+    """Rows that repeat a prompt."""
+
+    @property
+    def by_id(self) -> Rubrics:
+        """Rubrics by id."""
+        return {rubric.id: rubric for rubric in self.rubrics}
+
+    def prompts_of(self, split: str) -> list[Prompt]:
+        """Prompts of one split, in file order."""
+        return [prompt for prompt in self.prompts if prompt.split == split]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Reads and checks everything the run file names, before anything expensive starts."""
+    rubrics = load_rubrics(config.rubric_paths)
+    prompts = read_prompts(config.prompts)
+    plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
+    for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
+        is_elsewhere = model.endpoint is not None or Path(model.path).is_dir()
+        if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
+            raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
+    for name in (name for names in config.synthesis.combine for name in names):
+        if name not in plan.by_id:
+            raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
+    check_leakage(plan.prompts)
+    return plan
+
+
+def check_leakage(prompts: Sequence[Prompt]) -> None:
+    """UserError if a held-out prompt is a train prompt but for case, width, normal form, spaces and punctuation."""
+    train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
+    for one in prompts:
+        if one.split == "held_out" and (same := train.get(_plain(one.text))):
+            raise UserError(
+                f"prompts: {one.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
+                "remove one of them"
+            )
+
+
+def _plain(text: str) -> str:
+    return " ".join(terms_of(text))
+
+
+def run_info(plan: Plan) -> dict[str, Any]:
+    """What a run was made of, for run.yaml and the report."""
+    config = plan.config
+    roles = {role: getattr(config, role) for role in ("writer", "director", "judge", "policy")}
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "models": {role: model.model for role, model in roles.items()},
+        "judges": [model.model for model in config.judges],
+        "rubrics": {rubric.id: rubric.version for rubric in plan.rubrics},
+        "hashes": {
+            "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
+            "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
+            "templates": TEMPLATES_HASH,
+            "models": {role: model.identity for role, model in roles.items()},
+        },
+    }
+
+
+# ---------------------------------------------------------------- units
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Names a writer's units: the same for all prompts of a run, in every pass."""
+
+    rubrics: tuple[Rubric, ...]
+    combine: tuple[tuple[str, str], ...]
+    settings: SynthesisConfig
+    writer_key: str
+    """Changes when the writer's answers would."""
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Changes when what the first pass asks of a prompt does."""
+        if self.settings.ask == "prompt":
+            return content_id("prompt", self.settings.first_pass, self.writer_key, self.seed)
+        hashes = [rubric.content_hash for rubric in self.rubrics]
+        templates = JOINT_HASH if self.combine else TEMPLATES_HASH
+        return content_id(hashes, self.combine, templates, self.settings.first_pass, self.writer_key, self.seed)
+
+    def first(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
+        """Units of the first pass. What has the same rubric in front of it comes together, for the prefix cache."""
+        samples = range(self.settings.first_pass)
+        if self.settings.ask == "prompt":
+            for prompt in prompts:
+                yield from (self.unit(prompt.prompt_id, prompt.text, sample=sample) for sample in samples)
+            return
+        for rubric, prompt in itertools.product(self.rubrics, prompts):
+            for level, sample in itertools.product(rubric.levels, samples):
+                yield self.unit(prompt.prompt_id, prompt.text, (rubric,), level.name, sample)
+        by_id = {rubric.id: rubric for rubric in self.rubrics}
+        for names, prompt, sample in itertools.product(self.combine, prompts, samples):
+            rubrics = tuple(by_id[name] for name in names)
+            for joint in _joint(rubrics, prompt.prompt_id, sample):
+                yield self.unit(prompt.prompt_id, prompt.text, rubrics, joint, sample)
+
+    def more(self, asked: Sequence[Unit], answers: Sequence[Answer]) -> list[Unit]:
+        """Units of a later pass for one prompt: what its answers lack, as often as `synthesis.samples` still allows.
+
+        Args:
+            asked: all units of this prompt so far.
+        """
+        settings, prompt = self.settings, (asked[0].prompt_id, asked[0].prompt)
+        lacking = {rubric: missing_levels(rubric, answers, settings.grids, settings.margin) for rubric in self.rubrics}
+        if settings.ask == "prompt":
+            most = max(sum(levels.values()) for levels in lacking.values())
+            samples = range(len(asked), min(settings.samples, len(asked) + most))
+            return [self.unit(*prompt, sample=sample) for sample in samples]
+        units = []
+        for rubric, levels in lacking.items():
+            for level, count in levels.items():
+                before = sum((unit.rubric_id, unit.level) == (rubric.id, level) for unit in asked)
+                samples = range(before, min(settings.samples, before + count))
+                units += [self.unit(*prompt, (rubric,), level, sample) for sample in samples]
+        return units
+
+    def unit(
+        self, prompt_id: str, prompt: str, rubrics: tuple[Rubric, ...] = (), level: str = "", sample: int = 0
+    ) -> Unit:
+        """One answer to be written, under these rubrics' levels or, without any, under nothing."""
+        hashes = [rubric.content_hash for rubric in rubrics]
+        templates = JOINT_HASH if len(rubrics) > 1 else TEMPLATES_HASH if rubrics else ""
+        return Unit(
+            unit_id=content_id(hashes, level, prompt, sample, templates, self.writer_key, self.seed),
+            prompt_id=prompt_id,
+            prompt=prompt,
+            rubric_id="+".join(rubric.id for rubric in rubrics),
+            level=level,
+            score=rubrics[0].level(level).score if len(rubrics) == 1 else None,
+            sample=sample,
+        )
+
+
+def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[str]:
+    """As many levels as the shorter scale has, no level of either rubric twice."""
+    count = min(len(rubric.levels) for rubric in rubrics)
+    orders = [
+        sorted(rubric.levels, key=lambda level: content_id(prompt_id, sample, rubric.id, level.name))
+        for rubric in rubrics
+    ]
+    return ["+".join(order[at].name for order in orders) for at in range(count)]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Names the units of the policy's own answers."""
+
+    rubric_ids: tuple[str, ...]
+    share: float
+    neutral_directives: tuple[str, ...]
+    policy_key: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Changes when any unit could."""
+        return content_id(self.rubric_ids, self.share, self.neutral_directives, self.policy_key, self.seed)
+
+    def units(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
+        """One unit for a share of all (prompt, rubric)."""
+        for rubric_id in self.rubric_ids:
+            for prompt in prompts:
+                number = content_id("controlled", rubric_id, prompt.prompt_id)
+                if int(number, 16) < self.share * 16 ** len(number):
+                    yield self._unit(rubric_id, prompt)
+
+    def _unit(self, rubric_id: str, prompt: Prompt) -> Unit:
+        told = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, 0))
+        return Unit(
+            unit_id=content_id(CONTROL, rubric_id, told, prompt.text, self.policy_key, self.seed),
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.text,
+            rubric_id=rubric_id,
+            level=CONTROL,
+            score=None,
+            sample=0,
+        )
+
+
+@dataclass(frozen=True)
+class Units(Iterable[Unit]):
+    """The first units of one shard, made when they are looked at: a plan of millions costs no memory."""
+
+    source: Asking | Controls
+    prompts: Sequence[Prompt]
+
+    @property
+    def key(self) -> str:
+        """Changes when any unit in it does."""
+        return content_id(self.source.key, [prompt.prompt_id for prompt in self.prompts])
+
+    def __iter__(self) -> Iterator[Unit]:
+        return self.source.first(self.prompts) if isinstance(self.source, Asking) else self.source.units(self.prompts)
+
+
+CONTROL_MARK = "control"
+"""In front of the name of a shard of control units."""
+
+
+def is_control(unit_shard: str) -> bool:
+    """Whether a unit shard's name is one of control units."""
+    return unit_shard.startswith(CONTROL_MARK)
+
+
+def asking_of(plan: Plan) -> Asking:
+    """What names the run's units."""
+    config = plan.config
+    return Asking(plan.rubrics, config.synthesis.combine, config.synthesis, config.writer.answer_key, config.seed)
+
+
+def plan_units(plan: Plan) -> dict[str, Units]:
+    """The units of the first pass, and the control units, by shard name.
+
+    A shard holds whole prompts, so that it can be planned on and paired alone. The policy's own answers to a shard's
+    prompts are a shard of their own, beside it.
+    """
+    config, chosen = plan.config, plan.config.synthesis
+    prompts, asking = plan.prompts_of("train"), asking_of(plan)
+    joined = ["+".join(names) for names in chosen.combine]
+    rubric_ids = (*(rubric.id for rubric in plan.rubrics), *joined)
+    controls = Controls(rubric_ids, chosen.control, chosen.neutral_directives, config.policy.answer_key, config.seed)
+    rows = chosen.shard_rows // SHARDS_IN_FLIGHT  # of a file
+    per_shard = max(1, rows // max(1, sum(1 for _ in asking.first(prompts[:1]))))
+    shards: dict[str, Units] = {}
+    for number, start in enumerate(range(0, len(prompts), per_shard)):
+        chunk = prompts[start : start + per_shard]
+        units = Units(asking, chunk)
+        name = f"{number:05d}-{units.key[:12]}"
+        shards[name] = units
+        own = Units(controls, chunk)
+        if chosen.control and next(iter(own), None):
+            shards[f"{CONTROL_MARK}-{number:05d}-{own.key[:12]}"] = own
+    return shards
+
+
+# ---------------------------------------------------------------- later passes
+
+
+def answers_of(
+    generations: Iterable[Generation], grades: Mapping[tuple[str, str], Grade], rubrics: Sequence[Rubric]
+) -> dict[str, list[Answer]]:
+    """Prompt id to its graded answers; `grades` by (unit_id, rubric_id)."""
+    answers: dict[str, list[Answer]] = defaultdict(list)
+    for generation in generations:
+        found = {rubric.id: grades.get((generation.unit_id, rubric.id)) for rubric in rubrics}
+        scores = {name: grade.score for name, grade in found.items() if grade and grade.score is not None}
+        answers[generation.prompt_id].append(Answer(generation, scores))
+    return answers

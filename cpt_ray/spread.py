@@ -1,0 +1,140 @@
+"""How a writer's own answers are spread over a measure, and the rubrics whose levels are set by it.
+
+Nobody knows by heart how long a model's words are. A measured criterion with `values: spread` takes its values from
+the first pass of the run: a score of 0 to 100 is the percentage of those answers that measure less. It is looked at
+once and kept in the run directory, so that the levels of a run never move.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cpt_ray.errors import UserError
+from cpt_ray.grids import is_of_length
+from cpt_ray.measures import measures
+from cpt_ray.records import Generation, content_id
+from cpt_ray.rubric import Criterion, MeasureSpec, Rubric
+from cpt_ray.rundir import RunDir
+
+SPREAD = "spread.json"
+"""In the run directory: {"key": ..., "rubrics": {id: {"criterion": {"n", "sd", "quantiles": [101]}, ...}}}."""
+LEAST_ANSWERS = 20
+"""That a spread can be told from."""
+MOST_SECONDS = 3600.0
+"""Between two shards of the first pass."""
+MOST_SHARDS = 100
+"""Shards of the first pass that are looked at, evenly spread, where there are more."""
+
+
+def is_spread(rubric: Rubric) -> bool:
+    """Whether any of its values are the writer's spread."""
+    return any(_is_spread(one) for one in rubric.measured)
+
+
+def _is_spread(criterion: Criterion) -> bool:
+    return criterion.measure is not None and isinstance(criterion.measure.values, str)
+
+
+def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str, Any]:
+    """{rubric id: {measured criterion, or "check": {"n", "sd", "quantiles"}}}: how the answers are spread.
+
+    Quantiles are those of 0, 1 ... 100 percent. A measure of length is looked up in answers that are whole.
+    """
+    whole = [answer.text for answer in answers if not answer.is_cut]
+    every = [answer.text for answer in answers]
+    found: dict[str, Any] = {}
+    for rubric in rubrics:
+        texts = whole if is_of_length(rubric) else every
+        specs = {one.name: one.measure for one in rubric.measured if one.measure}
+        found[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}
+    return found
+
+
+def _entry(spec: MeasureSpec, texts: Sequence[str]) -> dict[str, Any] | None:
+    values = [value for text in texts if (value := measures(text, spec.words, spec.against)[spec.name]) is not None]
+    if not values:
+        return None
+    quantiles = np.percentile(values, np.arange(101)).round(6).tolist()
+    return {"measure": spec.name, "n": len(values), "sd": round(statistics.pstdev(values), 6), "quantiles": quantiles}
+
+
+def with_points(rubric: Rubric, entries: Mapping[str, Mapping[str, Any]]) -> Rubric:
+    """The rubric with the values that the survey found; UserError if the writer has no spread on it."""
+    return rubric.model_copy(
+        update={"criteria": tuple(_resolved(rubric, one, entries.get(one.name)) for one in rubric.criteria)}
+    )
+
+
+def _resolved(rubric: Rubric, criterion: Criterion, entry: Mapping[str, Any] | None) -> Criterion:
+    if criterion.measure is None or not _is_spread(criterion):
+        return criterion
+    where = f"rubric {rubric.id}: {criterion.measure.name}"
+    if entry is None or entry["n"] < LEAST_ANSWERS:
+        count = entry["n"] if entry else 0
+        raise UserError(f"{where}: only {count} answers of the first pass have one, {LEAST_ANSWERS} are needed")
+    anchors = [level.score for level in rubric.levels]
+    bounds = [(low + high) / 2 for low, high in itertools.pairwise(anchors)]
+    scores = [anchors[0], *bounds, anchors[-1]]
+    values = np.interp(scores, np.arange(101), entry["quantiles"]).tolist()
+    if any(low >= high for low, high in itertools.pairwise(values)):
+        shown = ", ".join(f"{score:.0f}%: {value:g}" for score, value in zip(scores, values, strict=True))
+        raise UserError(
+            f"{where}: the writer's answers are not spread enough for {len(anchors)} levels ({entry['n']} answers; "
+            f"below {shown}); raise writer.sampling.temperature, give fewer levels, or give `values`"
+        )
+    points = tuple(zip(values, scores, strict=True))
+    return criterion.model_copy(update={"measure": criterion.measure.model_copy(update={"points": points})})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where a run's levels come from, if the writer's own spread sets any: a look at the whole first pass."""
+
+    rubrics: tuple[Rubric, ...]
+    first_pass: tuple[str, ...]
+    """Its shards of generations."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Changes when the levels could."""
+        return content_id([rubric.content_hash for rubric in self.rubrics], list(self.first_pass))
+
+    def is_ready(self, run: RunDir) -> bool:
+        """Whether the levels are known, or can be."""
+        return self._known(run) is not None or run.names("generations") >= set(self.first_pass)
+
+    def resolve(self, run: RunDir) -> tuple[Rubric, ...]:
+        """The rubrics with their points, looked up once; UserError if the writer has no spread."""
+        known = self._known(run)
+        if known is None:
+            some = self.first_pass[:: math.ceil(len(self.first_pass) / MOST_SHARDS)]
+            known = survey(self.rubrics, run.read("generations", some, Generation))
+            run.write_json(SPREAD, {"key": self.key, "rubrics": known})
+        return tuple(with_points(rubric, known.get(rubric.id, {})) for rubric in self.rubrics)
+
+    def wait(self, run: RunDir) -> None:
+        """Comes back when it is ready; UserError if nothing gets nearer to it for too long.
+
+        All shards of the first pass are under way when a later one waits for them (`pool.py` begins them in order).
+        """
+        left, since = len(self.first_pass), time.monotonic()
+        while not self.is_ready(run):
+            now_left = len(set(self.first_pass) - run.names("generations"))
+            if now_left < left:
+                left, since = now_left, time.monotonic()
+            if time.monotonic() - since > MOST_SECONDS:
+                raise UserError(f"{left} shards of the first pass did not come in {MOST_SECONDS / 60:.0f} minutes")
+            time.sleep(0.5)
+
+    def _known(self, run: RunDir) -> dict[str, Any] | None:
+        known = run.read_json(SPREAD)
+        return dict(known["rubrics"]) if known and known["key"] == self.key else None

@@ -3,7 +3,8 @@
 What an answer was asked to be is a proposal; its grade says which level it stands for. Among the answers at a level
 those are taken that are far out on the rubric that is dialled and like the prompt's other answers on all others, so
 that a directive's pairs differ in what the directive says and in little else. What is left of the differences is kept
-from adding up: a sum over all grids drawn so far pushes the next choice the other way.
+from adding up: a sum over all grids drawn so far pushes the next choice the other way, and grids that add most to what
+is left in the end are given up.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LENGTH = "length"
 """The name of an answer's length among the rubrics; no rubric of length is balanced against it."""
 FAR = 1.5
 """Standard deviations from the prompt's median beyond which an answer of an end level gains nothing more."""
+BALANCED = 0.1
+"""Standard deviations by which a run's grids may differ, in the mean, in what they do not dial."""
 PUSH = 0.3
 """How strongly a difference summed over the grids so far counts against adding to it, in costs per sd."""
 
@@ -77,32 +80,53 @@ class Shifts:
     """Of all answers that could have been: the mean at each level."""
 
 
-class GridMaker:
-    """Draws the grids of a shard's prompts, one prompt after the other."""
+@dataclass
+class _Drawn:
+    """A grid and what it adds to the sums of `Shifts`."""
 
-    def __init__(self, rubrics: Sequence[Rubric], answers: Sequence[Answer], margin: float, is_balanced: bool):
-        """`answers`: all of the shard, for the standard deviations in which differences are counted."""
-        self._margin, self._is_balanced = margin, is_balanced
+    prompt_id: str
+    answers: dict[str, Answer]
+    drawn: dict[str, float]
+    offered: dict[str, float]
+
+
+class GridMaker:
+    """Draws the grids of some prompts, one prompt after the other, and then leaves out those that unbalance them."""
+
+    def __init__(self, rubrics: Sequence[Rubric], pools: Mapping[str, Sequence[Answer]], margin: float, balance: bool):
+        """`pools`: prompt id to answers; all of them say in which standard deviations differences are counted."""
+        self._pools, self._margin, self._is_balanced = pools, margin, balance
         has_length = any(map(is_of_length, rubrics))
         self._names = [rubric.id for rubric in rubrics] + ([] if has_length else [LENGTH])
+        answers = [answer for pool in pools.values() for answer in pool]
         self._sd = {name: _sd(answers, name) for name in self._names}
-        self.shifts: dict[str, Shifts] = defaultdict(Shifts)
-        """By rubric id, joined by "+"."""
 
-    def draw(self, rubrics: Sequence[Rubric], answers: Sequence[Answer], most: int) -> list[Grid]:
-        """At most `most` grids of one prompt's answers, with two levels or more each; no answer is in two of them."""
-        free = [(answer, level) for answer in answers if (level := answer.level(rubrics, self._margin))]
-        grids: list[Grid] = []
-        while len(grids) < most:
-            grid = self._joint(rubrics, free) if len(rubrics) > 1 else self._single(rubrics[0], free, answers)
-            if len(grid) < 2:
-                break
-            grids.append({level: answer.generation for level, answer in grid.items()})
-            taken = {answer.generation.unit_id for answer in grid.values()}
-            free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
-        return grids
+    def draw(self, rubrics: Sequence[Rubric], most: int) -> tuple[dict[str, list[Grid]], Shifts]:
+        """Prompt id to at most `most` grids, with two levels or more each; no answer is in two of them.
 
-    def _joint(self, rubrics: Sequence[Rubric], free: Sequence[tuple[Answer, str]]) -> dict[str, Answer]:
+        Args:
+            rubrics: one, or several whose levels are combined; only grids of one are balanced.
+        """
+        shifts, found = Shifts(), list[_Drawn]()
+        for prompt_id, pool in self._pools.items():
+            free = [(answer, level) for answer in pool if (level := answer.level(rubrics, self._margin))]
+            for _ in range(most):
+                grid = self._joint(free) if len(rubrics) > 1 else self._single(rubrics[0], free, pool, shifts)
+                if len(grid) < 2:
+                    break
+                found.append(_Drawn(prompt_id, grid, *self._differences(rubrics, grid, free)))
+                _add(shifts, found[-1])
+                taken = {answer.generation.unit_id for answer in grid.values()}
+                free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
+        if self._is_balanced:
+            found = _balanced(found)
+        shifts, grids = Shifts(), defaultdict(list)
+        for one in found:
+            _add(shifts, one)
+            grids[one.prompt_id].append({level: answer.generation for level, answer in one.answers.items()})
+        return grids, shifts
+
+    def _joint(self, free: Sequence[tuple[Answer, str]]) -> dict[str, Answer]:
         """Answers of which no two have the same level of any of the rubrics."""
         grid: dict[str, Answer] = {}
         used: set[tuple[int, str]] = set()
@@ -114,43 +138,24 @@ class GridMaker:
         return grid
 
     def _single(
-        self, rubric: Rubric, free: Sequence[tuple[Answer, str]], answers: Sequence[Answer]
+        self, rubric: Rubric, free: Sequence[tuple[Answer, str]], pool: Sequence[Answer], shifts: Shifts
     ) -> dict[str, Answer]:
-        at_level: dict[str, list[Answer]] = {
-            level.name: [answer for answer, name in free if name == level.name] for level in rubric.levels
-        }
-        offered = {name: some for name, some in at_level.items() if some}
-        if len(offered) < 2:
-            return {}
-        shifts = self.shifts[rubric.id]
-        others = [name for name in self._names if name != rubric.id and not (name == LENGTH and is_of_length(rubric))]
-        middle = {name: _median(answers, name) for name in [*others, rubric.id]}
+        middle = {name: _median(pool, name) for name in self._names}
         grid: dict[str, Answer] = {}
-        for name, some in offered.items():
-            side = _side(rubric, name)
-            costs = [
-                (self._cost(rubric, answer, side, middle, others, shifts), answer.generation.unit_id) for answer in some
-            ]
-            if self._is_balanced:
-                grid[name] = some[costs.index(min(costs))]
-            else:
-                grid[name] = min(some, key=lambda answer: content_id("grid", answer.generation.unit_id))
-        self._count(rubric, grid, offered, others, shifts)
-        return {level.name: grid[level.name] for level in rubric.levels if level.name in grid}
+        for level in rubric.levels:
+            some = [answer for answer, name in free if name == level.name]
+            if some and self._is_balanced:
+                costs = [self._cost(rubric, answer, _side(rubric, level.name), middle, shifts) for answer in some]
+                grid[level.name] = some[costs.index(min(costs))]
+            elif some:
+                grid[level.name] = min(some, key=lambda answer: content_id("grid", answer.generation.unit_id))
+        return grid
 
-    def _cost(
-        self,
-        rubric: Rubric,
-        answer: Answer,
-        side: float,
-        middle: Mapping[str, float],
-        others: Sequence[str],
-        shifts: Shifts,
-    ) -> float:
+    def _cost(self, rubric: Rubric, answer: Answer, side: float, middle: Mapping[str, float], shifts: Shifts) -> float:
         """Small where an answer is far out on its own rubric and in the prompt's middle on the others."""
         own = self._in_sd(answer, rubric.id, middle)
-        cost = -min(own * math.copysign(1, side), FAR) if abs(side) == 1 else abs(own - side)
-        for name in others:
+        cost = -min(own * side, FAR) if abs(side) == 1 else abs(own - side)
+        for name in self._others([rubric]):
             away = self._in_sd(answer, name, middle)
             cost += away * away / 2 + PUSH * shifts.drawn[name] * side * away
         return cost
@@ -159,22 +164,47 @@ class GridMaker:
         value = _value(answer, name)
         return 0.0 if value is None or not self._sd[name] else (value - middle[name]) / self._sd[name]
 
-    def _count(
-        self,
-        rubric: Rubric,
-        grid: Mapping[str, Answer],
-        offered: Mapping[str, Sequence[Answer]],
-        others: Sequence[str],
-        shifts: Shifts,
-    ) -> None:
-        """Adds the highest level's difference from the lowest's."""
-        order = [level.name for level in rubric.levels if level.name in grid]
-        low, high = order[0], order[-1]
-        shifts.grids += 1
-        for name in others:
-            if sd := self._sd[name]:
-                shifts.drawn[name] += _difference([grid[low]], [grid[high]], name) / sd
-                shifts.offered[name] += _difference(offered[low], offered[high], name) / sd
+    def _others(self, rubrics: Sequence[Rubric]) -> list[str]:
+        """What a grid of these rubrics should not differ in."""
+        own = {rubric.id for rubric in rubrics}
+        return [name for name in self._names if name not in own and self._sd[name]]
+
+    def _differences(
+        self, rubrics: Sequence[Rubric], grid: Mapping[str, Answer], free: Sequence[tuple[Answer, str]]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The highest level's answer less the lowest's, in what they should not differ; and so of all at the levels."""
+        if len(rubrics) > 1:
+            return {}, {}
+        low, *_, high = grid  # in the rubric's order
+        at = {name: [answer for answer, level in free if level == name] for name in (low, high)}
+        others = self._others(rubrics)
+        drawn = {name: _difference([grid[low]], [grid[high]], name) / self._sd[name] for name in others}
+        return drawn, {name: _difference(at[low], at[high], name) / self._sd[name] for name in others}
+
+
+def _add(shifts: Shifts, grid: _Drawn) -> None:
+    shifts.grids += 1
+    for sums, more in ((shifts.drawn, grid.drawn), (shifts.offered, grid.offered)):
+        for name, value in more.items():
+            sums[name] += value
+
+
+def _balanced(grids: Sequence[_Drawn]) -> list[_Drawn]:
+    """Without those that add most to a mean difference beyond BALANCED, until there is none; at least half are kept."""
+    kept, sums = list(grids), Shifts()
+    for grid in grids:
+        _add(sums, grid)
+    while len(kept) > len(grids) / 2:
+        off = {name: total for name, total in sums.drawn.items() if abs(total) > BALANCED * len(kept)}
+        if not off:
+            break
+        worst = max(
+            kept, key=lambda grid: sum(grid.drawn[name] * math.copysign(1, total) for name, total in off.items())
+        )
+        kept.remove(worst)
+        for name, value in worst.drawn.items():
+            sums.drawn[name] -= value
+    return kept
 
 
 def _side(rubric: Rubric, name: str) -> float:

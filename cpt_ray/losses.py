@@ -16,11 +16,12 @@ REJECTED = "rejected: "
 """In front of the reason, in the counts of a shard."""
 OF_PAIRS = ("control has the level", "length ratio")
 """Reasons for which a pair is dropped, not an answer."""
+NO_LOSS = ("not needed",)
+"""Reasons that ask for no change."""
 LEAST_SHARE = 0.05
 """What fewer answers than this were lost to is not worth a word."""
 
 _THINK_LESS = "turn thinking off ({role}.chat_template_kwargs, or the server's own setting)"
-_OTHER_LEVEL = "the {role} does not reach it, or the judge does not see it"
 _CHANGES = {
     "cut off": "were cut off at {max_tokens} tokens: raise {role}.sampling.max_tokens",
     "too long": "were too long ({detail}): lower {role}.sampling.max_tokens, or give the model more context",
@@ -32,11 +33,11 @@ _CHANGES = {
     NOT_ENDED: f"were thoughts without an answer: raise {{role}}.sampling.max_tokens, or {_THINK_LESS}",
     UNCLEAR: f"have a mark of thoughts in their middle: {_THINK_LESS}",
     "ungraded": "have no grade: {detail}",
-    "other level": f"are graded at another level than was asked for: {_OTHER_LEVEL}",
-    "between two levels": f"are graded between the level that was asked for and another: {_OTHER_LEVEL}",
-    "same text": "have the text of another level's answer",
+    "between two levels": "are graded between two levels ({detail}): lower synthesis.margin",
+    "same text": "have the text of another answer to their prompt: raise {role}.sampling.temperature",
     "near duplicate": "nearly repeat an earlier answer: raise synthesis.near_duplicates",
-    "no partner": "have no other answer left to be compared with",
+    "no partner": "have no answer at another level to be compared with ({detail}): the {role} does not reach other "
+    "levels, or the judge does not see it; raise synthesis.samples or {role}.sampling.temperature",
     "control has the level": "{detail}: lower synthesis.control",
     "length ratio": "differ too much in length ({detail}): raise synthesis.max_length_ratio",
 }
@@ -54,8 +55,8 @@ class Stage:
 
     def losses(self, run: RunDir, entry: Mapping[str, Any], total: int, most: int = 2) -> list[str]:
         """The largest reasons of its ledger entry, with their number, of `total` answers, and what to change."""
-        rejected = Counter({one: count for one, count in entry["rejected"].items() if one != "no partner"})
-        largest = (rejected or Counter(entry["rejected"])).most_common(most)
+        rejected = Counter({one: count for one, count in entry["rejected"].items() if one not in NO_LOSS})
+        largest = rejected.most_common(most)
         return [self._told(run, *one, total) for one in largest if one[1] >= LEAST_SHARE * total]
 
     def _told(self, run: RunDir, reason: str, count: int, total: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cpt_ray.config import SynthesisConfig
@@ -53,7 +53,15 @@ class Paired:
     """Those that were asked to be there."""
     kept: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Those that are in a pair of the rubric."""
-    shifts: Mapping[str, Shifts] = field(default_factory=dict)
+    shifts: dict[str, Shifts] = field(default_factory=dict)
+    """By rubric id, joined by "+"."""
+
+    def add(self, cell: _Cell, grid: Grid) -> None:
+        """The pairs of one grid."""
+        pairs, apart = cell.pair(grid)
+        self.pairs += pairs
+        self.rejects += apart
+        self.kept.update({(pair.rubric_id, pair.level) for pair in pairs})
 
     @property
     def num_kept(self) -> int:
@@ -89,23 +97,25 @@ def pair_answers(
     by_id = {rubric.id: rubric for rubric in rubrics}
     asked = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
     pools = {name: _Pool(rubrics, some, grades, repeats) for name, some in of_prompt.items()}
-    answers = [answer for pool in pools.values() for answer in pool.answers]
-    maker = GridMaker(rubrics, answers, settings.margin, settings.balance)
-    paired = Paired(shifts=maker.shifts)
+    maker = GridMaker(rubrics, {name: pool.answers for name, pool in pools.items()}, settings.margin, settings.balance)
+    paired = Paired()
+    for group in asked:
+        grids, paired.shifts[_joined(group)] = maker.draw(group, settings.grids)
+        for prompt_id, number, grid in _numbered(grids):
+            cell = _Cell(group, cell_id_of(_joined(group), prompt_id, number), grades, usable, settings)
+            control = pools[prompt_id].control_of(_joined(group)) if number == 0 else None
+            paired.add(cell, grid | ({CONTROL: control} if control else {}))
+            pools[prompt_id].used |= cell.used
     for pool in pools.values():
-        for group in asked:
-            for number, grid in enumerate(maker.draw(group, pool.answers, settings.grids)):
-                cell_id = cell_id_of(_joined(group), pool.prompt_id, number)
-                cell = _Cell(group, cell_id, grades, usable, settings)
-                control = pool.control_of(_joined(group)) if number == 0 else None
-                pairs, apart = cell.pair(grid | ({CONTROL: control} if control else {}))
-                paired.pairs += pairs
-                paired.rejects += apart
-                paired.kept.update((_joined(group), level) for level in {pair.level for pair in pairs})
-                pool.used |= cell.used
         paired.rejects += pool.rejects + pool.unused(asked, settings.margin)
         _count_levels(paired, rubrics, pool.answers, settings.margin)
     return paired
+
+
+def _numbered(grids: Mapping[str, Sequence[Grid]]) -> Iterator[tuple[str, int, Grid]]:
+    for prompt_id, some in grids.items():
+        for number, grid in enumerate(some):
+            yield prompt_id, number, grid
 
 
 def _joined(rubrics: Sequence[Rubric]) -> str:

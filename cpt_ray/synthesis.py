@@ -22,13 +22,14 @@ from cpt_ray.engine import CUT_OFF, Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError
 from cpt_ray.judging import JudgeStep, combine_judges
 from cpt_ray.levels import level_counts, level_lines
-from cpt_ray.losses import OF_PAIRS, Stage
+from cpt_ray.losses import NO_LOSS, OF_PAIRS, Stage
 from cpt_ray.measures import whole_sentences
 from cpt_ray.pairing import cell_id_of, control_directive, pair_answers, targets_of
 from cpt_ray.planning import (
     Asking,
     Plan,
     Rubrics,
+    Units,
     answers_of,
     asking_of,
     is_control,
@@ -46,6 +47,8 @@ REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""
 PAIR_FORMAT = 1
 """The same for `pairs`."""
+PAIRED_PROMPTS = 500
+"""Prompts of a shard of pairs, or more."""
 PAIR_SETTINGS = {
     "aggregate",
     "balance",
@@ -303,13 +306,12 @@ class PairInputs:
     """Where the near-duplicates are, if they are looked for."""
 
 
-def name_shards(plan: Plan, units: Iterable[str]) -> Shards:
+def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
     """Every shard name of the run: a function of the plan, so stages and jobs agree without talking.
 
     Args:
         plan: as it was made, without the levels that are found later.
     """
-    units = list(units)
     steps, settings = Steps.of(plan, units), plan.config.synthesis
     passes = {name: _passes(steps, name) for name in units if not is_control(name)}
     controls = [name for name in units if is_control(name)]
@@ -320,13 +322,10 @@ def name_shards(plan: Plan, units: Iterable[str]) -> Shards:
     if settings.near_duplicates:
         repeats = {derive("answers-", "repeats", REPEATS_FORMAT, settings.near_duplicates, written): written}
     rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT}
-    beside = {_number(name): name for name in controls}
     groups = {}
-    for name, some in passes.items():
-        names = [one.generations for one in some]
-        names += [beside[_number(name)]] if _number(name) in beside else []
-        inputs = PairInputs(names, [grade for one in names for grade in grades[one]], directives, list(repeats))
-        groups[derive(name, "pair", inputs.grades, inputs.directives, inputs.repeats, rules)] = inputs
+    for some in _paired_together(units, passes, controls):
+        inputs = PairInputs(some, [grade for name in some for grade in grades[name]], directives, list(repeats))
+        groups[derive(some[0], "pair", some, inputs.grades, inputs.directives, inputs.repeats, rules)] = inputs
     return Shards(
         directives=directives,
         passes=passes,
@@ -345,6 +344,23 @@ def _passes(steps: Steps, units: str) -> list[Pass]:
         name = step.output(passes[-1].grades)
         passes.append(Pass(name, judge.output(name)))
     return passes
+
+
+def _paired_together(
+    units: Mapping[str, Units], passes: Mapping[str, Sequence[Pass]], controls: Sequence[str]
+) -> Iterator[list[str]]:
+    """Shards of answers whose prompts are paired as one: enough of them that differences can cancel each other out."""
+    beside = {_number(name): name for name in controls}
+    together, num_prompts = list[str](), 0
+    for name, some in passes.items():
+        together += [one.generations for one in some]
+        together += [beside[_number(name)]] if _number(name) in beside else []
+        num_prompts += len(units[name].prompts)
+        if num_prompts >= PAIRED_PROMPTS:
+            yield together
+            together, num_prompts = [], 0
+    if together:
+        yield together
 
 
 def _number(unit_shard: str) -> str:
@@ -535,7 +551,7 @@ def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict
     """A note if over half of the answers could not be used; UserError if there is no pair."""
     total = int(sum(entries[one.name].get("rows_in", 0) for one in stages if one.name != "pair"))
     rejected = [one for stage in stages for one in entries[stage.name]["rejected"].items()]
-    lost = sum(count for reason, count in rejected if reason not in (*OF_PAIRS, "not needed"))
+    lost = sum(count for reason, count in rejected if reason not in (*OF_PAIRS, *NO_LOSS))
     if entries["pair"].get("rows_out") and lost <= total / 2:
         return
     why = "; ".join(text for one in stages for text in one.losses(run, entries[one.name], total))

@@ -1,103 +1,178 @@
-"""Labels: `chosen` follows the verdict, twins are complete, nothing ungraded becomes a label."""
+"""Labels: `chosen` follows the grade, twins are complete, nothing ungraded becomes a label."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.config import SynthesisConfig
-from cpt_ray.grading import confirms
-from cpt_ray.pairing import cell_id_of, pair_cells
-from cpt_ray.records import CONTROL, Pair, Reject
+from cpt_ray.grading import level_at
+from cpt_ray.pairing import Paired, pair_answers
+from cpt_ray.records import CONTROL, Generation, Reject
 from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
 
 RUBRIC = make_rubric()
 ANCHOR = {level.name: level.score for level in RUBRIC.levels}
+LENGTH = make_rubric(
+    criteria=[
+        {
+            "name": "size",
+            "weight": 100,
+            "descriptors": {name: f"{name} size" for name in LEVELS},
+            "measure": {"name": "word_count", "values": {"low": 1, "mid": 2, "high": 3}},
+        }
+    ]
+)
 
 
-def pair_scores(scores: dict[str, float | None]) -> tuple[list[Pair], list[Reject]]:
-    """One cell whose answers have these scores."""
+def pair_scores(scores: dict[str, float | None], **settings: object) -> Paired:
+    """The pool of one prompt: answers that were asked for at these levels and have these scores."""
     generations = [make_generation(level) for level in scores]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, scores[one.level]) for one in generations}
-    return pair_cells([RUBRIC], generations, grades, make_directives(), SynthesisConfig(), {})
+    rules = SynthesisConfig.model_validate(settings)
+    return pair_answers([RUBRIC], [], generations, grades, make_directives(), rules, {})
 
 
-def test_three_confirmed_levels_give_six_pairs() -> None:
-    pairs, rejects = pair_scores(dict(ANCHOR))
-    assert {(one.level, one.rejected_level) for one in pairs} == {(a, b) for a in LEVELS for b in LEVELS if a != b}
-    assert rejects == []
+def reasons(rejects: list[Reject]) -> dict[str, str]:
+    """unit's target level to the reason."""
+    return {reject.level: reject.reason for reject in rejects}
 
 
-def test_unconfirmed_and_ungraded_answers_are_rejected_with_reasons() -> None:
-    pairs, rejects = pair_scores({"low": 10, "mid": 88, "high": None})
-    assert pairs == []
-    assert [(one.level, one.reason) for one in rejects] == [
-        ("mid", "other level"),
-        ("high", "ungraded"),
-        ("low", "no partner"),
-    ]
-    assert rejects[0].detail == "graded 88.0 (high), target mid"
+def test_three_levels_give_six_pairs() -> None:
+    paired = pair_scores(dict(ANCHOR))
+    assert {(one.level, one.rejected_level) for one in paired.pairs} == {
+        (a, b) for a in LEVELS for b in LEVELS if a != b
+    }
+    assert paired.rejects == []
+
+
+def test_the_grade_decides_the_level_whatever_was_asked_for() -> None:
+    paired = pair_scores({"low": 88, "mid": 12, "high": 51})
+    by_level = {one.level: one.chosen[0].content for one in paired.pairs}
+    assert by_level == {
+        "high": "A low answer to p (0).",
+        "low": "A mid answer to p (0).",
+        "mid": "A high answer to p (0).",
+    }
+    assert paired.rejects == []
+    assert (paired.at_level.total(), paired.hit.total(), paired.kept.total()) == (3, 0, 3)
+
+
+def test_what_is_ungraded_between_two_levels_or_alone_is_rejected_with_its_reason() -> None:
+    paired = pair_scores({"low": 10, "mid": 70, "high": None})
+    assert paired.pairs == []
+    assert reasons(paired.rejects) == {"low": "no partner", "mid": "between two levels", "high": "ungraded"}
+
+
+def test_the_margin_says_how_wide_between_two_levels_is() -> None:
+    assert reasons(pair_scores({"low": 10, "mid": 66, "high": 90}).rejects) == {"mid": "between two levels"}
+    assert pair_scores({"low": 10, "mid": 66, "high": 90}, margin=0.05).rejects == []
 
 
 def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
     texts = ("Same caf\u00e9.", "Same cafe\u0301.", "Same caf\u00e9. ")
     generations = [make_generation(level, text=text) for level, text in zip(LEVELS, texts, strict=True)]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), SynthesisConfig(), {})
-    assert pairs == []
-    assert sorted(one.reason for one in rejects) == ["no partner", "same text", "same text"]
+    paired = pair_answers([RUBRIC], [], generations, grades, make_directives(), SynthesisConfig(), {})
+    assert paired.pairs == []
+    assert sorted(one.reason for one in paired.rejects) == ["no partner", "same text", "same text"]
 
 
 def test_held_out_directives_are_never_trained_on() -> None:
     generations = [make_generation(level) for level in LEVELS]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives("held_out"), SynthesisConfig(), {})
-    assert pairs == []
-    assert {one.reason for one in rejects} == {"no directive"}
+    directives = make_directives("held_out")
+    paired = pair_answers([RUBRIC], [], generations, grades, directives, SynthesisConfig(), {})
+    assert paired.pairs == []
+
+
+def test_an_answer_that_was_cut_says_nothing_of_its_length_and_has_no_end_mark() -> None:
+    def paired(rubric_is_length: bool) -> Paired:
+        rubric = LENGTH if rubric_is_length else RUBRIC
+        answers = [dataclasses.replace(make_generation(level), is_cut=level == "high") for level in LEVELS]
+        grades = {(one.unit_id, rubric.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in answers}
+        return pair_answers([rubric], [], answers, grades, make_directives(), SynthesisConfig(), {})
+
+    assert {one.level for one in paired(True).pairs} == {"low", "mid"}
+    assert reasons(paired(True).rejects) == {"high": "between two levels"}
+    assert {(one.level, one.chosen_is_cut) for one in paired(False).pairs} == {
+        ("low", False),
+        ("mid", False),
+        ("high", True),
+    }
 
 
 _scores = st.one_of(st.none(), st.floats(0, 100), st.sampled_from([30.0, 70.0]))  # half-way between two levels: ties
-_answers = st.tuples(_scores, st.sampled_from("xyz"), st.integers(1, 9))
+_answers = st.tuples(_scores, st.sampled_from("vwxyz"), st.integers(1, 9))
 """(score, text, tokens): few texts and lengths, so that answers repeat each other and lengths are far apart."""
-_keys = st.tuples(st.sampled_from("ab"), st.integers(0, 1), st.sampled_from((*LEVELS, CONTROL)))
+_keys = st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.sampled_from((*LEVELS, "", CONTROL)))
 
 
-@given(st.dictionaries(_keys, _answers), st.sampled_from([None, 1.5, 4.0]))
-def test_labels_follow_verdicts_and_nothing_is_lost(
-    table: dict[tuple[str, int, str], tuple[float | None, str, int]], max_length_ratio: float | None
+def _generation(prompt: str, sample: int, level: str, text: str, tokens: int) -> Generation:
+    made = dataclasses.replace(make_generation(level, prompt, sample, text), num_tokens=tokens)
+    return made if level else dataclasses.replace(made, rubric_id="")
+
+
+@given(
+    st.dictionaries(_keys, _answers),
+    st.sampled_from([None, 1.5, 4.0]),
+    st.integers(1, 3),
+    st.booleans(),
+    st.floats(0, 0.4),
+)
+def test_labels_follow_grades_and_nothing_is_lost(
+    table: dict[tuple[str, int, str], tuple[float | None, str, int]],
+    max_length_ratio: float | None,
+    grids: int,
+    balance: bool,
+    margin: float,
 ) -> None:
     generations = [
-        dataclasses.replace(make_generation(level, prompt, sample, text), num_tokens=tokens)
+        _generation(prompt, 0 if level == CONTROL else sample, level, text, tokens)
         for (prompt, sample, level), (_, text, tokens) in table.items()
+        if level != CONTROL or sample == 0
     ]
-    scores = {one.unit_id: score for one, (score, _, _) in zip(generations, table.values(), strict=True)}
+    scores = {one.unit_id: table[one.prompt_id, one.sample, one.level][0] for one in generations}
     grades = {(unit_id, RUBRIC.id): make_grade(unit_id, score) for unit_id, score in scores.items()}
-    rules = SynthesisConfig(neutral_directives=("Be yourself.",), max_length_ratio=max_length_ratio)
-    pairs, rejects = pair_cells([RUBRIC], generations, grades, make_directives(), rules, {})
-    by_id = {one.pair_id: one for one in pairs}
-    assert len(by_id) == len(pairs)
-    answers = {(cell_id_of(RUBRIC.id, one.prompt_id, one.sample), one.level): one for one in generations}
+    rules = SynthesisConfig(
+        neutral_directives=("Be yourself.",),
+        max_length_ratio=max_length_ratio,
+        grids=grids,
+        balance=balance,
+        margin=margin,
+    )
+    paired = pair_answers([RUBRIC], [], generations, grades, make_directives(), rules, {})
+    by_id = {one.pair_id: one for one in paired.pairs}
+    assert len(by_id) == len(paired.pairs)
+    by_grade = sorted(reversed(generations), key=lambda one: scores[one.unit_id] is not None)
+    by_text = {(one.prompt_id, one.text): one for one in by_grade}  # of equal ones the first that is graded is used
     directive_level = {one.directive_id: one.level for one in make_directives()} | {"": CONTROL}
-    for one in pairs:
+    cells: dict[tuple[str, str], str] = {}
+    for one in paired.pairs:
         twin = by_id[one.twin_id]
         assert (twin.chosen, twin.rejected, twin.twin_id) == (one.rejected, one.chosen, one.pair_id)
         assert (twin.level, twin.rejected_level) == (one.rejected_level, one.level)
         assert directive_level[one.directive_id] == one.level
-        chosen, rejected = answers[one.cell_id, one.level], answers[one.cell_id, one.rejected_level]
-        assert (one.chosen[0].content, one.rejected[0].content) == (chosen.text, rejected.text)
+        chosen, rejected = (by_text[one.prompt_id, text[0].content] for text in (one.chosen, one.rejected))
         assert chosen.text != rejected.text
         assert (one.chosen_score, one.rejected_score) == (scores[chosen.unit_id], scores[rejected.unit_id])
-        if one.level != CONTROL:
-            assert one.chosen_score not in (30.0, 70.0)
-            assert confirms(RUBRIC, one.level, one.chosen_score)
-            assert not confirms(RUBRIC, one.level, one.rejected_score)
+        if one.level == CONTROL:
+            assert chosen.level == CONTROL
+        else:
+            assert level_at(RUBRIC, one.chosen_score, margin) == one.level
+            assert level_at(RUBRIC, one.rejected_score) != one.level
         if max_length_ratio:
-            assert max(chosen.num_tokens, rejected.num_tokens) <= max_length_ratio * min(
-                chosen.num_tokens, rejected.num_tokens
-            )
-    used = {(one.cell_id, one.level) for one in pairs}
-    rejected_ids = {one.subject_id for one in rejects}
-    for key, generation in answers.items():
-        assert (key in used) != (generation.unit_id in rejected_ids)
+            short, long = sorted((chosen.num_tokens, rejected.num_tokens))
+            assert long <= max_length_ratio * short
+        assert cells.setdefault((one.prompt_id, chosen.text), one.cell_id) == one.cell_id  # in one grid alone
+    per_prompt = Counter(prompt for prompt, _ in {(one.prompt_id, one.cell_id) for one in paired.pairs})
+    assert all(count <= grids for count in per_prompt.values())
+    used = {(one.prompt_id, one.chosen[0].content) for one in paired.pairs}
+    rejected_ids = {one.subject_id for one in paired.rejects}
+    for generation in generations:
+        is_used = (generation.prompt_id, generation.text) in used
+        is_first = by_text[generation.prompt_id, generation.text] is generation
+        assert (is_used and is_first) != (generation.unit_id in rejected_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -24,28 +25,16 @@ from cpt_ray.console import status_lines
 from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation import GradeTrialsStep, evaluate
+from cpt_ray.judging import JudgeStep
 from cpt_ray.pairing import control_directive
+from cpt_ray.planning import Plan, is_control, make_plan, plan_units, run_info
 from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, endpoint_key, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.report import REPORT
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import RESULTS
 from cpt_ray.steering.stage import Steering
-from cpt_ray.synthesis import (
-    JudgeStep,
-    Plan,
-    Shards,
-    conclude,
-    control_step,
-    is_control,
-    make_plan,
-    name_shards,
-    pairing_steps,
-    plan_units,
-    rubric_of,
-    run_info,
-    steps_of,
-)
+from cpt_ray.synthesis import Shards, Steps, conclude, name_shards, pairing_steps, resolved
 from tests.builders import LEVELS, rubric_dict
 
 
@@ -68,7 +57,7 @@ def make_run(
                     str(tmp_path / f"{name}.yaml") for name in (("rubric", "second") if second else ("rubric",))
                 ],
                 "prompts": {"source": str(tmp_path / "prompts.jsonl"), "held_out": 0.3},
-                "synthesis": {"shard_rows": 30, "paraphrases": 3},
+                "synthesis": {"shard_rows": 30, "paraphrases": 3, "samples": 1},
                 "writer": model,
                 "policy": model,
             }
@@ -102,22 +91,28 @@ def answer(request: Request) -> Completion:
     return Completion(text=f"{level} text{bangs}", num_tokens=4)
 
 
+def run_here(engine: FakeEngine, run: RunDir, lines: list[Line]) -> None:
+    """What `run_lines` does, in this process."""
+    for line in lines:
+        for shard in line.shards:
+            for step in line.steps:
+                if not run.has(step.table, step.output(shard)):
+                    step.wait(run)
+                    step(engine, run, shard)
+                shard = step.output(shard)
+
+
 def run_all(plan: Plan, run: RunDir, engine: FakeEngine) -> Shards:
     units = plan_units(plan)
-    shards = name_shards(plan, list(units))
-    write, judges, direct = steps_of(plan)
     for name, rows in units.items():
         run.write("units", name, rows)
-        (control_step(plan) if is_control(name) else write)(engine, run, name)
-        for judge in judges:
-            judge(engine, run, name)
-    for rubric in plan.rubrics:
-        direct(engine, run, rubric.id)
-    repeats, paired = pairing_steps(plan, shards)
-    for name in shards.repeats:
-        repeats(None, run, name)
-    for name in shards.pairs:
-        paired(None, run, name)
+    shards, steps = name_shards(plan, units), Steps.of(plan, units)
+    first = Line(list(shards.passes), [steps.write])
+    control = Line(shards.controls, [steps.control, steps.judges[0]])
+    direct = Line([rubric.id for rubric in plan.rubrics], [steps.direct])
+    run_here(engine, run, [direct, first, steps.graded(shards), control, *steps.further(shards)])
+    repeats, paired = pairing_steps(resolved(plan, run, units), shards)
+    run_here(engine, run, [Line(list(shards.repeats), [repeats]), Line(shards.pairs, [paired])])
     return shards
 
 
@@ -134,12 +129,12 @@ def test_every_unit_ends_in_a_pair_or_among_the_rejects(tmp_path: Path) -> None:
     texts = {row.unit_id: row.text for row in run.read("generations", shards.generations, Generation)}
     pairs = run.read("pairs", shards.pairs, Pair)
     rejects = [row for path in (run.path / "rejects").iterdir() for row in run.read("rejects", [path.stem], Reject)]
-    in_pairs = {(row.prompt_id, row.level) for row in pairs}
+    in_pairs = {(row.prompt_id, row.chosen[0].content) for row in pairs}
     rejected = {row.subject_id for row in rejects}
     assert len(units) == 3 * len(plan.prompts_of("train"))
     for unit in units:
-        assert ((unit.prompt_id, unit.level) in in_pairs) != (unit.unit_id in rejected)
-        assert unit.unit_id in texts or unit.unit_id in rejected
+        is_used = (unit.prompt_id, texts.get(unit.unit_id)) in in_pairs
+        assert is_used != (unit.unit_id in rejected)
 
 
 def test_rejects_are_counted_by_reason_in_the_ledger(tmp_path: Path) -> None:
@@ -150,7 +145,7 @@ def test_rejects_are_counted_by_reason_in_the_ledger(tmp_path: Path) -> None:
     assert written["rows_in"] == 3 * len(train)
     assert written["rejected"] == ({"cut off": 1} if "Write about thing 7." in train else {})
     paired = ledger_entry(run, "pairs", shards.pairs)
-    assert paired["rejected"] == ({"other level": 1} if "Write about thing 8." in train else {})
+    assert paired["rejected"] == ({"not needed": 1} if "Write about thing 8." in train else {})  # two low answers
     assert paired["rows_out"] == len(run.read("pairs", shards.pairs, Pair))
 
 
@@ -169,7 +164,7 @@ def test_held_out_prompts_and_directives_are_in_no_pair(tmp_path: Path) -> None:
 
 def test_a_director_that_leaks_or_repeats_is_refused_with_the_reason(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path)
-    _, _, direct = steps_of(plan)
+    direct = Steps.of(plan, ()).direct
     with pytest.raises(UserError, match=r"level low: 0 usable directive\(s\)"):
         direct(FakeEngine(lambda request: Completion(text="Aim for a score of 90.")), run, "ornament")
     same = FakeEngine(lambda request: Completion(text=f"Be {level_in(request.messages[-1]['content'])}."))
@@ -177,25 +172,23 @@ def test_a_director_that_leaks_or_repeats_is_refused_with_the_reason(tmp_path: P
         direct(same, run, "ornament")
 
 
-def test_shards_hold_whole_cells_and_their_names_follow_what_matters(tmp_path: Path) -> None:
+def test_shards_hold_whole_prompts_and_their_names_follow_what_matters(tmp_path: Path) -> None:
     plan, _ = make_run(tmp_path)
     units = plan_units(plan)
-    for name, rows in units.items():
-        assert rubric_of(name) == "ornament"
+    for rows in units.values():
         assert len(list(rows)) <= 15
         assert all(count == 3 for count in Counter(row.prompt_id for row in rows).values())
     again = plan_units(make_run(tmp_path, "train.beta=0.5", "judge.model=other")[0])
     assert list(again) == list(units)
     hotter = plan_units(make_run(tmp_path, "writer.sampling.temperature=0.5")[0])
     assert not set(hotter) & set(units)
-    more = plan_units(make_run(tmp_path, "synthesis.samples=2")[0])
-    assert set(units) < set(more)
+    assert list(plan_units(make_run(tmp_path, "synthesis.samples=2")[0])) == list(units)
 
 
 def test_a_new_judge_regrades_without_writing_anew(tmp_path: Path) -> None:
     plan, _ = make_run(tmp_path)
     other, _ = make_run(tmp_path, "judge.model=other")
-    before, after = (name_shards(one, list(plan_units(one))) for one in (plan, other))
+    before, after = (name_shards(one, plan_units(one)) for one in (plan, other))
     assert before.generations == after.generations
     assert before.directives == after.directives
     assert not set(before.grades) & set(after.grades)
@@ -203,7 +196,7 @@ def test_a_new_judge_regrades_without_writing_anew(tmp_path: Path) -> None:
 
 
 def test_units_are_unique_and_written_as_they_are_planned(tmp_path: Path) -> None:
-    plan, run = make_run(tmp_path, "synthesis.samples=3")
+    plan, run = make_run(tmp_path, "synthesis.samples=3", "synthesis.first_pass=3", "synthesis.control=0.5")
     units = plan_units(plan)
     rows = [row for shard in units.values() for row in shard]
     assert len({row.unit_id for row in rows}) == len(rows)
@@ -215,7 +208,8 @@ def test_units_are_unique_and_written_as_they_are_planned(tmp_path: Path) -> Non
 def test_a_grade_without_verdict_stays_empty_in_the_table(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, levels=GIVEN)
     units = plan_units(plan)
-    write, (judge,), _ = steps_of(plan)
+    steps = Steps.of(plan, ())
+    write, judge = steps.write, steps.judges[0]
     name = next(iter(units))
     run.write("units", name, units[name])
     write(FakeEngine(answer), run, name)
@@ -242,7 +236,8 @@ def test_a_prompt_too_long_for_the_judge_is_ungraded_for_that_reason(tmp_path: P
     def too_long(request: Request) -> Completion:
         return Completion(error="too long", detail="9 prompt") if request.labels else answer(request)
 
-    write, (judge,), _ = steps_of(plan)
+    steps = Steps.of(plan, ())
+    write, judge = steps.write, steps.judges[0]
     name, units = next(iter(plan_units(plan).items()))
     run.write("units", name, units)
     write(FakeEngine(too_long), run, name)
@@ -261,32 +256,36 @@ MOOD = rubric_dict(
 def test_each_kind_of_change_redoes_only_what_depends_on_it(tmp_path: Path) -> None:
     def shards(*overrides: str, **rubric: Any) -> Shards:
         plan, _ = make_run(tmp_path, *overrides, second=MOOD, **rubric)
-        return name_shards(plan, list(plan_units(plan)))
-
-    def kept(before: list[str], after: list[str]) -> str:
-        """Which rubrics' shards are the same."""
-        return "+".join(sorted({rubric_of(name) for name in {*before} & {*after}}))
+        return name_shards(plan, plan_units(plan))
 
     before = shards(levels=GIVEN)
-    changes: dict[str, tuple[Shards, list[str]]] = {
-        "rubric": (shards(levels=GIVEN, version=2), ["mood", "mood", "mood"]),
+    tables = ("generations", "grades", "pairs")
+    changes: dict[str, tuple[Shards, tuple[str, ...]]] = {
+        "rubric": (shards(levels=GIVEN, version=2), ()),
         "directives": (
             shards(levels=[one | {"directives": one["directives"][:2]} for one in GIVEN]),
-            ["mood+ornament", "mood+ornament", "mood"],
+            ("generations", "grades"),
         ),
-        "judge": (shards("judge.model=other", levels=GIVEN), ["mood+ornament", "", ""]),
-        "more judges": (
-            shards('judges=[{"model": "other"}]', levels=GIVEN),
-            ["mood+ornament", "mood+ornament", ""],
-        ),
-        "samples": (shards("synthesis.samples=2", levels=GIVEN), ["mood+ornament"] * 3),
-        "writer": (shards("writer.sampling.temperature=0.1", levels=GIVEN), ["", "", ""]),
-        "length rule": (shards("synthesis.max_length_ratio=2", levels=GIVEN), ["mood+ornament", "mood+ornament", ""]),
-        "training": (shards("train.beta=0.3", "writer.price.generated=1", levels=GIVEN), ["mood+ornament"] * 3),
+        "judge": (shards("judge.model=other", levels=GIVEN), ("generations",)),
+        "more judges": (shards('judges=[{"model": "other"}]', levels=GIVEN), ("generations", "grades")),
+        "passes": (shards("synthesis.samples=2", levels=GIVEN), ("generations", "grades")),
+        "writer": (shards("writer.sampling.temperature=0.1", levels=GIVEN), ()),
+        "length rule": (shards("synthesis.max_length_ratio=2", levels=GIVEN), ("generations", "grades")),
+        "training": (shards("train.beta=0.3", "writer.price.generated=1", levels=GIVEN), tables),
     }
     for change, (after, expected) in changes.items():
-        found = [kept(getattr(before, table), getattr(after, table)) for table in ("generations", "grades", "pairs")]
-        assert found == expected, change
+        same = [table for table in tables if {*getattr(before, table)} <= {*getattr(after, table)}]
+        assert same == [*expected], change
+
+
+def test_answers_that_saw_no_rubric_outlive_a_changed_one(tmp_path: Path) -> None:
+    def shards(**rubric: Any) -> Shards:
+        plan, _ = make_run(tmp_path, "synthesis.ask=prompt", levels=GIVEN, **rubric)
+        return name_shards(plan, plan_units(plan))
+
+    before, after = shards(), shards(version=2)
+    assert before.generations == after.generations
+    assert not {*before.grades} & {*after.grades}
 
 
 def test_control_rows_choose_the_policys_own_answer_where_no_directive_is_given(tmp_path: Path) -> None:
@@ -352,7 +351,8 @@ def test_a_rationale_is_read_by_its_schema_and_an_unreadable_one_is_no_score(tmp
         level = 1 + next(votes) % 2  # the two votes on an answer differ by one level
         return Completion(text=json.dumps({"words": {"reason": "So it is.", "level": level}}))
 
-    write, (judge,), _ = steps_of(plan)
+    steps = Steps.of(plan, ())
+    write, judge = steps.write, steps.judges[0]
     for name, units in plan_units(plan).items():
         run.write("units", name, units)
         write(FakeEngine(reason), run, name)
@@ -394,7 +394,8 @@ def concluded(plan: Plan, run: RunDir, writes: Callable[[Request], Completion]) 
         (Completion(error="ended by abort", detail="x"), r"{n} of {n} answers were lost: ended by abort \(x\)"),
         (
             Completion(text="low text. B."),
-            r"\d+ of {n} answers are graded at another level than was asked for: the writer does not reach it, or the",
+            r"\d+ of {n} answers have the text of another answer to their prompt: raise writer\.sampling\.temperature; "
+            r"\d+ of {n} answers have no answer at another level to be compared with \(.* the same level \(ornament",
         ),
     ],
 )
@@ -420,21 +421,18 @@ def test_what_is_lost_before_judging_is_said_before_the_writer_is_blamed(
     def writes(request: Request) -> Completion:
         asked = request.messages[-1]["content"]
         level = level_in(asked)
-        if "thing 1" not in asked and level != "low":
+        if any(f"thing {at}." in asked for at in (1, 2, 3)):
+            return answer(request)
+        if level == "high":
             return Completion(error="cut off", text="half", detail="not finished after 20 tokens")
-        return Completion(text="low text. B. C.") if level == "mid" else answer(request)
+        return Completion(text="low text. B.") if level == "mid" else Completion(text="low text. B. C.")
 
     concluded(plan, run, writes)
-    printed = capsys.readouterr().out.splitlines()
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     cut, other = (run.read_json("ledger.json")[stage]["rejected"] for stage in ("write", "pair"))
-    assert printed[-1].startswith("note: ")
-    assert (
-        printed[-1]
-        .split(": ", 2)[2]
-        .startswith(
-            f"{cut['cut off']} of {number} answers were cut off at 20 tokens: raise writer.sampling.max_tokens; "
-            f"{other['other level']} of {number} answers are graded at another level"
-        )
+    assert note.split(": ", 2)[2].startswith(
+        f"{cut['cut off']} of {number} answers were cut off at 20 tokens: raise writer.sampling.max_tokens; "
+        f"{other['no partner']} of {number} answers have no answer at another level"
     )
 
 
@@ -463,7 +461,8 @@ def test_votes_that_did_not_come_are_named(tmp_path: Path) -> None:
             return Completion(error="filtered", detail="finish_reason content_filter")
         return Completion(text=json.dumps({"words": {"reason": "So it is.", "level": 1}}))
 
-    write, (judge,), _ = steps_of(plan)
+    steps = Steps.of(plan, ())
+    write, judge = steps.write, steps.judges[0]
     name, units = next(iter(plan_units(plan).items()))
     run.write("units", name, units)
     write(FakeEngine(filtered), run, name)
@@ -512,7 +511,9 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
         assert loaded.num_rows == len(rows)
     card = (run.path / "README.md").read_text()
     low = sum(one.level == "low" for one in pairs)
-    assert f"| ornament | low | {len(plan.prompts_of('train'))} | {low} | 4 | 4 | 4 |" in card
+    num_prompts = len(plan.prompts_of("train"))
+    assert f"| ornament | low | {num_prompts} | 4 | 4 | 4 |" in card
+    assert f"| ornament | low | {num_prompts} | {num_prompts} | {num_prompts + 1} | {num_prompts} | {low} |" in card
     assert "| fake | other | ornament |" in card
     judges = run.read_json("judges.json")
     assert {(one["judge"], one["against"]): one["weighted_kappa"] for one in judges}["fake", "other"] == 1.0
@@ -611,15 +612,8 @@ def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> No
 def evaluated(plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation by the engine of `run_all`, where every request takes 100 tokens and every answer 10."""
 
-    def run_here(run: RunDir, lines: list[Line]) -> None:
-        for line in lines:
-            for shard in line.shards:
-                for step in line.steps:
-                    step(engine, run, shard)
-                    shard = step.output(shard)
-
     engine = FakeEngine(lambda request: dataclasses.replace(answer(request), num_prompt_tokens=100, num_tokens=10))
-    monkeypatch.setattr("cpt_ray.evaluation.run_lines", run_here)
+    monkeypatch.setattr("cpt_ray.evaluation.run_lines", functools.partial(run_here, engine))
     evaluate(plan, run, run_all(plan, run, engine))
 
 
@@ -652,7 +646,7 @@ def test_what_regrades_written_answers_regrades_the_evaluation(
     judge = JudgeConfig(model="fake", mode=mode)
     steps = (JudgeStep(rubrics={}, model=judge), GradeTrialsStep(rubrics={}, model=judge))
     before = [step.output("ornament-0") for step in steps]
-    monkeypatch.setattr(f"cpt_ray.synthesis.{changed}", "another")
+    monkeypatch.setattr(f"cpt_ray.judging.{changed}", "another")
     assert not {*before} & {step.output("ornament-0") for step in steps}
 
 

@@ -156,6 +156,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():
+        run.check_format()
         run.write_run({"config": config.model_dump(mode="json"), **run_info(plan)})
         with connected(arguments.verbose, run.path / "ray.log"):
             _check_room(arguments.command, config)

@@ -198,9 +198,7 @@ def _balanced(grids: Sequence[_Drawn]) -> list[_Drawn]:
         off = {name: total for name, total in sums.drawn.items() if abs(total) > BALANCED * len(kept)}
         if not off:
             break
-        worst = max(
-            kept, key=lambda grid: sum(grid.drawn[name] * math.copysign(1, total) for name, total in off.items())
-        )
+        worst = max(kept, key=lambda grid: sum(math.copysign(1, off[name]) * grid.drawn[name] for name in off))
         kept.remove(worst)
         for name, value in worst.drawn.items():
             sums.drawn[name] -= value

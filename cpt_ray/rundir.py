@@ -39,6 +39,7 @@ from cpt_ray.records import (
     Unit,
     content_id,
     read_records,
+    schema_of,
     to_table,
 )
 
@@ -166,6 +167,15 @@ class RunDir:
         made = to_table(rows, TABLES[table])
         with replacing(self.shard(table, name)) as file:
             pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps({**(counts or {})})}), file)
+
+    def check_format(self) -> None:
+        """UserError if an earlier version of this program has written answers here."""
+        for path in itertools.islice((self.path / "generations").glob("*.parquet"), 1):
+            if pq.read_schema(path).names != schema_of(Generation).names:
+                raise UserError(
+                    f"{self.path}: its answers were written by an earlier version, in another format; give another "
+                    "run_dir, or remove this one"
+                )
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""

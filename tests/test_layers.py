@@ -14,9 +14,10 @@ LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
      "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates", "rows",
      "publishing", "texts", "templates", "comparisons", "thoughts", "losses",
-     "yaml_file"},
+     "yaml_file", "grids", "spread"},
     {"engine", "openai_engine", "cluster", "grid"},
-    {"pool", "card", "synthesis", "reference", "export", "training", "evaluation", "serving", "preferences",
+    {"pool", "card", "planning", "judging", "directing", "levels", "synthesis", "reference",
+     "export", "training", "evaluation", "serving", "preferences",
      "steering"},
     {"cli", "__main__"},
 ]  # fmt: skip

@@ -147,7 +147,7 @@ def test_labels_follow_grades_and_nothing_is_lost(
     paired = pair_answers([RUBRIC], [], generations, grades, make_directives(), rules, {})
     by_id = {one.pair_id: one for one in paired.pairs}
     assert len(by_id) == len(paired.pairs)
-    by_grade = sorted(reversed(generations), key=lambda one: scores[one.unit_id] is not None)
+    by_grade = sorted(generations, key=lambda one: scores[one.unit_id] is not None, reverse=True)[::-1]
     by_text = {(one.prompt_id, one.text): one for one in by_grade}  # of equal ones the first that is graded is used
     directive_level = {one.directive_id: one.level for one in make_directives()} | {"": CONTROL}
     cells: dict[tuple[str, str], str] = {}

@@ -174,6 +174,8 @@ class _Cell:
             rejected=[Message(role="assistant", content=loser.text)],
             chosen_score=self._mean_score(winner),
             rejected_score=self._mean_score(loser),
+            chosen_is_cut=winner.is_cut,
+            rejected_is_cut=loser.is_cut,
         )
 
 

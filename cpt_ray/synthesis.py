@@ -291,6 +291,7 @@ def _generation(unit: Unit, one: Completion) -> Generation:
         sample=unit.sample,
         text=one.text,
         num_tokens=one.num_tokens - one.thought_tokens,
+        is_cut=False,
     )
 
 

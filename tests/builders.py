@@ -46,6 +46,7 @@ def make_generation(level: str, prompt: str = "p", sample: int = 0, text: str | 
         sample=sample,
         text=f"A {level} answer to {prompt} ({sample})." if text is None else text,
         num_tokens=5,
+        is_cut=False,
     )
 
 

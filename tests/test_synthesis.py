@@ -608,18 +608,24 @@ def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> No
     assert lines[2:] == ["  rejected: 1 cut off", "  steps: 2,000, so far: this command"]
 
 
-def evaluated(plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation by the engine of `run_all`, where every request takes 100 tokens and every answer 10."""
+def run_here(engine: FakeEngine) -> Callable[[RunDir, list[Line]], None]:
+    """In the place of `run_lines`: every shard's steps in this process."""
 
-    def run_here(run: RunDir, lines: list[Line]) -> None:
+    def run_lines(run: RunDir, lines: list[Line]) -> None:
         for line in lines:
             for shard in line.shards:
                 for step in line.steps:
                     step(engine, run, shard)
                     shard = step.output(shard)
 
+    return run_lines
+
+
+def evaluated(plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation by the engine of `run_all`, where every request takes 100 tokens and every answer 10."""
+
     engine = FakeEngine(lambda request: dataclasses.replace(answer(request), num_prompt_tokens=100, num_tokens=10))
-    monkeypatch.setattr("cpt_ray.evaluation.run_lines", run_here)
+    monkeypatch.setattr("cpt_ray.evaluation.run_lines", run_here(engine))
     evaluate(plan, run, run_all(plan, run, engine))
 
 

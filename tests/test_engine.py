@@ -168,12 +168,15 @@ def thinker(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Mo
     return config.model_copy(update={"model": str(path)})
 
 
-def said(engine: VllmEngine, text: str, reason: str = "stop", **request: Any) -> Completion:
-    """What the engine makes of a text that its model wrote."""
+def said(
+    engine: VllmEngine, text: str, reason: str = "stop", stopped_at: str | None = None, **request: Any
+) -> Completion:
+    """What the engine makes of a text that its model wrote, up to its end mark or to a stop text."""
     request = {"messages": ask(0).messages, "max_tokens": 9} | request
     prompt = engine._token_ids([request["messages"]])[0]
-    ids = [*engine._tokenizer.encode(text, add_special_tokens=False), engine._tokenizer.eos_token_id]
-    answer = CompletionOutput(0, "", ids, None, None, finish_reason=reason)
+    end = [] if stopped_at else [engine._tokenizer.eos_token_id]
+    ids = engine._tokenizer.encode(text, add_special_tokens=False) + end
+    answer = CompletionOutput(0, "", ids, None, None, finish_reason=reason, stop_reason=stopped_at)
     output = RequestOutput("0", None, prompt, None, [answer], True)
     engine._write_texts([output])
     return engine._completions(Request(**request), output)[0]
@@ -190,6 +193,8 @@ def test_thoughts_are_cut_from_what_an_engine_writes(thinker: ModelConfig, think
         done = said(engine, text)
         assert (done.text, done.error, done.had_thoughts) == (ANSWER, "", True)
         assert 0 < done.thought_tokens < done.num_tokens
+        stopped = said(engine, f"{text} Su", stopped_at=". S", stop=(". S",), include_stop=True)
+        assert (stopped.text, stopped.error) == ("Rain. S", "")
     is_open = thinking == "<think>\n"
     plain = said(engine, ANSWER)
     assert (plain.text, plain.error) == (("", "thoughts not ended") if is_open else (ANSWER, ""))

@@ -75,7 +75,7 @@ def test_nothing_is_estimated_of_no_answers() -> None:
 def test_a_share_over_a_fifth_is_said_with_what_to_set() -> None:
     finished = [round(20 - 60 * math.log(1 - (at + 0.5) / 100)) for at in range(63)]
     assert cut_note("writer", finished, 37, max(finished)) == (
-        "37% are cut at 79 tokens; about 160 would hold nine of ten (extrapolated): raise writer.sampling.max_tokens"
+        "37% are cut at 79 tokens; nine of ten would need at least 160 (extrapolated): raise writer.sampling.max_tokens"
     )
     assert cut_note("policy", [5], 9, 10) == (
         "90% are cut at 10 tokens; more would be needed, how many cannot be estimated from so few that ended: "

@@ -203,12 +203,44 @@ class PromptsConfig(_Section):
     """Read at most this many."""
 
 
+MAX_STOPS = 16
+"""Stop texts of a role; each is looked for after every token."""
+MAX_ENDPOINT_STOPS = 4
+"""The most that OpenAI's API takes."""
+
+
+def _read_stops(value: Any) -> Any:
+    """A list; ValueError for what never ends an answer, or always does."""
+    stops = [value] if isinstance(value, str) else value
+    for text in stops if isinstance(stops, list | tuple) else ():
+        if text == "":
+            raise ValueError("found an empty text, which would end every answer at once; leave it out")
+        if isinstance(text, str) and (escape := re.search(r"\\[nrt]", text)):
+            raise ValueError(
+                f"found {text} with a backslash in it, which no answer has; in double quotes YAML reads "
+                f'"{escape.group()}" as white space'
+            )
+    return stops
+
+
 class SamplingConfig(_Section):
     """How answers are sampled."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Positive = 1024
+    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stops), Field(max_length=MAX_STOPS)] = ()
+    """Texts that end an answer, each of one or more characters (a single one needs no list). The first that comes
+    counts, and the answer ends before it. JSON that a judge is made to write (mode: rationale) ends by itself."""
+    include_stop: bool = False
+    """Whether the stop text is the answer's last part. One-sentence answers: `stop: [". ", "! ", "? ", "\\n"]`,
+    `include_stop: true`; spaces and line breaks at an answer's ends are no part of it."""
+
+    @model_validator(mode="after")
+    def _has_a_stop_to_include(self) -> Self:
+        if self.include_stop and not self.stop:
+            raise ValueError("include_stop: there is no stop; give one, or leave it out")
+        return self
 
 
 def _read_url(value: str) -> str:
@@ -290,6 +322,15 @@ class ModelConfig(_Section):
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template, such as {enable_thinking: false}."""
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _takes_the_stops(self) -> Self:
+        count = len(self.sampling.stop)
+        if self.endpoint and count > MAX_ENDPOINT_STOPS and not self.sampling.include_stop:
+            raise ValueError(
+                f"sampling.stop: found {count} texts; an endpoint takes {MAX_ENDPOINT_STOPS} at most, leave some out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_weights_here(self) -> Self:

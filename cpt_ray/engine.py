@@ -102,6 +102,10 @@ class Request:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; not looked for where the answer is JSON of a schema, which ends by itself."""
+    include_stop: bool = False
+    """Whether the stop text is the answer's last part."""
     seed: int | None = None
     labels: tuple[str, ...] = ()
     """If given: no text is wanted but the log-probability of each label as the first token of the answer."""
@@ -109,6 +113,23 @@ class Request:
     """If given: the answer is JSON of this schema, by force."""
     samples: int = 1
     """Completions wanted; they share one prefill."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts that count."""
+        return () if self.labels or self.json_schema else self.stop
+
+    def up_to_stop(self, text: str) -> str:
+        """The text up to its first stop text: the one that is complete first, as vLLM finds it."""
+        places = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        end, start = min(places, default=(len(text), len(text)))
+        return text[: end if self.include_stop else start]
+
+
+def vllm_sampling(sampling: SamplingConfig) -> dict[str, Any]:
+    """A role's sampling by the names of vLLM's `SamplingParams`."""
+    params = sampling.model_dump()
+    return params | {"stop": list(sampling.stop), "include_stop_str_in_output": params.pop("include_stop")}
 
 
 def sampled(messages: list[ChatMessage], sampling: SamplingConfig, subject_id: str, seed: int, **more: Any) -> Request:
@@ -293,8 +314,10 @@ class VllmEngine:
             temperature=0.0 if label_ids else request.temperature,
             top_p=request.top_p,
             seed=None if label_ids else request.seed,
+            stop=list(request.stops),
+            include_stop_str_in_output=request.include_stop,
             logprob_token_ids=label_ids or None,
-            detokenize=not label_ids and self._decoder is None,
+            detokenize=bool(request.stops) or (not label_ids and self._decoder is None),
             skip_special_tokens=not (self._mark_tokens or self._keeps_special_tokens),
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -305,11 +328,12 @@ class VllmEngine:
 
         As vLLM has them: without the token that ended one, nor a character of which bytes are missing at the end (but
         where bytes are no text at all, tokenizers that fall back to bytes may put in more replacement characters).
+        What ended at a stop text is still whole.
         """
         if self._decoder is None:  # then vLLM has done it
             return
         answers = [answer for output in outputs for answer in output.outputs]
-        ids = [list(one.token_ids)[: -1 if one.finish_reason == "stop" else None] for one in answers]
+        ids = [list(one.token_ids)[: -1 if _ended_by_token(one) else None] for one in answers]
         for answer, text in zip(answers, self._decode(ids), strict=True):
             answer.text = text.rstrip("\N{REPLACEMENT CHARACTER}")
 
@@ -359,7 +383,7 @@ class VllmEngine:
             if request.labels:
                 done.append(self._verdict(request, answer, counts))
                 continue
-            thoughts, text = "", answer.text
+            thoughts, text = "", request.up_to_stop(answer.text)
             if self._parser:
                 thoughts, text = self._parser.part(prompt_ids, answer.token_ids, text)
             # JSON that is forced upon a model has no room for thoughts, even where the chat template opens them.
@@ -373,6 +397,11 @@ class VllmEngine:
         found = answer.logprobs[0] if answer.logprobs else {}
         forms = [[found[one].logprob for one in ids if one in found] for ids in self._ids_of_labels(request.labels)]
         return replace(counts, label_logprobs=tuple(map(log_sum, forms)))
+
+
+def _ended_by_token(answer: CompletionOutput) -> bool:
+    """Whether the last token is the model's end mark, and no part of a stop text."""
+    return answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
 
 
 def log_sum(logprobs: Iterable[float]) -> float:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.console import say
-from cpt_ray.engine import Completion, Engine, sampled
+from cpt_ray.engine import CUT_OFF, Completion, Engine, sampled
 from cpt_ray.judging import JudgeStep, judge_answers
+from cpt_ray.losses import cut_note
+from cpt_ray.measures import whole_sentences
 from cpt_ray.planning import Plan, run_info
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
@@ -90,10 +92,12 @@ class AnswerStep(Step):
         run.write(self.table, self.output(shard), done, tally.close(sum(not row.reason for row in done)))
 
     def _answered(self, row: Trial, one: Completion, tally: Tally) -> Trial:
-        if one.error and not (one.error == "cut off" and one.text):  # what was cut off is still said; it is graded
+        row = dataclasses.replace(row, model=self.name, num_tokens=one.num_tokens, is_cut=one.error == CUT_OFF)
+        if one.error and not (row.is_cut and one.text):  # the whole sentences of a cut answer are graded
             tally.reject(one.error)
-            return dataclasses.replace(row, model=self.name, reason=f"{one.error}: {one.detail}")
-        return dataclasses.replace(row, model=self.name, text=one.text, reason="")
+            return dataclasses.replace(row, reason=f"{one.error}: {one.detail}")
+        text = whole_sentences(one.text) if row.is_cut else ""
+        return dataclasses.replace(row, text=text or one.text, reason="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +129,15 @@ class GradeTrialsStep(JudgeStep):
 
 
 def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, Any]) -> None:
-    """A line if answers came with thoughts, one if over half of them were lost."""
+    """A line if answers came with thoughts, one if many were cut, one if over half of them were lost."""
     if note := thoughts_note(entry):
         say(f"{step.stage}: {entry['rows_in']:.0f} in{note}")
+    if isinstance(step, AnswerStep):
+        trials = run.read(step.table, names, Trial)
+        finished = [row.num_tokens for row in trials if row.text and not row.is_cut]
+        num_cut = sum(row.is_cut for row in trials)
+        if note := cut_note("policy", finished, num_cut, step.model.sampling.max_tokens):
+            say(f"note: {step.stage}: {note}")
     lost = sum(entry["rejected"].values())
     if lost > entry.get("rows_in", 0) / 2:
         was_answered = isinstance(step, GradeTrialsStep)

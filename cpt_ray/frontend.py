@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
+from cpt_ray.config import SamplingConfig
 from cpt_ray.configuration import Catalog, Resolved
 from cpt_ray.errors import UserError
 from cpt_ray.keys import Counts, Key, Keyring, Refusal
@@ -112,15 +113,25 @@ STEERED: ContextVar[Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] 
 """What the running task's requests to the engine, (prompt, options), become: a user's adapter or soft prompt."""
 
 
-def counting(generate: Callable[..., Any], scores: bool = True) -> Callable[..., AsyncIterator[Any]]:
+def counting(
+    generate: Callable[..., Any], scores: bool = True, sampling: SamplingConfig | None = None
+) -> Callable[..., AsyncIterator[Any]]:
     """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; it is `STEERED`.
 
-    ValueError, which vLLM answers with 400, for what could end the engine. `scores`: it can score prompts.
+    ValueError, which vLLM answers with 400, for what could end the engine.
+
+    Args:
+        scores: it can score prompts.
+        sampling: the stop texts of requests for text that name none. vLLM's defaults for requests have no such field.
     """
 
     async def counted(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         call, before = CALL.get(), [0] * (sampling_params.n or 1)
         is_delta = sampling_params.output_kind.name == "DELTA"
+        is_text = sampling_params.detokenize and sampling_params.structured_outputs is None
+        if sampling is not None and is_text and not sampling_params.stop:
+            sampling_params.stop = list(sampling.stop)
+            sampling_params.include_stop_str_in_output |= sampling.include_stop
         if sampling_params.prompt_logprobs is not None and not scores:
             raise ValueError("log-probabilities of the prompt are not given here")
         if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:

@@ -25,6 +25,8 @@ _END = r"[\p{Sentence_Terminal}\u2026\u22ef\u0f0d\u0f0e\u166e❓❔❕❗❢]|(?
 _TERMS = regex.compile(_TERM, _FLAGS)
 _TERMS_AND_SYMBOLS = regex.compile(rf"{_TERM}|[\p{{Sm}}\p{{Sc}}\p{{So}}]", _FLAGS)
 _TERMS_AND_ENDS = regex.compile(f"{_TERM}|{_END}", _FLAGS)
+_CLOSERS = regex.compile(r"[\p{Pe}\p{Pf}\p{Pi}\"'*_`\p{M}\u200b-\u200d\ufe0f]*", _FLAGS)
+"""What may stand between a sentence's end and the next space: quotes, brackets, marks of emphasis."""
 _LETTER = regex.compile(r"\p{L}", _FLAGS)
 _UNSPACED = regex.compile(r"[\p{L}&&[\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AS}]]", _FLAGS)
 """Letters of scripts without spaces: line breaking knows them, because it needs a dictionary as well."""
@@ -99,6 +101,24 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
     return {name: part / whole if whole else None for name, (part, whole) in parts.items()}
 
 
+def whole_sentences(text: str) -> str:
+    """The text up to its last sentence end and the quotes and brackets that close there; "" if it has none.
+
+    A sentence end is one by which sentences are counted, if there is a word before it on its line: else it may be that
+    of a list's next number.
+    """
+    end = line = 0
+    has_word = False
+    for token in _TERMS_AND_ENDS.finditer(text):
+        if (start := text.rfind("\n", 0, token.start()) + 1) > line:
+            line, has_word = start, False
+        if token[0][0].isalnum():
+            has_word = has_word or _LETTER.search(token[0]) is not None
+        elif has_word:
+            end = token.end()
+    return text[: _CLOSERS.match(text, end).end()] if end else ""
+
+
 def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text).replace("\u02bc", "'")  # an apostrophe, and a letter to Unicode
 
@@ -146,9 +166,3 @@ LARGEST = {"unique_word_share": 1.0, "word_share": 1.0, "word_balance": 1.0}
 """The most that a measure can be, where there is a most; none is below 0."""
 WORD_LISTS_OF = {"word_share": ("words",), "word_balance": ("words", "against")}
 """Which word lists a measure reads; the others read none."""
-
-
-def whole_sentences(text: str) -> str:
-    """The text up to its last sentence end; "" if it has none."""
-    ends = [found.end() for found in regex.finditer(rf"(?:{_END})+[\"'\u201d\u2019)\]]*", text, _FLAGS)]
-    return text[: ends[-1]] if ends else ""

@@ -230,6 +230,8 @@ class OpenAIEngine:
         more = dict(self._endpoint.extra_body)
         if self._config.chat_template_kwargs:
             more["chat_template_kwargs"] = self._config.chat_template_kwargs
+        if request.stops and not request.include_stop:  # the API cannot include them: then all is written, and cut here
+            body["stop"] = list(request.stops)
         if request.seed is not None:
             body["seed"] = request.seed
         if request.labels:
@@ -274,7 +276,10 @@ def _verdict(request: Request, choice: Choice, counts: Completion) -> Completion
 def _written(request: Request, choice: Choice, counts: Completion) -> Completion:
     """The choice's text, or why there is none."""
     message, reason = choice.message, choice.finish_reason
-    text, thoughts = _parts(message.content)
+    whole, thoughts = _parts(message.content)
+    text = request.up_to_stop(whole)
+    if text != whole:
+        reason = "stop"
     for name in ("reasoning_content", "reasoning"):  # no fields of OpenAI's own
         thoughts = thoughts or _parts(getattr(message, name, None))[0]
     if not text.strip() and not unfinished(reason):

@@ -284,6 +284,8 @@ class _Cell:
             rejected_is_cut=loser.is_cut,
             chosen_score=self._mean_score(winner),
             rejected_score=self._mean_score(loser),
+            chosen_is_cut=winner.is_cut,
+            rejected_is_cut=loser.is_cut,
         )
 
 

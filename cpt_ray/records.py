@@ -99,7 +99,7 @@ class Generation:
     num_tokens: int
     """Tokens of the answer."""
     is_cut: bool
-    """It ran into max_tokens and lost its unfinished sentence: it has no end mark, and is at least this long."""
+    """It ran into max_tokens and lost its unfinished sentence: it has no end mark and is at least this long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +158,7 @@ class Pair:
     chosen_score: float
     rejected_score: float
     chosen_is_cut: bool
-    """It has no end mark (`Generation.is_cut`)."""
+    """The answer is the beginning of a longer one: what is trained on has no end mark."""
     rejected_is_cut: bool
 
 
@@ -214,6 +214,10 @@ class Trial:
     directive: str | None
     """None in the rows without a directive."""
     text: str = ""
+    num_tokens: int = 0
+    """Generated tokens, thoughts included."""
+    is_cut: bool = False
+    """It ran into max_tokens and lost its unfinished sentence, if a whole one is left."""
     score: float | None = None
     """Judged score, 0-100; None if ungraded."""
     judged: float | None = None

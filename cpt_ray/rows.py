@@ -48,7 +48,7 @@ class TokenPair:
     rejected_level: str = ""
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
-    """The answer's end mark included."""
+    """The answer's end mark included, unless the answer was cut."""
     rejected_ids: tuple[int, ...]
 
     @property
@@ -146,6 +146,19 @@ class Tokeniser:
             self._answers[key] = self._template.answer_ids(prompt, whole, answer, self._stop_ids)
         return self._answers[key]
 
+    def begun(self, messages: list[ChatMessage], answer: ChatMessage) -> tuple[int, ...]:
+        """Ids that an answer adds to its prompt's if it goes on after its text: no end mark is among them."""
+        key = content_id(messages, answer, "begun")
+        if key not in self._answers:
+            self.answer(messages, [answer])  # all that can be wrong with it
+            prompt = self._prompt(messages, NOTHING_MORE)
+            whole = self._template.rendering([*messages, answer], is_finished=True)
+            try:
+                self._answers[key] = self._template.begun_ids(prompt, whole, answer["content"])
+            except ValueError as error:
+                raise Unfit("cut answer", str(error)) from None
+        return self._answers[key]
+
     def text(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of a plain prompt and of what a plain answer, with an end mark, adds to it."""
         end = self._tokenizer.eos_token
@@ -188,6 +201,12 @@ def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
 
 def _own_pair(pair: Pair, tokeniser: Tokeniser) -> TokenPair:
     prompt, chosen, rejected = (_chat(turns) for turns in (pair.prompt, pair.chosen, pair.rejected))
+    # as if both were finished: answers that differ in that alone are the same
+    ids = _distinct(tokeniser.prompt(prompt), tokeniser.answer(prompt, chosen), tokeniser.answer(prompt, rejected))
+    if pair.chosen_is_cut:
+        ids["chosen_ids"] = tokeniser.begun(prompt, chosen[-1])
+    if pair.rejected_is_cut:
+        ids["rejected_ids"] = tokeniser.begun(prompt, rejected[-1])
     return TokenPair(
         pair_id=pair.pair_id,
         twin_id=pair.twin_id,
@@ -196,7 +215,7 @@ def _own_pair(pair: Pair, tokeniser: Tokeniser) -> TokenPair:
         rubric_id=pair.rubric_id,
         level=pair.level,
         rejected_level=pair.rejected_level,
-        **_distinct(tokeniser.prompt(prompt), tokeniser.answer(prompt, chosen), tokeniser.answer(prompt, rejected)),
+        **ids,
     )
 
 

@@ -164,7 +164,7 @@ class VllmServer:
             raise UserError(_last_error_on_stderr() or str(error)) from None
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         scores = served.model.num_gpus > 0 or not engine.get("enable_lora")
-        self._engine.generate = counting(self._engine.generate, scores)
+        self._engine.generate = counting(self._engine.generate, scores, served.model.sampling)
         is_safe = isinstance(self._engine.renderer.tokenizer, ThreadSafeHFTokenizerMixin)  # beside vLLM's threads
         if is_safe and not frontend.trust_request_chat_template:
             threads = self._engine.renderer._executor  # what vLLM's functions are bound to; it keeps its own inside
@@ -474,7 +474,8 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
 def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
     """Engine arguments that make a request which says nothing of sampling get what evaluation measured.
 
-    Without `max_tokens`, which vLLM would take as a limit for those who ask for more.
+    Without stop texts, which are no engine argument (`counting` adds them), and without `max_tokens`, which vLLM would
+    take as a limit for those who ask for more.
     """
     neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     asked = {"temperature": policy.sampling.temperature, "top_p": policy.sampling.top_p}

@@ -7,6 +7,7 @@ without talking; only the levels that the writer's own spread sets are known aft
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from cpt_ray.engine import CUT_OFF, Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError
 from cpt_ray.judging import JudgeStep, combine_judges
 from cpt_ray.levels import level_counts, level_lines
-from cpt_ray.losses import NO_LOSS, OF_PAIRS, Stage
+from cpt_ray.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
 from cpt_ray.measures import whole_sentences
 from cpt_ray.pairing import cell_id_of, control_directive, pair_answers, targets_of
 from cpt_ray.planning import (
@@ -41,7 +42,7 @@ from cpt_ray.prompting import ChatMessage, joint_writer_messages, policy_message
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.rows import reasons
 from cpt_ray.rundir import RunDir, derive
-from cpt_ray.spread import Spread, is_spread
+from cpt_ray.spread import MOST_SHARDS, Spread, is_spread
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""
@@ -543,8 +544,21 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
         [Stage("control", "generations", shards.controls, "policy", steps.control.model)] if shards.controls else []
     )
     _say_losses(run, [*losing, Stage("pair", "pairs", shards.pairs, "writer", steps.write.model)], entries)
+    _say_cut(run, shards, entries["write"], steps.write.model)
     for line in level_lines(plan, run, shards, entries["write"].get("generated_tokens", 0)):
         say(line)
+
+
+def _say_cut(run: RunDir, shards: Shards, entry: Mapping[str, Any], writer: ModelConfig) -> None:
+    """A note if many answers ran into max_tokens."""
+    num_cut = int(entry.get("cut_answers", 0)) + entry["rejected"].get(CUT_OFF, 0)
+    if num_cut > MOST_CUT * entry.get("rows_in", 0):
+        some = shards.written[:: math.ceil(len(shards.written) / MOST_SHARDS)]
+        rows = run.read("generations", some, Generation)
+        finished = [row.num_tokens for row in rows if not row.is_cut]
+        num_cut = round(num_cut * len(some) / len(shards.written))
+        if note := cut_note("writer", finished, num_cut, writer.sampling.max_tokens):
+            say(f"note: write: {note}")
 
 
 def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]]) -> None:

@@ -76,8 +76,7 @@ class ChatTemplate:
         self, messages: Sequence[ChatMessage], is_finished: bool = False, more: Mapping[str, Any] = MappingProxyType({})
     ) -> Rendering:
         """`render`, and its token ids."""
-        text = self.render(messages, is_finished, more)
-        return Rendering(text, self.encode(text))
+        return self.rendered(self.render(messages, is_finished, more))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered conversation; the template has put the beginning mark there already."""
@@ -136,6 +135,28 @@ class ChatTemplate:
                 return [said, *self._notes(text)]
         return self._notes(text)
 
+    def begun_ids(self, prompt: Rendering, whole: Rendering, text: str) -> tuple[int, ...]:
+        """Token ids of an answer that goes on, without the end mark and what the template puts before it.
+
+        Args:
+            whole: the conversation with the answer as if it were finished, of which `answer_ids` approves.
+            text: of the answer. ValueError if the template changes it, so that its end is not found.
+        """
+        end = whole.text.rfind(text.strip(), len(prompt.text))
+        if end < 0:
+            raise ValueError("the chat template changes its text, and the place of its end is not known")
+        return self._added_ids(prompt, self.rendered(whole.text[: end + len(text.strip())]))
+
+    def rendered(self, text: str) -> Rendering:
+        """A rendered text, and its token ids."""
+        return Rendering(text, self.encode(text))
+
+    def _added_ids(self, prompt: Rendering, whole: Rendering) -> tuple[int, ...]:
+        size = len(prompt.ids)
+        # an answer that begins with a space may share a token with its prompt; never when it is generated
+        is_apart = whole.ids[:size] == prompt.ids
+        return whole.ids[size:] if is_apart else self.encode(whole.text[len(prompt.text) :])
+
     def answer_ids(
         self, prompt: Rendering, whole: Rendering, answer: Sequence[ChatMessage], stop_ids: Collection[int]
     ) -> tuple[int, ...]:
@@ -149,10 +170,7 @@ class ChatTemplate:
                 f"({prompt.text[at : at + 60]!r}, then {whole.text[at : at + 60]!r}); set "
                 f"{self.role}.chat_template_kwargs (for Qwen3: {{enable_thinking: false}}) or use another model"
             )
-        size = len(prompt.ids)
-        # an answer that begins with a space may share a token with its prompt; never when it is generated
-        is_apart = whole.ids[:size] == prompt.ids
-        answer_ids = whole.ids[size:] if is_apart else self.encode(whole.text[len(prompt.text) :])
+        answer_ids = self._added_ids(prompt, whole)
         self._check_end(answer_ids, stop_ids)
         return answer_ids
 

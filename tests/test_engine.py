@@ -7,17 +7,28 @@ import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from cpt_ray.cluster import ENGINE_ENV
-from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Completion, EngineDiedError, Request, VllmEngine, check_schema_is_enforced, engine_env
+from cpt_ray.config import ModelConfig, SamplingConfig
+from cpt_ray.engine import (
+    Completion,
+    EngineDiedError,
+    Request,
+    VllmEngine,
+    check_schema_is_enforced,
+    engine_env,
+    vllm_sampling,
+)
 from cpt_ray.errors import UserError
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 
@@ -52,9 +63,33 @@ def test_threads_share_the_engine_and_get_what_they_would_alone(engine: VllmEngi
 def test_texts_are_those_that_vllm_writes(config: ModelConfig, engine: VllmEngine) -> None:
     requests = [ask(at, max_tokens=60) for at in range(40)]
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in engine._token_ids([one.messages for one in requests])]
-    params = [SamplingParams(max_tokens=one.max_tokens, top_p=one.top_p, seed=one.seed) for one in requests]
-    expected = [one.outputs[0].text.strip() for one in VllmEngine(config)._llm.generate(prompts, params)]
-    assert [one.text for one in engine.run(requests)] == expected
+    llm = VllmEngine(config)._llm
+
+    def check(**stop: Any) -> int:
+        """How many answers ended at a stop text."""
+        sampling = SamplingConfig(max_tokens=60, **stop)
+        params = [SamplingParams(**vllm_sampling(sampling), seed=one.seed) for one in requests]
+        outputs = [one.outputs[0] for one in llm.generate(prompts, params)]
+        found = engine.run([replace(one, **sampling.model_dump()) for one in requests])
+        assert [one.text for one in found] == [one.text.strip() for one in outputs]
+        assert [one.num_tokens for one in found] == [len(one.token_ids) for one in outputs]
+        return sum(isinstance(one.stop_reason, str) for one in outputs)
+
+    assert check() == 0
+    for stop in ("e", ("the", "d "), ("colours", "prompt", "the s")):
+        assert check(stop=stop) == check(stop=stop, include_stop=True) > 5
+
+
+@given(st.text("ab. ", max_size=12), st.lists(st.text("ab. ", min_size=1, max_size=3), max_size=3), st.booleans())
+def test_a_text_ends_at_the_stop_that_is_complete_first(text: str, stops: list[str], include: bool) -> None:
+    request = Request(messages=[], max_tokens=1, stop=tuple(stops), include_stop=include)
+    grown = next((text[:at] for at in range(len(text) + 1) if text[:at].endswith(tuple(stops))), None)
+    if grown is None:
+        assert request.up_to_stop(text) == text
+    else:
+        ends = {grown if include else grown.removesuffix(stop) for stop in stops if grown.endswith(stop)}
+        assert request.up_to_stop(text) == min(ends, key=len)
+        assert not include or request.up_to_stop(grown) == grown
 
 
 def test_samples_come_in_order_and_count_their_prompt_once(engine: VllmEngine) -> None:
@@ -96,6 +131,7 @@ def test_json_of_a_schema_is_forced_even_on_random_weights(engine: VllmEngine) -
         "additionalProperties": False,
     }
     request = Request(messages=ask(0).messages, max_tokens=120, seed=1, json_schema=schema, samples=4)
+    request = replace(request, stop=('"', "{"))  # such JSON ends by itself
     found = [json.loads(one.text, strict=False) for one in engine.run([request])]
     assert all(set(one) == {"reason", "level"} and one["level"] in (1, 2, 3) for one in found)
 
@@ -132,12 +168,15 @@ def thinker(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Mo
     return config.model_copy(update={"model": str(path)})
 
 
-def said(engine: VllmEngine, text: str, reason: str = "stop", **request: Any) -> Completion:
-    """What the engine makes of a text that its model wrote."""
+def said(
+    engine: VllmEngine, text: str, reason: str = "stop", stopped_at: str | None = None, **request: Any
+) -> Completion:
+    """What the engine makes of a text that its model wrote, up to its end mark or to a stop text."""
     request = {"messages": ask(0).messages, "max_tokens": 9} | request
     prompt = engine._token_ids([request["messages"]])[0]
-    ids = [*engine._tokenizer.encode(text, add_special_tokens=False), engine._tokenizer.eos_token_id]
-    answer = CompletionOutput(0, "", ids, None, None, finish_reason=reason)
+    end = [] if stopped_at else [engine._tokenizer.eos_token_id]
+    ids = engine._tokenizer.encode(text, add_special_tokens=False) + end
+    answer = CompletionOutput(0, "", ids, None, None, finish_reason=reason, stop_reason=stopped_at)
     output = RequestOutput("0", None, prompt, None, [answer], True)
     engine._write_texts([output])
     return engine._completions(Request(**request), output)[0]
@@ -154,6 +193,8 @@ def test_thoughts_are_cut_from_what_an_engine_writes(thinker: ModelConfig, think
         done = said(engine, text)
         assert (done.text, done.error, done.had_thoughts) == (ANSWER, "", True)
         assert 0 < done.thought_tokens < done.num_tokens
+        stopped = said(engine, f"{text} Su", stopped_at=". S", stop=(". S",), include_stop=True)
+        assert (stopped.text, stopped.error) == ("Rain. S", "")
     is_open = thinking == "<think>\n"
     plain = said(engine, ANSWER)
     assert (plain.text, plain.error) == (("", "thoughts not ended") if is_open else (ANSWER, ""))

@@ -15,7 +15,10 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
+from cpt_ray.config import SamplingConfig
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import (
@@ -27,6 +30,7 @@ from cpt_ray.frontend import (
     Call,
     Frontend,
     configure,
+    counting,
     open_to_pages,
     read_object,
 )
@@ -629,3 +633,29 @@ def test_a_small_request_is_tokenised_at_once_and_a_large_one_in_a_thread() -> N
         for size in (1, SMALL_BYTES + 1):
             with pytest.raises(ValueError, match="no such template"):
                 asyncio.run(where(size, fail))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stop"),
+    [
+        ({}, ["."]),
+        ({"stop": "x"}, ["x"]),
+        ({"detokenize": False}, []),  # scores, which have no text
+        ({"structured_outputs": StructuredOutputsParams(json={"type": "object"})}, []),
+    ],
+)
+def test_a_request_that_names_no_stop_gets_the_evaluated_one(asked: dict[str, Any], stop: list[str]) -> None:
+    seen: list[SamplingParams] = []
+
+    async def generate(prompt: Any, params: SamplingParams, request_id: str) -> AsyncIterator[Any]:
+        seen.append(params)
+        for output in ():
+            yield output
+
+    async def go() -> None:
+        wrapped = counting(generate, sampling=SamplingConfig(stop=(".",), include_stop=True))
+        async for _ in wrapped({}, SamplingParams(**asked), "id"):
+            pass
+
+    asyncio.run(go())
+    assert (seen[0].stop, seen[0].include_stop_str_in_output) == (stop, stop == ["."])

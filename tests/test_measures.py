@@ -11,7 +11,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.measures import MEASURES, folded, measures, terms_of, why_undefined, word_of, words_of
+from cpt_ray.measures import MEASURES, folded, measures, terms_of, whole_sentences, why_undefined, word_of, words_of
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,54 @@ def test_sentences_and_marks_of_every_script_are_counted(
     assert values["words_per_sentence"] == pytest.approx(len(words_of(text)) / sentences)
     assert values["exclamation_density"] == pytest.approx(exclamations / sentences)
     assert values["question_density"] == pytest.approx(questions / sentences)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("One. Two, thr", "One."),
+        ("One. Two! ", "One. Two!"),
+        ('He said "go." Then', 'He said "go."'),
+        ("(He said go.) Th", "(He said go.)"),
+        ("**Bold.** And", "**Bold.**"),
+        ("»Hallo.« Und „nein.“ Dann", "»Hallo.« Und „nein.“"),
+        ("Really?! Wait… no", "Really?! Wait…"),
+        ("Pi is 3.14 in config.py", ""),
+        ("Pi is 3. And", "Pi is 3."),
+        ("1. Rest.\n2. Sleep and", "1. Rest."),
+        ("Rest\n2. Sleep", ""),
+        ("1. Rest.\n\n2. Sleep.\n3.", "1. Rest.\n\n2. Sleep."),
+        ("今天好。真的！吗", "今天好。真的！"),
+        ("आज। कल॥ क्यों", "आज। कल॥"),
+        ("هل هذا صحيح؟ نع", "هل هذا صحيح؟"),
+        ("Τι κάνεις; Καλ", "Τι κάνεις;"),
+        ("what; now", ""),
+        ("བོད་ཡིག། བོད", "བོད་ཡིག།"),
+        ("... 2!", ""),
+        ("", ""),
+    ],
+)
+def test_whole_sentences_end_with_the_last_sentence_end_and_what_closes_there(text: str, whole: str) -> None:
+    assert whole_sentences(text) == whole
+
+
+ENDS = st.sampled_from([".", "!", "?", "...", '."', ".)", "。", "؟", "।"])
+WORDS = st.text("abÄ '-,3", min_size=1, max_size=12).map(lambda text: f"a{text}z")
+
+
+@given(st.lists(st.tuples(WORDS, ENDS), max_size=4), st.sampled_from(["", " ", " the", "\n12", " (see e.g", "\n\n3.1"]))
+def test_an_unfinished_sentence_is_what_is_lost(sentences: list[tuple[str, str]], tail: str) -> None:
+    text = " ".join(map("".join, sentences))
+    assert whole_sentences(text + tail) == text
+
+
+@given(st.text(alphabet=st.characters() | st.sampled_from('.!?。"”)\n 3a'), max_size=60))
+def test_whole_sentences_are_a_beginning_that_stays_as_it_is(text: str) -> None:
+    whole = whole_sentences(text)
+    assert text.startswith(whole)
+    assert whole_sentences(whole) == whole
+    assert whole_sentences(whole_sentences(text + " and so") or " and so") == whole
+    assert not whole or regex.search(r"\p{L}", whole)
 
 
 THAI, LAO = "วันนี้อากาศดีมาก เราไปสวน", "ມື້ນີ້ອາກາດດີ"

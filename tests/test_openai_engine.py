@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,26 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(60)
 
 
+@pytest.mark.parametrize(
+    ("include", "sent", "text", "error"), [(False, [". ", "! "], "One", ""), (True, None, "One!", "")]
+)
+def test_an_answer_ends_at_a_stop_text_whatever_the_server_makes_of_it(
+    include: bool, sent: Any, text: str, error: str
+) -> None:
+    def unstopped(handler: Any) -> None:
+        reply(handler, 200, completion(handler, "One! Two. And thr", "length"))
+
+    server = Server(*[unstopped] * 3)
+    request = Request(messages=ASK, max_tokens=9, stop=(". ", "! "), include_stop=include, samples=2)
+    done = server.engine().run([request])
+    assert server.seen[0][1].get("stop") == sent
+    assert [(one.text, one.error) for one in done] == [(text, error)] * 2
+    server.engine().run([replace(request, json_schema={"type": "object"})])
+    assert "stop" not in server.seen[1][1]
+    other = server.engine().run([replace(request, stop=("?",))])
+    assert [(one.text, one.error) for one in other] == [("One! Two. And thr", "cut off")] * 2
+
+
 def test_a_real_vllm_server_writes_judges_and_keeps_to_a_schema(vllm_url: str) -> None:
     endpoint = {"base_url": vllm_url, "api_key_env": "X", "timeout_seconds": 60, "max_retries": 0}
     engine = OpenAIEngine(ModelConfig(model="tiny", endpoint=endpoint), SecretStr(KEY))
@@ -402,6 +423,14 @@ def test_a_real_vllm_server_writes_judges_and_keeps_to_a_schema(vllm_url: str) -
     assert len(texts) == 3
     assert {one.error for one in texts} <= {"", "cut off"}
     assert texts == engine.run([Request(messages=ASK, max_tokens=8, seed=1, samples=3)])
+    stop = texts[0].text[3:5]
+    ended = [
+        engine.run([Request(messages=ASK, max_tokens=8, seed=1, samples=3, stop=(stop,), include_stop=include)])[0]
+        for include in (False, True)
+    ]
+    place = texts[0].text.index(stop)
+    expected = [texts[0].text[:place].strip(), texts[0].text[: place + 2].strip()]
+    assert [(one.text, one.error) for one in ended] == [(one, "") for one in expected]
     labels = engine.run([Request(messages=ASK, max_tokens=1, labels=("1", "2", "3"))])
     assert len(labels[0].label_logprobs) == 3
     check_schema_is_enforced(engine, "judge tiny")

@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.cluster import connected
-from cpt_ray.config import Form, RunConfig
+from cpt_ray.config import Form, RunConfig, SamplingConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
-from cpt_ray.engine import TIGHT_JSON
+from cpt_ray.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
@@ -927,6 +927,42 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
     body = {"model": "tiny", "prompt_embeds": base64.b64encode(own.getvalue()).decode(), "max_tokens": 1}
     refused = post(url, "/v1/completions", json=body)
     assert refused.status_code == 400, refused.text
+
+
+def test_the_server_ends_an_answer_where_evaluation_does(url: str, run: RunDir) -> None:
+    config = make_config(run)
+    policy = config.policy.model_copy(update={"model": str(run.model)})
+    engine = VllmEngine(policy)
+    asked = Request(messages=USER, max_tokens=40, temperature=0)
+    whole = engine.run([asked])[0].text
+    stop, other = whole[10:14], whole[1:3]
+    expected, own = (
+        engine.run([replace(asked, stop=(text,), include_stop=include)])[0].text
+        for text, include in ((stop, True), (other, False))
+    )
+    assert expected == whole[: whole.index(stop) + 4].strip() and own == whole[: whole.index(other)].strip()
+    sampling = SamplingConfig(temperature=0, stop=(stop,), include_stop=True)
+    changed = config.model_copy(update={"policy": policy.model_copy(update={"sampling": sampling})})
+    assert serve_model(changed, run, KEY, block=False) == url
+    body = {"model": "tiny", "messages": USER, "max_tokens": 40}
+
+    def said(path: str = CHAT, **more: Any) -> str:
+        choice = post(url, path, json=body | more).json()["choices"][0]
+        return str(choice["message"]["content"] if path == CHAT else choice["text"]).strip()
+
+    deadline = time.monotonic() + WAIT_SECONDS
+    while said() != expected:  # what served before may be on its way out
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    lines = post(url, json=body | {"stream": True}).text.removesuffix("data: [DONE]\n\n").split("data: ")[1:]
+    deltas = [json.loads(line)["choices"][0]["delta"].get("content") for line in lines]
+    assert "".join(filter(None, deltas)).strip() == expected
+    assert said(stop=other) == own
+    prompt = expected_ids(run, None, USER)
+    assert said("/v1/completions", prompt=prompt) == expected
+    assert said(response_format={"type": "json_object"}, max_tokens=60)[:1] == "{"
+    scored = post(url, "/v1/completions", json={"model": "tiny", "prompt": prompt, "max_tokens": 1, "logprobs": 1})
+    assert scored.status_code == 200
 
 
 OTHER: dict[str, Any] = {"weights": "", "policy": "other", "embedder": "", "size": 8, "mean": [], "deviation": []}

@@ -12,10 +12,12 @@ import pytest
 
 from cpt_ray.cli import main
 from cpt_ray.config import EMBEDDED_PATH, PreferencesConfig
+from cpt_ray.embedded.make import train_tokenizer
 from cpt_ray.errors import UserError
 from cpt_ray.records import Message, Pair
 from cpt_ray.rows import Tokeniser, TokenPairs, own_pairs, preference_pairs
 from cpt_ray.templates import ChatTemplate, control_tokens, find_control_token, own_stop_tokens, stop_tokens
+from tests.tiny_model import SENTENCES
 
 HEAD = "{% for m in messages %}"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -324,6 +326,7 @@ def test_an_own_pair_with_a_control_token_goes_with_its_twin() -> None:
             prompt=[Message(role="system", content=told[level]), Message(role="user", content=f"Tell me of {cell}.")],
             chosen=[Message(role="assistant", content=texts[level])],
             rejected=[Message(role="assistant", content=texts[other])], chosen_score=90, rejected_score=10,
+            chosen_is_cut=False, rejected_is_cut=False,
         )  # fmt: skip
 
     both = list(itertools.permutations(("high", "low")))
@@ -335,3 +338,62 @@ def test_an_own_pair_with_a_control_token_goes_with_its_twin() -> None:
         ("a-high", "control token"),
         ("a-low", "control token"),
     ]
+
+
+# ---------------------------------------------------------------- answers that were cut
+
+THINKING = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+SHAPES = {
+    "chatml": PLAIN,
+    "trimmed": PLAIN.replace("m.content", "m.content | trim"),
+    "line before the end": PLAIN.replace("m.content }}", "m.content }}\n\n"),
+    "words before the end": PLAIN.replace("m.content }}", "m.content }} Over."),
+    "thoughts": PLAIN.replace("{{ m.content", THINKING + "{{ m.content"),
+    "no line after the end": PLAIN.replace("<|im_end|>\n", "<|im_end|>"),
+}
+CUT = "A grand answer. It is grand."
+
+
+def cut_pairs(made: Any, chosen: str, rejected: str, is_cut: tuple[bool, bool]) -> TokenPairs:
+    """One pair and its twin, whose answers are cut or not."""
+    texts = {"high": (chosen, is_cut[0]), "low": (rejected, is_cut[1])}
+    given = [
+        Pair(
+            pair_id=level, twin_id=other, cell_id="c", prompt_id="p", rubric_id="r", level=level, rejected_level=other,
+            directive_id=level, prompt=[Message(role="user", content="Greet me.")],
+            chosen=[Message(role="assistant", content=texts[level][0])],
+            rejected=[Message(role="assistant", content=texts[other][0])], chosen_score=90, rejected_score=10,
+            chosen_is_cut=texts[level][1], rejected_is_cut=texts[other][1],
+        )
+        for level, other in itertools.permutations(("high", "low"))
+    ]  # fmt: skip
+    return own_pairs(given, Tokeniser(made, {}))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("own", ["embedded", "tiny"])
+def test_a_cut_answer_is_trained_on_without_its_end(shape: str, own: str) -> None:
+    made = tokenizer() if own == "embedded" else train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
+    made.chat_template = SHAPES[shape]
+    whole, cut = (cut_pairs(made, CUT, "Go away.", (is_cut, False)) for is_cut in (False, True))
+    ids, finished = cut[0].chosen_ids, whole[0].chosen_ids
+    assert made.decode(ids).endswith(CUT)
+    assert made.eos_token_id not in ids and made.eos_token_id in finished
+    if shape in ("chatml", "trimmed", "thoughts", "no line after the end"):
+        assert ids == finished[: finished.index(made.eos_token_id)]
+    assert cut[1].rejected_ids == ids
+    assert (cut[0].rejected_ids, cut[1].chosen_ids) == (whole[0].rejected_ids, whole[1].chosen_ids)
+    assert cut[0].prompt_ids == whole[0].prompt_ids
+
+
+def test_answers_that_differ_only_in_being_cut_are_the_same() -> None:
+    for is_cut in itertools.product((False, True), repeat=2):
+        made = cut_pairs(tokenizer(), CUT, CUT, is_cut)
+        assert (list(made), {one.reason for one in made.rejects}) == ([], {"same answers"})
+
+
+def test_a_cut_answer_whose_end_the_template_hides_is_a_reject() -> None:
+    made = tokenizer(PLAIN.replace("m.content", "m.content | replace(' ', '  ')"))
+    made = cut_pairs(made, CUT, "Go away.", (True, False))
+    assert list(made) == []
+    assert {one.reason for one in made.rejects} == {"cut answer"}

@@ -77,6 +77,8 @@ def make_twins(cell: str, long: str = "") -> list[Pair]:
                 rejected=[Message(role="assistant", content=answers[other])],
                 chosen_score=90,
                 rejected_score=10,
+                chosen_is_cut=False,
+                rejected_is_cut=False,
             )
         )
     return made

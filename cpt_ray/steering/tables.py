@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of
+from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of, vllm_sampling
 from cpt_ray.errors import UserError
 from cpt_ray.pool import Step
 from cpt_ray.prompting import policy_messages, token_ids
@@ -203,7 +203,7 @@ class AdapterActor:
             )
             prompts.append({"prompt_token_ids": ids})
             seed = seed_of(_subject(row), self._seed)
-            params.append(SamplingParams(**self._model.sampling.model_dump(), seed=seed))
+            params.append(SamplingParams(**vllm_sampling(self._model.sampling), seed=seed))
             name = str(row.directive)
             number = self._numbers.setdefault(name, len(self._numbers) + 1)
             adapters.append(LoRARequest(name, number, str(self._folder / name)))

@@ -198,7 +198,9 @@ class PromptsConfig(_Section):
     data_split: str = "train"
     """Which split of a Hugging Face data set is read."""
     held_out: Fraction = 0.15
-    """Share of prompts kept for evaluation, chosen by the hash of their text."""
+    """Share of prompts kept for evaluation, chosen by the hash of their text, or of topics, by that of the topic."""
+    topic: str | None = None
+    """Column of a prompt's topic, if prompts that share one are to be trained on, or held out, together."""
     limit: Positive | None = None
     """Read at most this many."""
 

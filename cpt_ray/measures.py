@@ -8,16 +8,20 @@ two changes for the texts of language models, where `_emphasis_` is markup and `
 (underscores, the narrow no-break space) and colons end a word. A sentence is a stretch with a word in it, up to a
 sentence end (Unicode's Sentence_Terminal and an ellipsis) that is not inside a word or number, or to the end of the
 text. A measure of a text without words is undefined (`None`), never zero; so is every measure of a text in a script
-that is written without spaces and would need a dictionary (Thai, Lao, Khmer, Burmese ...).
+that is written without spaces and would need a dictionary (Thai, Lao, Khmer, Burmese ...). Measures that know English
+(`english.py`) read words with Latin letters only, and are undefined where there is none.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import unicodedata
 from collections.abc import Sequence
 
 import regex
+
+from cpt_ray.english import sentiment, syllables, valence
 
 _FLAGS = regex.WORD | regex.VERSION1 | regex.DOTALL
 _TERM = r"[\p{L}\p{N}](?:\B[^\p{Pc}\u202f:\uff1a])*"
@@ -36,6 +40,9 @@ _UNSEEN = regex.compile(r"[\p{Default_Ignorable_Code_Point}\u0640\u055b\u055c\u0
 _SAME = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u05f3": "'", "\u05f4": '"'})
 _EXCLAMATION = regex.compile("[!՜߹᥄‽❕❗❢⹓]", _FLAGS)
 _QUESTION = regex.compile(r"[?՞؟፧᥅‽❓❔⳺⳻⸮⹔꘏꛷𑅃]|(?<=\p{Greek}\p{M}*);", _FLAGS)
+
+_LATIN = regex.compile(r"\p{Latin}", _FLAGS)
+_MARKS = regex.compile(r"\p{M}", _FLAGS)
 
 MOST_UNSPACED = 0.1
 """Share of a text's letters in scripts without spaces above which its words are not known."""
@@ -75,7 +82,11 @@ def why_undefined(text: str) -> str:
     """Why the measures of a text are `None`, all but those that look for words which it has none of."""
     if _is_unspaced(_composed(text)):
         return "its script is written without spaces, and words are not looked up in a dictionary"
-    return "none of the listed words is in it" if words_of(text) else "it has no word (numbers and signs are none)"
+    words = words_of(text)
+    if not words:
+        return "it has no word (numbers and signs are none)"
+    has_latin = any(map(_LATIN.search, words))
+    return "none of the listed words is in it" if has_latin else "it has no word in Latin letters, or none of a list"
 
 
 def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) -> dict[str, float | None]:
@@ -86,6 +97,7 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
     composed = _composed(text)
     spelled, sentences = ([], 0) if _is_unspaced(composed) else _words_and_sentences(composed)
     found, wanted, other = [folded(word) for word in spelled], _folded_list(tuple(words)), _folded_list(tuple(against))
+    latin = [word for word in found if _LATIN.search(word)]
     hits, misses = sum(word in wanted for word in found), sum(word in other for word in found)
     compatible = unicodedata.normalize("NFKC", composed)  # a fullwidth mark is a mark, a double one two
     parts = {
@@ -97,6 +109,10 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
         "unique_word_share": (len(set(found)), len(found)),
         "word_share": (hits, len(found)),
         "word_balance": (hits, hits + misses),
+        "character_count": (_length(composed.strip()), min(1, len(found))),
+        "syllables_per_word": (sum(syllables(_plain_letters(word)) for word in latin), len(latin)),
+        "sentiment": (sentiment(folded(composed)) if latin else 0, min(1, len(latin))),
+        "valence": (valence(latin), min(1, len(latin))),
     }
     return {name: part / whole if whole else None for name, (part, whole) in parts.items()}
 
@@ -153,6 +169,10 @@ def _length(word: str) -> int:
     return len(word) if word.isascii() else len(_LETTER_AS_SEEN.findall(_UNSEEN.sub("", word)))
 
 
+def _plain_letters(word: str) -> str:
+    return word if word.isascii() else _MARKS.sub("", unicodedata.normalize("NFD", word))
+
+
 @functools.lru_cache(maxsize=64)
 def _folded_list(entries: tuple[str, ...]) -> frozenset[str]:
     return frozenset(word for word in map(word_of, entries) if word is not None)
@@ -162,7 +182,19 @@ MEASURES = tuple(measures(""))
 """Their names."""
 OF_LENGTH = {"word_count"}
 """Those that say how long a text is: of one that was cut off they say nothing."""
-LARGEST = {"unique_word_share": 1.0, "word_share": 1.0, "word_balance": 1.0}
-"""The most that a measure can be, where there is a most; none is below 0."""
+_RANGES = {
+    "unique_word_share": (0.0, 1.0),
+    "word_share": (0.0, 1.0),
+    "word_balance": (0.0, 1.0),
+    "sentiment": (-1.0, 1.0),
+    "valence": (-math.inf, math.inf),
+}
+
+
+def measure_range(name: str) -> tuple[float, float]:
+    """The least and the most that a measure can be."""
+    return _RANGES.get(name, (0.0, math.inf))
+
+
 WORD_LISTS_OF = {"word_share": ("words",), "word_balance": ("words", "against")}
 """Which word lists a measure reads; the others read none."""

@@ -280,8 +280,6 @@ class _Cell:
             prompt=[Message(role=one["role"], content=one["content"]) for one in prompt],
             chosen=[Message(role="assistant", content=winner.text)],
             rejected=[Message(role="assistant", content=loser.text)],
-            chosen_is_cut=winner.is_cut,
-            rejected_is_cut=loser.is_cut,
             chosen_score=self._mean_score(winner),
             rejected_score=self._mean_score(loser),
             chosen_is_cut=winner.is_cut,

@@ -1,4 +1,4 @@
-"""Prompts: read from a file or a data set, split into train and held-out by the hash of their text."""
+"""Prompts: read from a file or a data set, split into train and held-out by the hash of their text or topic."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line, shown
+from cpt_ray.measures import folded
 from cpt_ray.records import Prompt, Reject, content_id
 from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
 
@@ -31,34 +32,55 @@ class Prompts(list[Prompt]):
 def read_prompts(config: PromptsConfig) -> Prompts:
     """The prompts of a file or data set; UserError that names file, line and column.
 
-    Whether a prompt is held out depends on its text alone, so it never changes side when others are added.
+    Whether a prompt is held out depends on its text alone, or on its topic alone if `config.topic` names a column of
+    topics; so it never changes side when others are added.
     """
     prompts, rows = Prompts(), dict[str, int]()
     for number, row in enumerate(read_rows(config), start=1):
         if config.limit is not None and len(prompts) >= config.limit:
             break
-        if config.column not in row:
-            hint = did_you_mean(config.column, [str(key) for key in row])
-            raise UserError(f"{config.source}: row {number}: no column {config.column!r}{hint}")
-        text = _prompt_text(row[config.column], f"{config.source}: row {number}: column {config.column!r}").strip()
+        text = _cell(config, row, number, config.column)
+        topic = _topic(_cell(config, row, number, config.topic)) if config.topic is not None else ""
         prompt_id = content_id(text)
         if prompt_id in rows:
             detail = f"row {number}: the same text as row {rows[prompt_id]}"
             prompts.rejects.append(Reject.of_row("plan", prompt_id, "repeats another", detail))
         else:
             rows[prompt_id] = number
-            is_held_out = int(prompt_id, 16) / 16 ** len(prompt_id) < config.held_out
-            prompts.append(Prompt(prompt_id=prompt_id, text=text, split="held_out" if is_held_out else "train"))
-    for split in ("train", "held_out"):
-        if not any(prompt.split == split for prompt in prompts):
-            raise UserError(
-                f"{config.source}: {len(prompts)} distinct prompts, none of them {split}; "
-                "give more prompts or change prompts.held_out"
-            )
+            split = _split(content_id(topic) if config.topic is not None else prompt_id, config.held_out)
+            prompts.append(Prompt(prompt_id=prompt_id, text=text, split=split, topic=topic))
+    _check_both_sides(config, prompts)
     return prompts
 
 
-def _prompt_text(value: Any, where: str) -> str:
+def _check_both_sides(config: PromptsConfig, prompts: Prompts) -> None:
+    topics = f" of {len({prompt.topic for prompt in prompts})} topics" if config.topic is not None else ""
+    for split in ("train", "held_out"):
+        if not any(prompt.split == split for prompt in prompts):
+            raise UserError(
+                f"{config.source}: {len(prompts)} distinct prompts{topics}, none of them {split}; "
+                f"give more {'topics' if topics else 'prompts'} or change prompts.held_out"
+            )
+
+
+def _split(hashed: str, held_out: float) -> str:
+    """Hashes are spread evenly: a share `held_out` of them is below it."""
+    return "held_out" if int(hashed, 16) / 16 ** len(hashed) < held_out else "train"
+
+
+def _topic(text: str) -> str:
+    """The same for topics that differ only in case, width, normal form or spaces."""
+    return " ".join(folded(text).split())
+
+
+def _cell(config: PromptsConfig, row: dict[str, Any], number: int, column: str) -> str:
+    where = f"{config.source}: row {number}:"
+    if column not in row:
+        raise UserError(f"{where} no column {column!r}{did_you_mean(column, [str(key) for key in row])}")
+    return _text_of(row[column], f"{where} column {column!r}").strip()
+
+
+def _text_of(value: Any, where: str) -> str:
     if not isinstance(value, str) or is_blank(value):
         raise UserError(f"{where} holds {shown(value)}; expected a non-empty text")
     if escape := half_character(value):

@@ -49,7 +49,9 @@ class Prompt:
     """Hash of the text."""
     text: str
     split: str
-    """"train" or "held_out", decided by the hash of the text alone."""
+    """"train" or "held_out", decided by the hash of the text alone, or of the topic if there is one."""
+    topic: str = ""
+    """What it is about, in small letters; prompts of one topic are all trained on or all held out. "" if not given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

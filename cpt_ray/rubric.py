@@ -24,7 +24,16 @@ from pydantic import (
 )
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.measures import LARGEST, MEASURES, WORD_LISTS_OF, folded, terms_of, why_undefined, word_of, words_of
+from cpt_ray.measures import (
+    MEASURES,
+    WORD_LISTS_OF,
+    folded,
+    measure_range,
+    terms_of,
+    why_undefined,
+    word_of,
+    words_of,
+)
 from cpt_ray.records import CONTROL, content_id
 from cpt_ray.texts import is_blank
 from cpt_ray.yaml_file import read_yaml, shown_in_yaml, validation_lines
@@ -49,6 +58,20 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_
 _NUMBER = BeforeValidator(_not_true_or_false)
 
 
+def _dict_or_spread(value: Any) -> Any:
+    if isinstance(value, dict) or value == SPREAD:
+        return value
+    raise ValueError(f"found {shown_in_yaml(value)}; write a value per level, or {SPREAD}")
+
+
+SPREAD = "spread"
+"""In place of a measure's values: they are set by the spread of the writer's own answers."""
+_Values = Annotated[
+    dict[str, Annotated[float, Field(strict=False, allow_inf_nan=False), _NUMBER]] | Literal["spread"],
+    BeforeValidator(_dict_or_spread),
+]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -63,19 +86,22 @@ class Level(_Strict):
     """System prompts that stand for the level; if empty the director model writes them."""
 
 
-class MeasureSpec(_Strict):
-    """How a measured criterion reads a text (see `measures.py`)."""
+class CheckSpec(_Strict):
+    """A measure and the word lists that it reads (see `measures.py`)."""
 
     name: str
-    values: dict[str, Annotated[float, Field(strict=False, allow_inf_nan=False), _NUMBER]] | Literal["spread"]
-    """The measure's value at each level, strictly rising or strictly falling. "spread": as the writer's own answers
-    are spread (`points`)."""
-    points: tuple[tuple[float, float], ...] = ()
-    """(value, score), both rising: a score is the share of the first pass's answers, in percent, that are below the
-    value. Filled in by the run (`spread.py`), never given."""
     words: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Compared as the words of a text are (`measures.words_of`)."""
     against: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+
+
+class MeasureSpec(CheckSpec):
+    """How a measured criterion reads a text."""
+
+    values: _Values
+    """The measure's value at each level, strictly rising or strictly falling; or "spread"."""
+    points: Annotated[tuple[Annotated[tuple[float, float], Field(strict=False)], ...], Field(strict=False)] = ()
+    """(value, score), rising: what "spread" was found to be. Filled in by the run, never by a rubric's file."""
 
 
 class Criterion(_Strict):
@@ -100,12 +126,18 @@ class Rubric(_Strict):
     levels: Annotated[tuple[Level, ...], Field(min_length=2, max_length=9, strict=False)]
     """Lowest score first."""
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1, strict=False)]
+    check: CheckSpec | None = None
+    """A second measure, which selects nothing and is only reported."""
 
     @property
     def content_hash(self) -> str:
         """Changes with any part of the rubric that a written answer or, but for the spread, a grade can depend on."""
-        points = {"criteria": {"__all__": {"measure": {"points"}}}}
-        return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}, **points}))
+        unread: Any = {
+            "levels": {"__all__": {"directives"}},
+            "criteria": {"__all__": {"measure": {"points"}}},
+            "check": True,
+        }
+        return content_id(self.model_dump(mode="json", exclude=unread))
 
     @property
     def grading_hash(self) -> str:
@@ -155,6 +187,9 @@ class Rubric(_Strict):
             _check_descriptors(f"criteria.{one.name}.descriptors", one.descriptors, names)
             if one.measure is not None:
                 _check_measure(f"criteria.{one.name}.measure", one.measure, names)
+        if self.check is not None:
+            _check_reading("check", self.check)
+            _check_is_another(self.check, [one.measure for one in self.criteria if one.measure is not None])
         _check_directives(self)
         return self
 
@@ -196,11 +231,9 @@ def _check_descriptors(where: str, descriptors: Mapping[str, str], names: list[s
             raise ValueError(f"{where}: {same} and {name} have the same text; say how the levels differ")
 
 
-def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
+def _check_reading(where: str, spec: CheckSpec) -> None:
     if spec.name not in MEASURES:
         raise ValueError(f"{where}.name: no measure {spec.name!r}{did_you_mean(spec.name, MEASURES)}")
-    if spec.values != "spread":
-        _keyed_by_level(f"{where}.values", spec.values, names)
     for field in ("words", "against"):
         needed, given = field in WORD_LISTS_OF.get(spec.name, ()), bool(getattr(spec, field))
         if needed != given:
@@ -208,17 +241,33 @@ def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
             raise ValueError(f"{where}.{field}: {verb}")
     if problems := [*_word_problems(where, {"words": spec.words, "against": spec.against})]:
         raise ValueError("\n".join(problems))
-    if not isinstance(spec.values, str):
-        _check_values(where, spec, spec.values, names)
 
 
-def _check_values(where: str, spec: MeasureSpec, at_levels: Mapping[str, float], names: list[str]) -> None:
-    values = [at_levels[name] for name in names]
-    most = LARGEST.get(spec.name, math.inf)
-    for name, value in at_levels.items():
-        if not 0 <= value <= most:
-            known = f"always from 0 to {most:g}" if most < math.inf else "never below 0"
-            raise ValueError(f"{where}.values.{name}: found {value:g}, but {spec.name} is {known}; change it")
+def _check_is_another(check: CheckSpec, measures: Iterable[MeasureSpec]) -> None:
+    for spec in measures:
+        if _read_as(spec) == _read_as(check):
+            raise ValueError(
+                f"check.name: {check.name} is what a criterion measures already; choose a measure that selects nothing"
+            )
+
+
+def _read_as(spec: CheckSpec) -> tuple[str, frozenset[str | None], frozenset[str | None]]:
+    return spec.name, frozenset(map(word_of, spec.words)), frozenset(map(word_of, spec.against))
+
+
+def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
+    _check_reading(where, spec)
+    if isinstance(spec.values, dict):
+        _keyed_by_level(f"{where}.values", spec.values, names)
+        _check_values(where, spec.name, spec.values, [spec.values[name] for name in names])
+
+
+def _check_values(where: str, measure: str, of_level: Mapping[str, float], values: list[float]) -> None:
+    least, most = measure_range(measure)
+    for name, value in of_level.items():
+        if not least <= value <= most:
+            known = f"always from {least:g} to {most:g}" if most < math.inf else f"never below {least:g}"
+            raise ValueError(f"{where}.values.{name}: found {value:g}, but {measure} is {known}; change it")
     steps = [high - low for low, high in itertools.pairwise(values)]
     if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
         raise ValueError(f"{where}.values: {_numbers(values)} must strictly rise or strictly fall from level to level")
@@ -299,11 +348,15 @@ def load_rubric(path: Path) -> Rubric:
     """One rubric from one file; UserError with a line per problem."""
     loaded = read_yaml(path)
     try:
-        return Rubric.model_validate(loaded)
+        rubric = Rubric.model_validate(loaded)
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {line}" for line in validation_lines(error, Rubric))) from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
+    for at, one in enumerate(rubric.criteria):
+        if one.measure is not None and one.measure.points:
+            raise UserError(f"{path}: criteria.{at}.measure.points: a run sets them, a rubric does not; remove them")
+    return rubric
 
 
 def rubric_files(paths: list[Path]) -> list[Path]:

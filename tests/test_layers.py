@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
      "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates", "rows",
      "publishing", "texts", "templates", "comparisons", "thoughts", "losses",
-     "yaml_file", "grids", "spread"},
+     "yaml_file", "grids", "spread", "english"},
     {"engine", "openai_engine", "cluster", "grid"},
     {"pool", "card", "planning", "judging", "directing", "levels", "synthesis", "reference",
      "export", "training", "evaluation", "serving", "preferences",

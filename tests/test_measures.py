@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -11,7 +12,18 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.measures import MEASURES, folded, measures, terms_of, whole_sentences, why_undefined, word_of, words_of
+from cpt_ray.english import syllables
+from cpt_ray.measures import (
+    MEASURES,
+    folded,
+    measure_range,
+    measures,
+    terms_of,
+    whole_sentences,
+    why_undefined,
+    word_of,
+    words_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +196,23 @@ def test_normal_form_and_case_change_no_measure(text: str) -> None:
 @given(st.text(max_size=120), st.sampled_from(MEASURES))
 def test_every_measure_takes_every_text(text: str, name: str) -> None:
     value = measures(text, ("a", "b"), ("c",))[name]
-    assert value is None or value >= 0
+    least, most = measure_range(name)
+    assert value is None or (math.isfinite(value) and least <= value <= most)
+    assert (value is None) >= (not words_of(text))
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "a the make made looked called makes eyes friend through street played"),
+        (2, "table wanted houses lately homework someone being cruel royal unique rhythm"),
+        (3, "idea usual video however family beautiful holiday diary"),
+        (4, "necessary experience material information"),
+        (5, "sophisticated opportunity vocabulary"),
+    ],
+)
+def test_syllables_are_those_that_are_spoken(count: int, words: str) -> None:
+    assert {word: syllables(word) for word in words.split()} == dict.fromkeys(words.split(), count)
 
 
 @given(
@@ -204,3 +232,48 @@ def test_terms_keep_numbers_and_marks_apart() -> None:
     assert terms_of("Ｃａｆｅ\u0301 “３”") == terms_of("café 3")
     assert terms_of("Is it 😀?") != terms_of("Is it 😂?")
     assert terms_of("...") != terms_of("?!")
+
+
+def test_the_english_measures_have_known_values() -> None:
+    values = measures("It isn’t a HAPPY table, was it?")
+    assert values["character_count"] == 31
+    assert values["syllables_per_word"] == pytest.approx((1 + 1 + 1 + 2 + 2 + 1 + 1) / 7)
+    assert values["sentiment"] == pytest.approx(-0.4585)  # as of "it isn't a happy table, was it?": negated
+    assert values["valence"] == 3  # "happy": a list alone does not see what is negated
+    assert measures("A sad and lonely, terrible night.")["valence"] == -2 - 2 - 3
+    assert measures("The table has four legs.")["sentiment"] == 0
+
+
+@pytest.mark.parametrize("text", ["今天天气很好。", "Сегодня хорошо.", "आज मौसम अच्छा है।"])
+def test_without_latin_letters_the_english_measures_are_undefined(text: str) -> None:
+    values = measures(text)
+    assert [name for name, value in values.items() if value is None and name != "word_balance"] == [
+        "syllables_per_word",
+        "sentiment",
+        "valence",
+    ]
+    assert why_undefined(text) == "it has no word in Latin letters, or none of a list"
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "happy", "cat", "terrible,", "LONG", "not", "but", "wept!"]), min_size=1, max_size=12
+    )
+)
+def test_repeated_spaces_and_case_change_no_english_measure(words: list[str]) -> None:
+    names = ("syllables_per_word", "sentiment", "valence", "word_count")
+    plain, loud = measures(" ".join(words)), measures("  ".join(words).upper() + "\n")
+    assert [plain[name] for name in names] == [loud[name] for name in names]
+
+
+@given(st.text(max_size=40))
+def test_a_text_and_its_edges_have_the_same_characters(text: str) -> None:
+    assert measures(f"  {text.strip()}\n")["character_count"] == measures(text.strip())["character_count"]
+
+
+def test_a_good_word_more_lifts_and_a_bad_one_lowers_both_moods() -> None:
+    for name in ("sentiment", "valence"):
+        low, even, high = (
+            measures(f"It is a {word} house.")[name] or 0 for word in ("terrible", "wooden", "wonderful")
+        )
+        assert low < even == 0 < high

@@ -134,6 +134,65 @@ def test_a_measure_that_cannot_be_met_is_refused(tmp_path: Path, changes: dict[s
     assert said in refusal(tmp_path, measured(**changes))
 
 
+def test_a_measure_may_be_below_0_where_it_can(tmp_path: Path) -> None:
+    values = {"low": -0.5, "mid": 0, "high": 0.5}
+    spec = {"name": "sentiment", "words": [], "values": values}
+    rubric = load_rubric(write(tmp_path / "mood.yaml", measured(**spec)))
+    assert rubric.criteria[0].measure is not None and rubric.criteria[0].measure.values == values
+    said = "values.low: found -1.5, but sentiment is always from -1 to 1; change it"
+    assert said in refusal(tmp_path, measured(**spec | {"values": values | {"low": -1.5}}))
+    load_rubric(write(tmp_path / "mood.yaml", measured(**spec | {"name": "valence", "values": {**values, "low": -99}})))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("spraed", "measure.values: found 'spraed'; write a value per level, or spread"),
+        (3, "measure.values: found 3; write a value per level, or spread"),
+        (None, "measure.values: found nothing; write a value per level, or spread"),
+        ([0, 1, 2], "measure.values: found a list of 3; write a value per level, or spread"),
+        ({"low": "spread", "mid": 0, "high": 1}, "measure.values.low"),
+        ({"low": 0, "mid": 0.5}, "nothing for level 'high'"),
+    ],
+)
+def test_values_are_one_per_level_or_the_writers_spread(tmp_path: Path, values: Any, said: str) -> None:
+    rubric = load_rubric(write(tmp_path / "good.yaml", measured(values="spread")))
+    assert rubric.criteria[0].measure is not None and rubric.criteria[0].measure.values == "spread"
+    assert said in refusal(tmp_path, measured(values=values))
+
+
+def test_points_are_set_by_a_run_and_change_the_hash(tmp_path: Path) -> None:
+    content = measured(values="spread", points=[[0.1, 16.7], [0.2, 50], [0.3, 83.3]])
+    assert "criteria.0.measure.points: a run sets them, a rubric does not; remove them" in refusal(tmp_path, content)
+    rubric = Rubric.model_validate(content)
+    assert rubric.criteria[0].measure is not None
+    assert rubric.criteria[0].measure.points == ((0.1, 16.7), (0.2, 50), (0.3, 83.3))
+    assert rubric.content_hash != Rubric.model_validate(measured(values="spread")).content_hash
+    assert Rubric.model_validate_json(rubric.model_dump_json()) == rubric
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        ({"name": "word_cuont"}, "check.name: no measure 'word_cuont' (did you mean \"word_count\"?)"),
+        ({"name": "word_share"}, "check.words: needs a list of words"),
+        ({"name": "word_count", "words": ["a"]}, "check.words: is not read by word_count; remove it"),
+        ({"name": "word_share", "words": ["of course"]}, "check.words: 'of course' is never one word of a text"),
+        ({"name": "word_share", "words": ["A"]}, "check.name: word_share is what a criterion measures already; choose"),
+        ({"name": "word_count", "values": "spread"}, "check.values: unknown key"),
+        ("word_count", "check: "),
+    ],
+)
+def test_a_check_is_another_measure(tmp_path: Path, check: Any, said: str) -> None:
+    assert said in refusal(tmp_path, measured() | {"check": check})
+
+
+def test_a_check_changes_no_grade(tmp_path: Path) -> None:
+    rubric = load_rubric(write(tmp_path / "a.yaml", measured() | {"check": {"name": "word_share", "words": ["b"]}}))
+    assert rubric.check is not None and (rubric.check.name, rubric.check.words) == ("word_share", ("b",))
+    assert rubric.content_hash == Rubric.model_validate(measured()).content_hash
+
+
 def test_every_word_that_cannot_match_is_named(tmp_path: Path) -> None:
     lines = refusal(tmp_path, measured(words=["Perhaps", "of course", "don’t", "2nd", "so-called"])).splitlines()
     assert [line.split("'")[1] for line in lines] == ["of course", "so-called"]

@@ -32,6 +32,7 @@ from cpt_ray.planning import Plan, make_plan, plan_units, run_info
 from cpt_ray.pool import endpoint_key
 from cpt_ray.publishing import HUB, push
 from cpt_ray.records import Directive, content_id
+from cpt_ray.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize
@@ -146,7 +147,10 @@ def _limit(kind: Callable[[str], float], most: float) -> Callable[[str], float]:
 def work(arguments: argparse.Namespace) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
     config = load_config(Path(arguments.run_file), arguments.overrides)
-    plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
+    run = RunDir(Path(config.run_dir).absolute())
+    convert_models(roles_of(config))
+    config, dtype = with_dtype(config, run)
+    plan = make_plan(config)
     for role in _called(arguments.command, config).values():
         endpoint_key(role)
     if arguments.command == "run":  # hours before it is trained
@@ -157,7 +161,8 @@ def work(arguments: argparse.Namespace) -> None:
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():
         run.check_format()
-        run.write_run({"config": config.model_dump(mode="json"), **run_info(plan)})
+        kept = {CPU_DTYPE: dtype} if dtype else {}
+        run.write_run({"config": config.model_dump(mode="json"), **kept, **run_info(plan)})
         with connected(arguments.verbose, run.path / "ray.log"):
             _check_room(arguments.command, config)
             STAGES[arguments.command][0](plan, run)
@@ -208,6 +213,7 @@ def train_model(arguments: argparse.Namespace) -> None:
     if isinstance(config, RunConfig):
         work(arguments)
         return
+    convert_models(roles_of(config))
     source = config.preferences.source
     path, run = Path(source), RunDir(Path(config.run_dir).absolute())
     data = _file_hash(path) if path.is_file() else source
@@ -241,10 +247,13 @@ def _given_path(name: str, text: str) -> Path:
 def steer(arguments: argparse.Namespace) -> None:
     """One action of few-shot steering, on the cluster this process belongs to."""
     config = load_config(Path(arguments.run_file), arguments.overrides)
+    run = RunDir(Path(config.run_dir).absolute())
+    convert_models(roles_of(config))
+    config, _ = with_dtype(config, run)
     os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
     from cpt_ray.steering import comparison, stage
 
-    plan, run = make_plan(config), RunDir(Path(config.run_dir).absolute())
+    plan = make_plan(config)
     needs_tables = arguments.action != "infer" and not config.steer.answers
     shards = None
     if needs_tables:
@@ -278,6 +287,9 @@ def serve(arguments: argparse.Namespace) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         env |= SERVER_ENV
     run, connecting = RunDir(Path(config.run_dir).absolute()), connected(arguments.verbose, more_env=env)
+    config, _ = with_dtype(config, run)
+    needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}
+    convert_models({name: role for name, role in roles_of(config).items() if name in needed})
     serve_model(config, run, api_key=None, insecure=arguments.insecure, connecting=connecting)
 
 

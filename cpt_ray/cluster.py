@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_ray.errors import UserError
+from cpt_ray.gguf_model import CACHE_ENV, cache_folder
 
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -65,7 +66,10 @@ def connected(
     env = {**ENGINE_ENV, **SERVE_ENV, **_haproxy_env(is_own), **({} if verbose else QUIET_ENV), **(more_env or {})}
     for name, value in env.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {name: os.environ[name] for name in env}}}
+    variables = {name: os.environ[name] for name in env}
+    if CACHE_ENV in os.environ:  # absolute, since not all workers have this working directory
+        variables[CACHE_ENV] = str(cache_folder())
+    options: dict[str, Any] = {"runtime_env": {"env_vars": variables}}
     if not verbose:
         options |= {"log_to_driver": False, "logging_level": logging.ERROR}
     if is_own:

@@ -32,6 +32,7 @@ from pydantic import (
     model_validator,
 )
 
+from cpt_ray import gguf_model
 from cpt_ray.errors import UserError, shown
 from cpt_ray.records import content_id
 from cpt_ray.yaml_file import StrictLoader, read_yaml, validation_lines
@@ -309,7 +310,8 @@ class ModelConfig(_Section):
     """A model role: which model, on which resources, in which engine."""
 
     model: Annotated[str, AfterValidator(_model_name)]
-    """"embedded", a folder, a Hugging Face name, or the endpoint's name for it."""
+    """A folder, a Hugging Face name, a GGUF file (its path, or PACKAGE:FILE.gguf inside an installed Python package;
+    converted once, into $CPT_CACHE or ~/.cache/cpt_ray), "embedded", or the endpoint's name for it."""
     endpoint: EndpointConfig | None = None
     """Ask this server; `engine` and `num_gpus` are then not used."""
     price: PriceConfig = PriceConfig()
@@ -320,7 +322,8 @@ class ModelConfig(_Section):
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs per engine actor; set engine.tensor_parallel_size to the same number if it is above 1."""
     engine: VllmArguments = {}
-    """vLLM engine arguments (dtype, max_model_len, gpu_memory_utilization, ...), checked by vLLM's own names."""
+    """vLLM engine arguments (dtype, max_model_len, gpu_memory_utilization, ...), checked by vLLM's own names. Without a
+    GPU, dtype is what the CPU is fast with unless given: bfloat16 if it computes in it, else float32 (see roles.py)."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template, such as {enable_thinking: false}."""
     sampling: SamplingConfig = SamplingConfig()
@@ -346,15 +349,24 @@ class ModelConfig(_Section):
 
     @property
     def path(self) -> str:
-        """What the engine and transformers load."""
+        """What the engine and transformers load; a GGUF that this machine has not converted yet is converted here."""
+        if self.gguf:
+            return str(gguf_model.converted(self.gguf))
         return str(EMBEDDED_PATH) if self.model == EMBEDDED else self.model
 
     @property
+    def gguf(self) -> str:
+        """`model` if it names a GGUF file, else ""."""
+        return self.model if self.endpoint is None and gguf_model.is_gguf(self.model) else ""
+
+    @property
     def identity(self) -> str:
-        """Changes when the model does: its name, or what is in its folder."""
-        folder = Path(self.path)
+        """Changes when the model does: its name, or what is in its folder or GGUF."""
         if self.endpoint:
             return content_id(self.model, self.endpoint.base_url, self.endpoint.extra_body)
+        if self.gguf:
+            return content_id(gguf_model.gguf_hash(self.gguf), gguf_model.CONVERTER)
+        folder = Path(self.path)
         if not folder.is_dir():
             return self.model
         return content_id([[one.name, file_fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])

@@ -180,7 +180,7 @@ def _folded_list(entries: tuple[str, ...]) -> frozenset[str]:
 
 MEASURES = tuple(measures(""))
 """Their names."""
-OF_LENGTH = {"word_count"}
+OF_LENGTH = {"word_count", "character_count"}
 """Those that say how long a text is: of one that was cut off they say nothing."""
 _RANGES = {
     "unique_word_share": (0.0, 1.0),

@@ -74,13 +74,19 @@ def derive(parent: str, *parts: Any) -> str:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process is inside the same; OSError if the folder cannot be written."""
+def alone(folder: Path) -> Iterator[bool]:
+    """Waits until no other process is inside the same; OSError if the folder cannot be written.
+
+    Yields whether that is sure: some file systems have no locks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".files.lock").open("a") as handle:
-        with suppress(OSError):  # a file system without locks
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            is_locked = True
+        except OSError:
+            is_locked = False
+        yield is_locked
 
 
 @contextmanager

@@ -435,7 +435,7 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         ranks = [_rank(one, folder) for one, folder in folders.items()]
         rank = next((one for one in LORA_RANKS if one >= max(ranks)), max(ranks))
         lora = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
-        policy = policy.model_copy(update={"model": policy.path, "engine": lora | policy.engine})
+        policy = policy.model_copy(update={"engine": lora | policy.engine})
         catalogs = {one: _read_json(folder / CATALOG_FILE, _of_adapter(one)) for one, folder in folders.items()}
     else:
         if not (model / "config.json").exists():
@@ -640,7 +640,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
     if count > 1:
         untuned = replace(
             served,
-            model=served.model.model_copy(update={"model": policy.path}),
+            model=served.model.model_copy(update={"model": policy.model}),
             name=base["model"],
             adapters={},
             catalogs={base["model"]: next(iter(served.catalogs.values()))},

@@ -22,11 +22,13 @@ from cpt_ray.errors import UserError
 from cpt_ray.grids import is_of_length
 from cpt_ray.measures import measures
 from cpt_ray.records import Generation, content_id
-from cpt_ray.rubric import Criterion, MeasureSpec, Rubric
+from cpt_ray.rubric import CheckSpec, Criterion, Rubric
 from cpt_ray.rundir import RunDir
 
 SPREAD = "spread.json"
-"""In the run directory: {"key": ..., "rubrics": {id: {"criterion": {"n", "sd", "quantiles": [101]}, ...}}}."""
+"""In the run directory: {"key": ..., "rubrics": {id: {criterion or CHECK: {"measure", "n", "sd", "quantiles": [101]}}}}."""
+CHECK = "check measure"
+"""What a rubric's second measure is called among its criteria, none of which has a space in its name."""
 LEAST_ANSWERS = 20
 """That a spread can be told from."""
 MOST_SECONDS = 3600.0
@@ -45,7 +47,7 @@ def _is_spread(criterion: Criterion) -> bool:
 
 
 def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str, Any]:
-    """{rubric id: {measured criterion, or "check": {"n", "sd", "quantiles"}}}: how the answers are spread.
+    """{rubric id: {measured criterion, or CHECK: {"measure", "n", "sd", "quantiles"}}}: how the answers are spread.
 
     Quantiles are those of 0, 1 ... 100 percent. A measure of length is looked up in answers that are whole.
     """
@@ -54,12 +56,13 @@ def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str
     found: dict[str, Any] = {}
     for rubric in rubrics:
         texts = whole if is_of_length(rubric) else every
-        specs = {one.name: one.measure for one in rubric.measured if one.measure}
+        specs: dict[str, CheckSpec] = {one.name: one.measure for one in rubric.measured if one.measure}
+        specs |= {CHECK: rubric.check} if rubric.check else {}
         found[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}
     return found
 
 
-def _entry(spec: MeasureSpec, texts: Sequence[str]) -> dict[str, Any] | None:
+def _entry(spec: CheckSpec, texts: Sequence[str]) -> dict[str, Any] | None:
     values = [value for text in texts if (value := measures(text, spec.words, spec.against)[spec.name]) is not None]
     if not values:
         return None

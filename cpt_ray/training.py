@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cpt_ray.cluster import check_room
-from cpt_ray.config import EMBEDDED, LoraConfig, PreferenceRunConfig, TrainConfig, TuneConfig
+from cpt_ray.config import EMBEDDED, LoraConfig, ModelConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.export import empty_folder, export
@@ -194,6 +194,12 @@ def _policy_path(config: TuneConfig) -> str:
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
+def _policy_name(config: TuneConfig) -> str:
+    """What a worker, on whichever node, finds the policy by: it converts a GGUF that its node has not converted."""
+    name = config.policy.gguf
+    return str(Path(name).absolute()) if Path(name).is_file() else name or _policy_path(config)
+
+
 def open_policy(config: TuneConfig) -> tuple[Tokeniser, int, int]:
     """How the policy renders, how many tokens a sequence may have, and how many tokens it knows.
 
@@ -277,6 +283,7 @@ class Job:
     key: str
     """Names the Ray Train run, so that no other training's checkpoints are gone on from."""
     policy: str
+    """A folder, a GGUF or a Hugging Face name; `work` makes it what transformers loads."""
     rows: str
     """The training set's parquet file."""
     held_out: str | None
@@ -287,7 +294,7 @@ def _job(config: TuneConfig, run: RunDir, key: str, data: _Data) -> Job:
         config,
         RunDir(run.path.absolute()),
         key,
-        policy=_policy_path(config),
+        policy=_policy_name(config),
         rows=str(rows_path(run, key)),
         held_out=str(rows_path(run, _held_out(key))) if data.held_out else None,
     )
@@ -403,6 +410,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     job: Job = settings["job"]
+    job = replace(job, policy=ModelConfig(model=job.policy).path)
     start, rank = ray.train.get_checkpoint(), ray.train.get_context().get_world_rank()
     # a fixed name: what a killed worker left behind is removed by the next one
     name = f"cpt_ray-train-{content_id(str(job.run.path), job.key)}-{rank}"

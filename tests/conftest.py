@@ -13,6 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def converted_models(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache of converted models for all tests of a session, whichever process they run in."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ["CPT_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")
+
+
 LONGEST = ("loop", "training", "serving", "routing", "steering_stage", "faults", "jobs")
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
      "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates", "rows",
-     "publishing", "texts", "templates", "comparisons", "thoughts", "losses",
+     "publishing", "texts", "templates", "comparisons", "thoughts", "losses", "gguf_model", "roles",
      "yaml_file", "grids", "spread", "english"},
     {"engine", "openai_engine", "cluster", "grid"},
     {"pool", "card", "planning", "judging", "directing", "levels", "synthesis", "reference",

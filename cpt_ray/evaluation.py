@@ -5,62 +5,83 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt_ray.config import EvaluateConfig
 from cpt_ray.console import say
 from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.report import REPORT, render_report, table_lines
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubric import Level, Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
 from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import JudgeStep, Plan, Shards, judge_answers, run_info
 
+TRIAL_FORMAT = 2
+"""Changes when the rows' columns do: answers in another form are then made anew under other names."""
+
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
     """The evaluation's rows (still unanswered) by shard name, the same for both models."""
-    config = plan.config
-    held_out = [one for one in run.read("directives", shards.directives, Directive) if one.split == "held_out"]
-    prompts = sorted(plan.prompts_of("held_out"), key=lambda one: one.prompt_id)[: config.evaluate.prompts]
+    settings = plan.config.evaluate
+    directives = run.read("directives", shards.directives, Directive)
+    prompts = sorted(plan.prompts_of("held_out"), key=lambda prompt: prompt.prompt_id)[: settings.prompts]
     planned: dict[str, list[Trial]] = {}
     for rubric in plan.rubrics:
-        own = [one for one in held_out if one.rubric_id == rubric.id]
-        per_prompt = len(rubric.levels) * (config.evaluate.directives + 1)
-        step = max(1, config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
+        own = [directive for directive in directives if directive.rubric_id == rubric.id]
+        per_prompt = len(rubric.levels) * (settings.directives + settings.trained_directives + 1)
+        step = max(1, plan.config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
         for start in range(0, len(prompts), step):
-            rows = [
-                row
-                for prompt in prompts[start : start + step]
-                for row in _trials(rubric, prompt, own, config.evaluate.directives)
-            ]
-            ids = content_id(*(row.trial_id for row in rows), rubric.content_hash)
+            chunk = list(enumerate(prompts))[start : start + step]
+            rows = [row for turn, prompt in chunk for row in trials_of(rubric, prompt, own, settings, turn)]
+            ids = content_id(*(row.trial_id for row in rows), rubric.content_hash, TRIAL_FORMAT)
             planned[f"{rubric.id}-{start // step:05d}-{ids[:12]}"] = rows
     return planned
 
 
-def _trials(rubric: Rubric, prompt: Prompt, directives: list[Directive], num_directives: int) -> list[Trial]:
+def trials_of(
+    rubric: Rubric, prompt: Prompt, directives: list[Directive], settings: EvaluateConfig, turn: int
+) -> list[Trial]:
+    """A prompt's rows for each level; `turn`: the prompt's number, which says whose turn it is among the directives."""
+    counts = {"held_out": settings.directives, "train": settings.trained_directives}
     rows = []
     for level in rubric.levels:
-        own = sorted((one for one in directives if one.level == level.name), key=lambda one: one.directive_id)
-        first = int(content_id(prompt.prompt_id, rubric.id, level.name), 16)
-        chosen = [own[(first + at) % len(own)].text for at in range(min(num_directives, len(own)))]
-        for directive in (*chosen, None):
-            rows.append(
-                Trial(
-                    trial_id=content_id(prompt.text, rubric.id, level.name, directive),
-                    prompt_id=prompt.prompt_id,
-                    prompt=prompt.text,
-                    rubric_id=rubric.id,
-                    level=level.name,
-                    target=level.score,
-                    directive=directive,
-                )
-            )
+        of_level = [directive for directive in directives if directive.level == level.name]
+        for split, count in counts.items():
+            chosen = in_turn([directive for directive in of_level if directive.split == split], count, turn)
+            rows += [_trial(rubric, level, prompt, directive) for directive in chosen]
+        rows.append(_trial(rubric, level, prompt, None))
     return rows
+
+
+def in_turn(directives: Sequence[Directive], count: int, turn: int) -> list[Directive]:
+    """`count` of a level's directives (or all) for prompt number `turn`: over all prompts each is used equally often.
+
+    Equally but for one use, where the numbers do not divide.
+    """
+    ordered = sorted(directives, key=lambda directive: directive.directive_id)
+    count = min(count, len(ordered))
+    return [ordered[(turn * count + at) % len(ordered)] for at in range(count)]
+
+
+def _trial(rubric: Rubric, level: Level, prompt: Prompt, directive: Directive | None) -> Trial:
+    text = directive.text if directive else None
+    return Trial(
+        trial_id=content_id(prompt.text, rubric.id, level.name, text),
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
+        rubric_id=rubric.id,
+        level=level.name,
+        target=level.score,
+        directive=text,
+        directive_id=directive.directive_id if directive else "",
+        is_trained=directive is not None and directive.split == "train",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

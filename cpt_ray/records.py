@@ -208,6 +208,10 @@ class Trial:
     """Its anchor, 0-100."""
     directive: str | None
     """None in the rows without a directive."""
+    directive_id: str = ""
+    """"" in those rows."""
+    is_trained: bool = False
+    """The directive is one of those that the policy was trained under."""
     text: str = ""
     score: float | None = None
     """Judged score, 0-100; None if ungraded."""

@@ -135,7 +135,7 @@ def _context(results: Mapping[str, Any], trials: Sequence[Trial], rubrics: Seque
     return (
         f"Chance is {chance} ({' or '.join(map(str, counts))} levels). {tuned['n']:,} graded answers of the tuned and "
         f"{results['base']['n']:,} of the base model to {prompts:,} held-out prompts, {len(rubrics)} "
-        f"rubric{'s' * (len(rubrics) != 1)}.{control} Ranges are 95% intervals from resampling prompts, not directives."
+        f"rubric{'s' * (len(rubrics) != 1)}.{control} Ranges are 95% intervals from resampling prompts and directives."
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from cpt_ray.console import status_lines
 from cpt_ray.grading import confirms
 from cpt_ray.records import Trial, content_id
+from cpt_ray.resampling import MODELS
 from cpt_ray.rubric import Rubric
-from cpt_ray.scoring import METRICS, MODELS
+from cpt_ray.scoring import METRICS
 
 REPORT = "report/report.html"
 """In the run directory."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cpt_ray.records import Trial
 
+MODELS = ("base", "tuned")
 INTERVAL_PERCENT = 95
 _BLOCK = 64
 """Resamples computed together: bounds the memory to a few arrays of rows x 64."""

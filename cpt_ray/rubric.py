@@ -72,6 +72,16 @@ class MeasureSpec(_Strict):
     words: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Compared as the words of a text are (`measures.words_of`)."""
     against: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    points: tuple[tuple[float, float], ...] = ()
+    """(value, score) by which answers are graded, rising; the levels' values unless given."""
+
+
+class CheckSpec(_Strict):
+    """A second measure, which selects nothing and is only reported."""
+
+    name: str
+    words: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    against: Annotated[tuple[Text, ...], Field(strict=False)] = ()
 
 
 class Criterion(_Strict):
@@ -96,11 +106,12 @@ class Rubric(_Strict):
     levels: Annotated[tuple[Level, ...], Field(min_length=2, max_length=9, strict=False)]
     """Lowest score first."""
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1, strict=False)]
+    check: CheckSpec | None = None
 
     @property
     def content_hash(self) -> str:
         """Changes with any part of the rubric that a written answer or a grade can depend on."""
-        return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}}))
+        return content_id(self.model_dump(mode="json", exclude={"levels": {"__all__": {"directives"}}, "check": True}))
 
     def __hash__(self) -> int:
         return hash((self.id, self.version))

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_ray.agreement import agreement, spearman
+from cpt_ray.dials import Instrument, LogProbs, Spread, check_score, perplexities, slope_gap
 from cpt_ray.grading import confirms
 from cpt_ray.records import Trial
-from cpt_ray.resampling import Floats, Resamples, named_estimate
+from cpt_ray.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.rubric import Rubric
 
-MODELS = ("base", "tuned")
 METRICS = ("accuracy", "kendall_tau", "spearman_rho")
 
 Value = Callable[[Trial], float | None]
@@ -105,7 +105,26 @@ class _Scorer:
         """(3, 1 + resamples): METRICS in every resample; NaN where undefined."""
         return self.resamples.statistics(rows.trials, rows.metrics)
 
-    def arm(self, trials: Sequence[Trial], value: Value, rubric_ids: Sequence[str]) -> _Arm:
+    def arms(
+        self, trials: Sequence[Trial], value: Value = lambda trial: trial.score, names: Sequence[str] | None = None
+    ) -> dict[str, _Arm]:
+        """Each model's arm, over the trials of the rubrics in `names` (all unless given)."""
+        rubric_ids = list(self.rubrics) if names is None else names
+        return {
+            model: self._arm([trial for trial in trials if trial.model == model], value, rubric_ids) for model in MODELS
+        }
+
+    def perplexity(self, trials: Sequence[Trial], log_probs: LogProbs) -> dict[str, Any] | None:
+        """Overall and per rubric."""
+        overall = perplexities(trials, log_probs, self.resamples)
+        if overall is None:
+            return None
+        groups = {name: [trial for trial in trials if trial.rubric_id == name] for name in self.rubrics}
+        return overall | {
+            "per_rubric": {name: perplexities(group, log_probs, self.resamples) for name, group in groups.items()}
+        }
+
+    def _arm(self, trials: Sequence[Trial], value: Value, rubric_ids: Sequence[str]) -> _Arm:
         """Overall and per rubric, over the trials of these rubrics."""
         groups = {name: [trial for trial in trials if trial.rubric_id == name] for name in rubric_ids}
         rows = {name: self.rows(group, value) for name, group in groups.items()}
@@ -142,9 +161,9 @@ def _summary(statistics: Floats) -> dict[str, Any]:
     return {key: value for entry in named for key, value in entry.items()}
 
 
-def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> dict[str, Any]:
+def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], spread: Spread) -> dict[str, Any]:
     """How far judge and measures agree over the rows that have both; kappa needs levels, and so one rubric."""
-    both = {rubric.id: _opinions(trials, rubric) for rubric in rubrics}
+    both = {rubric.id: _opinions(trials, rubric, spread) for rubric in rubrics}
     per_rubric = {rubric.id: agreement(rubric, both[rubric.id]) for rubric in rubrics}
     pooled = [pair for pairs in both.values() for pair in pairs]
     same = sum(entry["same_level"] * entry["n"] for entry in per_rubric.values() if entry["n"])
@@ -156,20 +175,31 @@ def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> dict[str, 
     }
 
 
-def _opinions(trials: Sequence[Trial], rubric: Rubric) -> list[tuple[float, float]]:
-    """(judged, measured) score of a rubric's rows that have both."""
-    return [
-        (trial.judged, trial.measured)
-        for trial in trials
-        if trial.rubric_id == rubric.id and trial.judged is not None and trial.measured is not None
-    ]
+def _opinions(trials: Sequence[Trial], rubric: Rubric, spread: Spread) -> list[tuple[float, float]]:
+    """(judged, measured) score of a rubric's rows that have both; of a rubric without measured criteria its check."""
+    pairs = []
+    for trial in trials:
+        if trial.rubric_id == rubric.id and trial.judged is not None:
+            measured = trial.measured
+            if not rubric.measured:
+                measured = check_score(rubric, spread.get(rubric.id, {}), trial.text)
+            if measured is not None:
+                pairs.append((trial.judged, measured))
+    return pairs
 
 
-def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: int, seed: int) -> dict[str, Any]:
+def score_trials(
+    trials: Sequence[Trial],
+    rubrics: Sequence[Rubric],
+    resamples: int,
+    seed: int,
+    spread: Spread | None = None,
+    log_probs: LogProbs | None = None,
+) -> dict[str, Any]:
     """The content of results.json.
 
-    Per model ("base", "tuned"), over the rows with a directive: `accuracy` (share of rows whose score falls in the
-    requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
+    Per model ("base", "tuned"), over the rows with a held-out directive: `accuracy` (share of rows whose score falls in
+    the requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
     and `spearman_rho` (requested anchor against score, rubrics pooled), each with `*_ci` [low, high]; `n` graded,
     `ungraded` and `unanswered` rows; `per_rubric` the same by rubric id. Then the same again as `without_directive`
     (the same requests, unseen by the model) and as `measured`: the measured criteria alone instead of the whole score,
@@ -177,25 +207,43 @@ def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: 
     compares judged with measured scores over all rows that have both; per rubric with Cohen's kappa of the levels, in
     quadratic weights (`agreement.py`).
 
+    Of the dials (`dials.py`), by rubric id: `chance` (of being at the requested level), `slope`, `check` (the slope by
+    the second measure), `crosstalk` (by model, dial turned and dial moved) and `levels` (means, counts). Under the
+    directives that were trained on, `trained_directives` has all of this, and as `gap` how much more the slope is
+    there; None without such rows. `perplexity` is that of the answers under a held-out directive, by the base policy
+    without a directive; None if it was not computed.
+
     Args:
         resamples: bootstrap resamples of prompts and directives behind each interval.
         seed: of the resampling.
+        spread: the run's spread.json, if it has one.
     """
     scorer = _Scorer(rubrics, Resamples(trials, resamples, seed))
-    rubric_ids = [rubric.id for rubric in rubrics]
-    measured_ids = [rubric.id for rubric in rubrics if rubric.measured]
-    results: dict[str, Any] = {}
-    arms: dict[str, _Arm] = {}
+    directed = [trial for trial in trials if trial.directive is not None]
+    held_out, trained = ([trial for trial in directed if trial.is_trained == which] for which in (False, True))
+    arms = scorer.arms(held_out)
+    results: dict[str, Any] = {model: arms[model].summary() for model in MODELS}
+    measured = [rubric.id for rubric in rubrics if rubric.measured]
+    without = scorer.arms([trial for trial in trials if trial.directive is None])
+    by_measure = scorer.arms(held_out, lambda trial: trial.measured, measured)
     for model in MODELS:
-        directed = [one for one in trials if one.model == model and one.directive is not None and not one.is_trained]
-        undirected = [one for one in trials if one.model == model and one.directive is None]
-        arms[model] = scorer.arm(directed, lambda one: one.score, rubric_ids)
-        without = scorer.arm(undirected, lambda one: one.score, rubric_ids)
-        measured = scorer.arm(directed, lambda one: one.measured, measured_ids).summary() if measured_ids else None
-        results[model] = {**arms[model].summary(), "without_directive": without.summary(), "measured": measured}
+        results[model]["without_directive"] = without[model].summary()
+        results[model]["measured"] = by_measure[model].summary() if measured else None
     base, tuned = arms["base"], arms["tuned"]
     results["difference"] = _summary(tuned.statistics - base.statistics) | {
-        "per_rubric": {name: _summary(tuned.per_rubric[name][1] - base.per_rubric[name][1]) for name in rubric_ids}
+        "per_rubric": {name: _summary(tuned.per_rubric[name][1] - entry[1]) for name, entry in base.per_rubric.items()}
     }
-    results["judge_agreement"] = _agreement(trials, rubrics)
+    results["judge_agreement"] = _agreement(trials, rubrics, spread or {})
+    results["chance"] = {rubric.id: 1 / len(rubric.levels) for rubric in rubrics}
+    instrument = Instrument(held_out, rubrics, scorer.resamples, spread)
+    results |= instrument.summary()
+    results["trained_directives"] = _trained(scorer, trained, instrument, spread) if trained else None
+    results["perplexity"] = scorer.perplexity(held_out, log_probs) if log_probs else None
     return results
+
+
+def _trained(scorer: _Scorer, trials: Sequence[Trial], held_out: Instrument, spread: Spread | None) -> dict[str, Any]:
+    """The same under the directives that were trained on, and how much more the dials move there."""
+    instrument = Instrument(trials, list(scorer.rubrics.values()), scorer.resamples, spread)
+    arms = {model: arm.summary() for model, arm in scorer.arms(trials).items()}
+    return arms | instrument.summary() | {"gap": slope_gap(instrument, held_out)}

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpt_ray.config import EvaluateConfig
+from cpt_ray.config import EvaluateConfig, TuneConfig
 from cpt_ray.console import say
+from cpt_ray.dials import LogProbs
 from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
+from cpt_ray.reference import add_reference
 from cpt_ray.report import REPORT, render_report, table_lines
+from cpt_ray.rows import Row, Tokeniser, Unfit
 from cpt_ray.rubric import Level, Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
 from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import JudgeStep, Plan, Shards, judge_answers, run_info
 
+Ids = tuple[int, ...]
+SPREAD = "spread.json"
+"""In the run directory, where synthesis writes it (`dials.py` says what is in it)."""
 TRIAL_FORMAT = 2
 """Changes when the rows' columns do: answers in another form are then made anew under other names."""
 
@@ -84,6 +90,9 @@ def _trial(rubric: Rubric, level: Level, prompt: Prompt, directive: Directive | 
     )
 
 
+# ---------------------------------------------------------------- answers and grades
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnswerStep(Step):
     """Planned trials -> the trials with one model's answers."""
@@ -143,6 +152,59 @@ class GradeTrialsStep(JudgeStep):
         run.write(self.table, self.output(shard), done, tally.close(graded))
 
 
+# ---------------------------------------------------------------- likelihood under the base policy
+
+
+def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial]) -> LogProbs:
+    """What the base policy gives to the answers after their bare prompts, without an end mark.
+
+    Kept in the table that training keeps its reference in. A note says how many hold control tokens, which would not be
+    read as text; they are left out.
+    """
+    from transformers import AutoTokenizer
+
+    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(config.policy.path), config.policy.chat_template_kwargs)
+    ids: dict[tuple[str, str], tuple[Ids, Ids]] = {}
+    lost = 0
+    for trial in trials:
+        try:
+            answer = tokeniser.text_ids(trial.text)
+            if answer:
+                prompt = tokeniser.prompt(policy_messages(None, trial.prompt))
+                ids[trial.model, trial.trial_id] = (prompt, answer)
+        except Unfit:
+            lost += 1
+    if lost:
+        say(f"note: perplexity: {lost} of {len(trials)} answers hold a control token and are left out")
+    rows = bare_rows(ids.values(), 2 * config.train.micro_batch_size)
+    known = {
+        (tuple(row["prompt"]), tuple(answer)): log_prob
+        for row in add_reference(config, run, rows, stage="perplexity")
+        for answer, log_prob in zip(row["answers"], row["ref_logps"], strict=True)
+    }
+    return {key: (known[pair], len(pair[1])) for key, pair in ids.items()}
+
+
+def bare_rows(pairs: Iterable[tuple[Ids, Ids]], num_answers: int) -> list[Row]:
+    """Rows without pairs that hold each distinct (prompt, answer) once, up to `num_answers` of one prompt together."""
+    by_prompt: dict[Ids, set[Ids]] = defaultdict(set)
+    for prompt, answer in pairs:
+        by_prompt[prompt].add(answer)
+    rows: list[Row] = []
+    for prompt, distinct in by_prompt.items():
+        answers = sorted(distinct, key=lambda ids: (len(ids), ids))  # of like lengths: less padding in attention
+        for start in range(0, len(answers), num_answers):
+            some = [list(ids) for ids in answers[start : start + num_answers]]
+            rows.append(
+                Row(cell_id="", rubric_id="", level="", prompt=list(prompt), answers=some, levels=[""] * len(some),
+                    chosen=[], rejected=[], ref_logps=[])
+            )  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------- the stage
+
+
 def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, Any]) -> None:
     """A line if answers came with thoughts, one if over half of them were lost."""
     if note := thoughts_note(entry):
@@ -175,7 +237,15 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         _say_of_answers(run, step, names, entry)
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
-    results: dict[str, Any] = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed)
+    said = [trial for trial in trials if trial.directive is not None and not trial.is_trained and trial.text]
+    results = score_trials(
+        trials,
+        plan.rubrics,
+        config.evaluate.bootstrap,
+        config.seed,
+        run.read_json(SPREAD),
+        base_log_probs(config, run, said),
+    )
     run.write_json("report/results.json", results)
     info = run_info(plan)
     page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)

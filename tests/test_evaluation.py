@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.config import EvaluateConfig
-from cpt_ray.evaluation import in_turn, trials_of
-from cpt_ray.records import Prompt
+from cpt_ray.config import EvaluateConfig, RunConfig
+from cpt_ray.evaluation import bare_rows, base_log_probs, in_turn, trials_of
+from cpt_ray.pool import Line, OpenEngine
+from cpt_ray.prompting import token_ids
+from cpt_ray.records import Prompt, Trial
+from cpt_ray.rundir import RunDir
 from tests.builders import LEVELS, make_directives, make_rubric
+from tests.tiny_model import make_tiny_model
 
 PROMPTS = [Prompt(prompt_id=f"p{at}", text=f"Write {at}.", split="held_out") for at in range(8)]
 
@@ -38,3 +46,68 @@ def test_a_prompt_is_asked_under_held_out_and_trained_directives_and_none_at_eve
         expected |= {(level, False, True): trained * len(PROMPTS) for level in LEVELS if trained}
         assert counts == expected
         assert all((row.directive_id == "") == (row.directive is None) for row in rows)
+
+
+def answered(model: str, prompt: int, text: str) -> Trial:
+    names = {"trial_id": f"t{prompt}", "prompt_id": f"p{prompt}", "rubric_id": "ornament", "level": "low"}
+    return Trial(**names, model=model, prompt=f"Write {prompt}.", target=10.0, directive="Be grave.", text=text)
+
+
+TEXTS = {("base", 0): "One day, in a town.", ("tuned", 0): "Rain.", ("base", 1): "Rain.", ("tuned", 1): "Rain."}
+
+
+def run_here(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine) -> None:
+    """Steps in this process."""
+    for line in lines:
+        engine = open_engine(line.steps[0].model)
+        for shard in line.shards:
+            line.steps[0](engine, run, shard)
+
+
+def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_without_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr("cpt_ray.reference.run_lines", run_here)
+    policy, run = make_tiny_model(tmp_path / "tiny"), RunDir(tmp_path / "run")
+    role: dict[str, Any] = {"model": str(policy)}
+    train = {"micro_batch_size": 1, "dtype": "float32", "num_workers": 1}
+    content = {
+        "name": "t",
+        "rubrics": ["r"],
+        "prompts": {"source": "p"},
+        "writer": role,
+        "policy": role,
+        "train": train,
+    }
+    config = RunConfig.model_validate(content)
+    trials = [answered(model, prompt, text) for (model, prompt), text in TEXTS.items()]
+    control = str(AutoTokenizer.from_pretrained(policy).eos_token)
+    found = base_log_probs(config, run, [*trials, answered("tuned", 2, f"Rain.{control}")])
+    assert "1 of 5 answers hold a control token" in capsys.readouterr().out
+    tokenizer, model = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy)
+    for trial in trials:
+        prompt = token_ids(tokenizer, [{"role": "user", "content": trial.prompt}])
+        answer = tokenizer.encode(trial.text, add_special_tokens=False)
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected = logps[-len(answer) :].sum().item()
+        assert found[trial.model, trial.trial_id] == (pytest.approx(expected, abs=1e-4), len(answer))
+    assert len(found) == len(trials)
+    assert run.read_json("ledger.json")["perplexity"]["rows_out"] == 3  # distinct (prompt, answer)
+    shards = run.names("reference")
+    assert base_log_probs(config, run, trials) == found
+    assert run.names("reference") == shards
+
+
+@given(st.lists(st.tuples(st.sampled_from([(1,), (2, 3)]), st.sampled_from([(4,), (5, 6), (7,)]))), st.integers(1, 3))
+def test_each_distinct_answer_is_in_one_row_of_its_prompt(
+    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], size: int
+) -> None:
+    rows = bare_rows(pairs, size)
+    found = [(tuple(row["prompt"]), tuple(answer)) for row in rows for answer in row["answers"]]
+    assert sorted(found) == sorted(set(pairs))
+    assert all(1 <= len(row["answers"]) <= size for row in rows)

@@ -245,7 +245,8 @@ def slope_gap(trained: Instrument, held_out: Instrument) -> dict[str, Any]:
     first, second = trained.slopes(), held_out.slopes()
     return {
         name: {model: named_estimate("slope", first[name][model] - second[name][model]) for model in MODELS}
-        for name in first.keys() & second.keys()
+        for name in first
+        if name in second
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cpt_ray.config import EvaluateConfig, TuneConfig
 from cpt_ray.console import say
+from cpt_ray.dial_page import dial_lines, opposites_lines
 from cpt_ray.dials import LogProbs
 from cpt_ray.engine import Completion, Engine, sampled
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
@@ -253,7 +254,8 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     if steered and steered.get("policy") == tuned.identity:  # else of another model
         page = with_steering(page, steered)
     written = run.write_text(REPORT, page)
-    say("\n".join(table_lines(results)))
+    for lines in (opposites_lines(trials, plan.rubrics), dial_lines(results), table_lines(results)):
+        say("\n".join(["", *lines]))
     least = (results["difference"]["accuracy_ci"] or [None])[0]
     if least is None or least <= 0:
         say("note: no gain over the base is shown; see how many answers became pairs, and the loss (`cpt status`)")

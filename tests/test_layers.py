@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
-     "configuration", "keys", "frontend", "resampling", "dials", "scoring", "report", "console", "agreement",
-     "duplicates", "rows", "publishing", "texts", "templates", "comparisons", "thoughts", "losses",
-     "yaml_file"},
+     "configuration", "keys", "frontend", "resampling", "dials", "dial_page", "markup", "scoring",
+     "report", "console", "agreement", "duplicates", "rows", "publishing", "texts", "templates", "comparisons",
+     "thoughts", "losses", "yaml_file"},
     {"engine", "openai_engine", "cluster", "grid"},
     {"pool", "card", "synthesis", "reference", "export", "training", "evaluation", "serving", "preferences",
      "steering"},

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
      "configuration", "keys", "frontend", "resampling", "dials", "dial_page", "markup", "scoring",
-     "report", "console", "agreement", "duplicates", "rows", "publishing", "texts", "templates", "comparisons",
+     "report", "console", "agreement", "duplicates", "rows", "seeds", "publishing", "texts", "templates", "comparisons",
      "thoughts", "losses", "yaml_file"},
     {"engine", "openai_engine", "cluster", "grid"},
     {"pool", "card", "synthesis", "reference", "export", "training", "evaluation", "serving", "preferences",

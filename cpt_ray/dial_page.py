@@ -350,9 +350,10 @@ def _perplexity(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         [
             name,
             *(_number(entry[model]["perplexity"]) for model in MODELS),
+            f"{entry['tuned']['n']:,}",
             f"{_number(entry['ratio'])}<small>{_interval(entry, 'ratio')}</small>",
         ]
         for name, entry in entries.items()
     ]
-    table = html_table(["", *MODELS, "ratio"], rows)
+    table = html_table(["", *MODELS, "answers", "ratio"], rows)
     return f"<h3>Is it still language?</h3><p class='quiet'>{PERPLEXITY_MEANING}</p>{table}"

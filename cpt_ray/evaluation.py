@@ -27,6 +27,8 @@ from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import JudgeStep, Plan, Shards, judge_answers, run_info
 
 Ids = tuple[int, ...]
+MAX_LIKELIHOODS = 512
+"""Answers of a model whose likelihood is computed, first by hash: enough for a mean over their tokens, in bounded time."""
 SPREAD = "spread.json"
 """In the run directory, where synthesis writes it (`dials.py` says what is in it)."""
 TRIAL_FORMAT = 2
@@ -156,6 +158,13 @@ class GradeTrialsStep(JudgeStep):
 # ---------------------------------------------------------------- likelihood under the base policy
 
 
+def likely_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """The answers under held-out directives whose likelihood is computed: the same requests for both models."""
+    said = [trial for trial in trials if trial.directive is not None and not trial.is_trained and trial.text]
+    chosen = set(sorted({trial.trial_id for trial in said})[:MAX_LIKELIHOODS])
+    return [trial for trial in said if trial.trial_id in chosen]
+
+
 def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial]) -> LogProbs:
     """What the base policy gives to the answers after their bare prompts, without an end mark.
 
@@ -238,14 +247,13 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         _say_of_answers(run, step, names, entry)
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
-    said = [trial for trial in trials if trial.directive is not None and not trial.is_trained and trial.text]
     results = score_trials(
         trials,
         plan.rubrics,
         config.evaluate.bootstrap,
         config.seed,
         run.read_json(SPREAD),
-        base_log_probs(config, run, said),
+        base_log_probs(config, run, likely_trials(trials)),
     )
     run.write_json("report/results.json", results)
     info = run_info(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.config import EvaluateConfig, RunConfig
-from cpt_ray.evaluation import bare_rows, base_log_probs, in_turn, trials_of
+from cpt_ray.evaluation import bare_rows, base_log_probs, in_turn, likely_trials, trials_of
 from cpt_ray.pool import Line, OpenEngine
 from cpt_ray.prompting import token_ids
 from cpt_ray.records import Prompt, Trial
@@ -101,6 +102,17 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
     shards = run.names("reference")
     assert base_log_probs(config, run, trials) == found
     assert run.names("reference") == shards
+
+
+def test_likelihoods_are_of_the_same_requests_in_both_models_and_of_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpt_ray.evaluation.MAX_LIKELIHOODS", 2)
+    trials = [answered(model, prompt, "Rain.") for model in ("base", "tuned") for prompt in (3, 2, 1)]
+    others = [answered("base", 0, ""), dataclasses.replace(trials[0], trial_id="t00", is_trained=True)]
+    others.append(dataclasses.replace(trials[0], trial_id="t01", directive=None))
+    found = likely_trials([*others, *trials])
+    assert [(one.model, one.trial_id) for one in found] == [
+        ("base", "t2"), ("base", "t1"), ("tuned", "t2"), ("tuned", "t1")
+    ]  # fmt: skip
 
 
 @given(st.lists(st.tuples(st.sampled_from([(1,), (2, 3)]), st.sampled_from([(4,), (5, 6), (7,)]))), st.integers(1, 3))

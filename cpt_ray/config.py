@@ -549,8 +549,10 @@ class EvaluateConfig(_Section):
     """Held-out prompts, at most."""
     directives: Positive = 1
     """Held-out directives per (prompt, rubric, level)."""
+    trained_directives: Annotated[int, Field(ge=0)] = 0
+    """As many of those that were trained on, beside them: what new wording costs."""
     bootstrap: Positive = 1000
-    """Resamples (of prompts) behind each 95% interval."""
+    """Resamples (of prompts and of directives) behind each 95% interval."""
 
 
 class AnswersConfig(_Section):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt_ray.config import EvaluateConfig, TuneConfig
 from cpt_ray.console import say
+from cpt_ray.dial_page import dial_lines, opposites_lines
+from cpt_ray.dials import LogProbs
 from cpt_ray.engine import CUT_OFF, Completion, Engine, sampled
 from cpt_ray.judging import JudgeStep, judge_answers
 from cpt_ray.losses import cut_note
@@ -17,54 +21,82 @@ from cpt_ray.planning import Plan, run_info
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
+from cpt_ray.reference import add_reference
 from cpt_ray.report import REPORT, render_report, table_lines
-from cpt_ray.rubric import Rubric
+from cpt_ray.rows import Row, Tokeniser, Unfit
+from cpt_ray.rubric import Level, Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
+from cpt_ray.spread import pool_spread
 from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import Shards
+
+Ids = tuple[int, ...]
+MAX_LIKELIHOODS = 512
+"""Answers of a model whose likelihood is computed, first by hash: enough for a mean over tokens, in bounded time."""
+TRIAL_FORMAT = 2
+"""Changes when the rows' columns do: answers in another form are then made anew under other names."""
 
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
     """The evaluation's rows (still unanswered) by shard name, the same for both models."""
-    config = plan.config
-    held_out = [one for one in run.read("directives", shards.directives, Directive) if one.split == "held_out"]
-    prompts = sorted(plan.prompts_of("held_out"), key=lambda one: one.prompt_id)[: config.evaluate.prompts]
+    settings = plan.config.evaluate
+    directives = run.read("directives", shards.directives, Directive)
+    prompts = sorted(plan.prompts_of("held_out"), key=lambda prompt: prompt.prompt_id)[: settings.prompts]
     planned: dict[str, list[Trial]] = {}
     for rubric in plan.rubrics:
-        own = [one for one in held_out if one.rubric_id == rubric.id]
-        per_prompt = len(rubric.levels) * (config.evaluate.directives + 1)
-        step = max(1, config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
+        own = [directive for directive in directives if directive.rubric_id == rubric.id]
+        per_prompt = len(rubric.levels) * (settings.directives + settings.trained_directives + 1)
+        step = max(1, plan.config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
         for start in range(0, len(prompts), step):
-            rows = [
-                row
-                for prompt in prompts[start : start + step]
-                for row in _trials(rubric, prompt, own, config.evaluate.directives)
-            ]
-            ids = content_id(*(row.trial_id for row in rows), rubric.content_hash)
+            chunk = list(enumerate(prompts))[start : start + step]
+            rows = [row for turn, prompt in chunk for row in trials_of(rubric, prompt, own, settings, turn)]
+            ids = content_id(*(row.trial_id for row in rows), rubric.content_hash, TRIAL_FORMAT)
             planned[f"{rubric.id}-{start // step:05d}-{ids[:12]}"] = rows
     return planned
 
 
-def _trials(rubric: Rubric, prompt: Prompt, directives: list[Directive], num_directives: int) -> list[Trial]:
+def trials_of(
+    rubric: Rubric, prompt: Prompt, directives: list[Directive], settings: EvaluateConfig, turn: int
+) -> list[Trial]:
+    """A prompt's rows for each level; `turn`: the prompt's number, which says whose turn it is among the directives."""
+    counts = {"held_out": settings.directives, "train": settings.trained_directives}
     rows = []
     for level in rubric.levels:
-        own = sorted((one for one in directives if one.level == level.name), key=lambda one: one.directive_id)
-        first = int(content_id(prompt.prompt_id, rubric.id, level.name), 16)
-        chosen = [own[(first + at) % len(own)].text for at in range(min(num_directives, len(own)))]
-        for directive in (*chosen, None):
-            rows.append(
-                Trial(
-                    trial_id=content_id(prompt.text, rubric.id, level.name, directive),
-                    prompt_id=prompt.prompt_id,
-                    prompt=prompt.text,
-                    rubric_id=rubric.id,
-                    level=level.name,
-                    target=level.score,
-                    directive=directive,
-                )
-            )
+        of_level = [directive for directive in directives if directive.level == level.name]
+        for split, count in counts.items():
+            chosen = in_turn([directive for directive in of_level if directive.split == split], count, turn)
+            rows += [_trial(rubric, level, prompt, directive) for directive in chosen]
+        rows.append(_trial(rubric, level, prompt, None))
     return rows
+
+
+def in_turn(directives: Sequence[Directive], count: int, turn: int) -> list[Directive]:
+    """`count` of a level's directives (or all) for prompt number `turn`: over all prompts each is used equally often.
+
+    Equally but for one use, where the numbers do not divide.
+    """
+    ordered = sorted(directives, key=lambda directive: directive.directive_id)
+    count = min(count, len(ordered))
+    return [ordered[(turn * count + at) % len(ordered)] for at in range(count)]
+
+
+def _trial(rubric: Rubric, level: Level, prompt: Prompt, directive: Directive | None) -> Trial:
+    text = directive.text if directive else None
+    return Trial(
+        trial_id=content_id(prompt.text, rubric.id, level.name, text),
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
+        rubric_id=rubric.id,
+        level=level.name,
+        target=level.score,
+        directive=text,
+        directive_id=directive.directive_id if directive else "",
+        is_trained=directive is not None and directive.split == "train",
+    )
+
+
+# ---------------------------------------------------------------- answers and grades
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +160,66 @@ class GradeTrialsStep(JudgeStep):
         run.write(self.table, self.output(shard), done, tally.close(graded))
 
 
+# ---------------------------------------------------------------- likelihood under the base policy
+
+
+def likely_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """The answers under held-out directives whose likelihood is computed: the same requests for both models."""
+    said = [trial for trial in trials if trial.directive is not None and not trial.is_trained and trial.text]
+    chosen = set(sorted({trial.trial_id for trial in said})[:MAX_LIKELIHOODS])
+    return [trial for trial in said if trial.trial_id in chosen]
+
+
+def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial]) -> LogProbs:
+    """What the base policy gives to the answers after their bare prompts, without an end mark.
+
+    Kept in the table that training keeps its reference in. A note says how many hold control tokens, which would not be
+    read as text; they are left out.
+    """
+    from transformers import AutoTokenizer
+
+    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(config.policy.path), config.policy.chat_template_kwargs)
+    ids: dict[tuple[str, str], tuple[Ids, Ids]] = {}
+    lost = 0
+    for trial in trials:
+        try:
+            answer = tokeniser.text_ids(trial.text)
+            if answer:
+                prompt = tokeniser.prompt(policy_messages(None, trial.prompt))
+                ids[trial.model, trial.trial_id] = (prompt, answer)
+        except Unfit:
+            lost += 1
+    if lost:
+        say(f"note: perplexity: {lost} of {len(trials)} answers hold a control token and are left out")
+    rows = bare_rows(ids.values(), 2 * config.train.micro_batch_size)
+    known = {
+        (tuple(row["prompt"]), tuple(answer)): log_prob
+        for row in add_reference(config, run, rows, stage="perplexity")
+        for answer, log_prob in zip(row["answers"], row["ref_logps"], strict=True)
+    }
+    return {key: (known[pair], len(pair[1])) for key, pair in ids.items()}
+
+
+def bare_rows(pairs: Iterable[tuple[Ids, Ids]], num_answers: int) -> list[Row]:
+    """Rows without pairs that hold each distinct (prompt, answer) once, up to `num_answers` of one prompt together."""
+    by_prompt: dict[Ids, set[Ids]] = defaultdict(set)
+    for prompt, answer in pairs:
+        by_prompt[prompt].add(answer)
+    rows: list[Row] = []
+    for prompt, distinct in by_prompt.items():
+        answers = sorted(distinct, key=lambda ids: (len(ids), ids))  # of like lengths: less padding in attention
+        for start in range(0, len(answers), num_answers):
+            some = [list(ids) for ids in answers[start : start + num_answers]]
+            rows.append(
+                Row(cell_id="", rubric_id="", level="", prompt=list(prompt), answers=some, levels=[""] * len(some),
+                    chosen=[], rejected=[], ref_logps=[])
+            )  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------- the stage
+
+
 def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, Any]) -> None:
     """A line if answers came with thoughts, one if many were cut, one if over half of them were lost."""
     if note := thoughts_note(entry):
@@ -166,7 +258,14 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         _say_of_answers(run, step, names, entry)
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
-    results: dict[str, Any] = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed)
+    results = score_trials(
+        trials,
+        plan.rubrics,
+        config.evaluate.bootstrap,
+        config.seed,
+        pool_spread(run, plan.rubrics),
+        base_log_probs(config, run, likely_trials(trials)),
+    )
     run.write_json("report/results.json", results)
     info = run_info(plan)
     page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)
@@ -174,7 +273,8 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     if steered and steered.get("policy") == tuned.identity:  # else of another model
         page = with_steering(page, steered)
     written = run.write_text(REPORT, page)
-    say("\n".join(table_lines(results)))
+    for lines in (opposites_lines(trials, plan.rubrics), dial_lines(results), table_lines(results)):
+        say("\n".join(["", *lines]))
     least = (results["difference"]["accuracy_ci"] or [None])[0]
     if least is None or least <= 0:
         say("note: no gain over the base is shown; see how many answers became pairs, and the loss (`cpt status`)")

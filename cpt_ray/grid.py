@@ -205,12 +205,15 @@ class StepBatches(torch.utils.data.Sampler[list[int]]):
 
 
 def length_batches(rows: Sequence[Row], batch_pairs: int) -> list[list[int]]:
-    """Indices of rows in batches of at most `batch_pairs` pairs (or one row), those of like lengths together."""
+    """Indices of rows in batches of at most `batch_pairs` pairs (or one row), those of like lengths together.
+
+    Of rows without pairs, answers count.
+    """
     order = sorted(range(len(rows)), key=lambda at: _num_tokens(rows[at]))
     batches: list[list[int]] = []
     room = 0
     for at in order:
-        size = len(rows[at]["chosen"])
+        size = len(rows[at]["chosen"]) or len(rows[at]["answers"])
         if size > room:
             batches.append([])
             room = batch_pairs

@@ -215,6 +215,10 @@ class Trial:
     """Its anchor, 0-100."""
     directive: str | None
     """None in the rows without a directive."""
+    directive_id: str = ""
+    """"" in those rows."""
+    is_trained: bool = False
+    """The directive is one of those that the policy was trained under."""
     text: str = ""
     num_tokens: int = 0
     """Generated tokens, thoughts included."""

@@ -1,7 +1,8 @@
-"""The reference stage: what the untuned policy gives to each (directive, answer), once, by Ray Data actors.
+"""What the untuned policy gives to each (directive, answer), computed once, by Ray Data actors.
 
 DPO compares with the policy as it was. That never changes, so it is a table, read again by every restart and every
-sweep over training settings. It is computed by the code that trains (`cpt_ray/grid.py`), in the same precision.
+sweep over training settings. The evaluation adds how likely its answers are without a directive. It is computed by the
+code that trains (`cpt_ray/grid.py`), in the same precision.
 """
 
 from __future__ import annotations
@@ -107,8 +108,12 @@ class ReferenceStep(Step):
         run.write(self.table, shard, found.values(), tally.close(len(found)))
 
 
-def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[Row]:
-    """The rows with `ref_logps`, read from the reference table; what is missing there is computed first."""
+def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row], stage: str = "reference") -> list[Row]:
+    """The rows with `ref_logps`, read from the reference table; what is missing there is computed first.
+
+    Args:
+        stage: its name in the ledger.
+    """
     settings = config.train
     # model files (template included) and precision; prompt and answer are in the sequences' ids
     bits = settings.lora and settings.lora.quantize
@@ -117,13 +122,15 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row]) -> list[
     known = _read(run, key)
     missing = [at for at, names in enumerate(ids) if not known.keys() >= set(names)]
     if missing:
-        shards = [missing[at : at + SHARD_ROWS] for at in range(0, len(missing), SHARD_ROWS)]
+        # two shards an actor at least, so that none waits for another's last one
+        size = min(SHARD_ROWS, math.ceil(len(missing) / (2 * settings.num_workers.most)))
+        shards = [missing[at : at + size] for at in range(0, len(missing), size)]
         names = [f"{key}-{content_id(*(ids[at] for at in shard))[:12]}" for shard in shards]
-        path = write_rows(run, "reference", [rows[at] for at in missing])
+        path = write_rows(run, stage, [rows[at] for at in missing], size)
         groups = {name: at for at, name in enumerate(names)}
-        step = ReferenceStep(model=_role(config), rows=path, groups=groups)
+        step = ReferenceStep(model=_role(config), rows=path, groups=groups, stage=stage)
         run_lines(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
-        run.add_to_ledger("reference", ledger_entry(run, TABLE, names, config.policy.price))
+        run.add_to_ledger(stage, ledger_entry(run, TABLE, names, config.policy.price))
         known = _read(run, key)
     return [row | {"ref_logps": [known[one] for one in names]} for row, names in zip(rows, ids, strict=True)]
 
@@ -139,12 +146,12 @@ def read_rows_file(path: Path) -> list[Row]:
     return rows
 
 
-def write_rows(run: RunDir, name: str, rows: Sequence[Row]) -> str:
-    """Rows as a parquet file that every node sees, in row groups of SHARD_ROWS; its path."""
+def write_rows(run: RunDir, name: str, rows: Sequence[Row], group_size: int = SHARD_ROWS) -> str:
+    """Rows as a parquet file that every node sees, in row groups; its path."""
     path = rows_path(run, name)
     table = pa.Table.from_pylist([dict(one) for one in rows], schema=SCHEMA)
     with replacing(path) as file:
-        pq.write_table(table, file, row_group_size=SHARD_ROWS)
+        pq.write_table(table, file, row_group_size=group_size)
     return str(path)
 
 

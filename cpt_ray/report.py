@@ -1,21 +1,25 @@
 """The result for people: one HTML page without scripts or outside files, and a table for the terminal.
 
-Everything that comes from a model, a rubric or a run file is escaped where it enters the page (`_text`).
+Everything that comes from a model, a rubric or a run file is escaped where it enters the page (`markup.escaped`).
 """
 
 from __future__ import annotations
 
-import html
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cpt_ray.console import status_lines
+from cpt_ray.dial_page import OPPOSITES_NOTE, dial_section, opposites_section
 from cpt_ray.grading import confirms
+from cpt_ray.markup import escaped as _text
+from cpt_ray.markup import html_table
+from cpt_ray.markup import shortened as _short
 from cpt_ray.records import Trial, content_id
+from cpt_ray.resampling import MODELS
 from cpt_ray.rubric import Rubric
-from cpt_ray.scoring import METRICS, MODELS
+from cpt_ray.scoring import METRICS
 
 REPORT = "report/report.html"
 """In the run directory."""
@@ -36,16 +40,6 @@ _SHORTER = {"measured, no judge": "measured", "without a directive": "undirected
 """Row labels of the page, as the terminal has room for them."""
 
 # ---------------------------------------------------------------- numbers as text
-
-
-def _text(value: object) -> str:
-    """`value` as HTML text; the only way foreign text enters the page."""
-    return html.escape(str(value), quote=True)
-
-
-def _short(value: object, limit: int) -> str:
-    text = str(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _number(metric: str, value: float | None, signed: bool = False) -> str:
@@ -135,7 +129,7 @@ def _context(results: Mapping[str, Any], trials: Sequence[Trial], rubrics: Seque
     return (
         f"Chance is {chance} ({' or '.join(map(str, counts))} levels). {tuned['n']:,} graded answers of the tuned and "
         f"{results['base']['n']:,} of the base model to {prompts:,} held-out prompts, {len(rubrics)} "
-        f"rubric{'s' * (len(rubrics) != 1)}.{control} Ranges are 95% intervals from resampling prompts, not directives."
+        f"rubric{'s' * (len(rubrics) != 1)}.{control} Ranges are 95% intervals from resampling prompts and directives."
     )
 
 
@@ -155,7 +149,7 @@ def _panel(rubric: Rubric, trials: Sequence[Trial], model: str) -> str:
         return _LEFT + (at + 0.5) * slot
 
     def y(score: float) -> float:
-        return _TOP + _PLOT_HEIGHT * (1 - score / 100)
+        return _TOP + _PLOT_HEIGHT * (1 - min(max(score, 0), 100) / 100)  # what lies beyond is drawn at the edge
 
     parts = [
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 6}" y1="{y(at):.1f}" y2="{y(at):.1f}"/>'
@@ -222,13 +216,6 @@ def _figure(rubric: Rubric, trials: Sequence[Trial], results: Mapping[str, Any])
 # ---------------------------------------------------------------- tables
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose cells are HTML already; the first column is the row's name."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _result_table(results: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{METRIC_TITLES[metric]}</th>" for metric in METRICS)
     bodies = []
@@ -261,7 +248,8 @@ def _agreement(results: Mapping[str, Any], rubrics: Sequence[Rubric]) -> str:
         f"On {found['n']:,} answers that were both judged and measured, the judge's score and the measured one are "
         f"<b>{_number('accuracy', found['same_level'])}</b> of the time in the same level, and rank the answers alike "
         f"to a Spearman's rho of <b>{_number('rho', found['spearman_rho'])}</b>. Measures count words and sentences "
-        "and share no weights with the judge. The two grade different criteria, so they need not agree fully."
+        "and share no weights with the judge. The two grade different criteria, so they need not agree fully. Kappa: "
+        "Cohen's, of the levels, in quadratic weights (0 as by chance, 1 always the same)."
     )
 
     def accuracies(entries: Mapping[str, Any], name: str) -> str:
@@ -273,14 +261,15 @@ def _agreement(results: Mapping[str, Any], rubrics: Sequence[Rubric]) -> str:
             _text(rubric.title),
             f"{entry['n']:,}",
             _number("accuracy", entry["same_level"]),
+            _number("kappa", entry["weighted_kappa"]),
             _number("rho", entry["spearman_rho"]),
             accuracies(results, rubric.id),
-            accuracies(measured, rubric.id),
+            accuracies(measured, rubric.id) if rubric.measured else "",
         ]
         for rubric in rubrics
-        if rubric.measured and (entry := found["per_rubric"][rubric.id])
+        if (entry := found["per_rubric"][rubric.id])["n"]
     ]
-    head = ["", "answers", "same level", "rho", "accuracy, base to tuned", "the same, measured only"]
+    head = ["", "answers", "same level", "kappa", "rho", "accuracy, base to tuned", "the same, measured only"]
     return f"<p>{sentence}</p>{html_table(head, rows)}"
 
 
@@ -376,8 +365,11 @@ th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--ru
   overflow-wrap: normal; }
 th { font-weight: 600; } th:first-child { text-align: left; }
 small { color: var(--quiet); margin-left: 10px; white-space: nowrap; }
-.results { max-width: 860px; } .group th { padding-top: 16px; border: 0; }
+.results, .dials table { max-width: 860px; } .group th { padding-top: 16px; border: 0; }
 tbody th.change { font-weight: 400; color: var(--quiet); }
+.dials h3 { margin: 30px 0 4px; } .prompt { font-size: 18px; font-weight: 600; }
+.levels table { table-layout: fixed; margin-bottom: 16px; } .levels th:first-child { width: 40%; }
+.levels tbody th { font-weight: 400; }
 pre { margin: 0; font-size: 13px; }
 details { border-bottom: 1px solid var(--rule); padding: 8px 0; } summary { cursor: pointer; font-weight: 600; }
 .answer { background: var(--card); border-left: 3px solid currentColor; padding: 8px 12px; border-radius: 4px; }
@@ -387,6 +379,7 @@ dl { display: grid; grid-template-columns: minmax(110px, max-content) 1fr; gap: 
 dt { color: var(--quiet); } dd { margin: 0; }
 @media (max-width: 600px) { small { display: block; margin: 0; font-size: 11px; } th, td { padding: 5px 0 5px 8px; }
   th:first-child { padding-left: 0; }
+  .overview :is(th, td):is(:nth-child(3), :nth-child(4)) { display: none; }
   table { font-size: 14px; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; } }
 """
 _LEGEND = (
@@ -419,6 +412,9 @@ def render_report(
 <title>{name}: cpt_ray report</title><style>{_STYLE}</style></head><body>
 <header><p class="quiet">cpt_ray report: {name}</p><h1>{_text(_headline(results))}</h1>
 <p>{_text(_context(results, trials, rubrics))}</p></header>
+<h2>One prompt under opposite directives</h2><p class="quiet">{OPPOSITES_NOTE}</p>
+{opposites_section(trials, rubrics)}
+<h2>The dials</h2>{dial_section(results, rubrics)}
 <h2>Score by requested level</h2><p class="quiet">{_LEGEND}</p><div class="plots">{figures}</div>
 <h2>All results</h2>{_result_table(results)}
 <h2>Can the judge be trusted?</h2>{_agreement(results, rubrics)}

@@ -159,6 +159,11 @@ class Tokeniser:
                 raise Unfit("cut answer", str(error)) from None
         return self._answers[key]
 
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of an answer's own text, without an end mark."""
+        self._refuse_control_tokens(text)
+        return self._template.encode(text)
+
     def text(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of a plain prompt and of what a plain answer, with an end mark, adds to it."""
         end = self._tokenizer.eos_token

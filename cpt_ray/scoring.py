@@ -1,26 +1,20 @@
 """How well the answers follow the requested level: accuracy, Kendall's tau-b and Spearman's rho, with intervals.
 
-**The bootstrap.** The rows of one prompt are not independent, so a resample draws *prompts* with replacement and
-takes all of a prompt's rows, in every arm at once: differences between models are paired. Intervals are the
-2.5th and 97.5th percentile over the resamples in which the statistic is defined; with fewer than two prompts
-there is none. With few prompts (under about 20) such intervals are somewhat too narrow.
-
-**Rows are weighted, not copied.** A resample is a weight per prompt: how often it was drawn. All three statistics
-are functions of weighted sums of signs, so that one matrix product computes them for all resamples, exactly as
-if the rows had been copied, ties included. With dx = sign(x_i - x_j), dy = sign(y_i - y_j), weights w:
+Intervals are from the two-way bootstrap of `resampling.py`. Rows are weighted, not copied: all three statistics are
+functions of a table of weights by (requested anchor, score), which is exact for all resamples at once, as if the rows
+had been copied, ties included. With dx = sign(x_i - x_j), dy = sign(y_i - y_j), weights w:
 
 - tau-b = sum w_i w_j dx dy / sqrt(sum w_i w_j dx^2 * sum w_i w_j dy^2), Kendall (1945): concordant minus
   discordant pairs, over the geometric mean of the numbers of pairs not tied in x and not tied in y.
 - rho is the Pearson correlation of the average ranks (Spearman 1904); the centred average rank of row i is
   half of sum_j w_j dx.
 
-The estimate itself is the case where each prompt is drawn once. It agrees with scipy.stats' kendalltau
-(variant b) and spearmanr. What is undefined (tau of constant scores) is None, never a number.
+The estimate itself is the case where each row counts once. It agrees with scipy.stats' kendalltau (variant b) and
+spearmanr. What is undefined (tau of constant scores) is None, never a number.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,81 +22,113 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_ray.agreement import spearman
+from cpt_ray.agreement import agreement, spearman
+from cpt_ray.dials import Instrument, LogProbs, Spread, check_score, perplexities, slope_gap
 from cpt_ray.grading import confirms
 from cpt_ray.records import Trial
+from cpt_ray.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.rubric import Rubric
 
-MODELS = ("base", "tuned")
 METRICS = ("accuracy", "kendall_tau", "spearman_rho")
-INTERVAL_PERCENT = 95
-_BLOCK = 64
-"""Resamples computed together: bounds the memory to a few arrays of rows x 64."""
 
-Floats = NDArray[np.float64]
 Value = Callable[[Trial], float | None]
 """Which opinion on a trial is scored, on 0-100; None if ungraded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    """Some rows as columns; only the graded ones are in the arrays."""
+    """Some rows as columns; the arrays are those of the graded rows, which come first in `trials`."""
 
-    prompt: NDArray[np.int64]
-    """Index of the row's prompt among all prompts."""
-    target: Floats
-    """Requested anchor, 0-100."""
-    score: Floats
-    """0-100."""
+    trials: Sequence[Trial]
+    """The graded rows, then those without an answer: at no level, so not at the requested one."""
+    target: NDArray[np.int64]
+    """Rank of the requested anchor among the anchors."""
+    score: NDArray[np.int64]
+    """Rank of the score among the scores."""
     hit: Floats
     """1 if the score falls in the requested level's bin, else 0."""
-    missed: NDArray[np.int64]
-    """Prompt index of every row without an answer: at no level, so not at the requested one."""
     ungraded: int
+
+    @property
+    def unanswered(self) -> int:
+        """Rows without an answer."""
+        return len(self.trials) - len(self.score)
+
+    def metrics(self, weights: Floats) -> Floats:
+        """(3, columns): METRICS under each column of row weights; NaN where undefined."""
+        graded = weights[: len(self.score)]
+        table = np.zeros((_size(self.target), _size(self.score), weights.shape[1]))
+        np.add.at(table, (self.target, self.score), graded)
+        by_target, by_score = table.sum(1), table.sum(0)
+        rank_x, rank_y, total = _ranks(by_target), _ranks(by_score), graded.sum(0)
+        both = (table * _ranks(_ranks(table, axis=1))).sum((0, 1))
+        products = (table * rank_x[:, None] * rank_y).sum((0, 1))
+        apart = [total**2 - (counts**2).sum(0) for counts in (by_target, by_score)]
+        spread = [(counts * ranks**2).sum(0) for counts, ranks in ((by_target, rank_x), (by_score, rank_y))]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            accuracy = self.hit @ graded / weights.sum(0)
+            tau = both / np.sqrt(apart[0] * apart[1])
+            rho = products / np.sqrt(spread[0] * spread[1])
+        return np.stack([accuracy, np.clip(tau, -1, 1), np.clip(rho, -1, 1)])
+
+
+def _size(ranks: NDArray[np.int64]) -> int:
+    return int(ranks.max(initial=-1)) + 1
+
+
+def _ranks(counts: Floats, axis: int = 0) -> Floats:
+    """For each place along an axis, the weight below it less the weight above it."""
+    below = counts.cumsum(axis) - counts
+    return np.asarray(below - (counts.sum(axis, keepdims=True) - below - counts))
 
 
 class _Scorer:
-    """Holds what all arms share: the rubrics and the same resampled prompts.
+    """Holds what all arms share: the rubrics and the same resamples."""
 
-    `counts` is (prompts, 1 + resamples): how often each prompt is drawn; column 0 draws each once.
-    """
-
-    def __init__(self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: int, seed: int) -> None:
-        self.rubrics = {rubric.id: rubric for rubric in rubrics}
-        self.prompts = {name: index for index, name in enumerate(sorted({one.prompt_id for one in trials}))}
-        size = max(len(self.prompts), 1)
-        drawn = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
-        self.counts: Floats = np.vstack([np.ones((1, size)), drawn]).T
+    def __init__(self, rubrics: Sequence[Rubric], resamples: Resamples) -> None:
+        self.rubrics, self.resamples = {rubric.id: rubric for rubric in rubrics}, resamples
 
     def rows(self, trials: Sequence[Trial], value: Value) -> _Rows:
         """Columns of the trials that `value` grades."""
-        graded = [(one, score) for one in trials if (score := value(one)) is not None]
-        empty = [one for one in trials if not one.text and value(one) is None]
-        hits = [confirms(self.rubrics[one.rubric_id], one.level, score) for one, score in graded]
+        graded = [(trial, score) for trial in trials if (score := value(trial)) is not None]
+        empty = [trial for trial in trials if not trial.text and value(trial) is None]
+        hits = [confirms(self.rubrics[trial.rubric_id], trial.level, score) for trial, score in graded]
         return _Rows(
-            prompt=np.array([self.prompts[one.prompt_id] for one, _ in graded], dtype=np.int64),
-            target=np.array([one.target for one, _ in graded], dtype=np.float64),
-            score=np.array([score for _, score in graded], dtype=np.float64),
+            trials=[*(trial for trial, _ in graded), *empty],
+            target=np.unique([trial.target for trial, _ in graded], return_inverse=True)[1],
+            score=np.unique([score for _, score in graded], return_inverse=True)[1],
             hit=np.array(hits, dtype=np.float64),
-            missed=np.array([self.prompts[one.prompt_id] for one in empty], dtype=np.int64),
-            ungraded=sum(bool(one.text) and value(one) is None for one in trials),
+            ungraded=sum(bool(trial.text) and value(trial) is None for trial in trials),
         )
 
     def statistics(self, rows: _Rows) -> Floats:
-        """(3, 1 + resamples): METRICS in every column of `counts`; NaN where undefined."""
-        signs = _signs(rows, len(self.counts))
-        columns = self.counts.shape[1]
-        blocks = [self.counts[:, start : start + _BLOCK] for start in range(0, columns, _BLOCK)]
-        made = np.concatenate([_weighted(rows, signs, block) for block in blocks], axis=1)
-        if len(np.unique(rows.prompt)) < 2:
-            made[:, 1:] = np.nan
-        return made
+        """(3, 1 + resamples): METRICS in every resample; NaN where undefined."""
+        return self.resamples.statistics(rows.trials, rows.metrics)
 
-    def arm(self, trials: Sequence[Trial], value: Value, rubric_ids: Sequence[str]) -> _Arm:
+    def arms(
+        self, trials: Sequence[Trial], value: Value = lambda trial: trial.score, names: Sequence[str] | None = None
+    ) -> dict[str, _Arm]:
+        """Each model's arm, over the trials of the rubrics in `names` (all unless given)."""
+        rubric_ids = list(self.rubrics) if names is None else names
+        return {
+            model: self._arm([trial for trial in trials if trial.model == model], value, rubric_ids) for model in MODELS
+        }
+
+    def perplexity(self, trials: Sequence[Trial], log_probs: LogProbs) -> dict[str, Any] | None:
+        """Overall and per rubric."""
+        overall = perplexities(trials, log_probs, self.resamples)
+        if overall is None:
+            return None
+        groups = {name: [trial for trial in trials if trial.rubric_id == name] for name in self.rubrics}
+        return overall | {
+            "per_rubric": {name: perplexities(group, log_probs, self.resamples) for name, group in groups.items()}
+        }
+
+    def _arm(self, trials: Sequence[Trial], value: Value, rubric_ids: Sequence[str]) -> _Arm:
         """Overall and per rubric, over the trials of these rubrics."""
-        groups = {name: [one for one in trials if one.rubric_id == name] for name in rubric_ids}
+        groups = {name: [trial for trial in trials if trial.rubric_id == name] for name in rubric_ids}
         rows = {name: self.rows(group, value) for name, group in groups.items()}
-        overall = self.rows([one for group in groups.values() for one in group], value)
+        overall = self.rows([trial for group in groups.values() for trial in group], value)
         return _Arm(
             rows=overall,
             statistics=self.statistics(overall),
@@ -122,104 +148,102 @@ class _Arm:
         """As in results.json."""
 
         def entry(rows: _Rows, statistics: Floats) -> dict[str, Any]:
-            return {
-                **_summary(statistics),
-                "n": len(rows.score),
-                "ungraded": rows.ungraded,
-                "unanswered": len(rows.missed),
-            }
+            counts = {"n": len(rows.score), "ungraded": rows.ungraded, "unanswered": rows.unanswered}
+            return _summary(statistics) | counts
 
         per_rubric = {name: entry(rows, found) for name, (rows, found) in self.per_rubric.items()}
         return {**entry(self.rows, self.statistics), "per_rubric": per_rubric}
 
 
-def _signs(rows: _Rows, num_prompts: int) -> Floats:
-    """(5, rows, prompts): dx, dy, dx dy, dx^2, dy^2 summed over each prompt's rows j, per row i."""
-    sums = np.zeros((5, len(rows.score), num_prompts))
-    for prompt in np.unique(rows.prompt):
-        of_prompt = rows.prompt == prompt
-        dx = np.sign(rows.target[:, None] - rows.target[of_prompt])
-        dy = np.sign(rows.score[:, None] - rows.score[of_prompt])
-        for at, terms in enumerate((dx, dy, dx * dy, dx * dx, dy * dy)):
-            sums[at, :, prompt] = terms.sum(axis=1)
-    return sums
-
-
-def _weighted(rows: _Rows, signs: Floats, counts: Floats) -> Floats:
-    """(3, columns): METRICS under each column of prompt counts (prompts, columns)."""
-    weights = counts[rows.prompt]
-    rank_x, rank_y, both, apart_x, apart_y = signs @ counts
-
-    def total(terms: Floats) -> Floats:
-        return np.asarray((weights * terms).sum(axis=0))
-
-    with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = rows.hit @ weights / (weights.sum(axis=0) + counts[rows.missed].sum(axis=0))
-        tau = total(both) / np.sqrt(total(apart_x) * total(apart_y))
-        rho = total(rank_x * rank_y) / np.sqrt(total(rank_x**2) * total(rank_y**2))
-    return np.stack([accuracy, np.clip(tau, -1, 1), np.clip(rho, -1, 1)])
-
-
 def _summary(statistics: Floats) -> dict[str, Any]:
     """{metric: estimate, metric_ci: [low, high]} from (3, 1 + resamples)."""
-    tail = (100 - INTERVAL_PERCENT) / 2
-    made: dict[str, Any] = {}
-    for name, (estimate, *resampled) in zip(METRICS, statistics, strict=True):
-        defined = np.array(resampled)[np.isfinite(resampled)]
-        known = len(defined) > 0 and math.isfinite(estimate)
-        made[name] = float(estimate) if math.isfinite(estimate) else None
-        made[f"{name}_ci"] = [float(end) for end in np.percentile(defined, [tail, 100 - tail])] if known else None
-    return made
+    named = [named_estimate(name, columns) for name, columns in zip(METRICS, statistics, strict=True)]
+    return {key: value for entry in named for key, value in entry.items()}
 
 
-def _agreement(rubrics: Mapping[str, Rubric], trials: Sequence[Trial]) -> dict[str, Any]:
-    """How far judge and measures agree over the rows that have both."""
-    both = [
-        (rubrics[one.rubric_id], one.judged, one.measured)
-        for one in trials
-        if one.judged is not None and one.measured is not None
-    ]
-    same = [rubric.nearest_level(judged) == rubric.nearest_level(measured) for rubric, judged, measured in both]
+def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], spread: Spread) -> dict[str, Any]:
+    """How far judge and measures agree over the rows that have both; kappa needs levels, and so one rubric."""
+    both = {rubric.id: _opinions(trials, rubric, spread) for rubric in rubrics}
+    per_rubric = {rubric.id: agreement(rubric, both[rubric.id]) for rubric in rubrics}
+    pooled = [pair for pairs in both.values() for pair in pairs]
+    same = sum(entry["same_level"] * entry["n"] for entry in per_rubric.values() if entry["n"])
     return {
-        "n": len(both),
-        "spearman_rho": spearman([judged for _, judged, _ in both], [measured for _, _, measured in both]),
-        "same_level": sum(same) / len(same) if same else None,
+        "n": len(pooled),
+        "spearman_rho": spearman([judged for judged, _ in pooled], [measured for _, measured in pooled]),
+        "same_level": same / len(pooled) if pooled else None,
+        "per_rubric": per_rubric,
     }
 
 
-def score_trials(trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: int, seed: int) -> dict[str, Any]:
+def _opinions(trials: Sequence[Trial], rubric: Rubric, spread: Spread) -> list[tuple[float, float]]:
+    """(judged, measured) score of a rubric's rows that have both; of a rubric without measured criteria its check."""
+    pairs = []
+    for trial in trials:
+        if trial.rubric_id == rubric.id and trial.judged is not None:
+            measured = trial.measured
+            if not rubric.measured:
+                measured = check_score(rubric, spread.get(rubric.id, {}), trial.text)
+            if measured is not None:
+                pairs.append((trial.judged, measured))
+    return pairs
+
+
+def score_trials(
+    trials: Sequence[Trial],
+    rubrics: Sequence[Rubric],
+    resamples: int,
+    seed: int,
+    spread: Spread | None = None,
+    log_probs: LogProbs | None = None,
+) -> dict[str, Any]:
     """The content of results.json.
 
-    Per model ("base", "tuned"), over the rows with a directive: `accuracy` (share of rows whose score falls in the
-    requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
+    Per model ("base", "tuned"), over the rows with a held-out directive: `accuracy` (share of rows whose score falls in
+    the requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
     and `spearman_rho` (requested anchor against score, rubrics pooled), each with `*_ci` [low, high]; `n` graded,
     `ungraded` and `unanswered` rows; `per_rubric` the same by rubric id. Then the same again as `without_directive`
     (the same requests, unseen by the model) and as `measured`: the measured criteria alone instead of the whole score,
     over the rubrics that have any, None if none has. `difference` is tuned minus base; `judge_agreement`
-    compares judged with measured scores over all rows that have both.
+    compares judged with measured scores over all rows that have both; per rubric with Cohen's kappa of the levels, in
+    quadratic weights (`agreement.py`).
+
+    Of the dials (`dials.py`), by rubric id: `chance` (of being at the requested level), `slope`, `check` (the slope by
+    the second measure), `crosstalk` (by model, dial turned and dial moved) and `levels` (means, counts). Under the
+    directives that were trained on, `trained_directives` has all of this, and as `gap` how much more the slope is
+    there; None without such rows. `perplexity` is that of the answers under a held-out directive, by the base policy
+    without a directive; None if it was not computed.
 
     Args:
-        resamples: bootstrap resamples of prompts behind each interval.
+        resamples: bootstrap resamples of prompts and directives behind each interval.
         seed: of the resampling.
+        spread: the run's spread.json, if it has one.
     """
-    scorer = _Scorer(trials, rubrics, resamples, seed)
-    rubric_ids = [rubric.id for rubric in rubrics]
-    measured_ids = [rubric.id for rubric in rubrics if rubric.measured]
-    results: dict[str, Any] = {}
-    arms: dict[str, _Arm] = {}
+    scorer = _Scorer(rubrics, Resamples(trials, resamples, seed))
+    directed = [trial for trial in trials if trial.directive is not None]
+    held_out, trained = ([trial for trial in directed if trial.is_trained == which] for which in (False, True))
+    arms = scorer.arms(held_out)
+    results: dict[str, Any] = {model: arms[model].summary() for model in MODELS}
+    measured = [rubric.id for rubric in rubrics if rubric.measured]
+    without = scorer.arms([trial for trial in trials if trial.directive is None])
+    by_measure = scorer.arms(held_out, lambda trial: trial.measured, measured)
     for model in MODELS:
-        directed = [one for one in trials if one.model == model and one.directive is not None]
-        undirected = [one for one in trials if one.model == model and one.directive is None]
-        arms[model] = scorer.arm(directed, lambda one: one.score, rubric_ids)
-        without = scorer.arm(undirected, lambda one: one.score, rubric_ids)
-        measured = scorer.arm(directed, lambda one: one.measured, measured_ids).summary() if measured_ids else None
-        results[model] = {**arms[model].summary(), "without_directive": without.summary(), "measured": measured}
+        results[model]["without_directive"] = without[model].summary()
+        results[model]["measured"] = by_measure[model].summary() if measured else None
     base, tuned = arms["base"], arms["tuned"]
     results["difference"] = _summary(tuned.statistics - base.statistics) | {
-        "per_rubric": {name: _summary(tuned.per_rubric[name][1] - base.per_rubric[name][1]) for name in rubric_ids}
+        "per_rubric": {name: _summary(tuned.per_rubric[name][1] - entry[1]) for name, entry in base.per_rubric.items()}
     }
-    of_rubric = {name: [one for one in trials if one.rubric_id == name] for name in rubric_ids}
-    results["judge_agreement"] = _agreement(scorer.rubrics, trials) | {
-        "per_rubric": {name: _agreement(scorer.rubrics, rows) for name, rows in of_rubric.items()}
-    }
+    results["judge_agreement"] = _agreement(trials, rubrics, spread or {})
+    results["chance"] = {rubric.id: 1 / len(rubric.levels) for rubric in rubrics}
+    instrument = Instrument(held_out, rubrics, scorer.resamples, spread)
+    results |= instrument.summary()
+    results["trained_directives"] = _trained(scorer, trained, instrument, spread) if trained else None
+    results["perplexity"] = scorer.perplexity(held_out, log_probs) if log_probs else None
     return results
+
+
+def _trained(scorer: _Scorer, trials: Sequence[Trial], held_out: Instrument, spread: Spread | None) -> dict[str, Any]:
+    """The same under the directives that were trained on, and how much more the dials move there."""
+    instrument = Instrument(trials, list(scorer.rubrics.values()), scorer.resamples, spread)
+    arms = {model: arm.summary() for model, arm in scorer.arms(trials).items()}
+    return arms | instrument.summary() | {"gap": slope_gap(instrument, held_out)}

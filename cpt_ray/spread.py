@@ -26,7 +26,7 @@ from cpt_ray.rubric import CheckSpec, Criterion, Rubric
 from cpt_ray.rundir import RunDir
 
 SPREAD = "spread.json"
-"""In the run directory: {"key": ..., "rubrics": {id: {criterion or CHECK: {"measure", "n", "sd", "quantiles": [101]}}}}."""
+"""In the run directory: a key, and what `survey` found, under "rubrics"."""
 CHECK = "check measure"
 """What a rubric's second measure is called among its criteria, none of which has a space in its name."""
 LEAST_ANSWERS = 20
@@ -68,6 +68,20 @@ def _entry(spec: CheckSpec, texts: Sequence[str]) -> dict[str, Any] | None:
         return None
     quantiles = np.percentile(values, np.arange(101)).round(6).tolist()
     return {"measure": spec.name, "n": len(values), "sd": round(statistics.pstdev(values), 6), "quantiles": quantiles}
+
+
+def pool_spread(run: RunDir, rubrics: Sequence[Rubric]) -> dict[str, dict[str, Any]]:
+    """What is known of the first pass's answers, by rubric: `own`, `own_sd`, and `check`, `check_sd` of the second
+    measure; quantiles of 0 to 100 percent and standard deviations, of rubrics that are one measured criterion."""
+    known = (run.read_json(SPREAD) or {}).get("rubrics", {})
+    pool: dict[str, dict[str, Any]] = {}
+    for rubric in rubrics:
+        if len(rubric.criteria) == len(rubric.measured) == 1:
+            named = {"own": rubric.criteria[0].name, "check": CHECK}
+            entries = {name: entry for name, key in named.items() if (entry := known.get(rubric.id, {}).get(key))}
+            pool[rubric.id] = {name: entry["quantiles"] for name, entry in entries.items()}
+            pool[rubric.id] |= {f"{name}_sd": entry["sd"] for name, entry in entries.items()}
+    return pool
 
 
 def with_points(rubric: Rubric, entries: Mapping[str, Mapping[str, Any]]) -> Rubric:

@@ -474,6 +474,7 @@ def synthesize(plan: Plan, run: RunDir) -> None:
         ],
     )
     run_lines(run, steps.further(shards))
+    Spread(plan.rubrics, tuple(shards.passes)).resolve(run)  # evaluation wants it of every run
     plan = resolved(plan, run, units)
     _say_spread(plan)
     pair(plan, run, shards)

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "measures", "records", "rubric", "prompting", "grading", "pairing", "config", "prompts", "rundir",
      "configuration", "keys", "frontend", "scoring", "report", "console", "agreement", "duplicates", "rows",
      "publishing", "texts", "templates", "comparisons", "thoughts", "losses", "gguf_model", "roles",
-     "yaml_file", "grids", "spread", "english"},
+     "yaml_file", "grids", "spread", "english", "resampling", "dials", "dial_page", "markup", "seeds"},
     {"engine", "openai_engine", "cluster", "grid"},
     {"pool", "card", "planning", "judging", "directing", "levels", "synthesis", "reference",
      "export", "training", "evaluation", "serving", "preferences",

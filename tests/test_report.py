@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cpt_ray.dial_page import COLUMNS, SHOWN_CHARS, dial_lines, opposites, opposites_lines
 from cpt_ray.records import Trial
 from cpt_ray.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
 from cpt_ray.scoring import score_trials
@@ -119,6 +120,72 @@ def test_hostile_reasons_stages_and_run_info_are_only_text() -> None:
     page = page_of(trials, ledger=ledger, run_info={"name": HOSTILE, HOSTILE: [HOSTILE]})
     assert not parsed(page).tags & {"script", "img"}
     assert "ungraded: &lt;script&gt;" in page
+
+
+def test_rubric_titles_and_level_directives_at_the_pages_beginning_are_only_text() -> None:
+    rubric = make_rubric(title=HOSTILE, check={"name": "word_count"})
+    trials = [dataclasses.replace(one, directive=HOSTILE, text=HOSTILE, prompt=HOSTILE) for one in make_trials()]
+    trials += [dataclasses.replace(one, is_trained=True, trial_id=f"{one.trial_id}/t") for one in trials]
+    pool = {"ornament": {"check": [float(at) for at in range(101)]}}
+    log_probs = {(one.model, one.trial_id): (-3.0, 2) for one in trials}
+    results = score_trials(trials, [rubric], 50, 0, pool, log_probs)
+    checker = parsed(render_report(results, trials, [rubric], LEDGER, INFO))
+    assert not checker.tags & {"script", "img"}
+
+
+def test_one_prompt_is_shown_under_the_lowest_and_the_highest_directive_of_each_rubric_chosen_by_hash() -> None:
+    mood = make_rubric(id="mood", title="Mood")
+    trials = make_trials() + [
+        dataclasses.replace(one, rubric_id="mood", trial_id=f"{one.trial_id}/m", text=f"{one.text} Mood.")
+        for one in make_trials()
+        if one.prompt_id != "p0"  # so that not all of it is there for the first prompt
+    ]
+    trained = [dataclasses.replace(one, is_trained=True, text="Trained.", trial_id="0") for one in trials]
+    prompt, shown = opposites(trained + trials[::-1], [RUBRIC, mood])
+    assert prompt == "Write p1."
+    assert [(one.rubric.id, one.level, one.directive) for one in shown] == [
+        ("ornament", "low", "Be low."), ("ornament", "high", "Be high."),
+        ("mood", "low", "Be low."), ("mood", "high", "Be high."),
+    ]  # fmt: skip
+    assert shown[3].answers["tuned"].text == "tuned says high to p1. Mood."
+    assert opposites([], [RUBRIC]) == ("", []) and opposites_lines([], [RUBRIC]) == []
+    lines = opposites_lines([dataclasses.replace(one, text="word " * 99) for one in trials], [RUBRIC, mood])
+    assert max(map(len, lines)) <= COLUMNS
+    assert lines[0] == '"Write p1."' and lines[1] == 'ornament, low: "Be low."'
+    assert lines[2].startswith("  base   word word")
+    assert len(" ".join(lines[2:4])) <= SHOWN_CHARS + 20
+
+
+def test_an_empty_answer_says_why_it_is_empty_in_the_terminal_and_on_the_page() -> None:
+    trials = [dataclasses.replace(one, text="", score=None, reason="empty: no text") for one in make_trials()]
+    assert "  base   (empty: no text)" in opposites_lines(trials, [RUBRIC])
+    assert "no answer: empty: no text" in page_of(trials)
+
+
+def test_the_dials_table_fits_and_has_what_is_known() -> None:
+    rubric = make_rubric(id="a-rubric-with-a-long-name", check={"name": "word_count"})
+    other = make_rubric(id="another", title="Another")
+    trials = [
+        dataclasses.replace(one, rubric_id=name) for name in (rubric.id, other.id) for one in make_trials(1, -0.5)
+    ]
+    trained = [dataclasses.replace(one, is_trained=True) for one in trials]
+    log_probs = {(one.model, one.trial_id): (-3.0 - (one.model == "tuned"), 2) for one in trials}
+    pool = {rubric.id: {"check": [float(at) for at in range(101)]}}
+    lines = dial_lines(score_trials(trials + trained, [rubric, other], 50, 0, pool, log_probs))
+    assert max(map(len, lines)) <= COLUMNS
+    assert lines[0].split() == ["dial", "acc.", "tau", "rho", "slope", "2nd", "most", "crosstalk"]
+    assert lines[2].split()[:8] == ["tuned", "1.00", "1.00", "1.00", "1.00", "[1.00,", "1.00]", "0.00"]
+    assert lines[3].split()[:5] == ["another", "base", "0.33", "-1.00", "-1.00"]
+    assert "accuracy by chance: 0.33." in lines[5]
+    assert lines[-1].endswith("ratio 1.65") or "ratio 1.65 [1.65, 1.65]" in " ".join(lines[-2:])
+    gap = next(at for at, line in enumerate(lines) if line.startswith("slope under"))
+    assert lines[gap + 2].split() == ["tuned", "1.00", "1.00", "0.00", "[0.00,", "0.00]"]
+    assert dial_lines(score_trials([], [rubric], 50, 0))[1].split()[-5:] == ["n/a", "n/a", "n/a", "-", "-"]
+
+
+def test_scores_beyond_the_scale_are_drawn_at_its_edge() -> None:
+    heights = re.findall(r'class="dot" cx="[\d.]+" cy="([-\d.]+)"', page_of(make_trials(tuned_gain=3)))
+    assert min(map(float, heights)) == 8.0 and max(map(float, heights)) == 188.0
 
 
 def test_the_headline_says_what_was_measured() -> None:

@@ -10,12 +10,14 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.grading import confirms
 from cpt_ray.records import Trial
+from cpt_ray.resampling import Resamples
 from cpt_ray.rubric import Rubric
 from cpt_ray.scoring import METRICS, score_trials
 from tests.builders import LEVELS, make_rubric
@@ -94,6 +96,7 @@ rows = st.builds(
     prompt=st.sampled_from(["p0", "p1", "p2", "p3"]),
     model=st.sampled_from(["base", "tuned"]),
     directive=st.sampled_from(["Write so.", None]),
+    directive_id=st.sampled_from(["", "d0", "d1"]),
 )
 trial_lists = st.lists(rows, max_size=25)
 
@@ -183,6 +186,59 @@ def test_a_resample_is_worth_what_copied_rows_are_worth() -> None:
     assert found["accuracy_ci"] == [pytest.approx(2 / 3), 1.0]
 
 
+def crossed_trials(num_prompts: int, num_directives: int, seed: int = 0) -> list[Trial]:
+    """Each prompt under each directive of each level; scores with noise of prompt, directive and row."""
+    draw = random.Random(seed)
+    of_prompt = [draw.gauss(0, 10) for _ in range(num_prompts)]
+    rows = []
+    for level, anchor in ANCHORS.items():
+        for number in range(num_directives):
+            shift = draw.gauss(0, 20)
+            for at, offset in enumerate(of_prompt):
+                score = min(100.0, max(0.0, float(round(anchor + shift + offset + draw.gauss(0, 10)))))
+                names = {"trial_id": f"p{at}/{level}/{number}", "directive_id": f"{level}-{number}"}
+                rows.append(make_trial(level, score, f"p{at}", **names))
+    return rows
+
+
+def test_a_two_way_resample_is_worth_what_rows_copied_by_prompt_and_directive_are_worth() -> None:
+    trials = sorted(crossed_trials(4, 3), key=repr)
+    drawn: list[Any] = []
+
+    def keep(weights: Any) -> Any:
+        drawn.append(weights)
+        return weights[:1]
+
+    Resamples(trials, 70, seed=0).statistics(trials, keep)
+    expected = {name: [] for name in METRICS}
+    for counts in np.concatenate(drawn, axis=1).T:
+        by_prompt = {row.prompt_id: 0.0 for row in trials}
+        by_directive = {row.directive_id: 0.0 for row in trials}
+        for row, count in zip(trials, counts, strict=True):  # a prompt's rows sum to its count times all directives
+            by_prompt[row.prompt_id] += count / 9
+            by_directive[row.directive_id] += count / 4
+        assert [round(by_prompt[row.prompt_id] * by_directive[row.directive_id], 9) for row in trials] == list(counts)
+        assert all(sum(by_directive[f"{level}-{at}"] for at in range(3)) == pytest.approx(3) for level in LEVELS)
+        copies = [row for row, count in zip(trials, counts, strict=True) for _ in range(int(count))]
+        pairs = [(row.target, row.score) for row in copies if row.score is not None]
+        expected["accuracy"].append(sum(confirms(RUBRIC, row.level, row.score or 0.0) for row in copies) / len(copies))
+        expected["kendall_tau"].append(tau_b(pairs))
+        expected["spearman_rho"].append(spearman(pairs))
+    found = scored(trials[::-1], resamples=70)["tuned"]
+    for name, (sample, *resampled) in expected.items():
+        assert found[name] == pytest.approx(sample)
+        assert found[f"{name}_ci"] == pytest.approx(list(np.percentile(resampled, [2.5, 97.5])))
+
+
+def test_intervals_widen_where_directives_differ_and_are_few() -> None:
+    def width(trials: list[Trial]) -> float:
+        low, high = scored(trials, resamples=300)["tuned"]["accuracy_ci"]
+        return float(high - low)
+
+    trials = crossed_trials(30, 3)
+    assert width(trials) > 1.5 * width([dataclasses.replace(one, directive_id="") for one in trials])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_intervals_contain_the_estimate_and_narrow_with_more_prompts(seed: int) -> None:
     few, many = (scored(noisy_trials(size, 0.6, seed=seed), resamples=400)["tuned"] for size in (10, 90))
@@ -217,6 +273,12 @@ def test_the_difference_is_paired_over_the_same_prompts() -> None:
         assert results["difference"][metric] == results["tuned"][metric] - results["base"][metric]
         assert low <= results["difference"][metric] <= high
     assert set(results["difference"]["per_rubric"]) == {"ornament"}
+
+
+def test_rows_under_trained_directives_are_kept_apart() -> None:
+    held_out = noisy_trials(5, 1.0)
+    trained = [dataclasses.replace(one, is_trained=True, score=50.0) for one in held_out]
+    assert scored(held_out + trained)["tuned"] == scored(held_out)["tuned"]
 
 
 def test_rows_without_a_directive_are_kept_apart() -> None:
@@ -257,7 +319,12 @@ def test_judge_agreement_counts_rows_with_both_opinions() -> None:
     assert found["n"] == 3
     assert found["same_level"] == pytest.approx(2 / 3)
     assert found["spearman_rho"] == pytest.approx(0.5)
-    assert found["per_rubric"]["ornament"] == {name: found[name] for name in ("n", "spearman_rho", "same_level")}
+    of_rubric = found["per_rubric"]["ornament"]
+    assert {name: of_rubric[name] for name in ("n", "spearman_rho", "same_level")} == {
+        name: found[name] for name in ("n", "spearman_rho", "same_level")
+    }
+    # judged levels 0, 1, 2 against measured 0, 2, 2: squared distances of 1 in all, and of 15 over all nine pairings
+    assert of_rubric["weighted_kappa"] == pytest.approx(1 - 1 / (15 / 3))
 
 
 def test_nothing_graded_gives_nulls() -> None:
@@ -268,5 +335,6 @@ def test_nothing_graded_gives_nulls() -> None:
         assert results["difference"]["accuracy"] is None
         assert results["judge_agreement"] == {
             "n": 0, "spearman_rho": None, "same_level": None,
-            "per_rubric": {"ornament": {"n": 0, "spearman_rho": None, "same_level": None}},
+            "per_rubric": {"ornament": {"n": 0, "same_level": None, "weighted_kappa": None, "spearman_rho": None,
+                                        "mean_score_per_level": {}}},
         }  # fmt: skip

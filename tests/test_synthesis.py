@@ -614,6 +614,7 @@ def evaluated(plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
 
     engine = FakeEngine(lambda request: dataclasses.replace(answer(request), num_prompt_tokens=100, num_tokens=10))
     monkeypatch.setattr("cpt_ray.evaluation.run_lines", functools.partial(run_here, engine))
+    monkeypatch.setattr("cpt_ray.evaluation.base_log_probs", lambda *_: {})
     evaluate(plan, run, run_all(plan, run, engine))
 
 

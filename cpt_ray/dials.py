@@ -1,0 +1,281 @@
+"""A dial as an instrument: how far its own measure moves when it is turned, and what else moves.
+
+Each rubric is a dial. Its *value* in a text is what its measure gives, in the measure's own unit, if one measured
+criterion is all of the rubric; else the score, in points. The levels' *anchors* are values as well. Then, between
+the directives of a rubric's highest and of its lowest level:
+
+    slope of dial j when dial i is turned = (mean of j at i's highest - mean of j at i's lowest level)
+                                            / (anchor of j's highest - anchor of j's lowest level)
+
+For i = j that is the dial's slope (at best 1), for others the crosstalk from i to j (at best 0): as much of j's own
+range as moves with the whole range of i. Measured values need no grade, so every text counts for every such dial. A
+judged score is known of the answers to its own rubric alone, and then there is no crosstalk on it.
+
+The *second measure* (a rubric's `check`) selected nothing and labelled nothing. Its anchors are its own quantiles in
+the pool of written answers at the levels' scores, so its slope is 1 as well if it moves as far as the first one should;
+it is negative if it falls where the first one rises.
+
+What the pool is like comes from the run's `spread.json`: {rubric id: {"own": 101 values of the rubric's measure at the
+quantiles 0, 0.01 ... 1, "own_sd": its standard deviation, "check" and "check_sd": the same of the second measure}}.
+Whatever is not there leaves out what depends on it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cpt_ray.grading import interpolate, measured_criterion, weighted
+from cpt_ray.measures import measures
+from cpt_ray.records import Trial
+from cpt_ray.resampling import MODELS, Floats, Resamples, estimate, named_estimate
+from cpt_ray.rubric import CheckSpec, Level, MeasureSpec, Rubric
+
+SCORE = "score"
+"""In the place of a measure's name, where a dial's value is a score."""
+
+Spread = Mapping[str, Mapping[str, Any]]
+"""The content of spread.json."""
+
+
+class Dial:
+    """A rubric's value in texts and at its levels, by the rubric's own measure or by its second one."""
+
+    def __init__(self, rubric: Rubric, pool: Mapping[str, Any], is_check: bool = False):
+        """`pool`: the rubric's entry of spread.json."""
+        self.rubric = rubric
+        only = rubric.criteria[0].measure if len(rubric.criteria) == 1 else None
+        self._spec: MeasureSpec | CheckSpec | None = rubric.check if is_check else only
+        self.measure = self._spec.name if self._spec else SCORE
+        self.anchors = _anchors(rubric, pool.get("check", ())) if is_check else _own_anchors(rubric, only)
+        self.sd: float | None = pool.get("check_sd" if is_check else "own_sd") if self._spec else None
+
+    @property
+    def span(self) -> float:
+        """From the lowest level's anchor to the highest one's; below 0 for a measure that falls."""
+        names = [level.name for level in self.rubric.levels]
+        return self.anchors[names[-1]] - self.anchors[names[0]] if self.anchors else 0.0
+
+    def value(self, trial: Trial) -> float:
+        """NaN where it is undefined or not known."""
+        if not trial.text:
+            return float("nan")
+        if self._spec:
+            found = measures(trial.text, self._spec.words, self._spec.against)[self._spec.name]
+        elif self.rubric.judged:
+            found = trial.score if trial.rubric_id == self.rubric.id else None
+        else:
+            grades = [measured_criterion(self.rubric, criterion, trial.text) for criterion in self.rubric.measured]
+            found = weighted(self.rubric, grades)
+        return float("nan") if found is None else found
+
+
+def _own_anchors(rubric: Rubric, spec: MeasureSpec | None) -> dict[str, float]:
+    if spec is None:
+        return {level.name: level.score for level in rubric.levels}
+    if spec.points:  # (value, score) by which it is graded
+        return {level.name: _value_at(level, spec.points) for level in rubric.levels}
+    assert isinstance(spec.values, dict)
+    return dict(spec.values)
+
+
+def _value_at(level: Level, points: Sequence[tuple[float, float]]) -> float:
+    """The value that has a level's score; linear beyond the ends, as grading is."""
+    scores = [score for _, score in points]
+    at = min(max(int(np.searchsorted(scores, level.score)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[at - 1], points[at]
+    return x0 + (x1 - x0) * (level.score - y0) / (y1 - y0)
+
+
+def _anchors(rubric: Rubric, quantiles: Sequence[float]) -> dict[str, float]:
+    """The quantiles at the levels' scores; empty without any."""
+    if not quantiles:
+        return {}
+    points = [(100 * at / (len(quantiles) - 1), value) for at, value in enumerate(quantiles)]
+    return {level.name: interpolate(level.score, points) for level in rubric.levels}
+
+
+def check_score(rubric: Rubric, pool: Mapping[str, Any], text: str) -> float | None:
+    """The score (0-100) that a text has by the second measure: the quantile of its value in the pool."""
+    quantiles = pool.get("check")
+    if rubric.check is None or not quantiles:
+        return None
+    value = measures(text, rubric.check.words, rubric.check.against)[rubric.check.name]
+    # the share of the pool below it, and half of what is equal to it
+    return None if value is None else 100 * statistics.fmean((one < value) + (one == value) / 2 for one in quantiles)
+
+
+# ---------------------------------------------------------------- one model under one kind of directives
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Means (1 + resamples) of dials' values by the level that a rubric was turned to."""
+
+    by_level: Mapping[tuple[str, str, int], Floats]
+    """(rubric turned, level, number of the dial) to its means."""
+    counts: Mapping[tuple[str, str, int], tuple[int, int]]
+    """How many values are defined and undefined."""
+
+    def moved(self, rubric: Rubric, dial: int) -> Floats:
+        """How much higher a dial is at a rubric's highest than at its lowest level."""
+        low, high = (self.by_level[rubric.id, rubric.levels[at].name, dial] for at in (0, -1))
+        return high - low
+
+
+def _means(trials: Sequence[Trial], rubrics: Sequence[Rubric], dials: Sequence[Dial], resamples: Resamples) -> _Means:
+    by_level, counts = {}, {}
+    for rubric in rubrics:
+        for level in rubric.levels:
+            rows = [trial for trial in trials if (trial.rubric_id, trial.level) == (rubric.id, level.name)]
+            values = np.array([[dial.value(trial) for trial in rows] for dial in dials]).reshape(len(dials), len(rows))
+            for at, columns in enumerate(_weighted_means(rows, values, resamples)):
+                by_level[rubric.id, level.name, at] = columns
+                defined = int(np.isfinite(values[at]).sum())
+                counts[rubric.id, level.name, at] = (defined, len(rows) - defined)
+    return _Means(by_level, counts)
+
+
+def _weighted_means(rows: Sequence[Trial], values: Floats, resamples: Resamples) -> Floats:
+    """(dials, 1 + resamples): means of values (dials, rows) over those that are defined."""
+    is_defined = np.isfinite(values)
+
+    def compute(weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray((np.where(is_defined, values, 0.0) @ weights) / (is_defined @ weights))
+
+    return resamples.statistics(rows, compute)
+
+
+# ---------------------------------------------------------------- results
+
+
+class Instrument:
+    """All dials of a run under one kind of directives, base and tuned on the same resamples."""
+
+    def __init__(
+        self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: Resamples, spread: Spread | None = None
+    ):
+        """`trials`: those under a directive, all of one kind."""
+        pool = spread or {}
+        self._rubrics = rubrics
+        self._own = [Dial(rubric, pool.get(rubric.id, {})) for rubric in rubrics]
+        self._checks = [Dial(rubric, pool.get(rubric.id, {}), is_check=True) for rubric in rubrics if rubric.check]
+        self._dials = [*self._own, *self._checks]
+        # sums of floats depend on their order, results should not
+        ordered = sorted(trials, key=repr)
+        self._means = {
+            model: _means([one for one in ordered if one.model == model], rubrics, self._dials, resamples)
+            for model in MODELS
+        }
+
+    def slopes(self, is_check: bool = False) -> dict[str, dict[str, Floats]]:
+        """{rubric id: {"base" | "tuned": (1 + resamples) slopes}}, by the rubrics' own or their second measures."""
+        dials = self._checks if is_check else self._own
+        return {
+            dial.rubric.id: {model: self._slope(model, dial.rubric, dial) for model in MODELS}
+            for dial in dials
+            if dial.span
+        }
+
+    def _slope(self, model: str, turned: Rubric, dial: Dial) -> Floats:
+        return self._means[model].moved(turned, self._dials.index(dial)) / dial.span
+
+    def summary(self) -> dict[str, Any]:
+        """`slope`, `check`, `crosstalk` and `levels`, as in results.json."""
+        return {
+            "slope": self._slope_entries(self._own, is_check=False),
+            "check": self._slope_entries(self._checks, is_check=True),
+            "crosstalk": {model: self._crosstalk(model) for model in MODELS},
+            "levels": {dial.rubric.id: self._levels(dial) for dial in self._own},
+        }
+
+    def _slope_entries(self, dials: Sequence[Dial], is_check: bool) -> dict[str, Any]:
+        slopes = self.slopes(is_check)
+        return {
+            dial.rubric.id: {"measure": dial.measure, "anchors": dial.anchors}
+            | {model: self._moved(model, dial.rubric, dial) for model in MODELS}
+            | {"change": _change(slopes[dial.rubric.id])}
+            for dial in dials
+            if dial.rubric.id in slopes
+        }
+
+    def _crosstalk(self, model: str) -> dict[str, Any]:
+        """{turned: {moved: ...}} of different dials; without those that nothing is known of."""
+        matrix: dict[str, Any] = {}
+        for turned in self._rubrics:
+            others = [dial for dial in self._own if dial.rubric.id != turned.id and dial.span]
+            entries = {dial.rubric.id: self._moved(model, turned, dial) for dial in others}
+            matrix[turned.id] = {name: entry for name, entry in entries.items() if entry["slope"] is not None}
+        return matrix
+
+    def _moved(self, model: str, turned: Rubric, dial: Dial) -> dict[str, Any]:
+        columns = self._slope(model, turned, dial)
+        entry: dict[str, Any] = named_estimate("slope", columns)
+        if dial.sd and entry["slope"] is not None:  # towards its highest level, in sd of the pool
+            entry["pool_sd"] = entry["slope"] * abs(dial.span) / dial.sd
+        return entry
+
+    def _levels(self, dial: Dial) -> dict[str, Any]:
+        at, rubric = self._dials.index(dial), dial.rubric
+        checks = [self._dials.index(one) for one in self._checks if one.rubric.id == rubric.id]
+        entry: dict[str, Any] = {"measure": dial.measure, "anchors": dial.anchors, "pool_sd": dial.sd}
+        for model, means in self._means.items():
+            entry[model] = {}
+            for level in rubric.levels:
+                defined, undefined = means.counts[rubric.id, level.name, at]
+                mean, ends = estimate(means.by_level[rubric.id, level.name, at])
+                entry[model][level.name] = {"mean": mean, "mean_ci": ends, "n": defined, "undefined": undefined}
+                for number in checks:
+                    entry[model][level.name]["check"] = estimate(means.by_level[rubric.id, level.name, number])[0]
+        return entry
+
+
+def _change(columns: Mapping[str, Floats]) -> dict[str, Any]:
+    """Tuned minus base, resample by resample."""
+    return named_estimate("slope", columns["tuned"] - columns["base"])
+
+
+def slope_gap(trained: Instrument, held_out: Instrument) -> dict[str, Any]:
+    """{rubric id: {"base" | "tuned": slope under trained directives less that under held-out ones}}."""
+    first, second = trained.slopes(), held_out.slopes()
+    return {
+        name: {model: named_estimate("slope", first[name][model] - second[name][model]) for model in MODELS}
+        for name in first
+        if name in second
+    }
+
+
+# ---------------------------------------------------------------- perplexity
+
+
+LogProbs = Mapping[tuple[str, str], tuple[float, int]]
+"""(model, trial_id) to the log-probability (nats) that the base policy gives to the answer after its bare prompt, and
+the answer's number of tokens."""
+
+
+def perplexities(trials: Sequence[Trial], log_probs: LogProbs, resamples: Resamples) -> dict[str, Any] | None:
+    """exp(nats per token) of answers under the base policy, all tokens of a model's answers together; None of nothing.
+
+    The ratio of tuned to base says whether the dials were bought with nonsense. Not the median over answers: it would
+    not see one answer in ten that is nonsense.
+    """
+    known = [trial for trial in sorted(trials, key=repr) if (trial.model, trial.trial_id) in log_probs]
+    columns, entry = {}, {}
+    for model in MODELS:
+        rows = [trial for trial in known if trial.model == model]
+        nats, tokens = np.array([log_probs[model, trial.trial_id] for trial in rows]).reshape(-1, 2).T
+
+        def compute(weights: Floats, nats: Floats = nats, tokens: Floats = tokens) -> Floats:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return np.asarray(np.exp(-(nats @ weights) / (tokens @ weights)))[None]
+
+        columns[model] = resamples.statistics(rows, compute)[0]
+        entry[model] = named_estimate("perplexity", columns[model]) | {"n": len(rows), "tokens": int(tokens.sum())}
+    if not known:
+        return None
+    return {**entry, **named_estimate("ratio", columns["tuned"] / columns["base"])}

@@ -1,0 +1,98 @@
+"""Several trainings of one run that differ in their seed alone: what their evaluations have in common, as one table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cpt_ray.dial_page import DialRow, dial_rows
+from cpt_ray.errors import UserError, first_line
+from cpt_ray.resampling import MODELS
+
+
+class Range(NamedTuple):
+    """Of the seeds in which a number is defined."""
+
+    mean: float
+    low: float
+    high: float
+
+
+METRICS: dict[str, Callable[[DialRow], float | None]] = {
+    "accuracy": lambda row: row.accuracy,
+    "tau": lambda row: row.tau,
+    "rho": lambda row: row.rho,
+    "slope": lambda row: row.slope["slope"] if row.slope else None,
+    "slope, second measure": lambda row: row.check["slope"] if row.check else None,
+    "most crosstalk": lambda row: abs(row.crosstalk[0]) if row.crosstalk else None,
+}
+PERPLEXITY = "perplexity ratio"
+"""Of tuned to base."""
+
+Table = dict[str, dict[str, dict[str, Range | None]]]
+"""Rubric id to metric to "base" and "tuned" ("tuned" alone for the perplexity ratio)."""
+
+
+def over_seeds(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Mean and range over several results.json; UserError if they are not of the same rubrics.
+
+    Crosstalk is the size of the largest, whichever dial that is; a number that is undefined in some is over the others.
+    """
+    names = [list(one["chance"]) for one in results]
+    if not names or any(other != names[0] for other in names):
+        found = "; ".join(sorted({", ".join(one) for one in names})) or "nothing"
+        raise UserError(f"results of different rubrics cannot be one table (found {found}); give those of one run file")
+    rows = [row for one in results for row in dial_rows(one)]
+    return {
+        name: {
+            metric: {
+                model: _range([read(row) for row in rows if (row.name, row.model) == (name, model)]) for model in MODELS
+            }
+            for metric, read in METRICS.items()
+        }
+        | {PERPLEXITY: {"tuned": _range([_perplexity_ratio(one, name) for one in results])}}
+        for name in names[0]
+    }
+
+
+def _perplexity_ratio(results: Mapping[str, Any], name: str) -> float | None:
+    entry = (results["perplexity"] or {"per_rubric": {}})["per_rubric"].get(name)
+    return entry["ratio"] if entry else None
+
+
+def _range(values: Sequence[float | None]) -> Range | None:
+    known = [value for value in values if value is not None]
+    return Range(statistics.fmean(known), min(known), max(known)) if known else None
+
+
+def markdown(table: Table) -> str:
+    """A row per dial; a cell is the base's mean, then the tuned model's mean and range. Empty columns are left out."""
+    metrics = [name for name in (*METRICS, PERPLEXITY) if any(entry[name]["tuned"] for entry in table.values())]
+    lines = [f"| dial | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for name, entry in table.items():
+        lines.append(f"| {name} | {' | '.join(_cell(entry[metric]) for metric in metrics)} |")
+    return "\n".join(lines)
+
+
+def _cell(ranges: Mapping[str, Range | None]) -> str:
+    base, tuned = ranges.get("base"), ranges["tuned"]
+    start = f"{base.mean:.2f} → " if base else ""
+    return f"{start}**{tuned.mean:.2f}** ({tuned.low:.2f} to {tuned.high:.2f})" if tuned else "-"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """One results.json; UserError if it is none, or one from before there were dials in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({first_line(error)}); give results.json files of evaluations"
+        ) from None
+    if not isinstance(found, dict) or not {"chance", "slope", "crosstalk", "perplexity"} <= found.keys():
+        raise UserError(
+            f"{path}: no results of an evaluation with slopes; run `cpt evaluate` again, then give its file"
+        )
+    return found

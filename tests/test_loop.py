@@ -20,7 +20,8 @@ from cpt_ray.measures import measures
 from cpt_ray.records import Directive, Generation, Pair, Unit
 from cpt_ray.rubric import load_rubrics
 from cpt_ray.rundir import RunDir
-from cpt_ray.synthesis import make_plan, name_shards, plan_units
+from cpt_ray.planning import make_plan, plan_units
+from cpt_ray.synthesis import name_shards
 from tests.local_cluster import ROOT, LocalCluster
 
 RUN_FILE = "jobs/embedded.yaml"
@@ -104,7 +105,7 @@ def test_pairs_load_as_a_preference_data_set(loop: tuple[RunDir, str]) -> None:
 
 def test_the_ledger_accounts_for_every_row(loop: tuple[RunDir, str]) -> None:
     ledger = loop[0].read_json("ledger.json")
-    assert ledger["plan"]["rows_out"] == ledger["write"]["rows_in"]
+    assert ledger["plan"]["rows_out"] == ledger["write"]["rows_in"]  # there is one pass
     for stage in ("write", "judge"):
         assert ledger[stage]["rows_in"] == ledger[stage]["rows_out"] + sum(ledger[stage]["rejected"].values())
     assert ledger["write"]["generated_tokens"] > 0

@@ -161,13 +161,15 @@ def test_values_are_one_per_level_or_the_writers_spread(tmp_path: Path, values: 
     assert said in refusal(tmp_path, measured(values=values))
 
 
-def test_points_are_set_by_a_run_and_change_the_hash(tmp_path: Path) -> None:
+def test_points_are_set_by_a_run_and_change_grades_but_no_answer(tmp_path: Path) -> None:
     content = measured(values="spread", points=[[0.1, 16.7], [0.2, 50], [0.3, 83.3]])
     assert "criteria.0.measure.points: a run sets them, a rubric does not; remove them" in refusal(tmp_path, content)
     rubric = Rubric.model_validate(content)
     assert rubric.criteria[0].measure is not None
     assert rubric.criteria[0].measure.points == ((0.1, 16.7), (0.2, 50), (0.3, 83.3))
-    assert rubric.content_hash != Rubric.model_validate(measured(values="spread")).content_hash
+    without = Rubric.model_validate(measured(values="spread"))
+    assert rubric.content_hash == without.content_hash
+    assert rubric.grading_hash != without.grading_hash
     assert Rubric.model_validate_json(rubric.model_dump_json()) == rubric
 
 

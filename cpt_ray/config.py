@@ -516,6 +516,8 @@ class TrainConfig(_Section):
     """Pairs per worker and forward pass, at most; the rest is gradient accumulation."""
     max_length: Positive = 2048
     """Tokens of prompt plus answer; a longer pair is rejected, never cut."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Of the adapter's first weights and the order of the pairs, which stay the same pairs; the run's unless given."""
     max_pairs: Positive | None = None
     """Train on at most this many pairs, twins kept together, chosen by hash."""
     held_out: Annotated[int, Field(ge=0)] = 200
@@ -551,6 +553,10 @@ class EvaluateConfig(_Section):
     """Held-out directives per (prompt, rubric, level)."""
     trained_directives: Annotated[int, Field(ge=0)] = 0
     """As many of those that were trained on, beside them: what new wording costs."""
+    judge_check: LocalPath | None = None
+    """A rubric that is not trained on, with a judged and a measured criterion: the judge grades some written answers by
+    it, and the report says how far it agrees with the measure."""
+    judge_check_answers: Positive = 60
     bootstrap: Positive = 1000
     """Resamples (of prompts and of directives) behind each 95% interval."""
 

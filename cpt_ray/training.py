@@ -521,7 +521,7 @@ def _arguments(job: Job, folder: Path) -> Any:
         use_cpu=not settings.use_gpu,
         gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=settings.use_gpu,
-        seed=job.config.seed,
+        seed=job.config.seed if settings.seed is None else settings.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
         eval_strategy="steps" if job.held_out else "no",

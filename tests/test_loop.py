@@ -17,10 +17,10 @@ import pytest
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import EMBEDDED_PATH, load_config
 from cpt_ray.measures import measures
+from cpt_ray.planning import make_plan, plan_units
 from cpt_ray.records import Directive, Generation, Pair, Unit
 from cpt_ray.rubric import load_rubrics
 from cpt_ray.rundir import RunDir
-from cpt_ray.planning import make_plan, plan_units
 from cpt_ray.synthesis import name_shards
 from tests.local_cluster import ROOT, LocalCluster
 

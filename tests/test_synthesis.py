@@ -428,7 +428,9 @@ def test_what_is_lost_before_judging_is_said_before_the_writer_is_blamed(
         return Completion(text="low text. B.") if level == "mid" else Completion(text="low text. B. C.")
 
     concluded(plan, run, writes)
-    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "of no use" in line]
+    (note,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "of no use" in line
+    ]
     cut, other = (run.read_json("ledger.json")[stage]["rejected"] for stage in ("write", "pair"))
     assert note.split(": ", 2)[2].startswith(
         f"{cut['cut off']} of {number} answers were cut off at 20 tokens: raise writer.sampling.max_tokens; "

@@ -1,0 +1,73 @@
+"""What the judge is worth: it grades some written answers by a rubric that is not trained on, beside a measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_ray.agreement import agreement
+from cpt_ray.engine import Engine
+from cpt_ray.errors import UserError
+from cpt_ray.judging import JudgeStep
+from cpt_ray.planning import Plan
+from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.records import Generation, Grade
+from cpt_ray.rubric import Rubric, load_rubric
+from cpt_ray.rundir import RunDir, derive
+from cpt_ray.spread import survey, with_points
+from cpt_ray.synthesis import Shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckStep(JudgeStep):
+    """generations -> grades of the first of them."""
+
+    count: int
+    stage: str = "check-judge"
+
+    def output(self, shard: str) -> str:
+        """Depends on how many as well."""
+        return derive(super().output(shard), self.stage, self.count)
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        """Grades some of one shard."""
+        rows = run.read("generations", [shard], Generation)[: self.count]
+        tally = Tally(0)
+        grades = [grade for rubric in self.rubrics.values() for grade in self._grade(engine, rubric, rows, tally)]
+        for grade in grades:
+            if grade.judged is None:
+                tally.reject("ungraded")
+        run.write(
+            self.table, self.output(shard), grades, tally.close(sum(grade.judged is not None for grade in grades))
+        )
+
+
+def check_judge(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any] | None:
+    """`agreement` of judge and measure, with the rubric's title and the judge's name; None if there is nothing to do.
+
+    UserError if the rubric has no measure beside what is judged.
+    """
+    settings = plan.config.evaluate
+    if settings.judge_check is None:
+        return None
+    first = [passes[0].generations for passes in shards.passes.values()]
+    rubric = _rubric(plan, run, first)
+    count = -(-settings.judge_check_answers // len(first))
+    step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=count)
+    run_lines(run, [Line(first, [step])])
+    names = [step.output(name) for name in first]
+    run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
+    grades = run.read(step.table, names, Grade)
+    both = [(one.judged, one.measured) for one in grades if one.judged is not None and one.measured is not None]
+    named = {"rubric": rubric.title, "judge": plan.config.judge.model, "asked": len(grades)}
+    return named | agreement(rubric, both)
+
+
+def _rubric(plan: Plan, run: RunDir, first: Sequence[str]) -> Rubric:
+    path = Path(str(plan.config.evaluate.judge_check))
+    rubric = load_rubric(path)
+    if not (rubric.measured and rubric.judged):
+        raise UserError(f"{path}: nothing to hold the judge against; give it a judged and a measured criterion")
+    return with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])

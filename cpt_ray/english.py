@@ -46,12 +46,12 @@ def syllables(word: str) -> int:
     return max(1, len(_VOWELS.findall(word)) - len(_SILENT.findall(word)) + len(_APART.findall(word)))
 
 
-def sentiment(text: str) -> float:
-    """VADER's compound score of an English text, -1 (bleak) to 1 (cheerful): negations and degrees are heeded.
+def sentiment(sentence: str) -> float:
+    """VADER's compound score of an English sentence, -1 (bleak) to 1 (cheerful): negations and degrees are heeded.
 
-    It is made for sentences: the more words of one mood a text has, the nearer it is to an end.
+    Of a longer text it would near one of the ends, and take time with the square of the words.
     """
-    return float(_vader().polarity_scores(text)["compound"])
+    return float(_vader().polarity_scores(sentence)["compound"])
 
 
 def valence(words: Iterable[str]) -> int:

@@ -15,6 +15,7 @@ that is written without spaces and would need a dictionary (Thai, Lao, Khmer, Bu
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
         "word_balance": (hits, hits + misses),
         "character_count": (_length(composed.strip()), min(1, len(found))),
         "syllables_per_word": (sum(syllables(_plain_letters(word)) for word in latin), len(latin)),
-        "sentiment": (sentiment(folded(composed)) if latin else 0, min(1, len(latin))),
+        "sentiment": _mood(composed) if latin else (0, 0),
         "valence": (valence(latin), min(1, len(latin))),
     }
     return {name: part / whole if whole else None for name, (part, whole) in parts.items()}
@@ -150,6 +151,29 @@ def _is_unspaced(text: str) -> bool:
     if text.isascii() or not _UNSPACED.search(text):
         return False
     return len(_UNSPACED.findall(text)) > MOST_UNSPACED * len(_LETTER.findall(text))
+
+
+def _mood(text: str) -> tuple[float, int]:
+    """The sum over sentences, which are what VADER is made for, and how many they are."""
+    moods = [sentiment(folded(one)) for one in _sentences(text)]
+    return math.fsum(moods), len(moods)
+
+
+def _sentences(text: str) -> list[str]:
+    """The text, divided in front of each sentence's first term."""
+    starts = [0]
+    has_word = is_ended = False
+    for token in _TERMS_AND_ENDS.finditer(text):
+        if not token[0][0].isalnum():
+            is_ended = has_word
+            continue
+        if is_ended:
+            starts.append(token.start())
+            has_word = is_ended = False
+        has_word = has_word or _is_word(token[0])
+    if not has_word and len(starts) > 1:  # a number alone at the end
+        starts.pop()
+    return [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
 
 
 def _words_and_sentences(text: str) -> tuple[list[str], int]:

@@ -244,6 +244,15 @@ def test_the_english_measures_have_known_values() -> None:
     assert measures("The table has four legs.")["sentiment"] == 0
 
 
+def test_the_mood_of_a_text_is_the_mean_of_its_sentences() -> None:
+    good, bad = "I love this wonderful day!!", "1. It is awful, at 3.14 sad?"
+    moods = [measures(one)["sentiment"] or 0 for one in (good, bad)]
+    assert moods[1] < 0 < moods[0]
+    for text in (f"{good} {bad}", f"{good}\n{bad} ... 3.", f"{bad}  {good}"):
+        assert measures(text)["sentiment"] == pytest.approx(sum(moods) / 2)
+    assert measures("I love this. " * 9)["sentiment"] == pytest.approx(measures("I love this.")["sentiment"])
+
+
 @pytest.mark.parametrize("text", ["今天天气很好。", "Сегодня хорошо.", "आज मौसम अच्छा है।"])
 def test_without_latin_letters_the_english_measures_are_undefined(text: str) -> None:
     values = measures(text)

@@ -28,7 +28,7 @@ from cpt_ray.synthesis import JudgeStep, Plan, Shards, judge_answers, run_info
 
 Ids = tuple[int, ...]
 MAX_LIKELIHOODS = 512
-"""Answers of a model whose likelihood is computed, first by hash: enough for a mean over their tokens, in bounded time."""
+"""Answers of a model whose likelihood is computed, first by hash: enough for a mean over tokens, in bounded time."""
 SPREAD = "spread.json"
 """In the run directory, where synthesis writes it (`dials.py` says what is in it)."""
 TRIAL_FORMAT = 2

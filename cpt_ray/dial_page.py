@@ -151,9 +151,9 @@ def opposites_lines(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> list[
     if not shown:
         return []
     lines = _wrapped(f'"{_one_line(prompt)}"')
-    for one in shown:
-        lines += _wrapped(f'{one.rubric.id}, {one.level}: "{_one_line(one.directive)}"')
-        for model, trial in one.answers.items():
+    for end in shown:
+        lines += _wrapped(f'{end.rubric.id}, {end.level}: "{_one_line(end.directive)}"')
+        for model, trial in end.answers.items():
             text = _one_line(trial.text) or f"({_one_line(trial.reason)})"
             lines += _wrapped(f"{model:<7}{text}", indent=2, hanging=9)
     left = len(rubrics) - SHOWN_RUBRICS
@@ -221,11 +221,11 @@ def opposites_section(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> str
     if not shown:
         return "<p>There are no answers to show.</p>"
     blocks = [f'<p class="prompt">{escaped(shortened(prompt, PAGE_CHARS))}</p>']
-    for one in shown:
-        answers = "".join(_answer(one.rubric, trial) for trial in one.answers.values())
-        title = f"{escaped(one.rubric.title)}: {escaped(one.level)}"
+    for end in shown:
+        answers = "".join(_answer(end.rubric, trial) for trial in end.answers.values())
+        title = f"{escaped(end.rubric.title)}: {escaped(end.level)}"
         blocks.append(
-            f'<h4>{title}</h4><p class="quiet">Directive: {escaped(one.directive)}</p><div class="pair">{answers}</div>'
+            f'<h4>{title}</h4><p class="quiet">Directive: {escaped(end.directive)}</p><div class="pair">{answers}</div>'
         )
     return "".join(blocks)
 

@@ -62,8 +62,6 @@ class Dial:
 
     def value(self, trial: Trial) -> float:
         """NaN where it is undefined or not known."""
-        if not trial.text:
-            return float("nan")
         if self._spec:
             found = measures(trial.text, self._spec.words, self._spec.against)[self._spec.name]
         elif self.rubric.judged:
@@ -105,8 +103,10 @@ def check_score(rubric: Rubric, pool: Mapping[str, Any], text: str) -> float | N
     if rubric.check is None or not quantiles:
         return None
     value = measures(text, rubric.check.words, rubric.check.against)[rubric.check.name]
+    if value is None:
+        return None
     # the share of the pool below it, and half of what is equal to it
-    return None if value is None else 100 * statistics.fmean((one < value) + (one == value) / 2 for one in quantiles)
+    return 100 * statistics.fmean((quantile < value) + (quantile == value) / 2 for quantile in quantiles)
 
 
 # ---------------------------------------------------------------- one model under one kind of directives
@@ -169,7 +169,7 @@ class Instrument:
         # sums of floats depend on their order, results should not
         ordered = sorted(trials, key=repr)
         self._means = {
-            model: _means([one for one in ordered if one.model == model], rubrics, self._dials, resamples)
+            model: _means([trial for trial in ordered if trial.model == model], rubrics, self._dials, resamples)
             for model in MODELS
         }
 
@@ -222,7 +222,7 @@ class Instrument:
 
     def _levels(self, dial: Dial) -> dict[str, Any]:
         at, rubric = self._dials.index(dial), dial.rubric
-        checks = [self._dials.index(one) for one in self._checks if one.rubric.id == rubric.id]
+        checks = [self._dials.index(check) for check in self._checks if check.rubric.id == rubric.id]
         entry: dict[str, Any] = {"measure": dial.measure, "anchors": dial.anchors, "pool_sd": dial.sd}
         for model, means in self._means.items():
             entry[model] = {}

@@ -41,11 +41,11 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> Table:
 
     Crosstalk is the size of the largest, whichever dial that is; a number that is undefined in some is over the others.
     """
-    names = [list(one["chance"]) for one in results]
+    names = [list(evaluation["chance"]) for evaluation in results]
     if not names or any(other != names[0] for other in names):
-        found = "; ".join(sorted({", ".join(one) for one in names})) or "nothing"
+        found = "; ".join(sorted({", ".join(ids) for ids in names})) or "nothing"
         raise UserError(f"results of different rubrics cannot be one table (found {found}); give those of one run file")
-    rows = [row for one in results for row in dial_rows(one)]
+    rows = [row for evaluation in results for row in dial_rows(evaluation)]
     return {
         name: {
             metric: {
@@ -53,7 +53,7 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> Table:
             }
             for metric, read in METRICS.items()
         }
-        | {PERPLEXITY: {"tuned": _range([_perplexity_ratio(one, name) for one in results])}}
+        | {PERPLEXITY: {"tuned": _range([_perplexity_ratio(evaluation, name) for evaluation in results])}}
         for name in names[0]
     }
 

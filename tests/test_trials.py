@@ -1,4 +1,4 @@
-"""What is evaluated: which prompts are asked under which directives."""
+"""What is evaluated: prompts and directives in turn, and the likelihood of the answers under the base policy."""
 
 from __future__ import annotations
 

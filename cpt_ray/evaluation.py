@@ -14,7 +14,8 @@ from cpt_ray.console import say
 from cpt_ray.dial_page import dial_lines, opposites_lines
 from cpt_ray.dials import LogProbs
 from cpt_ray.engine import CUT_OFF, Completion, Engine, sampled
-from cpt_ray.judging import JudgeStep, judge_answers
+from cpt_ray.judge_check import check_judge
+from cpt_ray.judging import JudgeStep, grader, judge_answers
 from cpt_ray.losses import cut_note
 from cpt_ray.measures import whole_sentences
 from cpt_ray.planning import Plan, run_info
@@ -22,7 +23,7 @@ from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.reference import add_reference
-from cpt_ray.report import REPORT, render_report, table_lines
+from cpt_ray.report import REPORT, judge_check_line, render_report, table_lines
 from cpt_ray.rows import Row, Tokeniser, Unfit
 from cpt_ray.rubric import Level, Rubric
 from cpt_ray.rundir import RunDir, derive
@@ -244,15 +245,15 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     config = plan.config
     planned = plan_trials(plan, run, shards)
     tuned = config.policy.model_copy(update={"model": str(run.model)})
-    judge = GradeTrialsStep(rubrics=plan.by_id, model=config.judge)
     steps = [
         AnswerStep(stage=f"answer-{name}", name=name, model=model, planned=planned, seed=config.seed)
         for name, model in (("tuned", tuned), ("base", config.policy))
     ]
-    run_lines(run, [Line(list(planned), [step, judge]) for step in steps])
+    judges = [GradeTrialsStep(rubrics=plan.by_id, model=grader(plan.rubrics, config.judge, one.model)) for one in steps]
+    run_lines(run, [Line(list(planned), [step, judge]) for step, judge in zip(steps, judges, strict=True)])
     done: list[tuple[Step, list[str]]] = [(step, [step.output(name) for name in planned]) for step in steps]
-    graded = [judge.output(name) for _, names in done for name in names]
-    for step, names in [*done, (judge, graded)]:
+    graded = [judge.output(name) for judge, (_, names) in zip(judges, done, strict=True) for name in names]
+    for step, names in [*done, (judges[0], graded)]:
         entry = ledger_entry(run, step.table, names, step.model.price)
         run.add_to_ledger(step.stage, entry)
         _say_of_answers(run, step, names, entry)
@@ -266,6 +267,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         pool_spread(run, plan.rubrics),
         base_log_probs(config, run, likely_trials(trials)),
     )
+    results["judge_check"] = check_judge(plan, run, shards)
     run.write_json("report/results.json", results)
     info = run_info(plan)
     page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)
@@ -275,6 +277,8 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
     written = run.write_text(REPORT, page)
     for lines in (opposites_lines(trials, plan.rubrics), dial_lines(results), table_lines(results)):
         say("\n".join(["", *lines]))
+    if line := judge_check_line(results["judge_check"]):
+        say(line)
     least = (results["difference"]["accuracy_ci"] or [None])[0]
     if least is None or least <= 0:
         say("note: no gain over the base is shown; see how many answers became pairs, and the loss (`cpt status`)")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cpt_ray.config import JudgeConfig
+from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.engine import Completion, Engine, Request, sampled
 from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.grids import missing_levels
@@ -96,6 +96,13 @@ def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
         replace(one, reason=f"{one.reason}: {lost}") if lost and one.score is None else one
         for one in voted_criteria(rubric, [one.text for one in votes])
     ]
+
+
+def grader(rubrics: Iterable[Rubric], judge: JudgeConfig, role: ModelConfig) -> JudgeConfig:
+    """The judge; where everything is measured, the role whose answers are graded: no engine makes room for another."""
+    if any(rubric.judged for rubric in rubrics):
+        return judge
+    return JudgeConfig.model_validate(role.model_dump())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,10 +240,29 @@ def _result_table(results: Mapping[str, Any]) -> str:
     )
 
 
+def judge_check_line(found: Mapping[str, Any] | None) -> str:
+    """What a judge that was held against a measure is worth, in a sentence; "" if none was."""
+    if not found:
+        return ""
+    if not found["n"]:
+        return f"the judge {found['judge']} gave no usable grade to any of {found['asked']} written answers"
+    same, kappa = _number("accuracy", found["same_level"]), _number("kappa", found["weighted_kappa"])
+    return (
+        f"the judge {found['judge']} was tried on {found['n']} written answers, by a rubric that nothing is trained on "
+        f'("{found["rubric"]}"): it gives {same} the level that is measured, kappa {kappa} (0 by chance, 1 always)'
+    )
+
+
 def _agreement(results: Mapping[str, Any], rubrics: Sequence[Rubric]) -> str:
     found = results["judge_agreement"]
     if not found["n"]:
-        return "<p>No rubric of this run has measured criteria, so nothing checks the judge from outside.</p>"
+        tried = judge_check_line(results.get("judge_check"))
+        said = (
+            f"{tried[0].upper()}{tried[1:]}."
+            if tried
+            else "No rubric of this run is both judged and measured, so nothing checks the judge from outside."
+        )
+        return f"<p>{_text(said)}</p>"
     sentence = (
         f"On {found['n']:,} answers that were both judged and measured, the judge's score and the measured one are "
         f"<b>{_number('accuracy', found['same_level'])}</b> of the time in the same level, and rank the answers alike "

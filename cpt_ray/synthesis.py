@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cpt_ray.card import write_card
-from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig, Range, SynthesisConfig
+from cpt_ray.config import ModelConfig, PriceConfig, Range, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.directing import DirectStep
 from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engine import CUT_OFF, Completion, Engine, Request, sampled
 from cpt_ray.errors import UserError
-from cpt_ray.judging import JudgeStep, combine_judges
+from cpt_ray.judging import JudgeStep, combine_judges, grader
 from cpt_ray.levels import level_counts, level_lines
 from cpt_ray.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
 from cpt_ray.measures import whole_sentences
@@ -416,7 +416,7 @@ class Steps:
             ),
             judges=[
                 JudgeStep(rubrics=plan.by_id, model=model, grids=settings.grids, margin=settings.margin, spread=spread)
-                for model in _judges(plan)
+                for model in (grader(plan.rubrics, config.judge, config.writer), *config.judges)
             ],
         )
 
@@ -432,14 +432,6 @@ class Steps:
         """The other judges, of what the first one has graded."""
         beside = {name: self.judges[0].output(name) for name in shards.generations}
         return [Line(shards.generations, [replace(judge, beside=beside)]) for judge in self.judges[1:]]
-
-
-def _judges(plan: Plan) -> list[JudgeConfig]:
-    """Measures need no judge: where there is nothing else, the writer's engine does not make room for one."""
-    config = plan.config
-    if any(rubric.judged for rubric in plan.rubrics):
-        return [config.judge, *config.judges]
-    return [JudgeConfig.model_validate(config.writer.model_dump())]
 
 
 def spread_of(plan: Plan, units: Iterable[str]) -> Spread | None:

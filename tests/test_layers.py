@@ -16,7 +16,7 @@ LAYERS = [
      "publishing", "texts", "templates", "comparisons", "thoughts", "losses", "gguf_model", "roles",
      "yaml_file", "grids", "spread", "english", "resampling", "dials", "dial_page", "markup", "seeds"},
     {"engine", "openai_engine", "cluster", "grid"},
-    {"pool", "card", "planning", "judging", "directing", "levels", "synthesis", "reference",
+    {"pool", "card", "planning", "judging", "judge_check", "directing", "levels", "synthesis", "reference",
      "export", "training", "evaluation", "serving", "preferences",
      "steering"},
     {"cli", "__main__"},

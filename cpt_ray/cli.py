@@ -148,9 +148,9 @@ def work(arguments: argparse.Namespace) -> None:
     """One stage (or all) of a run, on the cluster this process belongs to."""
     config = load_config(Path(arguments.run_file), arguments.overrides)
     run = RunDir(Path(config.run_dir).absolute())
-    convert_models(roles_of(config))
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
+    convert_models(roles_of(config))
     for role in _called(arguments.command, config).values():
         endpoint_key(role)
     if arguments.command == "run":  # hours before it is trained

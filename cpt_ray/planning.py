@@ -55,7 +55,7 @@ def make_plan(config: RunConfig) -> Plan:
     prompts = read_prompts(config.prompts)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
     for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
-        is_elsewhere = model.endpoint is not None or Path(model.path).is_dir()
+        is_elsewhere = bool(model.endpoint or model.gguf) or Path(model.path).is_dir()
         if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
             raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
     for name in (name for names in config.synthesis.combine for name in names):

@@ -209,19 +209,21 @@ def train_model(arguments: argparse.Namespace) -> None:
     """A model from the run's pairs or, if the run file names one, from any preference set."""
     from cpt_ray.training import train
 
-    config = load_any_config(Path(arguments.run_file), arguments.overrides)
-    if isinstance(config, RunConfig):
+    given = load_any_config(Path(arguments.run_file), arguments.overrides)
+    if isinstance(given, RunConfig):
         work(arguments)
         return
+    source, run = given.preferences.source, RunDir(Path(given.run_dir).absolute())
+    path = Path(source)
+    config, dtype = with_dtype(given, run)
     convert_models(roles_of(config))
-    source = config.preferences.source
-    path, run = Path(source), RunDir(Path(config.run_dir).absolute())
     data = _file_hash(path) if path.is_file() else source
     key = content_id(
         data, config.preferences.data_split, _settings(config.train), config.policy.policy_key, config.seed
     )
     with run.locked():
-        run.write_run({"config": config.model_dump(mode="json"), "name": config.name, "preferences": data})
+        kept = {CPU_DTYPE: dtype} if dtype else {}
+        run.write_run({"config": config.model_dump(mode="json"), **kept, "name": config.name, "preferences": data})
         train(config, run, (), key, connected(arguments.verbose, run.path / "ray.log"))
 
 

@@ -524,7 +524,8 @@ class TrainConfig(_Section):
     """Pairs (of whole prompts, a tenth at most) that are not trained on: metrics are measured on them."""
     lora: LoraConfig | None = LoraConfig()
     """None tunes all weights."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen weights and of the arithmetic: bfloat16 unless given, on a CPU what it computes fast."""
     gradient_checkpointing: bool = True
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """"fsdp" splits the frozen weights among the workers (FSDP2); "ddp" gives each worker all of them."""
@@ -537,6 +538,11 @@ class TrainConfig(_Section):
     """How often a died worker group is started again from the last checkpoint."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where loss and metrics go; TensorBoard's files are in the run directory."""
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """`dtype`, or bfloat16 where nothing has chosen one (roles.py does)."""
+        return self.dtype or "bfloat16"
 
     @property
     def worker_resources(self) -> dict[str, float]:

@@ -57,7 +57,7 @@ class ReferenceModel:
 
 def weights_dtype(settings: TrainConfig) -> str:
     """What is trained is kept in float32, since a step is smaller than what bfloat16 can add to a weight."""
-    return settings.dtype if settings.lora else "float32"
+    return settings.precision if settings.lora else "float32"
 
 
 def loading(settings: TrainConfig) -> dict[str, Any]:
@@ -71,14 +71,14 @@ def loading(settings: TrainConfig) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type=settings.lora.quantize,
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+            bnb_4bit_compute_dtype=getattr(torch, settings.precision),
         )
     return found
 
 
 def is_autocast(settings: TrainConfig) -> bool:
     """Whether arithmetic is in bfloat16 by autocast; adapters on a CPU follow the weights' dtype instead."""
-    return settings.dtype == "bfloat16" and (settings.use_gpu or settings.lora is None)
+    return settings.precision == "bfloat16" and (settings.use_gpu or settings.lora is None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel
 
 from cpt_ray import gguf_model
-from cpt_ray.config import ModelConfig, RunConfig, TuneConfig
+from cpt_ray.config import ModelConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, shown
 from cpt_ray.rundir import RunDir
@@ -18,6 +18,7 @@ from cpt_ray.rundir import RunDir
 CPU_DTYPE = "cpu_dtype"
 """Key in run.yaml of the dtype that the run's engines on CPUs have where the run file gives none."""
 CpuDtype = Literal["bfloat16", "float32"]
+Config = TypeVar("Config", bound=TuneConfig)
 
 
 def roles_of(config: TuneConfig) -> dict[str, ModelConfig]:
@@ -77,27 +78,30 @@ def _check_folder(role: ModelConfig) -> None:
         raise UserError(f"{folder}: has no config.json but GGUF files; give the file: {files[0]}{more}")
 
 
-def with_dtype(config: RunConfig, run: RunDir) -> tuple[RunConfig, CpuDtype | None]:
-    """The run file with a dtype for each engine on a CPU that has none, and that dtype, for run.yaml.
+def with_dtype(config: Config, run: RunDir) -> tuple[Config, CpuDtype | None]:
+    """The run file with a dtype for each engine and for training on a CPU, where none is given; and it, for run.yaml.
 
     It is chosen when a run begins and kept: the same run on another CPU goes on with the same, since answers in another
-    precision are others. None if no role ever asked.
+    precision are others. None if nothing ever asked for one.
     """
     kept = _kept(run)
-    if not any(_is_open(role) for role in roles_of(config).values()):
+    trains_here = config.train.dtype is None and not config.train.use_gpu
+    if not trains_here and not any(_is_open(role) for role in roles_of(config).values()):
         return config, kept
     fast: CpuDtype = "bfloat16" if computes_bfloat16() else "float32"
     dtype = kept or fast
     if kept is None:
         why = "computes in bfloat16" if fast == "bfloat16" else "has no instructions for bfloat16"
-        say(f"engine.dtype: {dtype}, since the run file gives none and this CPU {why}")
+        say(f"dtype        {dtype}, since the run file gives none and this CPU {why}")
     elif kept != fast:
-        say(f"engine.dtype: {kept}, as this run began (a new one here would have {fast})")
+        say(f"dtype        {kept}, as this run began (a new one here would have {fast})")
 
     def fill(_name: str, role: ModelConfig) -> ModelConfig:
         return role.model_copy(update={"engine": {**role.engine, "dtype": dtype}}) if _is_open(role) else role
 
-    changed: RunConfig = _mapped(config, fill)
+    changed: Config = _mapped(config, fill)
+    if trains_here:
+        changed = changed.model_copy(update={"train": changed.train.model_copy(update={"dtype": dtype})})
     return changed, dtype
 
 

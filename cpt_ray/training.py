@@ -580,7 +580,7 @@ def check_finite(step: int, logs: dict[str, float]) -> None:
 
 def check_first_loss(loss: float, settings: TrainConfig) -> None:
     """RuntimeError if policy and reference differ before the first step (float32 and the sigmoid loss only)."""
-    is_told = settings.dtype == "float32" and settings.loss == {"sigmoid": 1.0}
+    is_told = settings.precision == "float32" and settings.loss == {"sigmoid": 1.0}
     if is_told and abs(loss - LN_2) > 1e-3:
         raise RuntimeError(f"the first loss is {loss:.5f}, not ln 2: policy and reference are not the same model")
 

@@ -87,14 +87,14 @@ def test_engines_on_a_cpu_without_a_dtype_have_the_fast_one(
     assert changed.writer.engine == {"max_model_len": 512, "dtype": dtype}
     assert (changed.director, changed.judge, changed.policy) == (config.director, config.judge, config.policy)
     why = "computes in bfloat16" if fast else "has no instructions for bfloat16"
-    assert capsys.readouterr().out == f"engine.dtype: {dtype}, since the run file gives none and this CPU {why}\n"
+    assert capsys.readouterr().out == f"dtype        {dtype}, since the run file gives none and this CPU {why}\n"
 
 
 def test_a_dtype_that_is_given_everywhere_leaves_nothing_to_choose(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"model": "embedded", "engine": {"dtype": "float32"}}
-    config = config_of(writer=given, policy=given)
+    config = config_of(writer=given, policy=given, train={"dtype": "float32"})
     assert roles.with_dtype(config, RunDir(tmp_path)) == (config, None)
     assert capsys.readouterr().out == ""
 
@@ -111,8 +111,9 @@ def test_a_run_goes_on_with_the_dtype_it_began_with_on_another_cpu(
     elsewhere, dtype = roles.with_dtype(config_of(), run)
     assert dtype == "float32"
     assert elsewhere.writer.answer_key == here.writer.answer_key
+    assert (elsewhere.train.dtype, here.train.dtype) == ("float32", "float32")
     said = capsys.readouterr().out
-    assert said == "engine.dtype: float32, as this run began (a new one here would have bfloat16)\n"
+    assert said == "dtype        float32, as this run began (a new one here would have bfloat16)\n"
 
 
 def test_a_kept_dtype_of_another_name_is_refused(tmp_path: Path) -> None:

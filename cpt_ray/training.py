@@ -213,7 +213,7 @@ def open_policy(config: TuneConfig) -> tuple[Tokeniser, int, int]:
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
         name = config.policy.model
-        if name.startswith((".", "/")) and not Path(name).is_dir():
+        if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():  # no name of a hub's
             raise UserError(f"policy.model: {name}: no such folder") from None
         raise UserError(f"policy.model: {name!r} cannot be loaded: {first_line(error)}") from None
     settings = config.train

@@ -133,6 +133,25 @@ def test_a_run_with_a_policy_that_loses_its_directive_is_refused_before_anything
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("tests/toy/modle", "error: policy.model: tests/toy/modle: no such folder\n"),
+        ("./modle", "error: policy.model: ./modle: no such folder\n"),
+        ("tests/toy", "error: policy.model: 'tests/toy' cannot be loaded: "),
+        ("modle", "error: policy.model: 'modle' cannot be loaded: "),
+    ],
+)
+def test_a_policy_that_is_no_model_is_said_in_one_line_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str, said: str
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert main(["run", str(toy.RUN_FILE), f"policy.model={model}", f"run_dir={tmp_path / 'run'}"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(said) and line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- rows of a preference set
 
 

@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test check setup serve clean
 
 quickstart: setup
-	@$(BIN)/cpt run jobs/embedded.yaml $(ARGS)
+	@$(BIN)/cpt run jobs/quickstart.yaml $(ARGS)
 
 serve: setup
-	@$(BIN)/cpt serve jobs/embedded.yaml $(ARGS)
+	@$(BIN)/cpt serve jobs/quickstart.yaml $(ARGS)
 
 test: check
 

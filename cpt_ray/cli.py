@@ -23,7 +23,7 @@ from pathlib import Path
 from cpt_ray import __version__
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
 from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
-from cpt_ray.configuration import CATALOG_FILE, Catalog
+from cpt_ray.configuration import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.console import say, status_lines
 from cpt_ray.engine import engine_env
 from cpt_ray.errors import UserError
@@ -397,7 +397,7 @@ def _say_next(run_file: str, config: RunConfig, overrides: Sequence[str]) -> Non
         "-H 'Content-Type: application/json' \\\n"
         '               -H "Authorization: Bearer $CPT_API_KEY" -d '
         f'\'{{"model": "{config.name}", "configuration": {{"{rubric.id}": "{rubric.levels[-1].name}"}}, '
-        '"messages": [{"role": "user", "content": "Write about the harbor at dawn."}]}\''
+        f'"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}\''
     )
 
 

@@ -37,10 +37,6 @@ from cpt_ray.errors import UserError, shown
 from cpt_ray.records import content_id
 from cpt_ray.yaml_file import StrictLoader, read_yaml, validation_lines
 
-EMBEDDED = "embedded"
-"""The model name that stands for the tiny model shipped with the package."""
-EMBEDDED_PATH = Path(__file__).parent / "embedded" / "model"
-
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -311,7 +307,7 @@ class ModelConfig(_Section):
 
     model: Annotated[str, AfterValidator(_model_name)]
     """A folder, a Hugging Face name, a GGUF file (its path, or PACKAGE:FILE.gguf inside an installed Python package;
-    converted once, into $CPT_CACHE or ~/.cache/cpt_ray), "embedded", or the endpoint's name for it."""
+    converted once, into $CPT_CACHE or ~/.cache/cpt_ray), or the endpoint's name for it."""
     endpoint: EndpointConfig | None = None
     """Ask this server; `engine` and `num_gpus` are then not used."""
     price: PriceConfig = PriceConfig()
@@ -350,9 +346,7 @@ class ModelConfig(_Section):
     @property
     def path(self) -> str:
         """What the engine and transformers load; a GGUF that this machine has not converted yet is converted here."""
-        if self.gguf:
-            return str(gguf_model.converted(self.gguf))
-        return str(EMBEDDED_PATH) if self.model == EMBEDDED else self.model
+        return str(gguf_model.converted(self.gguf)) if self.gguf else self.model
 
     @property
     def gguf(self) -> str:
@@ -366,7 +360,7 @@ class ModelConfig(_Section):
             return content_id(self.model, self.endpoint.base_url, self.endpoint.extra_body)
         if self.gguf:
             return content_id(gguf_model.gguf_hash(self.gguf), gguf_model.CONVERTER)
-        folder = Path(self.path)
+        folder = Path(self.model)
         if not folder.is_dir():
             return self.model
         return content_id([[one.name, file_fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])

@@ -22,6 +22,8 @@ from cpt_ray.rubric import Rubric
 
 CATALOG_FILE = "catalog.json"
 """Where it is kept in the run directory."""
+EXAMPLE_PROMPT = "What is a walk in the rain like?"
+"""What the examples of a request ask, whatever the run's own prompts are."""
 MAX_SHOWN = 60
 """Characters of a client's own text that an error repeats; also bounds the search for the nearest name."""
 

@@ -6,15 +6,13 @@ only for the levels that a prompt's pool of answers still lacks.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cpt_ray.config import EMBEDDED, RunConfig, SynthesisConfig
+from cpt_ray.config import RunConfig, SynthesisConfig
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grids import Answer, missing_levels
 from cpt_ray.measures import terms_of
@@ -54,10 +52,6 @@ def make_plan(config: RunConfig) -> Plan:
     rubrics = load_rubrics(config.rubric_paths)
     prompts = read_prompts(config.prompts)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
-    for model in (config.writer, config.director, config.judge, *config.judges, config.policy):
-        is_elsewhere = bool(model.endpoint or model.gguf) or Path(model.path).is_dir()
-        if not is_elsewhere and difflib.get_close_matches(model.model, [EMBEDDED], cutoff=0.8):
-            raise UserError(f'model: found {model.model!r} (did you mean "{EMBEDDED}"?)')
     for name in (name for names in config.synthesis.combine for name in names):
         if name not in plan.by_id:
             raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")

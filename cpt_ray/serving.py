@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
-from cpt_ray.configuration import CATALOG_FILE, Catalog
+from cpt_ray.configuration import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import check_template, engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean, kind_of
@@ -740,18 +740,18 @@ def _say_how_to_talk(
 ) -> None:
     name, catalog = next(iter(catalogs.items()))
     example = json.dumps({rubric.id: rubric.levels[-1].name for rubric in catalog.rubrics[:1]})
-    prompt = "Write about the harbor at dawn."
+    messages = json.dumps([{"role": "user", "content": EXAMPLE_PROMPT}])
     if new_key:
         say(f"API key (made for this server, shown only here): {new_key}\n  export {KEY_VARIABLE}={new_key}")
     say(f"""serving      {name} at {url}{" (Ctrl-C stops it)" if block else ""}
 playground   {url}{PAGE_PATHS[1]}
 
 curl {url}/v1/chat/completions -H "Authorization: Bearer ${KEY_VARIABLE}" -H "Content-Type: application/json" \\
-  -d '{{"model": "{name}", "configuration": {example}, "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+  -d '{{"model": "{name}", "configuration": {example}, "messages": {messages}}}'
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="...")
-client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "{prompt}"}}],
+client.chat.completions.create(model="{name}", messages={messages},
                                extra_body={{"configuration": {example}}})
 
 What can be asked for:

@@ -8,7 +8,6 @@ never the trainer's memory.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import math
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_ray.cluster import check_room
-from cpt_ray.config import EMBEDDED, LoraConfig, ModelConfig, PreferenceRunConfig, TrainConfig, TuneConfig
+from cpt_ray.config import LoraConfig, ModelConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.export import empty_folder, export
@@ -214,10 +213,9 @@ def open_policy(config: TuneConfig) -> tuple[Tokeniser, int, int]:
         tokenizer = AutoTokenizer.from_pretrained(policy)
     except (OSError, ValueError) as error:
         name = config.policy.model
-        if name.startswith((".", "/")) and not Path(name).is_dir():
+        if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():  # no name of a hub's
             raise UserError(f"policy.model: {name}: no such folder") from None
-        near = f' (did you mean "{EMBEDDED}"?)' if difflib.get_close_matches(name, [EMBEDDED], cutoff=0.8) else ""
-        raise UserError(f"policy.model: {name!r} cannot be loaded{near}: {first_line(error)}") from None
+        raise UserError(f"policy.model: {name!r} cannot be loaded: {first_line(error)}") from None
     settings = config.train
     _check_sharding(settings)
     if settings.lora:

@@ -33,11 +33,12 @@ import ray
 from transformers import AutoTokenizer
 
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
-from cpt_ray.config import EMBEDDED_PATH, ModelConfig, RunConfig, load_config
+from cpt_ray.config import ModelConfig, RunConfig, load_config
 from cpt_ray.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
 from cpt_ray.planning import Plan, make_plan, plan_units
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompting import token_ids
+from cpt_ray.roles import with_dtype
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Steps
 
@@ -221,21 +222,22 @@ def requests_of(plan: Plan) -> list[tuple[list[dict[str, str]], dict[str, Any]]]
     write, units = Steps.of(plan, ()).write, plan_units(plan)
     asked = [write.request(unit) for rows in units.values() for unit in rows]
     keys = ("max_tokens", "temperature", "top_p", "seed")
-    return [(one.messages, {key: getattr(one, key) for key in keys}) for one in asked]
+    return [(one.messages, {key: getattr(one, key) for key in keys} | {"stop": list(one.stops)}) for one in asked]
 
 
-def make_model(folder: Path, width: int) -> str:
-    """Random weights behind the embedded model's tokenizer."""
+def make_model(folder: Path, source: str, width: int) -> str:
+    """Random weights, of the architecture and behind the tokenizer of the model in `source`."""
     import torch
-    from transformers import AutoConfig, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(EMBEDDED_PATH)
+    config = AutoConfig.from_pretrained(source)
     config.update({"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": LAYERS})
     config.update({"num_attention_heads": width // 64, "num_key_value_heads": width // 128, "head_dim": 64})
-    config.layer_types = ["full_attention"] * LAYERS
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * LAYERS
     torch.manual_seed(0)
-    shutil.copytree(EMBEDDED_PATH, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return str(folder)
 
 
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=1, help="also measure the stage with this many engines")
     parser.add_argument("--chat", action="store_true", help="also measure LLM.chat")
     parser.add_argument("--ray-llm", action="store_true", help="also measure ray.data.llm")
-    parser.add_argument("run_file", nargs="?", default="jobs/embedded.yaml")
+    parser.add_argument("run_file", nargs="?", default="jobs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_args()
     env = {**ENGINE_ENV, **QUIET_ENV}
@@ -255,10 +257,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         overrides = ["writer.num_actors=1", "synthesis.shard_rows=512", *options.overrides]
         if options.width:
-            overrides.append(f"writer.model={make_model(Path(folder) / 'model', options.width)}")
-        config: RunConfig = load_config(Path(options.run_file), overrides)
-        plan = make_plan(config)
-        more = make_plan(load_config(Path(options.run_file), [*overrides, f"writer.num_actors={options.actors}"]))
+            source = load_config(Path(options.run_file), overrides).writer.path
+            overrides.append(f"writer.model={make_model(Path(folder) / 'model', source, options.width)}")
+
+        def load(*more: str) -> RunConfig:
+            return with_dtype(load_config(Path(options.run_file), [*overrides, *more]), RunDir(Path(folder)))[0]
+
+        config = load()
+        plan, more = make_plan(config), make_plan(load(f"writer.num_actors={options.actors}"))
         ray.init(
             "local",
             num_cpus=8,

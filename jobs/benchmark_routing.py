@@ -1,6 +1,6 @@
 """Two replicas behind HAProxy: who gets a request, and what the prefix caches make of it.
 
-python jobs/benchmark_routing.py jobs/embedded.yaml policy.model=/models/some-model --seconds 10 --rounds 3
+python jobs/benchmark_routing.py jobs/quickstart.yaml policy.model=/models/some-model --seconds 10 --rounds 3
 
 Every request has one of a number of configurations and the same long system message behind the directive, so that its
 prompt begins like those of its configuration and no other. By turns, a server of its own each time: requests in turn
@@ -28,6 +28,7 @@ import aiohttp
 from cpt_ray.cluster import by_configuration, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
+from cpt_ray.roles import with_dtype
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 
@@ -112,7 +113,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # before Ray is imported
     fixed = ["name=bench", "serve.port=0", "serve.replicas=2", "serve.frontend={enable_prompt_tokens_details: true}"]
+    fixed += ["policy.sampling.stop=[]", "policy.sampling.include_stop=false"]  # every answer has as many tokens
     config = load_config(options.run_file, [*fixed, *options.overrides])
+    config, _ = with_dtype(config, RunDir(Path(config.run_dir)))
     tuned = Path(config.run_dir) / "model"
     model = tuned.absolute() if (tuned / "config.json").exists() else Path(config.policy.path)
     found = defaultdict(list)

@@ -1,7 +1,7 @@
 """This project's server against a bare vLLM OpenAI server: same model, same machine, alternating in one run.
 
-python jobs/benchmark_serving.py jobs/embedded.yaml --clients 1 8 32 --seconds 6 --rounds 3
-RAY_SERVE_ENABLE_HA_PROXY=1 python jobs/benchmark_serving.py jobs/embedded.yaml      # Ray's HAProxy in front
+python jobs/benchmark_serving.py jobs/quickstart.yaml --clients 1 8 32 --seconds 6 --rounds 3
+RAY_SERVE_ENABLE_HA_PROXY=1 python jobs/benchmark_serving.py jobs/quickstart.yaml      # Ray's HAProxy in front
 
 The bare server is sent the directive as a system message, this one a configuration: the same tokens reach both
 engines, and their greedy answers must be equal. Every client asks again as soon as it is answered. The model is the
@@ -37,10 +37,13 @@ from cpt_ray.cluster import ENGINE_ENV, SERVER_ENV, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.engine import engine_arguments, engine_env
+from cpt_ray.roles import with_dtype
 from cpt_ray.rundir import RunDir
 from cpt_ray.serving import _free_port, serve_model
 
 KEY = "benchmark"
+NO_STOPS = ("policy.sampling.stop=[]", "policy.sampling.include_stop=false")
+"""Every answer has as many tokens, here as from a server that knows no run file."""
 DIRECTIVE = "Write in a plain manner. Use short words, and no more of them than you need."
 PROMPTS = [f"Write about the {what} at {when}." for what in ("harbor", "market", "field") for when in ("dawn", "noon")]
 LEVEL = CatalogLevel(name="plain", score=0, directive=DIRECTIVE, directive_id="plain")
@@ -261,8 +264,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of every measurement")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    overrides = ["name=bench", "serve.port=0", "serve.host=127.0.0.1", *options.overrides]
+    overrides = ["name=bench", "serve.port=0", "serve.host=127.0.0.1", *NO_STOPS, *options.overrides]
     config = load_config(options.run_file, overrides)
+    config, _ = with_dtype(config, RunDir(Path(config.run_dir)))
     tuned = Path(config.run_dir) / "model"
     model = str(tuned.absolute() if (tuned / "config.json").exists() else config.policy.path)
     with tempfile.TemporaryDirectory() as folder:

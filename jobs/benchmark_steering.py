@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpt_ray.config import EMBEDDED, ModelConfig
+from cpt_ray.config import ModelConfig
 from cpt_ray.configuration import Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.records import SteeredAnswer
 from cpt_ray.steering.inference import Candidates, Choice, Preferences
@@ -38,6 +38,7 @@ from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
 
 COUNTS = (0, 1, 3, 5, 10)
+TOY = Path(__file__).parents[1] / "tests" / "toy" / "model"
 KEPT = 500
 """Folded adapters that stay on the disk."""
 Floats = NDArray[np.float64]
@@ -277,7 +278,7 @@ def main() -> None:
     """Parses and runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=10_000)
-    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--model", default=str(TOY), help="that of the tests unless given")
     parser.add_argument("--steps", type=int, default=1000, help="of the worlds' reward models; 0 leaves them out")
     parser.add_argument("--engine", action="store_true", help="also score choices and serve the adapters with vLLM")
     given = parser.parse_args()

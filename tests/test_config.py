@@ -12,14 +12,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cpt_ray.config import EMBEDDED, ModelConfig, PromptsConfig, RunConfig, expanded, load_any_config, load_config
+from cpt_ray.config import ModelConfig, PromptsConfig, RunConfig, expanded, load_any_config, load_config
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_prompts
+from tests import toy
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["embedded.yaml", "qwen3-4b.yaml"])
+@pytest.mark.parametrize("name", ["quickstart.yaml", "qwen3-4b.yaml"])
 def test_shipped_run_files_load(name: str) -> None:
     config = load_config(ROOT / "jobs" / name)
     assert config.director.engine_key == config.writer.engine_key
@@ -27,10 +28,10 @@ def test_shipped_run_files_load(name: str) -> None:
 
 
 def test_an_override_replaces_one_entry() -> None:
-    config = load_config(ROOT / "jobs" / "embedded.yaml", ["train.beta=0.3", "judge.model=other", "judge.num_gpus=1"])
+    config = load_config(toy.RUN_FILE, ["train.beta=0.3", "judge.model=other", "judge.num_gpus=1"])
     assert config.train.beta == 0.3
     assert config.judge.model == "other"
-    assert config.writer.model == "embedded"
+    assert config.writer.model == "tests/toy/model"
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,13 @@ def test_an_override_replaces_one_entry() -> None:
 )
 def test_a_bad_entry_is_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(ROOT / "jobs" / "embedded.yaml", [override])
+        load_config(toy.RUN_FILE, [override])
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def overridden(*overrides: str) -> RunConfig:
-    return load_config(ROOT / "jobs" / "embedded.yaml", overrides)
+    return load_config(toy.RUN_FILE, overrides)
 
 
 @given(st.text(min_size=1))
@@ -249,7 +250,6 @@ def test_the_run_file_itself_says_what_it_means_too(tmp_path: Path, monkeypatch:
 def test_an_endpoints_name_for_a_model_is_its_own() -> None:
     endpoint = {"base_url": "https://host/v1"}
     assert ModelConfig.model_validate({"model": "~org/latest", "endpoint": endpoint}).model == "~org/latest"
-    assert ModelConfig(model=EMBEDDED).model == EMBEDDED
 
 
 @given(st.text(alphabet="ab/~$%{} .:-_1", min_size=1))
@@ -263,7 +263,7 @@ def test_a_path_is_as_it_was_or_has_a_home_in_front_or_is_refused(text: str) -> 
 
 
 def test_how_many_is_a_number_or_a_range() -> None:
-    config = load_config(ROOT / "jobs" / "embedded.yaml", ["writer.num_actors=[1, 4]", "serve.replicas=[0, 3]"])
+    config = load_config(toy.RUN_FILE, ["writer.num_actors=[1, 4]", "serve.replicas=[0, 3]"])
     assert config.writer.num_actors == (1, 4)
     assert config.serve.replicas == (0, 3)
     assert config.train.num_workers == (2, 2)

@@ -24,6 +24,7 @@ from cpt_ray.engine import Completion, Engine, EngineDiedError
 from cpt_ray.errors import UserError
 from cpt_ray.pool import MAX_DEATHS, Line, Step, Tally, run_lines
 from cpt_ray.rundir import RunDir
+from tests import toy
 from tests.local_cluster import ROOT
 
 ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
@@ -33,7 +34,7 @@ ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 @pytest.mark.slow
 def test_kill_9_loses_repeats_and_changes_nothing() -> None:
     small = ["prompts.limit=20", "synthesis.shard_rows=20", "writer.num_actors=1"]
-    command = [sys.executable, "jobs/benchmark_faults.py", "jobs/embedded.yaml", *small]
+    command = [sys.executable, "jobs/benchmark_faults.py", str(toy.RUN_FILE), *small]
     command += ["--kills=3", "--stages", "plan", "write", "judge"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

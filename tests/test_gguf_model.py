@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
 def test_only_names_of_files_are_taken_for_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkdir("folder.gguf")
-    given = ["x.gguf", "a/b.GGUF", SMOLLM2, "embedded", "Qwen/Qwen3-4B", "folder.gguf", "s3://a/x.gguf", "a/b:Q4_K_M"]
+    given = ["x.gguf", "a/b.GGUF", SMOLLM2, "gpt2", "Qwen/Qwen3-4B", "folder.gguf", "s3://a/x.gguf", "a/b:Q4_K_M"]
     assert [name for name in given if gguf_model.is_gguf(name)] == given[:3]
 
 

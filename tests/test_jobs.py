@@ -19,14 +19,14 @@ from tests.local_cluster import ROOT, LocalCluster
 
 def test_a_bad_run_file_fails_the_job_with_its_reason(cluster: LocalCluster) -> None:
     done = cluster.job(
-        "submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", "jobs/embedded.yaml", "trian.beta=1"
+        "submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", "tests/toy/run.yaml", "trian.beta=1"
     )
     assert done.returncode != 0
     assert 'unknown key (did you mean "train"?)' in done.stdout + done.stderr
 
 
 def test_a_relative_run_directory_is_refused_in_a_job(cluster: LocalCluster) -> None:
-    done = cluster.job("submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", "jobs/embedded.yaml")
+    done = cluster.job("submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", "tests/toy/run.yaml")
     assert done.returncode != 0
     assert "give an absolute path that every node sees" in done.stdout + done.stderr
 

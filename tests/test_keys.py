@@ -23,7 +23,7 @@ from cpt_ray.serving import _choose_keys
 def run_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     data = {"name": "a", "run_dir": str(tmp_path), "rubrics": ["r"], "prompts": {"source": "p"}}
-    path.write_text(yaml.safe_dump(data | {role: {"model": "embedded"} for role in ("writer", "policy")}))
+    path.write_text(yaml.safe_dump(data | {role: {"model": "org/name"} for role in ("writer", "policy")}))
     return path
 
 

@@ -1,4 +1,4 @@
-"""The whole loop on real parts: the quickstart's own run file, then what a user does next."""
+"""The whole loop on real parts, with the toy model: its run file, then what a user does next."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import openai
 import pytest
 
 from cpt_ray.cluster import unused_port
-from cpt_ray.config import EMBEDDED_PATH, load_config
+from cpt_ray.config import load_config
 from cpt_ray.measures import measures
 from cpt_ray.planning import make_plan, plan_units
 from cpt_ray.records import Directive, Generation, Pair, Unit
 from cpt_ray.rubric import load_rubrics
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import name_shards
+from tests import toy
 from tests.local_cluster import ROOT, LocalCluster
 
-RUN_FILE = "jobs/embedded.yaml"
+RUN_FILE = "tests/toy/run.yaml"
 
 
 def cpt(*arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
@@ -92,7 +93,7 @@ def test_the_tables_are_complete_and_twins_are_pairs(loop: tuple[RunDir, str]) -
     held_out = {one.prompt_id for one in plan.prompts_of("held_out")}
     assert not held_out & {row.prompt_id for row in pairs.values()}
     directives = run.read("directives", shards.directives, Directive)
-    assert {row.source for row in directives} == {"embedded"}
+    assert {row.source for row in directives} == {"tests/toy/model"}
 
 
 def test_pairs_load_as_a_preference_data_set(loop: tuple[RunDir, str]) -> None:
@@ -118,7 +119,7 @@ def test_model_and_adapter_load_in_transformers_and_peft_and_agree(loop: tuple[R
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = AutoModelForCausalLM.from_pretrained(loop[0].model, dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(toy.MODEL, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, loop[0].adapter)
     tokenizer = AutoTokenizer.from_pretrained(loop[0].model)
     ids = tokenizer("Write about the harbor at dawn.", return_tensors="pt").input_ids
@@ -185,7 +186,7 @@ def answers(url: str) -> int | None:
 
 @pytest.mark.parametrize("rubric_id", ["mood", "ornament"])
 def test_the_served_model_follows_the_configuration(served: openai.OpenAI, rubric_id: str) -> None:
-    rubric = next(one for one in load_rubrics([ROOT / "rubrics" / "embedded"]) if one.id == rubric_id)
+    rubric = next(one for one in load_rubrics([toy.RUBRICS]) if one.id == rubric_id)
     spec = rubric.measured[0].measure
     assert spec is not None
 
@@ -193,7 +194,7 @@ def test_the_served_model_follows_the_configuration(served: openai.OpenAI, rubri
         values = []
         for seed in range(8):
             answer = served.chat.completions.create(
-                model="quickstart",
+                model="toy",
                 messages=[{"role": "user", "content": "Write about the harbor at dawn."}],
                 extra_body={"configuration": {rubric_id: target}},
                 max_tokens=96,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -13,8 +12,8 @@ from cpt_ray.config import PreferenceRunConfig, RunConfig, load_any_config
 from cpt_ray.errors import UserError
 from cpt_ray.rubric import Rubric
 from cpt_ray.yaml_file import PATTERNS, validation_lines
+from tests import toy
 
-RUN_FILE = Path(__file__).parent.parent / "jobs" / "embedded.yaml"
 WHOLE = "a whole number of 1 or more"
 SECTION = "a section of 'key: value' lines"
 MARKS = "letters, digits and . _ -"
@@ -71,7 +70,7 @@ MARKS = "letters, digits and . _ -"
 )
 def test_each_kind_of_wrong_value_has_one_plain_line(override: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_any_config(RUN_FILE, [override])
+        load_any_config(toy.RUN_FILE, [override])
     (said,) = str(caught.value).splitlines()
     assert said.partition(": ")[2] == line
 

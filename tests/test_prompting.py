@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cpt_ray.config import EMBEDDED_PATH
 from cpt_ray.prompting import PromptTokens, token_ids
+from tests import toy
 
 MARKS = ["<s>", "</s>", "[INST]", "[/INST]"]
 TEMPLATE = (
@@ -30,9 +30,9 @@ CONVERSATIONS = st.lists(
 
 
 def make_tokenizer(kind: str) -> Any:
-    """The embedded model's, and others like Llama's and Mistral's, whose spaces depend on where a text begins."""
-    if kind == "embedded":
-        return AutoTokenizer.from_pretrained(EMBEDDED_PATH)
+    """The toy model's, and others like Llama's and Mistral's, whose spaces depend on where a text begins."""
+    if kind == "toy":
+        return AutoTokenizer.from_pretrained(toy.MODEL)
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="</s>"))
     if kind == "prepended":
         made.normalizer = tokenizers.normalizers.Sequence(
@@ -48,7 +48,7 @@ def make_tokenizer(kind: str) -> Any:
     return wrapped
 
 
-TOKENIZERS = {kind: make_tokenizer(kind) for kind in ("embedded", "prepended", "first", "always", "never")}
+TOKENIZERS = {kind: make_tokenizer(kind) for kind in ("toy", "prepended", "first", "always", "never")}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -89,7 +89,7 @@ def test_a_part_that_conversations_share_is_encoded_once(tmp_path: Path) -> None
             seen.extend(texts)
             return super()._encode(texts)
 
-    parts = Noting(TOKENIZERS["embedded"], {})
+    parts = Noting(TOKENIZERS["toy"], {})
     for texts in (("one", "two"), ("three",)):
         parts([[{"role": "system", "content": "a rubric"}, {"role": "user", "content": text}] for text in texts])
     assert [sum(what in one for one in seen) for what in ("a rubric", "one", "two", "three")] == [1, 1, 1, 1]

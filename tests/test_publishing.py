@@ -131,7 +131,7 @@ def test_a_target_that_would_become_a_folder_of_that_name_is_refused(
 
 @pytest.mark.parametrize(
     ("model", "line"),
-    [("org/name", "base_model: org/name\n"), ("gpt2", "base_model: gpt2\n"), ("embedded", ""), ("{folder}", "")],
+    [("org/name", "base_model: org/name\n"), ("gpt2", "base_model: gpt2\n"), ("tests/toy", ""), ("{folder}", "")],
 )
 def test_a_card_names_its_base_only_if_the_hub_can_know_it(tmp_path: Path, model: str, line: str) -> None:
     policy = {"model": model.format(folder=tmp_path)}

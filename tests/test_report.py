@@ -23,7 +23,7 @@ LEDGER: dict[str, dict[str, Any]] = {
     "write": {"rows_in": 1200, "rows_out": 1188, "rejected": {"cut off": 12}, "generated_tokens": 4321, "loss": 0.312},
     "pair": {},
 }
-INFO = {"name": "embedded", "seed": 7, "models": {"writer": "tiny"}, "rubrics": {"ornament": 1}}
+INFO = {"name": "dials", "seed": 7, "models": {"writer": "tiny"}, "rubrics": {"ornament": 1}}
 
 
 def make_trial(model: str, prompt: str, level: str, score: float | None, **changes: Any) -> Trial:

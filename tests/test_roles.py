@@ -23,8 +23,8 @@ SERVER = {"base_url": "http://localhost:1/v1"}
 
 
 def config_of(**changes: Any) -> RunConfig:
-    data = {"name": "x", "rubrics": ["r.yaml"], "prompts": {"source": "p.jsonl"}, "writer": {"model": "embedded"}}
-    return RunConfig.model_validate({**data, "policy": {"model": "embedded"}, **changes})
+    data = {"name": "x", "rubrics": ["r.yaml"], "prompts": {"source": "p.jsonl"}, "writer": {"model": "org/name"}}
+    return RunConfig.model_validate({**data, "policy": {"model": "org/name"}, **changes})
 
 
 def run_file(folder: Path, **changes: Any) -> Path:
@@ -32,9 +32,9 @@ def run_file(folder: Path, **changes: Any) -> Path:
     (folder / "rubric.yaml").write_text(yaml.safe_dump(rubric_dict()))
     (folder / "prompts.csv").write_text("prompt\n" + "\n".join(f"Write about topic {at}." for at in range(20)))
     data = {"name": "x", "run_dir": str(folder / "run"), "rubrics": [str(folder / "rubric.yaml")]}
-    data |= {"prompts": {"source": str(folder / "prompts.csv")}, "writer": {"model": "embedded"}}
+    data |= {"prompts": {"source": str(folder / "prompts.csv")}, "writer": {"model": "org/name"}}
     path = folder / "run_file.yaml"
-    path.write_text(yaml.safe_dump({**data, "policy": {"model": "embedded"}, **changes}))
+    path.write_text(yaml.safe_dump({**data, "policy": {"model": "org/name"}, **changes}))
     return path
 
 
@@ -77,10 +77,10 @@ def test_engines_on_a_cpu_without_a_dtype_have_the_fast_one(
 ) -> None:
     monkeypatch.setattr(roles, "computes_bfloat16", lambda: fast)
     config = config_of(
-        writer={"model": "embedded", "engine": {"max_model_len": 512}},
-        director={"model": "embedded", "engine": {"dtype": "auto"}},
+        writer={"model": "org/name", "engine": {"max_model_len": 512}},
+        director={"model": "org/name", "engine": {"dtype": "auto"}},
         judge={"model": "m", "endpoint": SERVER},
-        policy={"model": "embedded", "num_gpus": 1},
+        policy={"model": "org/name", "num_gpus": 1},
     )
     changed, chosen = roles.with_dtype(config, RunDir(tmp_path))
     assert chosen == dtype
@@ -93,7 +93,7 @@ def test_engines_on_a_cpu_without_a_dtype_have_the_fast_one(
 def test_a_dtype_that_is_given_everywhere_leaves_nothing_to_choose(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"model": "embedded", "engine": {"dtype": "float32"}}
+    given = {"model": "org/name", "engine": {"dtype": "float32"}}
     config = config_of(writer=given, policy=given, train={"dtype": "float32"})
     assert roles.with_dtype(config, RunDir(tmp_path)) == (config, None)
     assert capsys.readouterr().out == ""
@@ -130,7 +130,7 @@ def test_what_is_wrong_with_a_model_is_said_with_the_roles_name(
     broken.write_text("hello")
     role = {"model": str(broken)}
     for command in ("run", "synthesize", "train", "evaluate"):
-        assert main([command, str(run_file(tmp_path, judges=[{"model": "embedded"}, role]))]) == 1
+        assert main([command, str(run_file(tmp_path, judges=[{"model": "org/name"}, role]))]) == 1
         said = capsys.readouterr().err
         assert (
             said == f"error: judges[1].model: {broken}: is not a GGUF file (it begins with b'hell'); fetch it again\n"

@@ -47,10 +47,6 @@ def test_shipped_rubrics_load_with_five_levels_and_five_criteria() -> None:
         assert (len(rubric.levels), len(rubric.criteria)) == (5, 5), rubric.id
 
 
-def test_embedded_rubrics_load() -> None:
-    assert len(load_rubrics([ROOT / "rubrics" / "embedded"])) >= 2
-
-
 REPEATED = [
     {"name": name, "score": score, "directives": texts}
     for name, score, texts in (("low", 10, ["Be plain.", "Be bare."]), ("mid", 50, []), ("high", 90, ["Be plain."]))

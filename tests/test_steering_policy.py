@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.config import EMBEDDED_PATH, Form, ModelConfig
-from cpt_ray.embedded.world import level_text
+from cpt_ray.config import Form, ModelConfig
 from cpt_ray.engine import engine_arguments, engine_env
 from cpt_ray.measures import measures
 from cpt_ray.rubric import Rubric, load_rubrics
@@ -22,8 +21,9 @@ from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import learn
 from cpt_ray.steering.tables import sequence
-from tests.local_cluster import ROOT
+from tests import toy
 from tests.tiny_model import make_tiny_model
+from tests.toy.world import level_text
 
 FORMS: tuple[Form, ...] = ("film", "gated_lora", "soft_prompt")
 ANSWERS = ["A high answer, rich in colours.", "A low answer, plain and short."]
@@ -243,11 +243,11 @@ def share(rubric: Rubric, text: str) -> float:
 
 def test_choices_steer_what_is_written_and_flipped_choices_the_other_way() -> None:
     """Of a user who likes high words, three choices; scored by counting words, which shares nothing with the policy."""
-    rubrics = load_rubrics([ROOT / "rubrics" / "embedded"])
+    rubrics = load_rubrics([toy.RUBRICS])
     rubric = next(one for one in rubrics if one.id == "ornament")
     random, rng = torch.Generator().manual_seed(0), Random(0)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
-    policy = make_policy(EMBEDDED_PATH, "gated_lora")
+    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
+    policy = make_policy(toy.MODEL, "gated_lora")
     pairs = [
         [sequence(tokenizer, None, one, level_text(rng, rubrics, one, {"ornament": level}), {}) for level in (5, 1)]
         for one in WORLD_PROMPTS * 4

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected
-from cpt_ray.config import EMBEDDED_PATH, ModelConfig
+from cpt_ray.config import ModelConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.report import STEERING_END, STEERING_START
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import with_steering
 from cpt_ray.steering.tables import sequence
+from tests import toy
 from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
 
@@ -56,7 +57,7 @@ def run_file(folder: Path, **sections: object) -> str:
         rows.append({"prompt": f"Write about day {at}.", "answers": answers})
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "ornament.yaml").write_text(yaml.safe_dump(rubric_dict()), encoding="utf-8")
-    role = {"model": "embedded", "engine": ENGINE}
+    role = {"model": str(toy.MODEL), "engine": ENGINE}
     content = {
         "name": "test",
         "run_dir": str(folder / "run"),
@@ -86,7 +87,7 @@ STEER = {
     "seeds": 2,
     "forms": ["gated_lora"],
     "policy_steps": 12,
-    "embedder": {"model": "embedded"},
+    "embedder": {"model": str(toy.MODEL)},
 }
 
 
@@ -165,9 +166,9 @@ def test_the_engine_and_transformers_agree_on_log_probabilities(monkeypatch: pyt
 
     asked = [(directive, "Write about the harbor at dawn.", text) for directive in (None, "Use fancy words.")
              for text in ("The old harbor feels glad.", "A merry bell.")]  # fmt: skip
-    found = PolicyScorer(ModelConfig(model="embedded", engine=ENGINE)).logprobs(asked)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
+    found = PolicyScorer(ModelConfig(model=str(toy.MODEL), engine=ENGINE)).logprobs(asked)
+    model = AutoModelForCausalLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     for one, value in zip(asked, found, strict=True):
         ids, start = sequence(tokenizer, *one, {})
         with torch.no_grad():

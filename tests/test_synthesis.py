@@ -546,16 +546,6 @@ def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -
     assert found == {("low", 5.0), ("mid", 25.0), ("high", 45.0)}
 
 
-def test_a_misspelt_model_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, _ = make_run(tmp_path)
-    policy = plan.config.policy.model_copy(update={"model": "embeded"})
-    with pytest.raises(UserError, match=r"model: found 'embeded' \(did you mean \"embedded\"\?\)"):
-        make_plan(plan.config.model_copy(update={"policy": policy}))
-    (tmp_path / "embeded").mkdir()
-    monkeypatch.chdir(tmp_path)
-    make_plan(plan.config.model_copy(update={"policy": policy}))  # a folder may be called so
-
-
 def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:
     plan, _ = make_run(tmp_path)
     leaked = plan.prompts_of("held_out")[0].text.upper().strip(".") + "!"

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from cpt_ray.cli import main
-from cpt_ray.config import EMBEDDED_PATH, PreferencesConfig
-from cpt_ray.embedded.make import train_tokenizer
+from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.records import Message, Pair
 from cpt_ray.rows import Tokeniser, TokenPairs, own_pairs, preference_pairs
 from cpt_ray.templates import ChatTemplate, control_tokens, find_control_token, own_stop_tokens, stop_tokens
+from tests import toy
 from tests.tiny_model import SENTENCES
+from tests.toy.make import train_tokenizer
 
 HEAD = "{% for m in messages %}"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -31,7 +32,7 @@ ROW = {"prompt": [ASK], "chosen": [{"role": "assistant", "content": "Hello there
 def tokenizer(template: Any = PLAIN) -> Any:
     from transformers import AutoTokenizer
 
-    made = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
+    made = AutoTokenizer.from_pretrained(toy.MODEL)
     made.chat_template = template
     return made
 
@@ -124,11 +125,30 @@ def test_a_run_with_a_policy_that_loses_its_directive_is_refused_before_anything
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
-    folder = Path(shutil.copytree(EMBEDDED_PATH, tmp_path / "policy"))
+    folder = Path(shutil.copytree(toy.MODEL, tmp_path / "policy"))
     (folder / "chat_template.jinja").write_text(HEAD + "{% if m.role != 'system' %}" + TURN + "{% endif %}" + TAIL)
     overrides = [f"policy.model={folder}", f"run_dir={tmp_path / 'run'}"]
-    assert main(["run", "jobs/embedded.yaml", *overrides]) == 1
+    assert main(["run", str(toy.RUN_FILE), *overrides]) == 1
     assert "policy: its chat template drops the content of the system message" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("tests/toy/modle", "error: policy.model: tests/toy/modle: no such folder\n"),
+        ("./modle", "error: policy.model: ./modle: no such folder\n"),
+        ("tests/toy", "error: policy.model: 'tests/toy' cannot be loaded: "),
+        ("modle", "error: policy.model: 'modle' cannot be loaded: "),
+    ],
+)
+def test_a_policy_that_is_no_model_is_said_in_one_line_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str, said: str
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert main(["run", str(toy.RUN_FILE), f"policy.model={model}", f"run_dir={tmp_path / 'run'}"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(said) and line.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -191,7 +211,7 @@ def test_tool_calls_are_rendered_as_trl_renders_them(tmp_path: Path) -> None:
     row = {**ROW, "chosen": answer("", tool_calls=[call]), "rejected": answer("No."), "tools": tools}
     (made,) = pairs(tmp_path, row, template=template)
     trainer = DPOTrainer(
-        model=str(EMBEDDED_PATH),
+        model=str(toy.MODEL),
         args=DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[]),
         train_dataset=datasets.Dataset.from_list([row]),
         processing_class=tokenizer(template),
@@ -371,9 +391,9 @@ def cut_pairs(made: Any, chosen: str, rejected: str, is_cut: tuple[bool, bool]) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("own", ["embedded", "tiny"])
+@pytest.mark.parametrize("own", ["toy", "tiny"])
 def test_a_cut_answer_is_trained_on_without_its_end(shape: str, own: str) -> None:
-    made = tokenizer() if own == "embedded" else train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
+    made = tokenizer() if own == "toy" else train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
     made.chat_template = SHAPES[shape]
     whole, cut = (cut_pairs(made, CUT, "Go away.", (is_cut, False)) for is_cut in (False, True))
     ids, finished = cut[0].chosen_ids, whole[0].chosen_ids

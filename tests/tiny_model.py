@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_ray.embedded import make as embedded
+from tests.toy import make as toy
 
-CHAT_TEMPLATE = "{% if shout is defined and shout %}{{ '<|im_start|>LOUD\\n' }}{% endif %}" + embedded.CHAT_TEMPLATE
-"""The embedded model's, with a template argument that changes the token ids."""
+CHAT_TEMPLATE = "{% if shout is defined and shout %}{{ '<|im_start|>LOUD\\n' }}{% endif %}" + toy.CHAT_TEMPLATE
+"""The toy model's, with a template argument that changes the token ids."""
 SENTENCES = [
     "Write in the high manner, please. Write in the low manner, please.",
     "A high answer to the prompt, rich in words and colours.",
@@ -21,7 +21,7 @@ def make_tiny_model(path: Path, dtype: str = "float32", seed: int = 0, chat_temp
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = embedded.train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
+    tokenizer = toy.train_tokenizer(SENTENCES, vocabulary=400, max_tokens=512)
     tokenizer.chat_template = chat_template
     torch.manual_seed(seed)
     config = Qwen3Config(

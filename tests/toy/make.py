@@ -1,6 +1,6 @@
-"""Makes the embedded model: one tiny chat model that is writer, director, judge and student.
+"""Makes the toy model: one tiny chat model that is writer, director, judge and student.
 
-    python -m cpt_ray.embedded.make OUT_DIR [--scale S] [--seed N]
+    python -m tests.toy.make OUT_DIR [--scale S] [--seed N]
 
 trains a byte-level BPE tokenizer and a Qwen3 of about a million parameters from nothing, on conversations
 that `cpt_ray.prompting` renders and `world.py` answers, and saves a Hugging Face folder that vLLM loads.
@@ -32,7 +32,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cpt_ray.embedded import world
 from cpt_ray.grading import measured_criterion
 from cpt_ray.prompting import (
     ChatMessage,
@@ -44,10 +43,7 @@ from cpt_ray.prompting import (
     writer_messages,
 )
 from cpt_ray.rubric import Rubric, load_rubrics
-
-DATA = Path(__file__).parents[2] / "rubrics" / "embedded"
-MODEL = Path(__file__).parent / "model"
-"""The shipped model."""
+from tests.toy import RUBRICS, world
 
 VOCABULARY = 1400
 MAX_TOKENS = 1024
@@ -77,8 +73,8 @@ class World:
     """Share of directives that training answers follow."""
 
 
-def load_world(folder: Path = DATA) -> World:
-    """The rubrics and prompts of `rubrics/embedded`."""
+def load_world(folder: Path = RUBRICS) -> World:
+    """The rubrics and prompts of a folder."""
     lines = (folder / "prompts.jsonl").read_text("utf-8").splitlines()
     return World(load_rubrics([folder]), tuple(json.loads(line)["prompt"] for line in lines))
 
@@ -160,7 +156,7 @@ PHASES = (
 
 
 def make_tokenizer(rng: Random, here: World) -> PreTrainedTokenizerFast:
-    """The embedded model's tokenizer, in which this world's words are single tokens."""
+    """The toy model's tokenizer, in which this world's words are single tokens."""
     corpus = []
     for _ in range(600):
         for task in PHASES[0].tasks:
@@ -342,7 +338,7 @@ def make(out: Path, scale: float = 1.0, seed: int = 0) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Make the embedded model.")
+    parser = argparse.ArgumentParser(description="Make the toy model.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
-"""The made-up world that the embedded model knows: texts and directives, drawn from small grammars.
+"""The made-up world that the toy model knows: texts and directives, drawn from small grammars.
 
 A text is a few sentences about the prompt's topic. Every sentence has one slot per rubric, filled from the
 `words` (high) or the `against` (low) of that rubric's measure, so a text's level is what the measure says.
-The lexicons and prompts are read from `rubrics/embedded`; nothing in the loop reads this module.
+The lexicons and prompts are read from `rubrics/`; nothing in the loop reads this module.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _fill(rng: Random, template: str, choices: Mapping[str, Sequence[str]]) -> s
 
 
 def topic_and_setting(prompt: str) -> tuple[str, str]:
-    """What an embedded prompt asks for, e.g. ("harbor", "at dawn")."""
+    """What a prompt of this world asks for, e.g. ("harbor", "at dawn")."""
     match = _PROMPT.fullmatch(prompt)
     assert match, f"no prompt of this world: {prompt!r}"
     return match[1], match[2]

@@ -1,4 +1,4 @@
-"""The embedded model and the world it is made of."""
+"""The toy model and the world it is made of."""
 
 from pathlib import Path
 from random import Random
@@ -6,13 +6,12 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.embedded import make as embedded
-from cpt_ray.embedded import world
 from cpt_ray.grading import confirms, measured_criterion
 from cpt_ray.prompting import level_labels, policy_messages, token_ids, writer_messages
 from cpt_ray.rubric import directive_leak
+from tests.toy import MODEL, make, world
 
-HERE = embedded.load_world()
+HERE = make.load_world()
 LEVELS = [(rubric, level) for rubric in HERE.rubrics for level in rubric.levels]
 EVERY_LEVEL = pytest.mark.parametrize(
     ("rubric", "level"), LEVELS, ids=[f"{rubric.id}-{level.name}" for rubric, level in LEVELS]
@@ -20,34 +19,34 @@ EVERY_LEVEL = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def shipped():
-    return AutoTokenizer.from_pretrained(embedded.MODEL)
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
 
 
-def test_the_tokenizer_round_trips_every_embedded_prompt(shipped):
+def test_the_tokenizer_round_trips_every_prompt(tokenizer):
     for prompt in HERE.prompts:
-        ids = shipped.encode(prompt, add_special_tokens=False)
-        assert shipped.decode(ids) == prompt
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        assert tokenizer.decode(ids) == prompt
 
 
-def test_the_tokenizer_round_trips_text_it_never_saw(shipped):
+def test_the_tokenizer_round_trips_text_it_never_saw(tokenizer):
     text = "Ünïcode, tabs\tand 漢字 🎉  12345.\n"
-    assert shipped.decode(shipped.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_level_labels_are_single_tokens(shipped):
+def test_level_labels_are_single_tokens(tokenizer):
     for label in level_labels(HERE.rubrics[0]):
-        assert len(shipped.encode(label, add_special_tokens=False)) == 1
+        assert len(tokenizer.encode(label, add_special_tokens=False)) == 1
 
 
-def test_prompt_ids_are_a_prefix_of_conversation_ids(shipped):
+def test_prompt_ids_are_a_prefix_of_conversation_ids(tokenizer):
     user = {"role": "user", "content": HERE.prompts[0]}
     for messages in (policy_messages(None, [user]), policy_messages("Use only simple words.", [user])):
-        prompt = token_ids(shipped, messages)
+        prompt = token_ids(tokenizer, messages)
         answer = {"role": "assistant", "content": "At dawn the old harbor feels glad."}
-        whole = shipped.apply_chat_template([*messages, answer], tokenize=True, return_dict=False)
-        said = shipped.encode(answer["content"], add_special_tokens=False)
-        assert whole[: len(prompt) + len(said) + 1] == [*prompt, *said, shipped.eos_token_id]
+        whole = tokenizer.apply_chat_template([*messages, answer], tokenize=True, return_dict=False)
+        said = tokenizer.encode(answer["content"], add_special_tokens=False)
+        assert whole[: len(prompt) + len(said) + 1] == [*prompt, *said, tokenizer.eos_token_id]
 
 
 @EVERY_LEVEL
@@ -77,15 +76,15 @@ def test_no_two_levels_share_a_directive():
         assert len(set().union(*sets)) == sum(map(len, sets))
 
 
-def test_the_shipped_model_is_small_and_knows_every_rubric_word(shipped):
-    assert (embedded.MODEL / "model.safetensors").stat().st_size < 4_000_000
+def test_the_kept_model_is_small_and_knows_every_rubric_word(tokenizer):
+    assert (MODEL / "model.safetensors").stat().st_size < 4_000_000
     for rubric, level in LEVELS:
-        ids = token_ids(shipped, writer_messages(rubric, level, HERE.prompts[0]))
+        ids = token_ids(tokenizer, writer_messages(rubric, level, HERE.prompts[0]))
         assert len(ids) < 300
 
 
 def test_a_step_of_every_phase_makes_a_model_that_loads_and_generates(tmp_path: Path):
-    embedded.make(tmp_path, scale=0.001)
+    make.make(tmp_path, scale=0.001)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": HERE.prompts[0]}], add_generation_prompt=True, return_tensors="pt"

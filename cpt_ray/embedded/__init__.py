@@ -1,1 +1,0 @@
-"""The embedded model: a tiny chat model that this repository makes itself (see `make.py`)."""

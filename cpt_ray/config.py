@@ -512,6 +512,10 @@ class TrainConfig(_Section):
     """Tokens of prompt plus answer; a longer pair is rejected, never cut."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Of the adapter's first weights and the order of the pairs, which stay the same pairs; the run's unless given."""
+    contrast: Literal["all", "ends"] = "all"
+    """Which levels are trained against each other: all of a rubric, or its lowest and its highest alone. A base that
+    ignores directives learns to read them from the ends in a fraction of the steps; what lies between is then left to
+    what it knows of the words."""
     max_pairs: Positive | None = None
     """Train on at most this many pairs, twins kept together, chosen by hash."""
     held_out: Annotated[int, Field(ge=0)] = 200

@@ -35,6 +35,7 @@ from cpt_ray.rows import (
     Tokeniser,
     TokenPair,
     counted,
+    end_pairs,
     make_rows,
     own_pairs,
     preference_pairs,
@@ -134,7 +135,10 @@ def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key:
     else:
         for note in tokeniser.check():
             say(f"note: {note}")
-        pairs = own_pairs(run.read("pairs", pair_shards, Pair), tokeniser)
+        made = run.read("pairs", pair_shards, Pair)
+        wanted, middle = end_pairs(made) if settings.contrast == "ends" else (made, [])
+        pairs = own_pairs(wanted, tokeniser)
+        pairs.rejects += middle
     kept, held_out, rejects = select_pairs(pairs, max_length, settings.max_pairs, settings.held_out, config.seed)
     run.write("rejects", f"train-{key}", pairs.rejects + rejects)
     unsaid = rejects if isinstance(config, PreferenceRunConfig) else pairs.rejects + rejects

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from cpt_ray.rows import Row, held_out_metrics, make_rows, sequence_ids
+from cpt_ray.config import SynthesisConfig
+from cpt_ray.pairing import pair_answers
+from cpt_ray.records import CONTROL
+from cpt_ray.rows import Row, end_pairs, held_out_metrics, make_rows, sequence_ids
+from tests.builders import make_directives, make_generation, make_grade, make_rubric
 from tests.test_training import make_tokens
 
 LENGTHS = {"high": 4, "low": 2}
@@ -65,3 +71,16 @@ def test_without_its_twin_a_pair_counts_for_pair_accuracy_only() -> None:
     found = held_out_metrics(make_grid("a")[:1], [[-4.0, -10.0]])
     assert found["pair_accuracy"] == 1
     assert not {"twin_accuracy", "swap_gap"} & set(found)
+
+
+def test_of_a_rubrics_levels_the_ends_alone_are_trained_against_each_other_if_wanted() -> None:
+    scores = {"low": 12.0, "mid": 50.0, "high": 91.0}
+    generations = [make_generation(level) for level in (*scores, CONTROL)]
+    grades = {(one.unit_id, "ornament"): make_grade(one.unit_id, scores.get(one.level, 50)) for one in generations}
+    made = pair_answers([make_rubric()], [], generations, grades, make_directives(), SynthesisConfig(), {}).pairs
+    kept, rejects = end_pairs(made)
+    assert {(one.level, one.rejected_level) for one in kept} == {
+        (a, b) for a, b in itertools.permutations(("low", "high", CONTROL), 2)
+    }
+    assert {row.subject_id for row in rejects} == {one.pair_id for one in made} - {one.pair_id for one in kept}
+    assert {row.reason for row in rejects} == {"middle level"}

@@ -251,7 +251,7 @@ def steer(arguments: argparse.Namespace) -> None:
     config = load_config(Path(arguments.run_file), arguments.overrides)
     run = RunDir(Path(config.run_dir).absolute())
     convert_models(roles_of(config))
-    config, _ = with_dtype(config, run)
+    config, _ = with_dtype(config, run, tell=lambda _: None)  # a result is all that is printed
     os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
     from cpt_ray.steering import comparison, stage
 

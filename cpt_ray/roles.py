@@ -78,11 +78,14 @@ def _check_folder(role: ModelConfig) -> None:
         raise UserError(f"{folder}: has no config.json but GGUF files; give the file: {files[0]}{more}")
 
 
-def with_dtype(config: Config, run: RunDir) -> tuple[Config, CpuDtype | None]:
+def with_dtype(config: Config, run: RunDir, tell: Callable[[str], object] = say) -> tuple[Config, CpuDtype | None]:
     """The run file with a dtype for each engine and for training on a CPU, where none is given; and it, for run.yaml.
 
     It is chosen when a run begins and kept: the same run on another CPU goes on with the same, since answers in another
     precision are others. None if nothing ever asked for one.
+
+    Args:
+        tell: gets a line on it where it is chosen now, or is not what this machine would choose.
     """
     kept = _kept(run)
     trains_here = config.train.dtype is None and not config.train.use_gpu
@@ -92,9 +95,9 @@ def with_dtype(config: Config, run: RunDir) -> tuple[Config, CpuDtype | None]:
     dtype = kept or fast
     if kept is None:
         why = "computes in bfloat16" if fast == "bfloat16" else "has no instructions for bfloat16"
-        say(f"dtype        {dtype}, since the run file gives none and this CPU {why}")
+        tell(f"dtype        {dtype}, since the run file gives none and this CPU {why}")
     elif kept != fast:
-        say(f"dtype        {kept}, as this run began (a new one here would have {fast})")
+        tell(f"dtype        {kept}, as this run began (a new one here would have {fast})")
 
     def fill(_name: str, role: ModelConfig) -> ModelConfig:
         return role.model_copy(update={"engine": {**role.engine, "dtype": dtype}}) if _is_open(role) else role

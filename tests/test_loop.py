@@ -84,7 +84,7 @@ def test_the_tables_are_complete_and_twins_are_pairs(loop: tuple[RunDir, str]) -
     run, _ = loop
     plan = make_plan(load_config(ROOT / RUN_FILE))
     units = plan_units(plan)
-    shards = name_shards(plan, list(units))
+    shards = name_shards(plan, units)
     assert run.read("units", list(units), Unit) == [row for rows in units.values() for row in rows]
     generations = run.read("generations", shards.generations, Generation)
     assert len({row.unit_id for row in generations}) == len(generations)

@@ -279,8 +279,8 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         say("\n".join(["", *lines]))
     if line := judge_check_line(results["judge_check"]):
         say(line)
-    least = (results["difference"]["accuracy_ci"] or [None])[0]
-    if least is None or least <= 0:
+    least = [(results["difference"][f"{name}_ci"] or [0.0])[0] for name in ("accuracy", "spearman_rho")]
+    if max(least) <= 0:
         say("note: no gain over the base is shown; see how many answers became pairs, and the loss (`cpt status`)")
     say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
     return results

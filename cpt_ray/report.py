@@ -107,6 +107,13 @@ def _headline(results: Mapping[str, Any]) -> str:
     ends = results["difference"]["accuracy_ci"]
     if _UNKNOWN in (base, tuned):
         return "Too little could be graded for a result."
+    rho = results["difference"]["spearman_rho_ci"]
+    if rho and rho[0] > 0 and ends and ends[0] <= 0:
+        before, after = (_number("rho", results[model]["spearman_rho"]) for model in MODELS)
+        return (
+            f"The tuned model's answers follow what is asked: rank correlation {after}, base {before}; {tuned} are at "
+            f"the requested level, base {base}."
+        )
     if ends is None or ends[0] <= 0 <= ends[1]:
         return f"No measurable gain: {tuned} of the tuned model's answers are at the requested level, base {base}."
     if ends[1] < 0:

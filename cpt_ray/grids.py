@@ -20,8 +20,9 @@ from cpt_ray.measures import OF_LENGTH
 from cpt_ray.records import Generation, content_id
 from cpt_ray.rubric import Rubric
 
-LENGTH = "length"
-"""The name of an answer's length among the rubrics; no rubric of length is balanced against it."""
+LENGTH = "tokens (log)"
+"""What an answer's length is called among the rubrics, none of which can have this id; no rubric of length is balanced
+against it."""
 FAR = 1.5
 """Standard deviations from the prompt's median beyond which an answer of an end level gains nothing more."""
 BALANCED = 0.1
@@ -194,7 +195,7 @@ def _balanced(grids: Sequence[_Drawn]) -> list[_Drawn]:
     kept, sums = list(grids), Shifts()
     for grid in grids:
         _add(sums, grid)
-    while len(kept) > len(grids) / 2:
+    while len(kept) > math.ceil(len(grids) / 2):
         off = {name: total for name, total in sums.drawn.items() if abs(total) > BALANCED * len(kept)}
         if not off:
             break

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.grids import BALANCED, Answer, Grid, GridMaker, Shifts, missing_levels
+from cpt_ray.grids import BALANCED, LENGTH, Answer, Grid, GridMaker, Shifts, missing_levels
 from cpt_ray.rubric import Rubric
 from tests.builders import LEVELS, make_generation, make_rubric
 
@@ -96,6 +96,18 @@ def test_length_is_balanced_too_where_no_rubric_is_about_it() -> None:
     scores = ((10, 20), (10, 60), (50, 60), (50, 90), (90, 60), (90, 200))
     (grid,) = drawn([OWN], [answer("p", at, own, 50, tokens) for at, (own, tokens) in enumerate(scores)], 1)
     assert [generation.num_tokens for generation in grid.values()] == [60, 60, 60]
+
+
+def test_a_rubric_called_length_is_balanced_by_its_scores_and_not_by_tokens() -> None:
+    size = make_rubric(id="length", title="Size")
+    made = [(12, 5), (2, 90), (90, 50)]  # score, tokens: the lowest score has the most tokens
+    pool = [
+        Answer(answer("p", at, 50, 50, tokens).generation, {"length": score, OTHER.id: 50.0})
+        for at, (score, tokens) in enumerate(made)
+    ]
+    grids, shifts = GridMaker([size, OTHER], {"p": pool}, MARGIN, True).draw([size], 1)
+    assert [generation.sample for generation in grids["p"][0].values()] == [1, 2]
+    assert LENGTH in shifts.drawn
 
 
 _scores = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=20)

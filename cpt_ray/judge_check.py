@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cpt_ray.agreement import agreement
 from cpt_ray.engine import Engine
-from cpt_ray.errors import UserError
 from cpt_ray.judging import JudgeStep
-from cpt_ray.planning import Plan
+from cpt_ray.planning import Plan, read_judge_check
 from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
 from cpt_ray.records import Generation, Grade
-from cpt_ray.rubric import Rubric, load_rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.spread import survey, with_points
 from cpt_ray.synthesis import Shards
@@ -45,16 +42,13 @@ class CheckStep(JudgeStep):
 
 
 def check_judge(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any] | None:
-    """`agreement` of judge and measure, with the rubric's title and the judge's name; None if there is nothing to do.
-
-    UserError if the rubric has no measure beside what is judged.
-    """
-    settings = plan.config.evaluate
-    if settings.judge_check is None:
+    """`agreement` of judge and measure, with the rubric's title and the judge's name; None if it is not asked for."""
+    rubric = read_judge_check(plan.config)
+    if rubric is None:
         return None
     first = [passes[0].generations for passes in shards.passes.values()]
-    rubric = _rubric(plan, run, first)
-    count = -(-settings.judge_check_answers // len(first))
+    rubric = with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])
+    count = math.ceil(plan.config.evaluate.judge_check_answers / len(first))
     step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=count)
     run_lines(run, [Line(first, [step])])
     names = [step.output(name) for name in first]
@@ -63,11 +57,3 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any] | Non
     both = [(one.judged, one.measured) for one in grades if one.judged is not None and one.measured is not None]
     named = {"rubric": rubric.title, "judge": plan.config.judge.model, "asked": len(grades)}
     return named | agreement(rubric, both)
-
-
-def _rubric(plan: Plan, run: RunDir, first: Sequence[str]) -> Rubric:
-    path = Path(str(plan.config.evaluate.judge_check))
-    rubric = load_rubric(path)
-    if not (rubric.measured and rubric.judged):
-        raise UserError(f"{path}: nothing to hold the judge against; give it a judged and a measured criterion")
-    return with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])

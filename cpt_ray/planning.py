@@ -10,6 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cpt_ray.config import RunConfig, SynthesisConfig
@@ -21,7 +22,7 @@ from cpt_ray.pool import SHARDS_IN_FLIGHT
 from cpt_ray.prompting import JOINT_HASH, TEMPLATES_HASH
 from cpt_ray.prompts import read_prompts
 from cpt_ray.records import CONTROL, Generation, Grade, Prompt, Reject, Unit, content_id
-from cpt_ray.rubric import Rubric, load_rubrics
+from cpt_ray.rubric import Rubric, load_rubric, load_rubrics
 
 Rubrics = dict[str, Rubric]
 """By id."""
@@ -56,7 +57,19 @@ def make_plan(config: RunConfig) -> Plan:
         if name not in plan.by_id:
             raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
     check_leakage(plan.prompts)
+    read_judge_check(config)  # hours before it is used
     return plan
+
+
+def read_judge_check(config: RunConfig) -> Rubric | None:
+    """The rubric that the judge is tried on, if one is wanted; UserError if nothing in it can tell right from wrong."""
+    if config.evaluate.judge_check is None:
+        return None
+    path = Path(config.evaluate.judge_check)
+    rubric = load_rubric(path)
+    if not (rubric.measured and rubric.judged):
+        raise UserError(f"{path}: nothing to hold the judge against; give it a judged and a measured criterion")
+    return rubric
 
 
 def check_leakage(prompts: Sequence[Prompt]) -> None:

@@ -546,6 +546,18 @@ def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -
     assert found == {("low", 5.0), ("mid", 25.0), ("high", 45.0)}
 
 
+def test_a_rubric_that_cannot_check_the_judge_is_named_before_anything_starts(tmp_path: Path) -> None:
+    measured = str(tmp_path / "measured.yaml")
+    only = rubric_dict()
+    (tmp_path / "measured.yaml").write_text(
+        yaml.safe_dump(only | {"criteria": [only["criteria"][1] | {"weight": 100}]})
+    )
+    with pytest.raises(UserError, match=r"measured\.yaml: nothing to hold the judge against"):
+        make_run(tmp_path, f"evaluate.judge_check={measured}")
+    with pytest.raises(UserError, match=r"gone\.yaml: cannot be read"):
+        make_run(tmp_path, f"evaluate.judge_check={tmp_path / 'gone.yaml'}")
+
+
 def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:
     plan, _ = make_run(tmp_path)
     leaked = plan.prompts_of("held_out")[0].text.upper().strip(".") + "!"

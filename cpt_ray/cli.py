@@ -250,12 +250,12 @@ def steer(arguments: argparse.Namespace) -> None:
     """One action of few-shot steering, on the cluster this process belongs to."""
     config = load_config(Path(arguments.run_file), arguments.overrides)
     run = RunDir(Path(config.run_dir).absolute())
-    convert_models(roles_of(config))
     config, _ = with_dtype(config, run, tell=lambda _: None)  # a result is all that is printed
+    plan = make_plan(config)
+    convert_models(roles_of(config))
     os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
     from cpt_ray.steering import comparison, stage
 
-    plan = make_plan(config)
     needs_tables = arguments.action != "infer" and not config.steer.answers
     shards = None
     if needs_tables:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpt_ray.pairing import Paired
 from cpt_ray.pool import APART
@@ -19,7 +19,7 @@ _COUNTED = ("asked", "hit", "at", "kept", "tokens")
 
 
 def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generation]) -> dict[str, float]:
-    """A shard's counts by rubric and level, to be kept and summed with it (`level_table`, `shift_table`)."""
+    """A shard's counts by rubric and level, to be kept with it and summed by `LevelCounts`."""
     asked = Counter((unit.rubric_id, unit.level) for unit in units if unit.rubric_id)
     tokens: Counter[tuple[str, str]] = Counter()
     for row in rows:
@@ -49,7 +49,7 @@ class LevelCounts:
         return {what: int(self._total[f"{APART}{what}/{rubric}/{level}"]) for what in _COUNTED}
 
     def shifts(self, rubric: str) -> dict[str, tuple[float, float]]:
-        """Rubric (or "length") to the mean difference, in sd, between highest and lowest answer of a grid: of all
+        """Rubric (or `grids.LENGTH`) to the mean difference, in sd, between highest and lowest answer of a grid: of all
         answers that could have been drawn, and of those that were."""
         grids = self._total[f"{APART}grids/{rubric}"]
         prefix = f"{APART}offered/{rubric}/"
@@ -88,11 +88,11 @@ def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) 
     return [*lines, *notes]
 
 
-def _totals(run: RunDir, shards: Shards) -> dict[str, Any]:
-    total: Counter[str] = Counter()
+def _totals(run: RunDir, shards: Shards) -> Counter[str]:
+    total = Counter(kept_answers=0, pairs=0, grids=0)
     for name in shards.pairs:
         counts = run.counts("pairs", name)
         total["kept_answers"] += int(counts.get("kept_answers", 0))
         total["pairs"] += int(counts.get("rows_out", 0))
         total["grids"] += int(sum(value for key, value in counts.items() if key.startswith(f"{APART}grids/")))
-    return dict(total) | {name: total[name] for name in ("kept_answers", "pairs", "grids")}
+    return total

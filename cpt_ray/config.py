@@ -230,7 +230,8 @@ class SamplingConfig(_Section):
     max_tokens: Positive = 1024
     stop: Annotated[tuple[str, ...], BeforeValidator(_read_stops), Field(max_length=MAX_STOPS)] = ()
     """Texts that end an answer, each of one or more characters (a single one needs no list). The first that comes
-    counts, and the answer ends before it. JSON that a judge is made to write (mode: rationale) ends by itself."""
+    counts, and the answer ends before it; thoughts end there as well, so give none to a model that thinks. JSON that a
+    judge is made to write (mode: rationale) ends by itself."""
     include_stop: bool = False
     """Whether the stop text is the answer's last part. One-sentence answers: `stop: [". ", "! ", "? ", "\\n"]`,
     `include_stop: true`; spaces and line breaks at an answer's ends are no part of it."""
@@ -440,7 +441,8 @@ class SynthesisConfig(_Section):
     margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """An answer whose score is this close to half-way between two levels is at neither; a share of the way."""
     balance: bool = True
-    """Choose among the answers at a level those that differ in their own rubric alone; false: by hash."""
+    """Choose among the answers at a level those that differ in their own rubric alone, and leave out up to half of the
+    grids where what is left of other differences then cancels out; false: by hash."""
     paraphrases: Annotated[int, Field(ge=2)] = 6
     """Directives wanted per (rubric, level) where the rubric gives none."""
     held_out_directives: Fraction = 0.3

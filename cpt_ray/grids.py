@@ -4,7 +4,7 @@ What an answer was asked to be is a proposal; its grade says which level it stan
 those are taken that are far out on the rubric that is dialled and like the prompt's other answers on all others, so
 that a directive's pairs differ in what the directive says and in little else. What is left of the differences is kept
 from adding up: a sum over all grids drawn so far pushes the next choice the other way, and grids that add most to what
-is left in the end are given up.
+is left in the end are given up, if that balances the rest.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class GridMaker:
         self._names = [rubric.id for rubric in rubrics] + ([] if has_length else [LENGTH])
         answers = [answer for pool in pools.values() for answer in pool]
         self._sd = {name: _sd(answers, name) for name in self._names}
+        self.given_up: set[str] = set()
+        """unit_ids of the answers in grids that were left out, since they unbalanced the others."""
 
     def draw(self, rubrics: Sequence[Rubric], most: int) -> tuple[dict[str, list[Grid]], Shifts]:
         """Prompt id to at most `most` grids, with two levels or more each; no answer is in two of them.
@@ -120,7 +122,11 @@ class GridMaker:
                 taken = {answer.generation.unit_id for answer in grid.values()}
                 free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
         if self._is_balanced:
-            found = _balanced(found)
+            kept = _balanced(found)
+            is_kept = set(map(id, kept))
+            left_out = (answer for grid in found if id(grid) not in is_kept for answer in grid.answers.values())
+            self.given_up |= {answer.generation.unit_id for answer in left_out}
+            found = kept
         shifts, grids = Shifts(), defaultdict(list)
         for one in found:
             _add(shifts, one)
@@ -191,19 +197,22 @@ def _add(shifts: Shifts, grid: _Drawn) -> None:
 
 
 def _balanced(grids: Sequence[_Drawn]) -> list[_Drawn]:
-    """Without those that add most to a mean difference beyond BALANCED, until there is none; at least half are kept."""
+    """Without those that add most to a mean difference beyond BALANCED, until there is none.
+
+    All of them where more than half would have to go: then the levels themselves differ in more than the rubric.
+    """
     kept, sums = list(grids), Shifts()
     for grid in grids:
         _add(sums, grid)
     while len(kept) > math.ceil(len(grids) / 2):
         off = {name: total for name, total in sums.drawn.items() if abs(total) > BALANCED * len(kept)}
         if not off:
-            break
+            return kept
         worst = max(kept, key=lambda grid: sum(math.copysign(1, off[name]) * grid.drawn[name] for name in off))
         kept.remove(worst)
         for name, value in worst.drawn.items():
             sums.drawn[name] -= value
-    return kept
+    return list(grids)
 
 
 def _side(rubric: Rubric, name: str) -> float:

@@ -38,11 +38,14 @@ _CHANGES = {
     "filtered": "were filtered ({detail}): use another {role} or other prompts",
     "tool call": "were calls of tools instead of texts: use another {role}",
     "empty answer": "were empty ({detail})",
-    NOT_ENDED: f"were thoughts without an answer: raise {{role}}.sampling.max_tokens, or {_THINK_LESS}",
+    NOT_ENDED: "were thoughts without an answer: raise {role}.sampling.max_tokens (and give no stop: thoughts end "
+    f"there as well), or {_THINK_LESS}",
     UNCLEAR: f"have a mark of thoughts in their middle: {_THINK_LESS}",
     "ungraded": "have no grade: {detail}",
     "between two levels": "are graded between two levels ({detail}): lower synthesis.margin",
     "same text": "have the text of another answer to their prompt: raise {role}.sampling.temperature",
+    "unbalanced": "are in grids that were left out, so that on average a rubric's pairs differ in nothing else: raise "
+    "synthesis.samples, or set synthesis.balance to false",
     "near duplicate": "nearly repeat an earlier answer: raise synthesis.near_duplicates",
     "no partner": "have no answer at another level to be compared with ({detail}): the {role} does not reach other "
     "levels, or the judge does not see it; raise synthesis.samples or {role}.sampling.temperature",

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grading import confirms
-from cpt_ray.grids import Answer, Grid, GridMaker, Shifts
+from cpt_ray.grids import Answer, Grid, GridMaker, Shifts, is_of_length
 from cpt_ray.prompting import compose_directives, policy_messages
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
 from cpt_ray.rubric import Rubric
@@ -107,7 +107,7 @@ def pair_answers(
             paired.add(cell, grid | ({CONTROL: control} if control else {}))
             pools[prompt_id].used |= cell.used
     for pool in pools.values():
-        paired.rejects += pool.rejects + pool.unused(asked, settings.margin)
+        paired.rejects += pool.rejects + pool.unused(asked, settings.margin, maker.given_up)
         _count_levels(paired, rubrics, pool.answers, settings.margin)
     return paired
 
@@ -149,7 +149,11 @@ class _Pool:
         for generation in generations:
             verdicts = [grades[key] for rubric in rubrics if (key := (generation.unit_id, rubric.id)) in grades]
             scores = {verdict.rubric_id: verdict.score for verdict in verdicts if verdict.score is not None}
-            if problem := self._problem(generation, verdicts, scores, repeats):
+            problem = self._problem(generation, verdicts, scores, repeats)
+            if generation.level == CONTROL and not problem:
+                own = [rubric for rubric in rubrics if rubric.id in generation.rubric_id.split("+")]
+                problem = _problem_of_control(own, generation, verdicts, scores)
+            if problem:
                 self.rejects.append(Reject.of("pair", generation, generation.unit_id, *problem))
             elif generation.level == CONTROL:
                 self._controls[generation.rubric_id] = generation
@@ -178,20 +182,26 @@ class _Pool:
             return "near duplicate", f"of {original}"
         return None
 
-    def unused(self, asked: Sequence[Sequence[Rubric]], margin: float) -> list[Reject]:
+    def unused(self, asked: Sequence[Sequence[Rubric]], margin: float, given_up: Set[str]) -> list[Reject]:
         """A reject for each answer that could have been in a grid and is in no pair."""
         rejects = []
         for answer in self.answers:
             generation = answer.generation
             if generation.unit_id not in self.used:
-                reason = self._why_unused(answer, asked, margin)
+                reason = self._why_unused(answer, asked, margin, generation.unit_id in given_up)
                 rejects.append(Reject.of("pair", generation, generation.unit_id, *reason))
         for control in self._controls.values():
             if control.unit_id not in self.used:
-                rejects.append(Reject.of("pair", control, control.unit_id, "no partner", "no answer to compare with"))
+                rejects.append(
+                    Reject.of("pair", control, control.unit_id, "no partner", "its prompt has no grid to add it to")
+                )
         return rejects
 
-    def _why_unused(self, answer: Answer, asked: Sequence[Sequence[Rubric]], margin: float) -> tuple[str, str]:
+    def _why_unused(
+        self, answer: Answer, asked: Sequence[Sequence[Rubric]], margin: float, is_given_up: bool
+    ) -> tuple[str, str]:
+        if is_given_up:
+            return "unbalanced", "its grid differs in more than its own rubric"
         levels = {_joined(group): answer.level(group, margin) for group in asked}
         if not any(levels.values()):
             scores = ", ".join(f"{name} {score:.1f}" for name, score in answer.scores.items())
@@ -202,6 +212,18 @@ class _Pool:
                 return "not needed", f"other answers to this prompt were taken ({_joined(group)} {at})"
         shown = ", ".join(f"{name} {level}" for name, level in levels.items() if level)
         return "no partner", f"all answers to this prompt are at the same level ({shown})"
+
+
+def _problem_of_control(
+    rubrics: Sequence[Rubric], control: Generation, verdicts: Sequence[Grade], scores: Mapping[str, float]
+) -> tuple[str, str] | None:
+    """As for other answers, for an answer that is compared on these rubrics whatever its level."""
+    if missing := [rubric.id for rubric in rubrics if rubric.id not in scores]:
+        why = "; ".join(dict.fromkeys(verdict.reason for verdict in verdicts if verdict.rubric_id in missing))
+        return "ungraded", why or f"no verdict by {', '.join(missing)}"
+    if control.is_cut and any(map(is_of_length, rubrics)):
+        return "between two levels", "it was cut, so its length is not known"
+    return None
 
 
 @dataclass

@@ -46,7 +46,7 @@ from cpt_ray.spread import MOST_SHARDS, Spread, is_spread
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""
-PAIR_FORMAT = 2
+PAIR_FORMAT = 3
 """The same for `pairs`."""
 PAIRED_PROMPTS = 500
 """Prompts of a shard of pairs, or more."""

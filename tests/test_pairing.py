@@ -12,6 +12,7 @@ from cpt_ray.config import SynthesisConfig
 from cpt_ray.grading import level_at
 from cpt_ray.pairing import Paired, pair_answers
 from cpt_ray.records import CONTROL, Generation, Reject
+from cpt_ray.rubric import Rubric
 from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
 
 RUBRIC = make_rubric()
@@ -103,6 +104,25 @@ def test_an_answer_that_was_cut_says_nothing_of_its_length_and_has_no_end_mark()
         ("mid", False),
         ("high", True),
     }
+
+
+def test_the_policys_own_answer_counts_only_where_its_own_rubric_graded_it_whole() -> None:
+    def why_rejected(graded_by: str, is_cut: bool = False, rubric: Rubric = RUBRIC) -> dict[str, str]:
+        other = make_rubric(id="other")
+        answers = [make_generation(level) for level in (*LEVELS, CONTROL)]
+        answers[-1] = dataclasses.replace(answers[-1], rubric_id=rubric.id, is_cut=is_cut)
+        grades = {
+            (one.unit_id, rubric.id): make_grade(one.unit_id, ANCHOR.get(one.level, 50.0)) for one in answers[:-1]
+        }
+        control = dataclasses.replace(make_grade(answers[-1].unit_id, 30.0), rubric_id=graded_by)
+        grades[control.unit_id, graded_by] = control
+        paired = pair_answers([rubric, other], [], answers, grades, make_directives(), SynthesisConfig(), {})
+        return reasons(paired.rejects)
+
+    assert why_rejected(RUBRIC.id) == {}
+    assert why_rejected("other") == {CONTROL: "ungraded"}
+    assert why_rejected(RUBRIC.id, is_cut=True) == {}
+    assert why_rejected(LENGTH.id, is_cut=True, rubric=LENGTH) == {CONTROL: "between two levels"}
 
 
 _scores = st.one_of(st.none(), st.floats(0, 100), st.sampled_from([30.0, 70.0]))  # half-way between two levels: ties

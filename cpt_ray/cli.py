@@ -83,7 +83,7 @@ def do_train(plan: Plan, run: RunDir) -> None:
     from cpt_ray.training import train
 
     plan, shards = _finished(plan, run)
-    train(plan.config, run, shards.pairs, _train_key(plan, shards))
+    train(plan.config, run, shards.pairs, _train_key(plan, shards), rubrics=plan.rubrics)
     catalog = Catalog.build(plan.rubrics, run.read("directives", shards.directives, Directive))
     run.write_json(CATALOG_FILE, catalog.to_json())
     if run.adapter.exists():  # an adapter is served from its folder alone

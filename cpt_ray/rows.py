@@ -8,7 +8,6 @@ other preference set, the pairs of one prompt are a row.
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.prompting import ChatMessage
 from cpt_ray.prompts import read_rows
 from cpt_ray.records import CONTROL, Message, Pair, Reject, content_id
+from cpt_ray.rubric import Rubric
 from cpt_ray.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 
 
@@ -205,26 +205,12 @@ def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
     return TokenPairs((pair for name, pair in made.items() if name not in lost), rejects)
 
 
-def end_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Reject]]:
-    """(pairs of each rubric's lowest and highest level, the others); pairs with several rubrics or a control all stay.
-
-    Levels are ordered by their answers' mean score.
-    """
-    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for pair in pairs:
-        scores[pair.rubric_id, pair.level].append(pair.chosen_score)
-    order: dict[str, list[str]] = defaultdict(list)
-    for rubric_id, level in sorted(scores, key=lambda key: statistics.fmean(scores[key])):
-        if level != CONTROL:
-            order[rubric_id].append(level)
-    outer = {
-        (name, level)
-        for name, levels in order.items()
-        for level in (levels if "+" in name else {levels[0], levels[-1]})
-    }
+def end_pairs(pairs: Sequence[Pair], rubrics: Sequence[Rubric]) -> tuple[list[Pair], list[Reject]]:
+    """(pairs of each rubric's first and last level, the others); pairs with several rubrics or a control all stay."""
+    ends = {rubric.id: {rubric.levels[0].name, rubric.levels[-1].name, CONTROL} for rubric in rubrics}
     kept, rejects = [], []
     for pair in pairs:
-        if all(level == CONTROL or (pair.rubric_id, level) in outer for level in (pair.level, pair.rejected_level)):
+        if "+" in pair.rubric_id or {pair.level, pair.rejected_level} <= ends[pair.rubric_id]:
             kept.append(pair)
         else:
             rejects.append(Reject.of("train", pair, pair.pair_id, "middle level", "train.contrast is ends"))

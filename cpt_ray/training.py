@@ -43,6 +43,7 @@ from cpt_ray.rows import (
     select_pairs,
     steps_per_epoch,
 )
+from cpt_ray.rubric import Rubric
 from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.templates import stop_tokens
 
@@ -66,6 +67,7 @@ def train(
     pair_shards: Sequence[str],
     key: str,
     connecting: AbstractContextManager[None] | None = None,
+    rubrics: Sequence[Rubric] = (),
 ) -> dict[str, Any]:
     """Pairs to `run.model` (and `run.adapter`); the summary kept in model/cpt_ray.json.
 
@@ -73,6 +75,7 @@ def train(
         pair_shards: of the pairs table; not read if the run file names a preference set.
         key: hash of all that the model depends on; the model that has it is not made again.
         connecting: connects to Ray, once the pairs are read and checked; without one, Ray is connected already.
+        rubrics: of the pairs; read for `train.contrast`.
     """
     done = run.read_json(MARK)
     if done and done["key"] == key:
@@ -81,7 +84,7 @@ def train(
     start = time.monotonic()
     settings = config.train
     begun = _begun(run, key)
-    data = begun or _tokenised(config, run, pair_shards, key)
+    data = begun or _tokenised(config, run, pair_shards, key, rubrics)
     num_pairs, num_held_out = (sum(len(row["chosen"]) for row in rows) for rows in (data.rows, data.held_out))
     num_steps = steps_per_epoch(num_pairs, settings.batch_size)
     _check_rows(settings, len(data.rows), num_steps)
@@ -126,33 +129,37 @@ def _begun(run: RunDir, key: str) -> _Data | None:
     return _Data(read_rows_file(rows_path(run, key)), read_rows_file(rows_path(run, _held_out(key))), rejects)
 
 
-def _tokenised(config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str) -> _Data:
+def _tokenised(
+    config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str, rubrics: Sequence[Rubric]
+) -> _Data:
     """Pairs read, rendered, checked and selected; their rows have no reference yet."""
     settings = config.train
     tokeniser, max_length, vocabulary = open_policy(config)
+    unwanted: list[Reject] = []  # by the run file's choice, so nothing that has to be said
     if isinstance(config, PreferenceRunConfig):
         pairs = preference_pairs(config.preferences, tokeniser)
     else:
         for note in tokeniser.check():
             say(f"note: {note}")
         made = run.read("pairs", pair_shards, Pair)
-        wanted, middle = end_pairs(made) if settings.contrast == "ends" else (made, [])
+        wanted, unwanted = end_pairs(made, rubrics) if settings.contrast == "ends" else (made, [])
+        for name in sorted({pair.rubric_id for pair in made} - {pair.rubric_id for pair in wanted}):
+            say(f"note: rubric {name}: no answer at one of its ends has a partner, so nothing of it is trained on")
         pairs = own_pairs(wanted, tokeniser)
-        pairs.rejects += middle
     kept, held_out, rejects = select_pairs(pairs, max_length, settings.max_pairs, settings.held_out, config.seed)
-    run.write("rejects", f"train-{key}", pairs.rejects + rejects)
+    lost = pairs.rejects + unwanted + rejects
+    run.write("rejects", f"train-{key}", lost)
     unsaid = rejects if isinstance(config, PreferenceRunConfig) else pairs.rejects + rejects
     if not kept:
-        every = pairs.rejects + rejects
-        remedy = "; raise train.max_length" if any(reject.reason == "too long" for reject in every) else ""
-        why = f"none of {len(every)} is left: {counted(every)}{remedy}" if every else "see the rejects table for why"
-        run.add_to_ledger("train", {"rows_in": len(every), "rows_out": 0, "rejected": reasons(every)})
+        remedy = "; raise train.max_length" if any(reject.reason == "too long" for reject in lost) else ""
+        why = f"none of {len(lost)} is left: {counted(lost)}{remedy}" if lost else "see the rejects table for why"
+        run.add_to_ledger("train", {"rows_in": len(lost), "rows_out": 0, "rejected": reasons(lost)})
         raise UserError(f"train: there are no pairs; {why}")
     if unsaid:
         say(f"note: {len(unsaid)} pairs are not trained on: {counted(unsaid)}")
     _check_vocabulary(kept, vocabulary)
     rows, held_rows = (make_rows(some, settings.micro_batch_size) for some in (kept, held_out))
-    return _Data(rows, held_rows, pairs.rejects + rejects)
+    return _Data(rows, held_rows, lost)
 
 
 def _check_vocabulary(pairs: Sequence[TokenPair], size: int) -> None:

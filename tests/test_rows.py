@@ -78,9 +78,11 @@ def test_of_a_rubrics_levels_the_ends_alone_are_trained_against_each_other_if_wa
     generations = [make_generation(level) for level in (*scores, CONTROL)]
     grades = {(one.unit_id, "ornament"): make_grade(one.unit_id, scores.get(one.level, 50)) for one in generations}
     made = pair_answers([make_rubric()], [], generations, grades, make_directives(), SynthesisConfig(), {}).pairs
-    kept, rejects = end_pairs(made)
+    kept, rejects = end_pairs(made, [make_rubric()])
     assert {(one.level, one.rejected_level) for one in kept} == {
         (a, b) for a, b in itertools.permutations(("low", "high", CONTROL), 2)
     }
     assert {row.subject_id for row in rejects} == {one.pair_id for one in made} - {one.pair_id for one in kept}
     assert {row.reason for row in rejects} == {"middle level"}
+    without_high = [one for one in made if "high" not in (one.level, one.rejected_level)]
+    assert {one.level for one in end_pairs(without_high, [make_rubric()])[0]} == {"low", CONTROL}  # mid is no end

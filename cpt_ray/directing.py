@@ -11,7 +11,7 @@ from cpt_ray.planning import Rubrics
 from cpt_ray.pool import Step, Tally
 from cpt_ray.prompting import TEMPLATES_HASH, director_messages
 from cpt_ray.records import Directive, Reject, content_id
-from cpt_ray.rubric import Rubric, directive_leak
+from cpt_ray.rubric import Rubric, directive_leak, wording_of
 from cpt_ray.rundir import RunDir, derive
 
 DIRECTOR_OVERSAMPLING = 4
@@ -64,15 +64,15 @@ class DirectStep(Step):
         self, rubric: Rubric, levels: list[str], completions: list[Completion]
     ) -> tuple[list[Directive], list[Reject]]:
         texts: dict[str, list[str]] = {level.name: list(level.directives) for level in rubric.levels}
-        owner = {text: name for name, given in texts.items() for text in given}
+        owner = {wording_of(text): name for name, given in texts.items() for text in given}
         rejects = []
         for level, one in zip(levels, completions, strict=True):
             text = " ".join(one.text.split())
             error, detail = one.error, one.detail
             if not error and (leak := directive_leak(text, rubric)):
                 error, detail = "leak", leak
-            elif not error and text in owner:
-                error = "repeats another" if owner[text] == level else "same as another level's"
+            elif not error and (wording := wording_of(text)) in owner:
+                error = "repeats another" if owner[wording] == level else "same as another level's"
             elif not error and len(texts[level]) >= self.paraphrases:
                 error = "not needed"
             if error:
@@ -87,7 +87,7 @@ class DirectStep(Step):
                     )
                 )
             else:
-                owner[text] = level
+                owner[wording_of(text)] = level
                 texts[level].append(text)
         for asked in rubric.levels:
             if len(texts[asked.name]) < 2:

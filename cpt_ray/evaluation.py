@@ -14,6 +14,7 @@ from cpt_ray.console import say
 from cpt_ray.dial_page import dial_lines, opposites_lines
 from cpt_ray.dials import LogProbs
 from cpt_ray.engine import CUT_OFF, Completion, Engine, sampled
+from cpt_ray.errors import UserError
 from cpt_ray.judge_check import check_judge
 from cpt_ray.judging import JudgeStep, grader, judge_answers
 from cpt_ray.losses import cut_note
@@ -28,7 +29,7 @@ from cpt_ray.rows import Row, Tokeniser, Unfit
 from cpt_ray.rubric import Level, Rubric
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
-from cpt_ray.spread import pool_spread
+from cpt_ray.spread import Spread, pool_spread
 from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import Shards
 
@@ -264,10 +265,14 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         plan.rubrics,
         config.evaluate.bootstrap,
         config.seed,
-        pool_spread(run, plan.rubrics),
+        pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).known(run)),
         base_log_probs(config, run, likely_trials(trials)),
     )
-    results["judge_check"] = check_judge(plan, run, shards)
+    try:
+        results["judge_check"] = check_judge(plan, run, shards)
+    except UserError as error:  # what else was measured is worth a report without it
+        results["judge_check"] = None
+        say(f"note: evaluate.judge_check: {error}")
     run.write_json("report/results.json", results)
     info = run_info(plan)
     page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)

@@ -13,13 +13,13 @@ from cpt_ray.planning import Plan, read_judge_check
 from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
 from cpt_ray.records import Generation, Grade
 from cpt_ray.rundir import RunDir, derive
-from cpt_ray.spread import survey, with_points
+from cpt_ray.spread import some_of, survey, with_points
 from cpt_ray.synthesis import Shards
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckStep(JudgeStep):
-    """generations -> grades of the first of them."""
+    """generations -> grades of some of them."""
 
     count: int
     stage: str = "check-judge"
@@ -30,7 +30,8 @@ class CheckStep(JudgeStep):
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Grades some of one shard."""
-        rows = run.read("generations", [shard], Generation)[: self.count]
+        rows = run.read("generations", [shard], Generation)
+        rows = rows[:: max(1, len(rows) // self.count)][: self.count]  # of as many prompts as there are
         tally = Tally(0)
         grades = [grade for rubric in self.rubrics.values() for grade in self._grade(engine, rubric, rows, tally)]
         for grade in grades:
@@ -46,11 +47,11 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any] | Non
     rubric = read_judge_check(plan.config)
     if rubric is None:
         return None
-    first = [passes[0].generations for passes in shards.passes.values()]
+    first = some_of([passes[0].generations for passes in shards.passes.values()])
     rubric = with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])
     count = math.ceil(plan.config.evaluate.judge_check_answers / len(first))
     step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=count)
-    run_lines(run, [Line(first, [step])])
+    run_lines(run, [Line(list(first), [step])])
     names = [step.output(name) for name in first]
     run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
     grades = run.read(step.table, names, Grade)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.engine import Completion, Engine, Request, sampled
@@ -119,6 +119,8 @@ class JudgeStep(Step):
     margin: float = 0.0
     spread: Spread | None = None
     """Where the rubrics' levels are still to come from."""
+    earlier: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    """To each shard of a later pass, the (generations, grades) of those before: a level that is there lacks no more."""
     beside: Mapping[str, str] | None = None
     """For a further judge: to each shard of answers that of the first judge's grades, all of which it grades too."""
     stage: str = "judge"
@@ -144,7 +146,7 @@ class JudgeStep(Step):
         rows = run.read("generations", [shard], Generation)
         tally = Tally(0)
         if self.beside is None:
-            grades = self._first_grades(engine, self._rubrics(run), rows, tally)
+            grades = self._first_grades(engine, run, shard, rows, tally)
         else:
             known = {(grade.unit_id, grade.rubric_id) for grade in run.read("grades", [self.beside[shard]], Grade)}
             grades = []
@@ -158,8 +160,12 @@ class JudgeStep(Step):
         run.write(self.table, self.output(shard), grades, tally.close(graded))
 
     def _first_grades(
-        self, engine: Engine, rubrics: Sequence[Rubric], rows: Sequence[Generation], tally: Tally
+        self, engine: Engine, run: RunDir, shard: str, rows: Sequence[Generation], tally: Tally
     ) -> list[Grade]:
+        rubrics = self._rubrics(run)
+        before = self.earlier.get(shard, ()) if any(rubric.judged for rubric in rubrics) else ()
+        old_rows = run.read("generations", [generations for generations, _ in before], Generation)
+        old_grades = run.read("grades", [names for _, names in before], Grade)
         grades: list[Grade] = []
         for rubric in rubrics:
             if not rubric.judged:
@@ -167,7 +173,7 @@ class JudgeStep(Step):
                 continue
             own = [row for row in rows if rubric.id in row.rubric_id.split("+")]
             asked = self._grade(engine, rubric, own, tally)
-            lacking = self._lacking(rubric, own, asked)
+            lacking = self._lacking(rubric, [*old_rows, *own], [*old_grades, *asked])
             others = [
                 row for row in rows if row.level != CONTROL and row not in own and lacking.get(row.prompt_id, True)
             ]

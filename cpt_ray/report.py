@@ -108,7 +108,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     if _UNKNOWN in (base, tuned):
         return "Too little could be graded for a result."
     rho = results["difference"]["spearman_rho_ci"]
-    if rho and rho[0] > 0 and ends and ends[0] <= 0:
+    if rho and rho[0] > 0 and ends and ends[0] <= 0 <= ends[1]:
         before, after = (_number("rho", results[model]["spearman_rho"]) for model in MODELS)
         return (
             f"The tuned model's answers follow what is asked: rank correlation {after}, base {before}; {tuned} are at "

@@ -217,7 +217,7 @@ def _keyed_by_level(where: str, mapping: Mapping[str, Any], names: list[str]) ->
         raise ValueError(f"{where}: nothing for level {', '.join(map(repr, missing))}; write one entry per level")
 
 
-def _wording(text: str) -> str:
+def wording_of(text: str) -> str:
     """The same for texts that differ only in case, spaces, normal form, what is not seen or the last full stop."""
     return " ".join(folded(text).split()).rstrip(".。 ")
 
@@ -226,7 +226,7 @@ def _check_descriptors(where: str, descriptors: Mapping[str, str], names: list[s
     _keyed_by_level(where, descriptors, names)
     owner: dict[str, str] = {}
     for name in names:
-        same = owner.setdefault(_wording(descriptors[name]), name)
+        same = owner.setdefault(wording_of(descriptors[name]), name)
         if same != name:
             raise ValueError(f"{where}: {same} and {name} have the same text; say how the levels differ")
 
@@ -300,7 +300,7 @@ def _check_directives(rubric: Rubric) -> None:
         for text in level.directives:
             if not _SAID.search(text):
                 raise ValueError(f"{where}: {text[:60]!r} has no word in it; write what the model should do")
-            if (wording := _wording(text)) in owner:
+            if (wording := wording_of(text)) in owner:
                 raise ValueError(f"{where}: {text[:60]!r} stands under {owner[wording]} already; remove one")
             owner[wording] = level.name
             if leak := directive_leak(text, rubric):

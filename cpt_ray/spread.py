@@ -70,10 +70,15 @@ def _entry(spec: CheckSpec, texts: Sequence[str]) -> dict[str, Any] | None:
     return {"measure": spec.name, "n": len(values), "sd": round(statistics.pstdev(values), 6), "quantiles": quantiles}
 
 
-def pool_spread(run: RunDir, rubrics: Sequence[Rubric]) -> dict[str, dict[str, Any]]:
-    """What is known of the first pass's answers, by rubric: `own`, `own_sd`, and `check`, `check_sd` of the second
-    measure; quantiles of 0 to 100 percent and standard deviations, of rubrics that are one measured criterion."""
-    known = (run.read_json(SPREAD) or {}).get("rubrics", {})
+def some_of(first_pass: Sequence[str]) -> Sequence[str]:
+    """The shards of the first pass that are looked at."""
+    return first_pass[:: math.ceil(len(first_pass) / MOST_SHARDS)]
+
+
+def pool_spread(rubrics: Sequence[Rubric], known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What a survey knows of the first pass's answers, by rubric: `own`, `own_sd`, and `check`, `check_sd` of the
+    second measure; quantiles of 0 to 100 percent and standard deviations, of rubrics that are one measured criterion.
+    """
     pool: dict[str, dict[str, Any]] = {}
     for rubric in rubrics:
         if len(rubric.criteria) == len(rubric.measured) == 1:
@@ -125,17 +130,27 @@ class Spread:
         """Changes when the levels could."""
         return content_id([rubric.content_hash for rubric in self.rubrics], list(self.first_pass))
 
+    @property
+    def _survey_key(self) -> str:
+        """Changes when the survey could: it looks at second measures as well, which set no level."""
+        checks = [rubric.check.model_dump(mode="json") if rubric.check else None for rubric in self.rubrics]
+        return content_id(self.key, checks)
+
     def is_ready(self, run: RunDir) -> bool:
         """Whether the levels are known, or can be."""
         return self._known(run) is not None or run.names("generations") >= set(self.first_pass)
 
-    def resolve(self, run: RunDir) -> tuple[Rubric, ...]:
-        """The rubrics with their points, looked up once; UserError if the writer has no spread."""
+    def known(self, run: RunDir) -> dict[str, Any]:
+        """What `survey` finds, looked up once."""
         known = self._known(run)
         if known is None:
-            some = self.first_pass[:: math.ceil(len(self.first_pass) / MOST_SHARDS)]
-            known = survey(self.rubrics, run.read("generations", some, Generation))
-            run.write_json(SPREAD, {"key": self.key, "rubrics": known})
+            known = survey(self.rubrics, run.read("generations", some_of(self.first_pass), Generation))
+            run.write_json(SPREAD, {"key": self._survey_key, "rubrics": known})
+        return known
+
+    def resolve(self, run: RunDir) -> tuple[Rubric, ...]:
+        """The rubrics with their points; UserError if the writer has no spread."""
+        known = self.known(run)
         return tuple(with_points(rubric, known.get(rubric.id, {})) for rubric in self.rubrics)
 
     def wait(self, run: RunDir) -> None:
@@ -154,4 +169,4 @@ class Spread:
 
     def _known(self, run: RunDir) -> dict[str, Any] | None:
         known = run.read_json(SPREAD)
-        return dict(known["rubrics"]) if known and known["key"] == self.key else None
+        return dict(known["rubrics"]) if known and known["key"] == self._survey_key else None

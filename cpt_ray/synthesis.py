@@ -425,7 +425,11 @@ class Steps:
         steps: list[Step] = [self.judges[0]]
         for at, step in enumerate(self.later, start=1):
             before = {passes[at - 1].grades: passes[:at] for passes in shards.passes.values()}
-            steps += [replace(step, before=before), self.judges[0]]
+            earlier = {
+                passes[at].generations: [(one.generations, one.grades) for one in passes[:at]]
+                for passes in shards.passes.values()
+            }
+            steps += [replace(step, before=before), replace(self.judges[0], earlier=earlier)]
         return Line(list(shards.passes), steps)
 
     def further(self, shards: Shards) -> list[Line]:
@@ -466,7 +470,7 @@ def synthesize(plan: Plan, run: RunDir) -> None:
         ],
     )
     run_lines(run, steps.further(shards))
-    Spread(plan.rubrics, tuple(shards.passes)).resolve(run)  # evaluation wants it of every run
+    Spread(plan.rubrics, tuple(shards.passes)).known(run)  # evaluation wants it of every run
     plan = resolved(plan, run, units)
     _say_spread(plan)
     pair(plan, run, shards)

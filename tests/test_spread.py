@@ -21,9 +21,9 @@ from cpt_ray.grading import level_at, measured_criterion
 from cpt_ray.levels import LevelCounts, level_lines
 from cpt_ray.planning import Plan, make_plan, plan_units
 from cpt_ray.records import Generation, Pair, Unit
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubric import CheckSpec, Rubric
 from cpt_ray.rundir import RunDir
-from cpt_ray.spread import Spread, survey, with_points
+from cpt_ray.spread import CHECK, Spread, survey, with_points
 from cpt_ray.synthesis import resolved, spread_of
 from tests.builders import LEVELS, make_generation, rubric_dict
 from tests.test_synthesis import run_all
@@ -173,6 +173,19 @@ def test_levels_are_looked_up_once_and_do_not_move(tmp_path: Path) -> None:
     spread = spread_of(plan, units)
     assert spread
     assert spread.key == Spread(before, spread.first_pass).key
+
+
+def test_another_second_measure_is_looked_up_anew_and_moves_no_level(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path)
+    run_all(plan, run, FakeEngine(ramble))
+    spread = spread_of(plan, plan_units(plan))
+    assert spread
+    for measure in ("character_count", "mean_word_length"):
+        rubrics = [rubric.model_copy(update={"check": CheckSpec(name=measure)}) for rubric in spread.rubrics]
+        checked = Spread(tuple(rubrics), spread.first_pass)
+        assert checked.key == spread.key
+        assert {entry[CHECK]["measure"] for entry in checked.known(run).values()} == {measure}
+        assert checked.resolve(run)[0].criteria == spread.resolve(run)[0].criteria
 
 
 def test_what_each_level_took_is_said_and_a_level_that_is_not_reached_is_named(tmp_path: Path) -> None:

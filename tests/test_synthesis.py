@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -35,7 +36,7 @@ from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import RESULTS
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis import Shards, Steps, conclude, name_shards, pairing_steps, resolved
-from tests.builders import LEVELS, rubric_dict
+from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
 
 
 def make_run(
@@ -170,6 +171,26 @@ def test_a_director_that_leaks_or_repeats_is_refused_with_the_reason(tmp_path: P
     same = FakeEngine(lambda request: Completion(text=f"Be {level_in(request.messages[-1]['content'])}."))
     with pytest.raises(UserError, match=r"1 usable directive\(s\)"):
         direct(same, run, "ornament")
+    spellings = itertools.cycle(("Be {}.", "be {}", "BE  {}."))
+    shouting = FakeEngine(
+        lambda asked: Completion(text=next(spellings).format(level_in(asked.messages[-1]["content"])))
+    )
+    with pytest.raises(UserError, match=r"1 usable directive\(s\), .* 11 repeats another"):
+        direct(shouting, run, "ornament")
+
+
+def test_a_later_pass_is_not_judged_by_a_rubric_that_has_all_its_levels(tmp_path: Path) -> None:
+    run, rubrics = RunDir(tmp_path), {"ornament": make_rubric(), "other": make_rubric(id="other")}
+    first = [make_generation(level, text=f"{level} text.") for level in LEVELS]
+    later = dataclasses.replace(make_generation("low", sample=1, text="low text again."), rubric_id="other")
+    run.write("generations", "first", first)
+    run.write("generations", "later", [later])
+    scores = dict(zip(LEVELS, (10, 50, 90), strict=True))
+    run.write("grades", "of-first", [make_grade(one.unit_id, scores[one.level]) for one in first])
+    for earlier, graded_by in (({}, {"ornament", "other"}), ({"later": [("first", "of-first")]}, {"other"})):
+        step = JudgeStep(rubrics=rubrics, model=JudgeConfig(model="judge"), margin=0.1, earlier=earlier)
+        step(FakeEngine(answer), run, "later")
+        assert {row.rubric_id for row in run.read("grades", [step.output("later")], Grade)} == graded_by
 
 
 def test_shards_hold_whole_prompts_and_their_names_follow_what_matters(tmp_path: Path) -> None:

@@ -41,12 +41,14 @@ from cpt_ray.rows import Row, Tokeniser, TokenPair, make_rows
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
     "0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
              "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
     "4b": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }  # fmt: skip
-"""3.4 million parameters, and the shapes of Qwen3-0.6B and Qwen3-4B."""
+"""3.4 million parameters, and the shapes of SmolLM2-135M, Qwen3-0.6B and Qwen3-4B."""
 NUM_WORDS = 4000
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> {% endfor %}"

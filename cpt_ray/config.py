@@ -262,7 +262,7 @@ class EndpointConfig(_Section):
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     """Prompt (estimated) plus the most that the answer may take."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 300
+    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """For one try."""
     max_retries: Annotated[int, Field(ge=0)] = 8
     """After 408, 409, 429, 5xx, no connection or a broken answer; waits as Retry-After says, else longer each time."""
@@ -275,13 +275,13 @@ class EndpointConfig(_Section):
 class PriceConfig(_Section):
     """What a role costs, in one currency of your own; enters the ledger, changes nothing else."""
 
-    prompt: Annotated[float, Field(ge=0)] = 0
+    prompt: Annotated[float, Field(ge=0)] = 0.0
     """Per million prompt tokens that were not in the prefix cache."""
-    cached: Annotated[float, Field(ge=0)] = 0
+    cached: Annotated[float, Field(ge=0)] = 0.0
     """Per million prompt tokens from the cache."""
-    generated: Annotated[float, Field(ge=0)] = 0
+    generated: Annotated[float, Field(ge=0)] = 0.0
     """Per million generated tokens."""
-    engine_hour: Annotated[float, Field(ge=0)] = 0
+    engine_hour: Annotated[float, Field(ge=0)] = 0.0
     """Per engine and hour at work."""
 
 
@@ -314,9 +314,9 @@ class ModelConfig(_Section):
     price: PriceConfig = PriceConfig()
     num_actors: OneOrMore = Range(1, 1)
     """Engine actors; [min, max] lets the pool grow with the cluster."""
-    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs per engine actor."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs per engine actor; set engine.tensor_parallel_size to the same number if it is above 1."""
     engine: VllmArguments = {}
     """vLLM engine arguments (dtype, max_model_len, gpu_memory_utilization, ...), checked by vLLM's own names. Without a
@@ -453,7 +453,7 @@ class SynthesisConfig(_Section):
     another size are other shards: a changed number does all of a run anew, unless it fits in one shard either way."""
     combine: tuple[tuple[str, str], ...] = ()
     """Pairs of rubric ids that are also asked for at once, in one directive."""
-    control: Annotated[float, Field(ge=0, lt=1)] = 0
+    control: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of cells in which the policy's own answer to the bare prompt, or under a neutral directive, takes part as
     one more level: chosen where no rubric's directive is given, rejected where one is."""
     neutral_directives: tuple[str, ...] = ("You are a helpful assistant.",)
@@ -505,7 +505,7 @@ class TrainConfig(_Section):
     """Weights of TRL's losses of these names."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Positive = 32
     """Pairs per optimizer step over all workers, on average."""
     micro_batch_size: Positive = 4
@@ -576,7 +576,7 @@ class AnswersConfig(_Section):
     """Field of an answer that holds its text."""
     scores: Annotated[dict[str, str], Field(min_length=1)]
     """Rubric id to the field of its grade, with dots between nested names; what is no number is ungraded."""
-    scale: tuple[float, float] = (1, 5)
+    scale: tuple[float, float] = (1.0, 5.0)
     """Lowest and highest grade; they become the rubric's lowest and highest anchor."""
 
     @field_validator("scale")
@@ -653,9 +653,9 @@ class ServeConfig(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     replicas: NoneOrMore = Range(1, 1)
     """[min, max] follows the load; with min 0 an idle server holds no engine, and the next request waits for one."""
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 64
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 64.0
     """Requests in flight per replica that [min, max] aims at."""
-    idle_seconds: Annotated[float, Field(ge=0)] = 600
+    idle_seconds: Annotated[float, Field(ge=0)] = 600.0
     """How long a replica too many is kept."""
     route_by: Literal["load", "configuration"] = "load"
     """Which replica gets a request: the one with the fewest, or the one that had the same configuration (HAProxy's)."""

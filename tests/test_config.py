@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter
 
+from cpt_ray import config
 from cpt_ray.config import ModelConfig, PromptsConfig, RunConfig, expanded, load_any_config, load_config
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_prompts
@@ -32,6 +34,17 @@ def test_an_override_replaces_one_entry() -> None:
     assert config.train.beta == 0.3
     assert config.judge.model == "other"
     assert config.writer.model == "tests/toy/model"
+
+
+SECTIONS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda kind: kind.__name__)
+def test_a_default_that_is_given_is_the_same_setting(section: type[BaseModel]) -> None:
+    for name, field in section.model_fields.items():
+        if not field.is_required() and field.default_factory is None:
+            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, "", *field.metadata])
+            assert repr(adapter.validate_python(field.default)) == repr(field.default), name
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ range as moves with the whole range of i. Measured values need no grade, so ever
 judged score is known of the answers to its own rubric alone, and then there is no crosstalk on it.
 
 The *second measure* (a rubric's `check`) selected nothing and labelled nothing. Its anchors are its own quantiles in
-the pool of written answers at the levels' scores, so its slope is 1 as well if it moves as far as the first one should;
-it is negative if it falls where the first one rises.
+the pool of written answers: at the levels' scores, or where the rubric gives values to its levels, at the share of the
+pool that measures less than these. So its slope is 1 as well if it moves as far as the first one should; it is negative
+if it falls where the first one rises.
 
 What the pool is like comes from the run's `spread.json`: {rubric id: {"own": 101 values of the rubric's measure at the
 quantiles 0, 0.01 ... 1, "own_sd": its standard deviation, "check" and "check_sd": the same of the second measure}}.
@@ -51,7 +52,7 @@ class Dial:
         only = rubric.criteria[0].measure if len(rubric.criteria) == 1 else None
         self._spec: MeasureSpec | CheckSpec | None = rubric.check if is_check else only
         self.measure = self._spec.name if self._spec else SCORE
-        self.anchors = _anchors(rubric, pool.get("check", ())) if is_check else _own_anchors(rubric, only)
+        self.anchors = _check_anchors(rubric, only, pool) if is_check else _own_anchors(rubric, only)
         self.sd: float | None = pool.get("check_sd" if is_check else "own_sd") if self._spec else None
 
     @property
@@ -89,12 +90,21 @@ def _value_at(level: Level, points: Sequence[tuple[float, float]]) -> float:
     return x0 + (x1 - x0) * (level.score - y0) / (y1 - y0)
 
 
-def _anchors(rubric: Rubric, quantiles: Sequence[float]) -> dict[str, float]:
-    """The quantiles at the levels' scores; empty without any."""
+def _check_anchors(rubric: Rubric, own: MeasureSpec | None, pool: Mapping[str, Any]) -> dict[str, float]:
+    """The second measure's quantiles where the levels are in the pool by the first one; empty if it is not known."""
+    quantiles = pool.get("check", ())
     if not quantiles:
         return {}
+    places = {level.name: level.score for level in rubric.levels}
+    if own and isinstance(own.values, dict) and pool.get("own"):
+        places = {name: _percentage_below(value, pool["own"]) for name, value in own.values.items()}
     points = [(100 * at / (len(quantiles) - 1), value) for at, value in enumerate(quantiles)]
-    return {level.name: interpolate(level.score, points) for level in rubric.levels}
+    return {name: interpolate(place, points) for name, place in places.items()}
+
+
+def _percentage_below(value: float, quantiles: Sequence[float]) -> float:
+    """Of the pool, half of what is equal to it included."""
+    return 100 * statistics.fmean((quantile < value) + (quantile == value) / 2 for quantile in quantiles)
 
 
 def check_score(rubric: Rubric, pool: Mapping[str, Any], text: str) -> float | None:
@@ -105,8 +115,7 @@ def check_score(rubric: Rubric, pool: Mapping[str, Any], text: str) -> float | N
     value = measures(text, rubric.check.words, rubric.check.against)[rubric.check.name]
     if value is None:
         return None
-    # the share of the pool below it, and half of what is equal to it
-    return 100 * statistics.fmean((quantile < value) + (quantile == value) / 2 for quantile in quantiles)
+    return _percentage_below(value, quantiles)
 
 
 # ---------------------------------------------------------------- one model under one kind of directives

@@ -138,6 +138,11 @@ def test_the_second_measure_has_its_anchors_in_the_pool_and_none_without_one() -
     assert entry["tuned"]["slope"] == pytest.approx(2 / 3.2)
     assert results_of(trials, rubric)["check"] == {}
     assert results_of(trials, LENGTH, spread=pool)["check"] == {}
+    # 10, 20 and 30 words are where a quarter, a half and three quarters of the pool are shorter
+    pool["length"]["own"] = [40 * at / 100 for at in range(101)]
+    entry = results_of(trials, rubric, spread=pool)["check"]["length"]
+    assert entry["anchors"] == pytest.approx({"low": 4.0, "mid": 5.0, "high": 6.0}, abs=0.02)
+    assert entry["tuned"]["slope"] == pytest.approx(1, abs=0.02)
 
 
 def test_what_moved_is_also_in_standard_deviations_of_the_pool_where_they_are_known() -> None:

@@ -151,7 +151,7 @@ def work(arguments: argparse.Namespace) -> None:
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
     convert_models(roles_of(config))
-    for role in _called(arguments.command, config).values():
+    for role in _called(arguments.command, plan).values():
         endpoint_key(role)
     if arguments.command == "run":  # hours before it is trained
         from cpt_ray.training import open_policy
@@ -164,35 +164,37 @@ def work(arguments: argparse.Namespace) -> None:
         kept = {CPU_DTYPE: dtype} if dtype else {}
         run.write_run({"config": config.model_dump(mode="json"), **kept, **run_info(plan)})
         with connected(arguments.verbose, run.path / "ray.log"):
-            _check_room(arguments.command, config)
+            _check_room(arguments.command, plan)
             STAGES[arguments.command][0](plan, run)
             if arguments.command == "run":
                 _say_next(arguments.run_file, config, arguments.overrides)
 
 
-def _called(command: str, config: RunConfig) -> dict[str, ModelConfig]:
-    """The models that a command asks, by their names in the run file."""
+def _called(command: str, plan: Plan) -> dict[str, ModelConfig]:
+    """The models that a command asks, by their names in the run file; no judge where everything is measured."""
+    config, is_judged = plan.config, any(rubric.judged for rubric in plan.rubrics)
     roles: dict[str, ModelConfig] = {}
     if command in ("run", "synthesize"):
-        roles = {"writer": config.writer, "director": config.director, "judge": config.judge}
+        roles = {"writer": config.writer, "director": config.director}
         roles |= {f"judges[{at}]": one for at, one in enumerate(config.judges)}
         roles |= {"policy": config.policy} if config.synthesis.control else {}
     if command in ("run", "evaluate"):
-        roles |= {"judge": config.judge, "policy": config.policy}
-    return roles
+        roles |= {"policy": config.policy}
+        is_judged = is_judged or config.evaluate.judge_check is not None
+    return roles | ({"judge": config.judge} if is_judged and command != "train" else {})
 
 
-def _check_room(command: str, config: RunConfig) -> None:
+def _check_room(command: str, plan: Plan) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
     from cpt_ray.training import check_workers
 
-    for name, role in _called(command, config).items():
+    for name, role in _called(command, plan).items():
         if role.endpoint is None:
             each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
             remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
             check_room(name, each, role.num_actors.least, remedy)
     if command in ("run", "train"):
-        check_workers(config.train)
+        check_workers(plan.config.train)
 
 
 def status(arguments: argparse.Namespace) -> None:

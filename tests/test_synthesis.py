@@ -708,6 +708,16 @@ def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
     assert not run.path.exists()
 
 
+def test_a_judge_that_nothing_asks_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    endpoint = "judge.endpoint={base_url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}"
+    make_run(tmp_path, endpoint, criteria=[rubric_dict()["criteria"][1] | {"weight": 100}])
+    assert main(["evaluate", str(tmp_path / "run.yaml"), endpoint]) == 1
+    assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_left_ends_a_command_in_one_line(tmp_path: Path) -> None:
     RunDir(tmp_path).write_text("run.yaml", "name: mine\n")
     command = [sys.executable, "-m", "cpt_ray", "status", str(tmp_path)]

@@ -146,7 +146,10 @@ def test_choices_steer_real_answers_and_are_held_against_the_baselines(
     after_ten = found["counts"].index(10)
     for name in ("NP-DPO gated_lora", "inferred directive", "inferred directive, asked"):
         assert satisfaction[name]["steer_gap_ci"][after_ten][0] > 0, satisfaction[name]
-    assert satisfaction["static"]["mean"] == pytest.approx([0.5] * len(found["counts"]))
+    for name in ("static", "random configuration", "everybody's favourite"):
+        assert satisfaction[name]["mean"] == pytest.approx([0.5] * len(found["counts"]))
+    assert satisfaction["nearest configuration"]["mean"][0] == pytest.approx(0.5)
+    assert satisfaction["nearest configuration"]["mean"][after_ten] > 0.6
     assert "pairs in the prompt" in satisfaction  # the toy mostly answers it with a number, which has no measure
     assert satisfaction["NP-BTL, best of n"]["mean"][after_ten] > 0.5
     assert satisfaction["oracle"]["mean"][after_ten] > 0.8

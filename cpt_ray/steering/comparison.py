@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from cpt_ray.console import say
 from cpt_ray.records import Prompt, SteeredAnswer, content_id
 from cpt_ray.report import REPORT
+from cpt_ray.rubric import Rubric
 from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.page import RESULTS, table_lines, with_steering
@@ -146,6 +147,30 @@ class Bank:
         liked = np.nanmean(self.grids[at][:, self.shown[at]], axis=1)
         return None if np.isnan(liked).all() else self.configurations[int(np.nanargmax(liked))]
 
+    def nearest(self, at: int, count: int) -> Configuration:
+        """The configuration whose scores are nearest to the mean of the chosen answers': what it leaves open is as in
+        all answers. The simplest that reads choices at all."""
+        crowd = self.arena.steering.held_out
+        chosen = [crowd.answers[one] for one in self.arena.users[at].context[:count, 0]]
+        usual, wanted = (_mean_scores(crowd.rubrics, some) for some in (crowd.answers, chosen))
+        scores = {one.id: {level.name: level.score for level in one.levels} for one in crowd.rubrics}
+
+        def distance(configuration: Mapping[str, str]) -> float:
+            told = {name: scores[name][level] for name, level in configuration.items() if name in scores}
+            gaps = [(told.get(name, usual[name]) - score) / crowd.spans[name] for name, score in wanted.items()]
+            return float(np.linalg.norm(gaps))
+
+        return min(self.configurations, key=distance)
+
+    def everybodys(self) -> Configuration:
+        """The configuration that all users together like most on what they were shown."""
+        liked = [np.nanmean(grid[:, shown], axis=1) for grid, shown in zip(self.grids, self.shown, strict=True)]
+        return self.configurations[int(np.nanargmax(np.nanmean(liked, axis=0)))]
+
+    def by_chance(self) -> Floats:
+        """Mean satisfaction under a configuration drawn at random."""
+        return self.arena.filled(lambda at, count: float(np.nanmean(self.grids[at][:, self.tested[at]])))
+
     def reranked(self) -> Floats:
         """Satisfaction with the best of n answers without a directive, by each seed's reward model."""
         arena, fitted = self.arena, self.arena.fitted
@@ -162,6 +187,12 @@ class Bank:
                     best = [rows[groups[one][np.argmax(rewards[at, groups[one]])]] for one in self.tested[at]]
                     found[at, at_count, seed] = np.nanmean(own[best])
         return found
+
+
+def _mean_scores(rubrics: Sequence[Rubric], answers: Sequence[Answer]) -> dict[str, float]:
+    """By rubric, over the answers that have a score; rubrics without any are left out."""
+    scores = {rubric.id: [one.scores[rubric.id] for one in answers if rubric.id in one.scores] for rubric in rubrics}
+    return {name: float(np.mean(some)) for name, some in scores.items() if some}
 
 
 def planned_answer(directive: str | None, prompt: Prompt, sample: int) -> SteeredAnswer:
@@ -215,6 +246,10 @@ def evaluate(steering: Steering) -> dict[str, Any]:
             satisfactions[name] = _policy_satisfaction(arena, bank, policy)
     satisfactions["pairs in the prompt"] = _in_prompt(arena, bank)
     satisfactions["static"] = bank.under(lambda at, count: None)
+    satisfactions["random configuration"] = bank.by_chance()
+    favourite = bank.everybodys()
+    satisfactions["everybody's favourite"] = bank.under(lambda at, count: favourite)
+    satisfactions["nearest configuration"] = bank.under(bank.nearest)
     satisfactions["oracle"] = bank.under(lambda at, count: bank.best(at))
     return _write(arena, accuracies, satisfactions, _costs(arena))
 

@@ -15,7 +15,10 @@ METRICS = {
     "accuracy": "Share of a held-out user's other choices that are foretold.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by what is measured: 0 to 1.",
 }
-METHODS = "static: nothing is known of the user; oracle: the true taste is; another's choices should not help."
+METHODS = (
+    "static: nothing is known of the user; oracle: the true taste is; another's choices should not help. nearest "
+    "configuration: the one whose scores are nearest to those of the chosen answers."
+)
 COSTS = {"tokens_once": "tokens once", "tokens_per_answer": "more per answer", "bytes": "bytes kept"}
 """Of a method, for all choices of one user; tokens are the policy's."""
 COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b08a1e", "#1b8a8f")

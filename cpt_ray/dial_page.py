@@ -25,9 +25,10 @@ OPPOSITES_NOTE = (
     "Nothing was picked by its looks."
 )
 MEANINGS = (
-    "Slope: how far the dial's own measure moves from the lowest to the highest level, as a share of what was asked "
-    "(at best 1). Second measure: the same by a measure that neither labelled nor selected anything. Most crosstalk: "
-    "the dial that moves most with it, as a share of that dial's own range (at best 0)."
+    "Tau, rho: rank correlation of what was asked and what came (Kendall's, Spearman's). Slope: how far the dial's own "
+    "measure moves from the lowest to the highest level, as a share of what was asked (1: as asked; above 1: too far; "
+    "0: the directive is ignored). Second measure: an independent check, which was not used to make the training data. "
+    "Most crosstalk: the dial that moves most with it, as a share of that dial's own range (at best 0)."
 )
 PERPLEXITY_MEANING = (
     "Perplexity of the answers under a held-out directive, by the base model, which is not given the directive: all "
@@ -181,7 +182,8 @@ def dial_lines(results: Mapping[str, Any]) -> list[str]:
         numbers = "".join(f"{_number(value):<6}" for value in (row.accuracy, row.tau, row.rho))
         lines.append(f"{name:<13}{row.model:<7}{numbers}{slope:<21}{check:<6}{crosstalk}".rstrip())
     lines += _wrapped(
-        f"accuracy by chance: {_chance(results)}. slope: change measured over change asked, at best 1.", hanging=0
+        f"accuracy by chance: {_chance(results)}. slope: change measured over change asked (1: as asked).",
+        hanging=0,
     )
     lines += _wrapped(_undefined(results), hanging=0)
     return [*lines, *_gap_lines(results), *_perplexity_lines(results)]
@@ -307,7 +309,7 @@ def _crosstalk(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         return ""
     rows = [[f"{title} turned", *(_moved(results, name, other) for other in titles)] for name, title in titles.items()]
     table = html_table(["", *(f"{title} moves" for title in titles.values())], rows)
-    note = "Of the tuned model, and in small of the base: each dial's slope when the row's dial is turned."
+    note = "Each dial's slope when the row's dial is turned, of the tuned model; in small print, of the base model."
     return f"<h3>What moves when a dial is turned</h3><p class='quiet'>{note}</p>{table}"
 
 

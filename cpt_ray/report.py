@@ -445,7 +445,8 @@ def render_report(
 <h2>All results</h2>{_result_table(results)}
 <h2>Can the judge be trusted?</h2>{_agreement(results, rubrics)}
 <h2>Example answers</h2><p class="quiet">Not picked by hand: for each rubric the first held-out prompt by hash, at every
-level. The number is the score (0-100), then the level it falls in.</p>{examples}
+level. The number is the score (0 and 100 are the ends of the scale; where the writer's own answers
+set it, an answer can lie beyond), then the level it falls in.</p>{examples}
 {STEERING_START}{STEERING_END}
 <h2>What each stage did</h2>{_ledger(ledger)}
 <h2>This run</h2><dl>{facts}</dl>

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -36,16 +37,39 @@ from cpt_ray.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize
+from cpt_ray.yaml_file import read_yaml
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Lints rubric files; UserError with a line per problem."""
+    """Lints rubric and run files, starting nothing; UserError with a line per problem."""
     files = rubric_files([Path(one) for one in arguments.paths])
+    run_files = [path for path in files if _is_run_file(path)]
+    files = [path for path in files if path not in run_files]
     load_rubrics(files)
+    for path in run_files:
+        _check_run_file(path)
     for path in files:
         rubric = load_rubric(path)
         measured = f", {len(rubric.measured)} measured" if rubric.measured else ""
         say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {len(rubric.criteria)} criteria{measured})")
+
+
+def _is_run_file(path: Path) -> bool:
+    return not {"policy", "writer", "preferences"}.isdisjoint(read_yaml(path))
+
+
+def _check_run_file(path: Path) -> None:
+    config = load_any_config(path)
+    if not isinstance(config, RunConfig):
+        say(f"{path}: ok (a training on {config.preferences.source})")
+        return
+    plan = make_plan(config)
+    answers = sum(len(list(units)) for units in plan_units(plan).values())
+    train, held_out = (len(plan.prompts_of(split)) for split in ("train", "held_out"))
+    say(
+        f"{path}: ok ({len(plan.rubrics)} rubrics, {train} prompts and {held_out} held out, {answers} answers in the "
+        f"first pass; run directory {config.run_dir})"
+    )
 
 
 def _finished(plan: Plan, run: RunDir) -> tuple[Plan, Shards]:
@@ -320,8 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpt", description="Rubrics in, a configurable language model out, on Ray.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    one = commands.add_parser("check", help="lint rubric files")
-    one.add_argument("paths", nargs="+", metavar="PATH", help="a rubric file or a folder of them")
+    one = commands.add_parser("check", help="lint rubric files and run files; nothing is started")
+    one.add_argument("paths", nargs="+", metavar="PATH", help="a rubric file, a folder of them, or a run file")
     one = commands.add_parser("status", help="what a run has done so far and what it cost")
     one.add_argument("run", metavar="RUN", help="the directory of a run")
     helps = {name: text for name, (_, text) in STAGES.items()} | {
@@ -375,6 +399,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = [*arguments.overrides, *left]
     commands = {"check": check, "status": status, "train": train_model, "push": push_model, "serve": serve}
     commands |= {"steer": steer, "keys": manage_keys}
+    if not getattr(arguments, "verbose", False):  # a line for each retry; what failed in the end is said once
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         commands.get(arguments.command, work)(arguments)
         return 0

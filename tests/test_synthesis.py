@@ -708,6 +708,19 @@ def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
     assert not run.path.exists()
 
 
+def test_a_run_file_is_checked_without_starting_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, run = make_run(tmp_path)
+    assert main(["check", str(tmp_path / "run.yaml"), str(tmp_path / "rubric.yaml")]) == 0
+    shown = capsys.readouterr()
+    answers = sum(len(list(units)) for units in plan_units(plan).values())
+    assert f"{answers} answers in the first pass" in shown.out + shown.err
+    assert "rubric.yaml: ok (Ornament: 3 levels" in shown.out + shown.err
+    assert not run.path.exists()
+    (tmp_path / "prompts.jsonl").unlink()
+    assert main(["check", str(tmp_path / "run.yaml")]) == 1
+    assert "prompts.jsonl" in capsys.readouterr().err
+
+
 def test_a_judge_that_nothing_asks_needs_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -381,7 +381,7 @@ class Steps:
 
     @classmethod
     def of(cls, plan: Plan, units: Iterable[str]) -> Steps:
-        """Those of a run; which shards they read is not known to them yet (`graded`, `further`)."""
+        """Those of a run; which shards they read is not known to them yet (`passes`, `further`)."""
         config, settings, spread = plan.config, plan.config.synthesis, spread_of(plan, units)
         write = WriteStep(rubrics=plan.by_id, model=config.writer, seed=config.seed)
         asking = asking_of(plan)
@@ -420,8 +420,12 @@ class Steps:
             ],
         )
 
-    def graded(self, shards: Shards) -> Line:
-        """What follows the first pass: each pass is graded by the first judge before the next is planned."""
+    def passes(self, shards: Shards) -> list[Line]:
+        """Writing, and after each pass the first judge, whose grades the next pass is planned from.
+
+        The first pass has a line of its own only where all of it sets the levels: a judge, which waits for the levels
+        then, must not keep an engine from writing. Else nothing would keep a judge from coming before the answers.
+        """
         steps: list[Step] = [self.judges[0]]
         for at, step in enumerate(self.later, start=1):
             before = {passes[at - 1].grades: passes[:at] for passes in shards.passes.values()}
@@ -430,7 +434,10 @@ class Steps:
                 for passes in shards.passes.values()
             }
             steps += [replace(step, before=before), replace(self.judges[0], earlier=earlier)]
-        return Line(list(shards.passes), steps)
+        names = list(shards.passes)
+        if self.judges[0].spread:
+            return [Line(names, [self.write]), Line(names, steps)]
+        return [Line(names, [self.write, *steps])]
 
     def further(self, shards: Shards) -> list[Line]:
         """The other judges, of what the first one has graded."""
@@ -464,8 +471,7 @@ def synthesize(plan: Plan, run: RunDir) -> None:
         run,
         [
             Line([rubric.id for rubric in plan.rubrics], [steps.direct]),
-            Line(list(shards.passes), [steps.write]),
-            steps.graded(shards),
+            *steps.passes(shards),
             Line(shards.controls, [steps.control, steps.judges[0]]),
         ],
     )

@@ -20,12 +20,15 @@ from ray import cloudpickle
 
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Completion, Engine, EngineDiedError
+from cpt_ray.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
 from cpt_ray.errors import UserError
+from cpt_ray.planning import plan_units
 from cpt_ray.pool import MAX_DEATHS, Line, Step, Tally, run_lines
 from cpt_ray.rundir import RunDir
+from cpt_ray.synthesis import Steps, name_shards
 from tests import toy
 from tests.local_cluster import ROOT
+from tests.test_synthesis import GIVEN, answer, make_run
 
 ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 """Never asked: it makes an engine that starts at once."""
@@ -120,6 +123,26 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: st
     with pytest.raises(UserError, match=r"m: .*what is finished is kept"):
         run_lines(RunDir(tmp_path), [Line(["good"], [MarkStep(model=ModelConfig(model="m"))])], killed_while_it_loads)
     assert_given_back(free)
+
+
+def test_no_answer_is_judged_before_it_is_written(metrics_url: str, tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, levels=GIVEN)
+    units = plan_units(plan)
+    for name, rows in units.items():
+        run.write("units", name, rows)
+    shards = name_shards(plan, units)
+    run_lines(run, Steps.of(plan, units).passes(shards), slow_engine)
+    assert run.names("grades") == set(shards.grades)
+
+
+def slow_engine(model: ModelConfig) -> FakeEngine:
+    """One that is still writing when it could judge."""
+
+    def later(request: Request) -> Completion:
+        time.sleep(0.0 if request.labels else 0.1)
+        return answer(request)
+
+    return FakeEngine(later)
 
 
 def killed_while_it_loads(model: ModelConfig) -> None:

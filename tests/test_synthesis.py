@@ -108,10 +108,9 @@ def run_all(plan: Plan, run: RunDir, engine: FakeEngine) -> Shards:
     for name, rows in units.items():
         run.write("units", name, rows)
     shards, steps = name_shards(plan, units), Steps.of(plan, units)
-    first = Line(list(shards.passes), [steps.write])
     control = Line(shards.controls, [steps.control, steps.judges[0]])
     direct = Line([rubric.id for rubric in plan.rubrics], [steps.direct])
-    run_here(engine, run, [direct, first, steps.graded(shards), control, *steps.further(shards)])
+    run_here(engine, run, [direct, *steps.passes(shards), control, *steps.further(shards)])
     repeats, paired = pairing_steps(resolved(plan, run, units), shards)
     run_here(engine, run, [Line(list(shards.repeats), [repeats]), Line(shards.pairs, [paired])])
     return shards

@@ -61,7 +61,7 @@ _NUMBER = BeforeValidator(_not_true_or_false)
 def _dict_or_spread(value: Any) -> Any:
     if isinstance(value, dict) or value == SPREAD:
         return value
-    raise ValueError(f"found {shown_in_yaml(value)}; write a value per level, or {SPREAD}")
+    raise ValueError(f"found {shown_in_yaml(value)}; write {{level name: value, ...}}, or {SPREAD}")
 
 
 SPREAD = "spread"

@@ -143,10 +143,10 @@ def test_a_measure_may_be_below_0_where_it_can(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ("spraed", "measure.values: found 'spraed'; write a value per level, or spread"),
-        (3, "measure.values: found 3; write a value per level, or spread"),
-        (None, "measure.values: found nothing; write a value per level, or spread"),
-        ([0, 1, 2], "measure.values: found a list of 3; write a value per level, or spread"),
+        ("spraed", "measure.values: found 'spraed'; write {level name: value, ...}, or spread"),
+        (3, "measure.values: found 3; write {level name: value, ...}, or spread"),
+        (None, "measure.values: found nothing; write {level name: value, ...}, or spread"),
+        ([0, 1, 2], "measure.values: found a list of 3; write {level name: value, ...}, or spread"),
         ({"low": "spread", "mid": 0, "high": 1}, "measure.values.low"),
         ({"low": 0, "mid": 0.5}, "nothing for level 'high'"),
     ],

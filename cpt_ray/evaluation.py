@@ -20,7 +20,7 @@ from cpt_ray.judging import JudgeStep, grader, judge_answers
 from cpt_ray.losses import cut_note
 from cpt_ray.measures import whole_sentences
 from cpt_ray.planning import Plan, run_info
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Step, Tally, ledger_entry, run_lines, thoughts_note
+from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.reference import add_reference
@@ -172,7 +172,7 @@ def likely_trials(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in said if trial.trial_id in chosen]
 
 
-def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial]) -> LogProbs:
+def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial], runner: Runner = run_lines) -> LogProbs:
     """What the base policy gives to the answers after their bare prompts, without an end mark.
 
     Kept in the table that training keeps its reference in. A note says how many hold control tokens, which would not be
@@ -196,7 +196,7 @@ def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial]) -> 
     rows = bare_rows(ids.values(), 2 * config.train.micro_batch_size)
     known = {
         (tuple(row["prompt"]), tuple(answer)): log_prob
-        for row in add_reference(config, run, rows, stage="perplexity")
+        for row in add_reference(config, run, rows, "perplexity", runner)
         for answer, log_prob in zip(row["answers"], row["ref_logps"], strict=True)
     }
     return {key: (known[pair], len(pair[1])) for key, pair in ids.items()}
@@ -240,7 +240,7 @@ def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, 
         say(f"note: {step.stage}: {lost} of {entry['rows_in']:.0f} were lost, most to: {reasons.most_common(1)[0][0]}")
 
 
-def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
+def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines) -> dict[str, Any]:
     """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
     start = time.monotonic()
     config = plan.config
@@ -251,7 +251,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         for name, model in (("tuned", tuned), ("base", config.policy))
     ]
     judges = [GradeTrialsStep(rubrics=plan.by_id, model=grader(plan.rubrics, config.judge, one.model)) for one in steps]
-    run_lines(run, [Line(list(planned), [step, judge]) for step, judge in zip(steps, judges, strict=True)])
+    runner(run, [Line(list(planned), [step, judge]) for step, judge in zip(steps, judges, strict=True)])
     done: list[tuple[Step, list[str]]] = [(step, [step.output(name) for name in planned]) for step in steps]
     graded = [judge.output(name) for judge, (_, names) in zip(judges, done, strict=True) for name in names]
     for step, names in [*done, (judges[0], graded)]:
@@ -266,10 +266,10 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any]:
         config.evaluate.bootstrap,
         config.seed,
         pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).known(run)),
-        base_log_probs(config, run, likely_trials(trials)),
+        base_log_probs(config, run, likely_trials(trials), runner),
     )
     try:
-        results["judge_check"] = check_judge(plan, run, shards)
+        results["judge_check"] = check_judge(plan, run, shards, runner)
     except UserError as error:  # what else was measured is worth a report without it
         results["judge_check"] = None
         say(f"note: evaluate.judge_check: {error}")

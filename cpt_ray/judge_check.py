@@ -10,7 +10,7 @@ from cpt_ray.agreement import agreement
 from cpt_ray.engine import Engine
 from cpt_ray.judging import JudgeStep
 from cpt_ray.planning import Plan, read_judge_check
-from cpt_ray.pool import Line, Tally, ledger_entry, run_lines
+from cpt_ray.pool import Line, Runner, Tally, ledger_entry
 from cpt_ray.records import Generation, Grade
 from cpt_ray.rundir import RunDir, derive
 from cpt_ray.spread import some_of, survey, with_points
@@ -42,7 +42,7 @@ class CheckStep(JudgeStep):
         )
 
 
-def check_judge(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any] | None:
+def check_judge(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> dict[str, Any] | None:
     """`agreement` of judge and measure, with the rubric's title and the judge's name; None if it is not asked for."""
     rubric = read_judge_check(plan.config)
     if rubric is None:
@@ -51,7 +51,7 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards) -> dict[str, Any] | Non
     rubric = with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])
     count = math.ceil(plan.config.evaluate.judge_check_answers / len(first))
     step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=count)
-    run_lines(run, [Line(list(first), [step])])
+    runner(run, [Line(list(first), [step])])
     names = [step.output(name) for name in first]
     run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
     grades = run.read(step.table, names, Grade)

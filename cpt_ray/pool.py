@@ -1,4 +1,4 @@
-"""Steps over shards: Ray Data maps engine actors over the shards that are not done yet.
+"""Steps over shards: Ray Data maps engine actors over the shards that are not done yet, or this process does them.
 
 What travels through Ray Data is the *name* of a shard, one per block. The actor reads the shard, calls its
 engine, writes the output shard and renames it into place, so whatever dies, only shards in flight are lost.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
 
 from pydantic import SecretStr
@@ -77,21 +77,29 @@ class Line:
     steps: Sequence[Step]
 
 
-class StepActor:
-    """An engine and the steps it can do; made remote by Ray Data, called by several threads.
+class Worker:
+    """An engine and the steps it can do; called by several threads."""
 
-    A failure travels as a row: Ray Data would keep only the text of a stack trace. The death of a process, which Ray
-    answers with a new one without end, is counted in files.
-    """
+    def __init__(
+        self,
+        run: RunDir,
+        model: ModelConfig,
+        steps: Sequence[Sequence[Step]],
+        open_engine: OpenEngine,
+        name: str = "here",
+        meter: Callable[[str, Counts], None] = lambda stage, counts: None,
+    ):
+        """Opens the engine; if that fails, the first shard that needs it has the error.
 
-    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], open_engine: OpenEngine):
-        import ray
-
-        self._steps, self._run = steps, run
+        Args:
+            steps: by line.
+            name: kept by the worker that takes the place of one whose process died.
+            meter: called with the stage and the counts of each finished step.
+        """
+        self._steps, self._run, self._meter = steps, run, meter
         self._attempts = Attempts(run.attempts)
-        self._meters = Meters()
         self._turns, self._now, self._is_alone = threading.Condition(), 0, False
-        start = f"start-{ray.get_runtime_context().get_actor_id()}"
+        start = f"start-{name}"
         self._error = ""
         try:
             self._attempts.begin(start, "while it started")
@@ -99,15 +107,15 @@ class StepActor:
             if judges := [step.model for line in steps for step in line if needs_schema(step.model)]:
                 check_schema_is_enforced(self._engine, f"judge {model.model}", judges[0].sampling.max_tokens)
             self._attempts.end(start)
-        except Exception as error:  # told with the first shard, which ends the run
+        except Exception as error:
             self._error = _told(error)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = [self._bring(int(line), str(shard)) for line, shard in zip(batch["line"], batch["shard"], strict=True)]
-        return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
+    def bring(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
+        """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did.
 
-    def _bring(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
-        """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did."""
+        Raises:
+            EngineDiedError: counted; a new worker may try again.
+        """
         done: dict[str, Counter[str]] = defaultdict(Counter)
         for step in self._steps[line]:
             output = step.output(shard)
@@ -117,7 +125,7 @@ class StepActor:
                     return error, done
                 counts = self._run.counts(step.table, output)
                 done[step.stage].update(counts)  # a stage may come again, in another pass
-                self._meters.add(step.stage, counts)
+                self._meter(step.stage, counts)
             shard = output
         return "", done
 
@@ -131,8 +139,8 @@ class StepActor:
                 self._attempts.end(name)
         except EngineDiedError as died:
             self._attempts.note(name, _one_line(died))
-            os._exit(1)  # Ray makes this actor, and so the engine, anew
-        except Exception as failed:  # a row that ends the run: Ray Data would keep only a trace of it
+            raise
+        except Exception as failed:
             return _told(failed)
         return ""
 
@@ -148,6 +156,30 @@ class StepActor:
             with self._turns:
                 self._now -= 1
                 self._turns.notify_all()
+
+
+class StepActor:
+    """A worker made remote by Ray Data.
+
+    A failure travels as a row: Ray Data would keep only the text of a stack trace. The death of a process, which Ray
+    answers with a new one without end, is counted in files.
+    """
+
+    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], open_engine: OpenEngine):
+        import ray
+
+        name = ray.get_runtime_context().get_actor_id()
+        self._worker = Worker(run, model, steps, open_engine, name, Meters().add)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            done = [
+                self._worker.bring(int(line), str(shard))
+                for line, shard in zip(batch["line"], batch["shard"], strict=True)
+            ]
+        except EngineDiedError:
+            os._exit(1)  # Ray makes this actor, and so the engine, anew
+        return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
 
 class Attempts:
@@ -247,16 +279,47 @@ def _told(error: Exception) -> str:
     return f"{_one_line(error)}\n{traceback.format_exc()}"
 
 
+class Runner(Protocol):
+    """Brings every shard of every line through its steps: `run_lines` on Ray, a `LocalRunner` in this process."""
+
+    def __call__(self, run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
+        """Does what is not there yet; UserError with the cause if a shard fails.
+
+        Args:
+            open_engine: where the steps' engine is not the one that their role's settings describe.
+        """
+        ...
+
+
 def run_lines(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
-    """Brings every shard of every line through its steps; steps that can share an engine share one pool.
+    """The runner on Ray: a pool of actors for all steps that can share an engine.
 
     A pool's actors, and their GPUs, are gone before the next pool's start.
     """
+    _run_pools(run, lines, open_engine, _map_on_ray)
+
+
+@dataclass(frozen=True)
+class LocalRunner:
+    """The runner in this process, without Ray: one engine at a time, one shard after the other.
+
+    An engine that died is opened anew, as often as Ray would make a new actor.
+    """
+
+    open_engine: OpenEngine
+    """Makes the engine of a role; for a real one, `engine_env` must be in this process's environment before."""
+
+    def __call__(self, run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
+        """As `run_lines`."""
+        _run_pools(run, lines, open_engine or self.open_engine, _map_here)
+
+
+def _run_pools(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None, map_shards: MapShards) -> None:
     left = [line for line in lines if line.steps and line.shards]
     while left:
         key = left[0].steps[0].model.engine_key
         now = [Line(line.shards, _leading(line.steps, key)) for line in left]
-        _run_pool(run, now, open_engine)
+        _run_pool(run, now, open_engine, map_shards)
         left = [
             Line([_final_name(done.steps, shard) for shard in line.shards], line.steps[len(done.steps) :])
             for line, done in zip(left, now, strict=True)
@@ -274,7 +337,7 @@ def _final_name(steps: Sequence[Step], shard: str) -> str:
     return shard
 
 
-def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None) -> None:
+def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None, map_shards: MapShards) -> None:
     steps = [line.steps for line in lines]
     flat = {step.stage: step for line in steps for step in line}
     complete = {step.table: run.names(step.table) for step in flat.values()}
@@ -288,13 +351,12 @@ def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None
         return
     shutil.rmtree(run.attempts, ignore_errors=True)
     model = steps[0][0].model
+    open_engine = open_engine or functools.partial(make_engine, key=endpoint_key(model))
     live = Live(run, {stage: step.model for stage, step in flat.items()})
     with progress("+".join(flat), len(todo), "shards") as advance:
         advance(0, f"starting {model.num_actors} x {model.model}")
-        for row in _map_shards(
-            run, model, steps, todo, open_engine or functools.partial(make_engine, key=endpoint_key(model))
-        ):
-            advance(1, live.add(json.loads(row["counts"])))
+        for counts in map_shards(run, model, steps, todo, open_engine):
+            advance(1, live.add(counts))
     shutil.rmtree(run.attempts, ignore_errors=True)
 
 
@@ -309,7 +371,7 @@ class Live:
         self._totals: dict[str, Counter[str]] = {stage: Counter() for stage in models}
         self._start = self._written = time.monotonic()
 
-    def add(self, counts: dict[str, Counts]) -> str:
+    def add(self, counts: Mapping[str, Counts]) -> str:
         """Adds what one shard came to; a note on the speed."""
         now = time.monotonic()
         for stage, more in counts.items():
@@ -347,14 +409,50 @@ def _ended(rows: Any) -> Iterator[Any]:
                 thread.join(READER_SECONDS)
 
 
-def _map_shards(
+MapShards = Callable[
+    [RunDir, ModelConfig, Sequence[Sequence[Step]], list[dict[str, Any]], OpenEngine], Iterator[Mapping[str, Counts]]
+]
+"""Brings the shards of one pool, {line, shard} each, through the steps of their lines.
+
+Yields what each stage did, once per finished shard, in any order; UserError with the cause if one fails.
+"""
+
+
+def _raise_failure(model: ModelConfig, error: str) -> None:
+    """UserError of what a worker says went wrong, if anything did."""
+    line, _, trace = error.partition("\n")
+    if line:
+        raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
+
+
+def _map_here(
     run: RunDir,
     model: ModelConfig,
     steps: Sequence[Sequence[Step]],
     todo: list[dict[str, Any]],
     open_engine: OpenEngine,
-) -> Iterable[Any]:
-    """Yields once per finished shard; UserError with the cause if one fails."""
+) -> Iterator[Mapping[str, Counts]]:
+    worker: Worker | None = None
+    for item in todo:
+        result: tuple[str, Mapping[str, Counts]] | None = None
+        while result is None:
+            worker = worker or Worker(run, model, steps, open_engine)
+            try:
+                result = worker.bring(**item)
+            except EngineDiedError:
+                worker = None
+        error, counts = result
+        _raise_failure(model, error)
+        yield counts
+
+
+def _map_on_ray(
+    run: RunDir,
+    model: ModelConfig,
+    steps: Sequence[Sequence[Step]],
+    todo: list[dict[str, Any]],
+    open_engine: OpenEngine,
+) -> Iterator[Mapping[str, Counts]]:
     import ray.data
     from ray.exceptions import RayError
 
@@ -376,10 +474,8 @@ def _map_shards(
     try:
         with _ended(iter(shards.iter_rows())) as rows:
             for row in rows:
-                line, _, trace = row["error"].partition("\n")
-                if line:
-                    raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
-                yield row
+                _raise_failure(model, row["error"])
+                yield json.loads(row["counts"])
     except RayError as error:
         cause: BaseException = getattr(error, "cause", None) or error
         cause = cause.__cause__ or cause  # Ray Data wraps what an actor raises

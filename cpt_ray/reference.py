@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
 from cpt_ray.errors import UserError
-from cpt_ray.pool import Line, Step, Tally, ledger_entry, run_lines
+from cpt_ray.pool import Line, Runner, Step, Tally, ledger_entry, run_lines
 from cpt_ray.records import ReferenceLogProb, content_id
 from cpt_ray.rows import Row, sequence_ids
 from cpt_ray.rundir import RunDir, replacing
@@ -108,7 +108,9 @@ class ReferenceStep(Step):
         run.write(self.table, shard, found.values(), tally.close(len(found)))
 
 
-def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row], stage: str = "reference") -> list[Row]:
+def add_reference(
+    config: TuneConfig, run: RunDir, rows: Sequence[Row], stage: str = "reference", runner: Runner = run_lines
+) -> list[Row]:
     """The rows with `ref_logps`, read from the reference table; what is missing there is computed first.
 
     Args:
@@ -129,7 +131,7 @@ def add_reference(config: TuneConfig, run: RunDir, rows: Sequence[Row], stage: s
         path = write_rows(run, stage, [rows[at] for at in missing], size)
         groups = {name: at for at, name in enumerate(names)}
         step = ReferenceStep(model=_role(config), rows=path, groups=groups, stage=stage)
-        run_lines(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
+        runner(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
         run.add_to_ledger(stage, ledger_entry(run, TABLE, names, config.policy.price))
         known = _read(run, key)
     return [row | {"ref_logps": [known[one] for one in names]} for row, names in zip(rows, ids, strict=True)]

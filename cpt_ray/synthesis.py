@@ -37,7 +37,7 @@ from cpt_ray.planning import (
     plan_units,
     run_info,
 )
-from cpt_ray.pool import Line, Step, Tally, ledger_entry, run_lines, thoughts_note
+from cpt_ray.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import ChatMessage, joint_writer_messages, policy_messages, writer_messages
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.rows import reasons
@@ -460,14 +460,14 @@ def resolved(plan: Plan, run: RunDir, units: Iterable[str]) -> Plan:
     return replace(plan, rubrics=spread.resolve(run)) if spread else plan
 
 
-def synthesize(plan: Plan, run: RunDir) -> None:
+def synthesize(plan: Plan, run: RunDir, runner: Runner = run_lines) -> None:
     """direct, write, judge, pair; what is complete already is not done again."""
     start = time.monotonic()
     units = plan_units(plan)
     _write_units(plan, run, units)
     shards = name_shards(plan, units)
     steps = Steps.of(plan, units)
-    run_lines(
+    runner(
         run,
         [
             Line([rubric.id for rubric in plan.rubrics], [steps.direct]),
@@ -475,11 +475,11 @@ def synthesize(plan: Plan, run: RunDir) -> None:
             Line(shards.controls, [steps.control, steps.judges[0]]),
         ],
     )
-    run_lines(run, steps.further(shards))
+    runner(run, steps.further(shards))
     Spread(plan.rubrics, tuple(shards.passes)).known(run)  # evaluation wants it of every run
     plan = resolved(plan, run, units)
     _say_spread(plan)
-    pair(plan, run, shards)
+    pair(plan, run, shards, runner)
     conclude(plan, run, shards)
     write_card(plan, run, shards, run_info(plan))
     say(f"             {time.monotonic() - start:.0f} s for synthesis")
@@ -583,11 +583,11 @@ def _summary(entry: dict[str, Any]) -> str:
     return text + (f" (rejected: {rejected})" if rejected else "") + thoughts_note(entry)
 
 
-def pair(plan: Plan, run: RunDir, shards: Shards) -> None:
+def pair(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> None:
     """generations + grades + directives -> pairs (+ rejects); shards that no longer belong to the run are removed."""
     repeats, paired = pairing_steps(plan, shards)
-    run_lines(run, [Line(list(shards.repeats), [repeats])], no_engine)
-    run_lines(run, [Line(shards.pairs, [paired])], no_engine)
+    runner(run, [Line(list(shards.repeats), [repeats])], no_engine)
+    runner(run, [Line(shards.pairs, [paired])], no_engine)
     run.prune("pairs", shards.pairs)
     run.prune("repeats", shards.repeats)
     run.prune("rejects", [f"pair-{name}" for name in shards.pairs], prefix="pair-")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cpt_ray.engine import Completion, FakeEngine, Request
+from cpt_ray.engine import Completion, Request
 from cpt_ray.evaluation import evaluate
 from cpt_ray.planning import Plan
 from cpt_ray.records import Trial
-from tests.test_synthesis import GIVEN, answer, make_run, run_all, run_here
+from tests.test_synthesis import GIVEN, answer, make_run, synthesized, with_engine
+from tests.tiny_model import make_tiny_model
 
 TEXTS = {
     "whole": (Completion(text="A mid text! Well.", num_tokens=7), "A mid text! Well.", False),
@@ -21,7 +22,7 @@ TEXTS = {
 }
 
 
-def make_engine(plan: Plan, kind: str) -> FakeEngine:
+def reply_of(plan: Plan, kind: str) -> Callable[[Request], Completion]:
     """Answers held-out prompts as `kind` says."""
     held_out = {one.text for one in plan.prompts_of("held_out")}
 
@@ -29,18 +30,16 @@ def make_engine(plan: Plan, kind: str) -> FakeEngine:
         is_asked = not request.labels and request.messages[-1]["content"] in held_out
         return TEXTS[kind][0] if is_asked else answer(request)
 
-    return FakeEngine(say)
+    return say
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_cut_answer_is_graded_by_its_whole_sentences_and_marked(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan, run = make_run(tmp_path, levels=GIVEN)
-    engine = make_engine(plan, kind)
-    monkeypatch.setattr("cpt_ray.evaluation.run_lines", functools.partial(run_here, engine))
-    monkeypatch.setattr("cpt_ray.evaluation.base_log_probs", lambda *_: {})
-    evaluate(plan, run, run_all(plan, run, engine))
+    plan, run = make_run(tmp_path, f"policy.model={make_tiny_model(tmp_path / 'policy')}", levels=GIVEN)
+    reply = reply_of(plan, kind)
+    evaluate(plan, run, synthesized(plan, run, reply), with_engine(reply))
     completion, text, is_cut = TEXTS[kind]
     trials = run.read("evaluation", sorted(run.names("evaluation")), Trial)
     assert trials

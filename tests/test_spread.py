@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.config import load_config
-from cpt_ray.engine import Completion, FakeEngine, Request
+from cpt_ray.engine import Completion, Request
 from cpt_ray.errors import UserError
 from cpt_ray.grading import level_at, measured_criterion
 from cpt_ray.levels import LevelCounts, level_lines
@@ -26,7 +26,7 @@ from cpt_ray.rundir import RunDir
 from cpt_ray.spread import CHECK, Spread, survey, with_points
 from cpt_ray.synthesis import resolved, spread_of
 from tests.builders import LEVELS, make_generation, rubric_dict
-from tests.test_synthesis import run_all
+from tests.test_synthesis import synthesized
 
 SCORES = (16.7, 50, 83.3)
 
@@ -136,7 +136,7 @@ def ramble(request: Request) -> Completion:
 
 def test_later_passes_ask_only_prompts_that_lack_a_level_and_end_with_grids_for_nearly_all(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path)
-    shards = run_all(plan, run, FakeEngine(ramble))
+    shards = synthesized(plan, run, ramble)
     rubrics = resolved(plan, run, plan_units(plan)).rubrics
     num_prompts, by_pass = len(plan.prompts_of("train")), list[int]()
     have: dict[str, set[str | None]] = {prompt.prompt_id: set() for prompt in plan.prompts_of("train")}
@@ -165,7 +165,7 @@ def test_levels_are_looked_up_once_and_do_not_move(tmp_path: Path) -> None:
     units = plan_units(plan)
     with pytest.raises(UserError, match="synthesis is not complete for this run file"):
         resolved(plan, run, units)
-    run_all(plan, run, FakeEngine(ramble))
+    synthesized(plan, run, ramble)
     before = resolved(plan, run, units).rubrics
     for path in (run.path / "generations").iterdir():
         path.unlink()
@@ -177,7 +177,7 @@ def test_levels_are_looked_up_once_and_do_not_move(tmp_path: Path) -> None:
 
 def test_another_second_measure_is_looked_up_anew_and_moves_no_level(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path)
-    run_all(plan, run, FakeEngine(ramble))
+    synthesized(plan, run, ramble)
     spread = spread_of(plan, plan_units(plan))
     assert spread
     for measure in ("character_count", "mean_word_length"):
@@ -194,7 +194,7 @@ def test_what_each_level_took_is_said_and_a_level_that_is_not_reached_is_named(t
         return Completion(text=" ".join(f"w{request.seed}x{at}" for at in range(count)), num_tokens=count)
 
     plan, run = make_run(tmp_path)
-    shards = run_all(plan, run, FakeEngine(at_ends))
+    shards = synthesized(plan, run, at_ends)
     tokens = sum(one.num_tokens for one in run.read("generations", shards.written, Generation))
     lines = level_lines(resolved(plan, run, plan_units(plan)), run, shards, tokens)
     counts = LevelCounts(run, shards.pairs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -19,7 +18,6 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from cpt_ray.card import write_card
 from cpt_ray.cli import main
 from cpt_ray.config import JudgeConfig, PriceConfig, load_config
 from cpt_ray.console import status_lines
@@ -28,15 +26,16 @@ from cpt_ray.errors import UserError
 from cpt_ray.evaluation import GradeTrialsStep, evaluate
 from cpt_ray.judging import JudgeStep
 from cpt_ray.pairing import control_directive
-from cpt_ray.planning import Plan, is_control, make_plan, plan_units, run_info
-from cpt_ray.pool import MAX_DEATHS, Attempts, Line, Tally, endpoint_key, ledger_entry
+from cpt_ray.planning import Plan, is_control, make_plan, plan_units
+from cpt_ray.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
 from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.report import REPORT
 from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import RESULTS
 from cpt_ray.steering.stage import Steering
-from cpt_ray.synthesis import Shards, Steps, conclude, name_shards, pairing_steps, resolved
+from cpt_ray.synthesis import Shards, Steps, name_shards, synthesize
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
+from tests.tiny_model import make_tiny_model
 
 
 def make_run(
@@ -92,28 +91,15 @@ def answer(request: Request) -> Completion:
     return Completion(text=f"{level} text{bangs}", num_tokens=4)
 
 
-def run_here(engine: FakeEngine, run: RunDir, lines: list[Line]) -> None:
-    """What `run_lines` does, in this process."""
-    for line in lines:
-        for shard in line.shards:
-            for step in line.steps:
-                if not run.has(step.table, step.output(shard)):
-                    step.wait(run)
-                    step(engine, run, shard)
-                shard = step.output(shard)
+def with_engine(reply: Callable[[Request], Completion]) -> LocalRunner:
+    """A runner whose engine answers by a function, whatever the role."""
+    return LocalRunner(lambda model: FakeEngine(reply))
 
 
-def run_all(plan: Plan, run: RunDir, engine: FakeEngine) -> Shards:
-    units = plan_units(plan)
-    for name, rows in units.items():
-        run.write("units", name, rows)
-    shards, steps = name_shards(plan, units), Steps.of(plan, units)
-    control = Line(shards.controls, [steps.control, steps.judges[0]])
-    direct = Line([rubric.id for rubric in plan.rubrics], [steps.direct])
-    run_here(engine, run, [direct, *steps.passes(shards), control, *steps.further(shards)])
-    repeats, paired = pairing_steps(resolved(plan, run, units), shards)
-    run_here(engine, run, [Line(list(shards.repeats), [repeats]), Line(shards.pairs, [paired])])
-    return shards
+def synthesized(plan: Plan, run: RunDir, reply: Callable[[Request], Completion] = answer) -> Shards:
+    """A whole synthesis in this process; the names of its shards."""
+    synthesize(plan, run, with_engine(reply))
+    return name_shards(plan, plan_units(plan))
 
 
 GIVEN = [
@@ -124,7 +110,7 @@ GIVEN = [
 
 def test_every_unit_ends_in_a_pair_or_among_the_rejects(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, levels=GIVEN)
-    shards = run_all(plan, run, FakeEngine(answer))
+    shards = synthesized(plan, run)
     units = [row for rows in plan_units(plan).values() for row in rows]
     texts = {row.unit_id: row.text for row in run.read("generations", shards.generations, Generation)}
     pairs = run.read("pairs", shards.pairs, Pair)
@@ -140,18 +126,18 @@ def test_every_unit_ends_in_a_pair_or_among_the_rejects(tmp_path: Path) -> None:
 def test_rejects_are_counted_by_reason_in_the_ledger(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, levels=GIVEN)
     train = {one.text for one in plan.prompts_of("train")}
-    shards = run_all(plan, run, FakeEngine(answer))
-    written = ledger_entry(run, "generations", shards.generations)
+    shards = synthesized(plan, run)
+    written = run.read_json("ledger.json")["write"]
     assert written["rows_in"] == 3 * len(train)
     assert written["rejected"] == ({"cut off": 1} if "Write about thing 7." in train else {})
-    paired = ledger_entry(run, "pairs", shards.pairs)
+    paired = run.read_json("ledger.json")["pair"]
     assert paired["rejected"] == ({"not needed": 1} if "Write about thing 8." in train else {})  # two low answers
     assert paired["rows_out"] == len(run.read("pairs", shards.pairs, Pair))
 
 
 def test_held_out_prompts_and_directives_are_in_no_pair(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, levels=GIVEN)
-    shards = run_all(plan, run, FakeEngine(answer))
+    shards = synthesized(plan, run)
     held_out = {one.prompt_id for one in plan.prompts_of("held_out")}
     directives = run.read("directives", shards.directives, Directive)
     splits = Counter((one.level, one.split) for one in directives)
@@ -310,7 +296,7 @@ def test_answers_that_saw_no_rubric_outlive_a_changed_one(tmp_path: Path) -> Non
 
 def test_control_rows_choose_the_policys_own_answer_where_no_directive_is_given(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, "synthesis.control=0.9", levels=GIVEN)
-    shards = run_all(plan, run, FakeEngine(answer))
+    shards = synthesized(plan, run)
     pairs = {one.pair_id: one for one in run.read("pairs", shards.pairs, Pair)}
     control = [one for one in pairs.values() if one.level == CONTROL]
     assert len({one.cell_id for one in control}) > 5
@@ -346,7 +332,7 @@ def test_two_rubrics_at_once_make_pairs_under_both_directives(tmp_path: Path) ->
     words = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
     override = "synthesis.combine=[[ornament, mood]]"
     plan, run = make_run(tmp_path, override, second=MOOD, levels=GIVEN, criteria=words)
-    shards = run_all(plan, run, FakeEngine(joint_answer))
+    shards = synthesized(plan, run, joint_answer)
     pairs = [one for one in run.read("pairs", shards.pairs, Pair) if one.rubric_id == "ornament+mood"]
     assert len(pairs) == 6 * len(plan.prompts_of("train"))
     for one in pairs:
@@ -392,7 +378,7 @@ def concluded(plan: Plan, run: RunDir, writes: Callable[[Request], Completion]) 
         is_writer = not request.labels and "tell a writer" not in request.messages[-1]["content"]
         return writes(request) if is_writer else answer(request)
 
-    conclude(plan, run, run_all(plan, run, FakeEngine(does)))
+    synthesize(plan, run, with_engine(does))
 
 
 @pytest.mark.parametrize(
@@ -510,7 +496,7 @@ def test_an_answer_that_nearly_repeats_an_earlier_one_is_rejected(tmp_path: Path
         own = " ".join(f"word{int(number[1]) % 5}of{at}" for at in range(40))
         return Completion(text=f"{made.text} {own} {number[1]}", num_tokens=44)
 
-    shards = run_all(plan, run, FakeEngine(nearly))
+    shards = synthesized(plan, run, nearly)
     rejects = [one for path in (run.path / "rejects").iterdir() for one in run.read("rejects", [path.stem], Reject)]
     repeated = {one.subject_id for one in rejects if one.reason in ("near duplicate", "other level")}
     generations = run.read("generations", shards.generations, Generation)
@@ -521,14 +507,14 @@ def test_an_answer_that_nearly_repeats_an_earlier_one_is_rejected(tmp_path: Path
 def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) -> None:
     import datasets
 
-    run_all(*make_run(tmp_path, "writer.sampling.top_p=0.5", levels=GIVEN), FakeEngine(answer))  # what was before
+    synthesized(*make_run(tmp_path, "writer.sampling.top_p=0.5", levels=GIVEN))  # of other settings
     plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', levels=GIVEN)
-    shards = run_all(plan, run, FakeEngine(answer))
-    write_card(plan, run, shards, run_info(plan))
+    shards = synthesized(plan, run)
     pairs = run.read("pairs", shards.pairs, Pair)
     tables = {"pairs": pairs, "grades": run.read("grades", shards.grades, Grade)}
+    assert run.names("grades") > {*shards.grades}
+    assert run.names("pairs") == {*shards.pairs}  # what is cheap to make is not kept
     for table, rows in tables.items():
-        assert len(run.names(table)) > len({*getattr(shards, table)})
         loaded = datasets.load_dataset(str(run.path), table, split="train", cache_dir=str(tmp_path / "cache"))
         assert loaded.num_rows == len(rows)
     card = (run.path / "README.md").read_text()
@@ -540,24 +526,23 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
     judges = run.read_json("judges.json")
     assert {(one["judge"], one["against"]): one["weighted_kappa"] for one in judges}["fake", "other"] == 1.0
     before = (run.path / "README.md").stat().st_mtime_ns
-    write_card(plan, run, shards, run_info(plan))
+    synthesized(plan, run)
     assert (run.path / "README.md").stat().st_mtime_ns == before
 
 
 def test_the_card_is_written_again_when_shards_of_other_settings_lie_beside_its_own(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, levels=GIVEN)
-    shards = run_all(plan, run, FakeEngine(answer))
-    write_card(plan, run, shards, run_info(plan))
+    synthesized(plan, run)
     assert "grades/*.parquet" in (run.path / "README.md").read_text()
-    run_all(make_run(tmp_path, "writer.sampling.top_p=0.5", levels=GIVEN)[0], run, FakeEngine(answer))
-    write_card(plan, run, shards, run_info(plan))
+    synthesized(*make_run(tmp_path, "writer.sampling.top_p=0.5", levels=GIVEN))
+    synthesized(plan, run)
     assert "grades/*.parquet" not in (run.path / "README.md").read_text()
 
 
 def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -> None:
     words = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
     plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', levels=GIVEN, criteria=words)
-    shards = run_all(plan, run, FakeEngine(answer))
+    shards = synthesized(plan, run)
     for name in shards.grades:
         rows = run.read("grades", [name], Grade)
         if rows[0].judge == "other":
@@ -633,18 +618,17 @@ def test_the_ledger_says_what_it_cost_and_status_prints_it(tmp_path: Path) -> No
     assert lines[2:] == ["  rejected: 1 cut off", "  steps: 2,000, so far: this command"]
 
 
-def evaluated(plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation by the engine of `run_all`, where every request takes 100 tokens and every answer 10."""
-
-    engine = FakeEngine(lambda request: dataclasses.replace(answer(request), num_prompt_tokens=100, num_tokens=10))
-    monkeypatch.setattr("cpt_ray.evaluation.run_lines", functools.partial(run_here, engine))
-    monkeypatch.setattr("cpt_ray.evaluation.base_log_probs", lambda *_: {})
-    evaluate(plan, run, run_all(plan, run, engine))
+def evaluated(plan: Plan, run: RunDir) -> None:
+    """Synthesis and evaluation by an engine that counts 100 tokens for every request and 10 for every answer."""
+    runner = with_engine(lambda request: dataclasses.replace(answer(request), num_prompt_tokens=100, num_tokens=10))
+    synthesize(plan, run, runner)
+    evaluate(plan, run, name_shards(plan, plan_units(plan)), runner)
 
 
-def test_evaluation_costs_what_its_roles_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, run = make_run(tmp_path, "policy.price.generated=50", "judge.price.prompt=3", levels=GIVEN)
-    evaluated(plan, run, monkeypatch)
+def test_evaluation_costs_what_its_roles_do(tmp_path: Path) -> None:
+    policy = f"policy.model={make_tiny_model(tmp_path / 'policy')}"
+    plan, run = make_run(tmp_path, policy, "policy.price.generated=50", "judge.price.prompt=3", levels=GIVEN)
+    evaluated(plan, run)
     ledger, num_trials = run.read_json("ledger.json"), 3 * 2 * len(plan.prompts_of("held_out"))
     for stage in ("answer-base", "answer-tuned"):
         assert (ledger[stage]["rows_in"], ledger[stage]["cost"]) == (num_trials, num_trials * 10 * 50 / 1e6)
@@ -652,13 +636,11 @@ def test_evaluation_costs_what_its_roles_do(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("policy", ["the tuned", "an earlier"])
-def test_steering_that_was_fitted_before_is_in_the_report_if_it_is_of_that_policy(
-    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, run = make_run(tmp_path, levels=GIVEN)
+def test_steering_that_was_fitted_before_is_in_the_report_if_it_is_of_that_policy(policy: str, tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, f"policy.model={make_tiny_model(tmp_path / 'policy')}", levels=GIVEN)
     results = {"counts": [0], "num_users": 8, "accuracy": {"NP-BTL": {"mean": [0.5], "ci": [None]}}, "satisfaction": {}}
     run.write_json(RESULTS, results | {"costs": {}, "policy": str(run.model) if policy == "the tuned" else policy})
-    evaluated(plan, run, monkeypatch)
+    evaluated(plan, run)
     assert ("NP-BTL" in (run.path / REPORT).read_text(encoding="utf-8")) == (policy == "the tuned")
 
 

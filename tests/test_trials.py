@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from hypothesis import strategies as st
 
 from cpt_ray.config import EvaluateConfig, RunConfig
 from cpt_ray.evaluation import bare_rows, base_log_probs, in_turn, likely_trials, trials_of
-from cpt_ray.pool import Line, OpenEngine
+from cpt_ray.pool import LocalRunner
 from cpt_ray.prompting import token_ids
 from cpt_ray.records import Prompt, Trial
 from cpt_ray.rundir import RunDir
+from cpt_ray.synthesis import no_engine
 from tests.builders import LEVELS, make_directives, make_rubric
 from tests.tiny_model import make_tiny_model
 
@@ -57,22 +57,13 @@ def answered(model: str, prompt: int, text: str) -> Trial:
 TEXTS = {("base", 0): "One day, in a town.", ("tuned", 0): "Rain.", ("base", 1): "Rain.", ("tuned", 1): "Rain."}
 
 
-def run_here(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine) -> None:
-    """Steps in this process."""
-    for line in lines:
-        engine = open_engine(line.steps[0].model)
-        for shard in line.shards:
-            line.steps[0](engine, run, shard)
-
-
 def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_without_an_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr("cpt_ray.reference.run_lines", run_here)
-    policy, run = make_tiny_model(tmp_path / "tiny"), RunDir(tmp_path / "run")
+    policy, run, runner = make_tiny_model(tmp_path / "tiny"), RunDir(tmp_path / "run"), LocalRunner(no_engine)
     role: dict[str, Any] = {"model": str(policy)}
     train = {"micro_batch_size": 1, "dtype": "float32", "num_workers": 1}
     content = {
@@ -86,7 +77,7 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
     config = RunConfig.model_validate(content)
     trials = [answered(model, prompt, text) for (model, prompt), text in TEXTS.items()]
     control = str(AutoTokenizer.from_pretrained(policy).eos_token)
-    found = base_log_probs(config, run, [*trials, answered("tuned", 2, f"Rain.{control}")])
+    found = base_log_probs(config, run, [*trials, answered("tuned", 2, f"Rain.{control}")], runner)
     assert "1 of 5 answers hold a control token" in capsys.readouterr().out
     tokenizer, model = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy)
     for trial in trials:
@@ -100,7 +91,7 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
     assert len(found) == len(trials)
     assert run.read_json("ledger.json")["perplexity"]["rows_out"] == 3  # distinct (prompt, answer)
     shards = run.names("reference")
-    assert base_log_probs(config, run, trials) == found
+    assert base_log_probs(config, run, trials, runner) == found
     assert run.names("reference") == shards
 
 

@@ -23,7 +23,7 @@ from cpt_ray.console import Advance, progress, say
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.judging import combine_judges
 from cpt_ray.planning import Plan
-from cpt_ray.pool import Line, run_lines
+from cpt_ray.pool import Line, Runner, run_lines
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.records import Generation, Grade, Trial, content_id
 from cpt_ray.rubric import Rubric
@@ -72,6 +72,7 @@ class Steering:
     run: RunDir
     shards: Shards | None
     """The run's tables; None where the answers come with the data."""
+    runner: Runner = run_lines
 
     @property
     def config(self) -> SteerConfig:
@@ -192,7 +193,7 @@ class Steering:
             shards[f"{label}-{start // size:05d}-{content_id(repr(part), key)[:12]}"] = part
         missing = {shard: part for shard, part in shards.items() if not self.run.has(name, shard)}
         fill = Fill(stage=f"steer {label}", table=name, model=model, shards=missing)
-        run_lines(self.run, [Line(list(shards), [fill])], functools.partial(actor, **made_of))
+        self.runner(self.run, [Line(list(shards), [fill])], functools.partial(actor, **made_of))
         return self.run.read(name, list(shards), TABLES[name])
 
 

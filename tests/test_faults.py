@@ -23,7 +23,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
 from cpt_ray.errors import UserError
 from cpt_ray.planning import plan_units
-from cpt_ray.pool import MAX_DEATHS, Line, Step, Tally, run_lines
+from cpt_ray.pool import MAX_DEATHS, Line, LocalRunner, OpenEngine, Runner, Step, Tally, make_engine, run_lines
 from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Steps, name_shards
 from tests import toy
@@ -73,6 +73,8 @@ class MarkStep(Step):
             if (run.path / "deaths").stat().st_size == MAX_DEATHS:  # an engine in a process of its own, which is gone
                 raise EngineDiedError("core dumped")
             os.kill(os.getpid(), signal.SIGKILL)
+        if shard == "broken":
+            raise KeyError("no such row")
         tally = Tally(1)
         tally.add([Completion(num_prompt_tokens=7, num_tokens=3)])
         tally.reject("cut off")
@@ -143,6 +145,25 @@ def slow_engine(model: ModelConfig) -> FakeEngine:
         return answer(request)
 
     return FakeEngine(later)
+
+
+def test_the_runner_of_this_process_ends_on_the_same_words_as_ray(metrics_url: str, tmp_path: Path) -> None:
+    def not_needed(model: ModelConfig) -> None:
+        """Of steps that ask no engine."""
+
+    def not_opened(model: ModelConfig) -> Engine:
+        return make_engine(model, None)
+
+    def last_words(runner: Runner, model: str, open_engine: OpenEngine) -> str:
+        with pytest.raises(UserError) as caught:
+            runner(RunDir(tmp_path), [Line(["broken"], [MarkStep(model=ModelConfig(model=model))])], open_engine)
+        assert "Traceback" in str(caught.value.__cause__)
+        return str(caught.value)
+
+    local = LocalRunner(not_needed)
+    for model, open_engine in (("m", not_needed), (str(tmp_path / "no-model"), not_opened)):
+        assert last_words(local, model, open_engine) == last_words(run_lines, model, open_engine)
+    assert last_words(local, "m", not_needed) == "m: KeyError: 'no such row'; what is finished is kept"
 
 
 def killed_while_it_loads(model: ModelConfig) -> None:

@@ -141,7 +141,7 @@ class Worker:
             self._attempts.note(name, _one_line(died))
             raise
         except Exception as failed:
-            return _told(failed)
+            return _told(failed, f" ({step.stage} of shard {shard})")
         return ""
 
     @contextmanager
@@ -274,9 +274,9 @@ def _one_line(error: BaseException) -> str:
     return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _told(error: Exception) -> str:
-    """The error in one line, then where it came from."""
-    return f"{_one_line(error)}\n{traceback.format_exc()}"
+def _told(error: Exception, place: str = "") -> str:
+    """The error in one line, with its place unless it is one of ours, which say what is wrong; then its trace."""
+    return f"{_one_line(error)}{'' if isinstance(error, UserError) else place}\n{traceback.format_exc()}"
 
 
 class Runner(Protocol):

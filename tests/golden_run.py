@@ -25,6 +25,7 @@ import torch
 
 from cpt_ray.cli import main
 from cpt_ray.engine import Completion, Request
+from cpt_ray.pool import Line
 from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.steering.reward import RewardModel
 from tests import toy
@@ -107,8 +108,8 @@ class KnownModel:
         return [[float(answer.count("!")), len(answer) % 3, len(prompt) % 2, 1, 0, 2] for prompt, answer in texts]
 
 
-def run_in_process(engine: RecordingEngine, run: RunDir, lines: Sequence[Any], open_engine: Any = None) -> None:
-    """In the place of `run_lines`."""
+def run_pool(engine: RecordingEngine, run: RunDir, lines: Sequence[Line], open_engine: Any, map_shards: Any) -> None:
+    """In the place of a pool of actors: says before each step which stage asks."""
     for line in lines:
         for shard in line.shards:
             for step in line.steps:
@@ -137,8 +138,8 @@ def _fit_reward_models(fits: list[Any], kinds: Sequence[Any], tensors: Any) -> l
 
 def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
     """What stands in for Ray, vLLM and training, by its place in the package."""
-    runs_lines = ("synthesis", "evaluation", "judge_check", "reference", "steering.stage")
-    return {f"{module}.run_lines": functools.partial(run_in_process, engine) for module in runs_lines} | {
+    return {
+        "pool._run_pool": functools.partial(run_pool, engine),
         "cli.connected": lambda *_, **__: contextlib.nullcontext(),
         "cli._check_room": lambda *_: None,
         "training.train": _train,

@@ -32,11 +32,11 @@ from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.planning import Plan, make_plan, plan_units, run_info
 from cpt_ray.pool import endpoint_key
 from cpt_ray.publishing import HUB, push
-from cpt_ray.records import Directive, content_id
 from cpt_ray.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
 from cpt_ray.rubric import load_rubric, load_rubrics, rubric_files
-from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize
+from cpt_ray.tables.records import Directive, content_id
+from cpt_ray.tables.rundir import MARK, RunDir
 from cpt_ray.yaml_file import read_yaml
 
 

@@ -34,7 +34,7 @@ from pydantic import (
 
 from cpt_ray import gguf_model
 from cpt_ray.errors import UserError, shown
-from cpt_ray.records import content_id
+from cpt_ray.tables.records import content_id
 from cpt_ray.yaml_file import StrictLoader, read_yaml, validation_lines
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]

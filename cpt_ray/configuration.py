@@ -17,8 +17,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.prompting import compose_directives
-from cpt_ray.records import Directive
 from cpt_ray.rubric import Rubric
+from cpt_ray.tables.records import Directive
 
 CATALOG_FILE = "catalog.json"
 """Where it is kept in the run directory."""

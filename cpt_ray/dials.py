@@ -32,9 +32,9 @@ import numpy as np
 
 from cpt_ray.grading import interpolate, measured_criterion, weighted
 from cpt_ray.measures import measures
-from cpt_ray.records import Trial
 from cpt_ray.resampling import MODELS, Floats, Resamples, estimate, named_estimate
 from cpt_ray.rubric import CheckSpec, Level, MeasureSpec, Rubric
+from cpt_ray.tables.records import Trial
 
 SCORE = "score"
 """In the place of a measure's name, where a dial's value is a score."""

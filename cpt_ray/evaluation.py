@@ -22,16 +22,16 @@ from cpt_ray.measures import whole_sentences
 from cpt_ray.planning import Plan, run_info
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
-from cpt_ray.records import Directive, Prompt, Trial, content_id
 from cpt_ray.reference import add_reference
 from cpt_ray.report import REPORT, judge_check_line, render_report, table_lines
 from cpt_ray.rows import Row, Tokeniser, Unfit
 from cpt_ray.rubric import Level, Rubric
-from cpt_ray.rundir import RunDir, derive
 from cpt_ray.scoring import score_trials
 from cpt_ray.spread import Spread, pool_spread
 from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import Shards
+from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
+from cpt_ray.tables.rundir import RunDir, derive
 
 Ids = tuple[int, ...]
 MAX_LIKELIHOODS = 512

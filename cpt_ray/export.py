@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import TrainConfig
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MARK, RunDir
 
 PROBE_TOKENS = 64
 MOST_GROWTH = 10

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_ray.measures import measures, why_undefined
-from cpt_ray.records import CriterionGrade, Grade
 from cpt_ray.rubric import Criterion, Rubric
+from cpt_ray.tables.records import CriterionGrade, Grade
 
 MIN_LABEL_MASS = 0.5
 """Least probability the judge must put on the level tokens together for its verdict to count."""

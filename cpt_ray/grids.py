@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from cpt_ray.grading import level_at
 from cpt_ray.measures import OF_LENGTH
-from cpt_ray.records import Generation, content_id
 from cpt_ray.rubric import Rubric
+from cpt_ray.tables.records import Generation, content_id
 
 LENGTH = "tokens (log)"
 """What an answer's length is called among the rubrics, none of which can have this id; no rubric of length is balanced

@@ -11,10 +11,10 @@ from cpt_ray.engine import Engine
 from cpt_ray.judging import JudgeStep
 from cpt_ray.planning import Plan, read_judge_check
 from cpt_ray.pool import Line, Runner, Tally, ledger_entry
-from cpt_ray.records import Generation, Grade
-from cpt_ray.rundir import RunDir, derive
 from cpt_ray.spread import some_of, survey, with_points
 from cpt_ray.synthesis import Shards
+from cpt_ray.tables.records import Generation, Grade
+from cpt_ray.tables.rundir import RunDir, derive
 
 
 @dataclass(frozen=True, kw_only=True)

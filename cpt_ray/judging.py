@@ -20,10 +20,10 @@ from cpt_ray.prompting import (
     rationale_messages,
     rationale_schema,
 )
-from cpt_ray.records import CONTROL, CriterionGrade, Generation, Grade
 from cpt_ray.rubric import Criterion, Rubric
-from cpt_ray.rundir import RunDir, derive
 from cpt_ray.spread import Spread
+from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade
+from cpt_ray.tables.rundir import RunDir, derive
 
 GRADE_FORMAT = 5
 """Goes up when a row of `grades` means something else than before."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.rundir import alone, replacing
+from cpt_ray.tables.rundir import alone, replacing
 
 KEYS_FILE = "keys.json"
 """Where they are kept in the run directory, readable by its owner only."""

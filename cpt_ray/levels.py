@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from cpt_ray.pairing import Paired
 from cpt_ray.pool import APART
-from cpt_ray.records import Generation, Unit
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.records import Generation, Unit
+from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
     from cpt_ray.planning import Plan

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.records import Reject
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.records import Reject
+from cpt_ray.tables.rundir import RunDir
 from cpt_ray.thoughts import DETAILS, NOT_ENDED, UNCLEAR
 
 REJECTED = "rejected: "

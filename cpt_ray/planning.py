@@ -21,8 +21,8 @@ from cpt_ray.pairing import cell_id_of, control_directive
 from cpt_ray.pool import SHARDS_IN_FLIGHT
 from cpt_ray.prompting import JOINT_HASH, TEMPLATES_HASH
 from cpt_ray.prompts import read_prompts
-from cpt_ray.records import CONTROL, Generation, Grade, Prompt, Reject, Unit, content_id
 from cpt_ray.rubric import Rubric, load_rubric, load_rubrics
+from cpt_ray.tables.records import CONTROL, Generation, Grade, Prompt, Reject, Unit, content_id
 
 Rubrics = dict[str, Rubric]
 """By id."""

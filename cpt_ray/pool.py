@@ -29,7 +29,7 @@ from cpt_ray.console import progress
 from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.losses import REJECTED
-from cpt_ray.rundir import RunDir, replacing
+from cpt_ray.tables.rundir import RunDir, replacing
 
 Counts = Mapping[str, float]
 OpenEngine = Callable[[ModelConfig], Any]

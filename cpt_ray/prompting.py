@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.records import content_id
 from cpt_ray.rubric import Criterion, Level, Rubric
+from cpt_ray.tables.records import content_id
 
 ChatMessage = dict[str, Any]
 """{"role": ..., "content": ..., perhaps "tool_calls": ...}, as chat templates and the OpenAI API take it."""

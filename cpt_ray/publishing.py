@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MARK, RunDir
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

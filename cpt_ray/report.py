@@ -16,10 +16,10 @@ from cpt_ray.grading import confirms
 from cpt_ray.markup import escaped as _text
 from cpt_ray.markup import html_table
 from cpt_ray.markup import shortened as _short
-from cpt_ray.records import Trial, content_id
 from cpt_ray.resampling import MODELS
 from cpt_ray.rubric import Rubric
 from cpt_ray.scoring import METRICS
+from cpt_ray.tables.records import Trial, content_id
 
 REPORT = "report/report.html"
 """In the run directory."""

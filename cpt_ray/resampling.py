@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_ray.records import Trial
+from cpt_ray.tables.records import Trial
 
 MODELS = ("base", "tuned")
 INTERVAL_PERCENT = 95

@@ -13,7 +13,7 @@ from cpt_ray import gguf_model
 from cpt_ray.config import ModelConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, shown
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.rundir import RunDir
 
 CPU_DTYPE = "cpu_dtype"
 """Key in run.yaml of the dtype that the run's engines on CPUs have where the run file gives none."""

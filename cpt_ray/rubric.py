@@ -34,7 +34,7 @@ from cpt_ray.measures import (
     word_of,
     words_of,
 )
-from cpt_ray.records import CONTROL, content_id
+from cpt_ray.tables.records import CONTROL, content_id
 from cpt_ray.texts import is_blank
 from cpt_ray.yaml_file import read_yaml, shown_in_yaml, validation_lines
 

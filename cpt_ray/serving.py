@@ -48,8 +48,8 @@ from cpt_ray.frontend import (
     open_to_pages,
 )
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
-from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
+from cpt_ray.tables.rundir import RunDir
 from cpt_ray.templates import control_tokens
 
 KEY_VARIABLE = "CPT_API_KEY"

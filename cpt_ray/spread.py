@@ -21,9 +21,9 @@ import numpy as np
 from cpt_ray.errors import UserError
 from cpt_ray.grids import is_of_length
 from cpt_ray.measures import measures
-from cpt_ray.records import Generation, content_id
 from cpt_ray.rubric import CheckSpec, Criterion, Rubric
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.records import Generation, content_id
+from cpt_ray.tables.rundir import RunDir
 
 SPREAD = "spread.json"
 """In the run directory: a key, and what `survey` found, under "rubrics"."""

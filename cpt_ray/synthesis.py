@@ -39,10 +39,10 @@ from cpt_ray.planning import (
 )
 from cpt_ray.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import ChatMessage, joint_writer_messages, policy_messages, writer_messages
-from cpt_ray.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.rows import reasons
-from cpt_ray.rundir import RunDir, derive
 from cpt_ray.spread import MOST_SHARDS, Spread, is_spread
+from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
+from cpt_ray.tables.rundir import RunDir, derive
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""

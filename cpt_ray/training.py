@@ -28,7 +28,6 @@ from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.export import empty_folder, export
 from cpt_ray.publishing import write_cards
-from cpt_ray.records import Pair, Reject, content_id
 from cpt_ray.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
 from cpt_ray.rows import (
     Row,
@@ -44,7 +43,8 @@ from cpt_ray.rows import (
     steps_per_epoch,
 )
 from cpt_ray.rubric import Rubric
-from cpt_ray.rundir import MARK, RunDir
+from cpt_ray.tables.records import Pair, Reject, content_id
+from cpt_ray.tables.rundir import MARK, RunDir
 from cpt_ray.templates import stop_tokens
 
 PROGRESS = ".train_progress.json"

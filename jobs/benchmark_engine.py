@@ -39,8 +39,8 @@ from cpt_ray.planning import Plan, make_plan, plan_units
 from cpt_ray.pool import Line, run_lines
 from cpt_ray.prompting import token_ids
 from cpt_ray.roles import with_dtype
-from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Steps
+from cpt_ray.tables.rundir import RunDir
 
 LAYERS = 8
 WARM_UP = 200

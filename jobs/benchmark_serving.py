@@ -38,8 +38,8 @@ from cpt_ray.config import RunConfig, load_config
 from cpt_ray.configuration import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.engine import engine_arguments, engine_env
 from cpt_ray.roles import with_dtype
-from cpt_ray.rundir import RunDir
 from cpt_ray.serving import _free_port, serve_model
+from cpt_ray.tables.rundir import RunDir
 
 KEY = "benchmark"
 NO_STOPS = ("policy.sampling.stop=[]", "policy.sampling.include_stop=false")

@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.configuration import Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.records import SteeredAnswer
 from cpt_ray.steering.inference import Candidates, Choice, Preferences
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
+from cpt_ray.tables.records import SteeredAnswer
 
 COUNTS = (0, 1, 3, 5, 10)
 TOY = Path(__file__).parents[1] / "tests" / "toy" / "model"

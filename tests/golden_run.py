@@ -26,8 +26,8 @@ import torch
 from cpt_ray.cli import main
 from cpt_ray.engine import Completion, Request
 from cpt_ray.pool import Line
-from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.steering.reward import RewardModel
+from cpt_ray.tables.rundir import MARK, RunDir
 from tests import toy
 from tests.builders import LEVELS, rubric_dict
 
@@ -206,7 +206,9 @@ def make_runs(folder: Path) -> Made:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where no folder has a model's name
-        patch.setattr("cpt_ray.records.json", SimpleNamespace(dumps=dumps))  # of `content_id`, wherever it is called
+        patch.setattr(
+            "cpt_ray.tables.records.json", SimpleNamespace(dumps=dumps)
+        )  # of `content_id`, wherever it is called
         for name, path in files.items():
             engine = RecordingEngine()
             for place, value in places(engine, made.fits).items():

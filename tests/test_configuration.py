@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
-from cpt_ray.records import Directive
+from cpt_ray.tables.records import Directive
 from tests.builders import LEVELS, make_directives, make_rubric
 
 RUBRICS = (make_rubric(), make_rubric(id="warmth", title="Warmth"))

@@ -24,8 +24,8 @@ from cpt_ray.engine import Completion, Engine, EngineDiedError, FakeEngine, Requ
 from cpt_ray.errors import UserError
 from cpt_ray.planning import plan_units
 from cpt_ray.pool import MAX_DEATHS, Line, LocalRunner, OpenEngine, Runner, Step, Tally, make_engine, run_lines
-from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import Steps, name_shards
+from cpt_ray.tables.rundir import RunDir
 from tests import toy
 from tests.local_cluster import ROOT
 from tests.test_synthesis import GIVEN, answer, make_run

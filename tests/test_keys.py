@@ -15,8 +15,8 @@ from cpt_ray import keys
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
 from cpt_ray.keys import UNKNOWN_KEY, Key, Keyring, Refusal, make_key
-from cpt_ray.rundir import RunDir
 from cpt_ray.serving import _choose_keys
+from cpt_ray.tables.rundir import RunDir
 
 
 @pytest.fixture

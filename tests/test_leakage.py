@@ -7,7 +7,7 @@ import pytest
 
 from cpt_ray.errors import UserError
 from cpt_ray.planning import check_leakage
-from cpt_ray.records import Prompt
+from cpt_ray.tables.records import Prompt
 
 
 def check(train: str, held_out: str) -> None:

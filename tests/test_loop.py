@@ -18,10 +18,10 @@ from cpt_ray.cluster import unused_port
 from cpt_ray.config import load_config
 from cpt_ray.measures import measures
 from cpt_ray.planning import make_plan, plan_units
-from cpt_ray.records import Directive, Generation, Pair, Unit
 from cpt_ray.rubric import load_rubrics
-from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import name_shards
+from cpt_ray.tables.records import Directive, Generation, Pair, Unit
+from cpt_ray.tables.rundir import RunDir
 from tests import toy
 from tests.local_cluster import ROOT, LocalCluster
 

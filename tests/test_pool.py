@@ -16,11 +16,11 @@ from cpt_ray.errors import UserError
 from cpt_ray.evaluation import evaluate
 from cpt_ray.planning import plan_units
 from cpt_ray.pool import MAX_DEATHS, Line, LocalRunner, Step, Tally
-from cpt_ray.records import AnswerEmbedding, Unit
-from cpt_ray.rundir import RunDir
 from cpt_ray.steering.stage import Steering
 from cpt_ray.steering.users import Answer, make_answer
 from cpt_ray.synthesis import name_shards, synthesize
+from cpt_ray.tables.records import AnswerEmbedding, Unit
+from cpt_ray.tables.rundir import RunDir
 from tests.test_synthesis import GIVEN, answer, make_run, synthesized, with_engine
 from tests.tiny_model import make_tiny_model
 

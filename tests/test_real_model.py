@@ -13,9 +13,9 @@ import pytest
 from cpt_ray.config import load_config
 from cpt_ray.grading import level_at, measured_criterion
 from cpt_ray.planning import make_plan, plan_units
-from cpt_ray.records import Generation, Pair
-from cpt_ray.rundir import MARK, RunDir
 from cpt_ray.synthesis import name_shards, resolved
+from cpt_ray.tables.records import Generation, Pair
+from cpt_ray.tables.rundir import MARK, RunDir
 from tests.local_cluster import ROOT
 
 RUN_FILE = "jobs/quickstart.yaml"

@@ -15,7 +15,7 @@ from cpt_ray import roles
 from cpt_ray.cli import main
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.errors import UserError
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.rundir import RunDir
 from tests.builders import rubric_dict
 from tests.tiny_gguf import write_gguf
 

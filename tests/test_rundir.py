@@ -8,7 +8,7 @@ import pytest
 
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.rundir import RunDir
 
 
 def refused(run: RunDir, *written: str) -> None:

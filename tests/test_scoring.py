@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.grading import confirms
-from cpt_ray.records import Trial
 from cpt_ray.resampling import Resamples
 from cpt_ray.rubric import Rubric
 from cpt_ray.scoring import METRICS, score_trials
+from cpt_ray.tables.records import Trial
 from tests.builders import LEVELS, make_rubric
 
 ANCHORS = {"low": 10.0, "mid": 50.0, "high": 90.0}

@@ -44,12 +44,12 @@ from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.prompting import policy_messages, token_ids
-from cpt_ray.rundir import RunDir
 from cpt_ray.serving import serve_model
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy
 from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import Embedder, sequence
+from cpt_ray.tables.rundir import RunDir
 from tests.builders import make_directives, make_rubric
 from tests.local_cluster import ROOT
 from tests.test_steering_policy import disturbed

@@ -12,10 +12,10 @@ import pytest
 from cpt_ray.config import RunConfig
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
-from cpt_ray.records import Directive
 from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, make_candidates, parse_choices
 from cpt_ray.steering.stage import read_choices
 from cpt_ray.steering.users import KINDS, Answer, Population, draw_taste, make_answer
+from cpt_ray.tables.records import Directive
 from tests.builders import LEVELS, make_directives, make_rubric
 
 RUBRICS = [make_rubric(), make_rubric(id="mood", title="Mood")]

@@ -18,9 +18,9 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import ModelConfig
 from cpt_ray.configuration import CATALOG_FILE, Catalog
 from cpt_ray.report import STEERING_END, STEERING_START
-from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import with_steering
 from cpt_ray.steering.tables import sequence
+from cpt_ray.tables.rundir import RunDir
 from tests import toy
 from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model

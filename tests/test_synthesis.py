@@ -28,12 +28,12 @@ from cpt_ray.judging import JudgeStep
 from cpt_ray.pairing import control_directive
 from cpt_ray.planning import Plan, is_control, make_plan, plan_units
 from cpt_ray.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
-from cpt_ray.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.report import REPORT
-from cpt_ray.rundir import RunDir
 from cpt_ray.steering.page import RESULTS
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis import Shards, Steps, name_shards, synthesize
+from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
+from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
 
@@ -574,7 +574,7 @@ def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpt_ray.rundir.uuid.uuid4", lambda: uuid.UUID(int=0))
+    monkeypatch.setattr("cpt_ray.tables.rundir.uuid.uuid4", lambda: uuid.UUID(int=0))
     plan, run = make_run(tmp_path)
     name, units = next(iter(plan_units(plan).items()))
     path = run.shard("units", name)

@@ -30,10 +30,10 @@ from cpt_ray.errors import UserError
 from cpt_ray.export import export
 from cpt_ray.grid import rate_share
 from cpt_ray.prompting import token_ids
-from cpt_ray.records import Message, Pair, ReferenceLogProb, Reject, content_id
 from cpt_ray.reference import add_reference, rows_path, write_rows
 from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
+from cpt_ray.tables.rundir import RunDir
 from cpt_ray.training import PROGRESS, check_finite, check_first_loss, describe_failure, train, training_notes, work
 from tests.local_cluster import RAY, ROOT
 from tests.tiny_model import make_tiny_model

@@ -15,9 +15,9 @@ from cpt_ray.config import EvaluateConfig, RunConfig
 from cpt_ray.evaluation import bare_rows, base_log_probs, in_turn, likely_trials, trials_of
 from cpt_ray.pool import LocalRunner
 from cpt_ray.prompting import token_ids
-from cpt_ray.records import Prompt, Trial
-from cpt_ray.rundir import RunDir
 from cpt_ray.synthesis import no_engine
+from cpt_ray.tables.records import Prompt, Trial
+from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_directives, make_rubric
 from tests.tiny_model import make_tiny_model
 

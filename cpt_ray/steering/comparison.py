@@ -17,7 +17,6 @@ import torch
 from transformers import AutoTokenizer
 
 from cpt_ray.console import say
-from cpt_ray.records import Prompt, SteeredAnswer, content_id
 from cpt_ray.report import REPORT
 from cpt_ray.rubric import Rubric
 from cpt_ray.steering.fitting import Tensors, reference_logps
@@ -28,6 +27,7 @@ from cpt_ray.steering.reward import Tasks, accuracy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts
 from cpt_ray.steering.tables import AdapterActor, AnswerActor
 from cpt_ray.steering.users import Answer, Floats, Taste, User, grade_by_measures
+from cpt_ray.tables.records import Prompt, SteeredAnswer, content_id
 
 COUNTS = (0, 1, 3, 5, 10)
 """Numbers of choices that results are given for, up to steer.choices."""

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from cpt_ray.config import Form, SteerConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError
-from cpt_ray.rundir import replacing
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel, Tasks, learn
 from cpt_ray.steering.users import User
+from cpt_ray.tables.rundir import replacing
 
 PROGRESS = "progress.json"
 POLL_SECONDS = 1.0

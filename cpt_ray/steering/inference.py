@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError, did_you_mean, kind_of
-from cpt_ray.records import content_id
-from cpt_ray.rundir import RunDir
+from cpt_ray.tables.records import content_id
+from cpt_ray.tables.rundir import RunDir
 from cpt_ray.texts import half_character
 
 QUESTIONS = "steering/questions.json"

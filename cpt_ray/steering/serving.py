@@ -23,11 +23,11 @@ from torch import Tensor
 from cpt_ray.config import Form, ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import CALL
-from cpt_ray.records import content_id
-from cpt_ray.rundir import RunDir
 from cpt_ray.steering.inference import Choice
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy
 from cpt_ray.steering.tables import Embedder
+from cpt_ray.tables.records import content_id
+from cpt_ray.tables.rundir import RunDir
 
 REMOVE_SECONDS = 60.0
 """From the end of the last request with an adapter to the removal of its folder."""

@@ -25,9 +25,7 @@ from cpt_ray.judging import combine_judges
 from cpt_ray.planning import Plan
 from cpt_ray.pool import Line, Runner, run_lines
 from cpt_ray.prompts import read_jsonl
-from cpt_ray.records import Generation, Grade, Trial, content_id
 from cpt_ray.rubric import Rubric
-from cpt_ray.rundir import TABLES, RunDir
 from cpt_ray.steering.answers import read_answers
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
 from cpt_ray.steering.inference import (
@@ -60,6 +58,8 @@ from cpt_ray.steering.users import (
     make_answer,
 )
 from cpt_ray.synthesis import Shards
+from cpt_ray.tables.records import Generation, Grade, Trial, content_id
+from cpt_ray.tables.rundir import TABLES, RunDir
 
 NUM_QUESTIONS = 200
 

@@ -16,9 +16,9 @@ from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of, vllm_
 from cpt_ray.errors import UserError
 from cpt_ray.pool import Step
 from cpt_ray.prompting import policy_messages, token_ids
-from cpt_ray.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
-from cpt_ray.rundir import RunDir
 from cpt_ray.steering.users import Answer
+from cpt_ray.tables.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
+from cpt_ray.tables.rundir import RunDir
 from cpt_ray.templates import control_tokens, find_control_token
 from cpt_ray.thoughts import opens_thoughts, without_thoughts
 

@@ -25,7 +25,7 @@ import yaml
 
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.records import (
+from cpt_ray.tables.records import (
     AnswerEmbedding,
     AnswerLogprobs,
     Directive,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 
 
 def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:

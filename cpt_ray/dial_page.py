@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cpt_ray.dials import SCORE, Dial
 from cpt_ray.markup import escaped, html_table, shortened
 from cpt_ray.resampling import MODELS
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 
 COLUMNS = 80

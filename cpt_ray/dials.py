@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from cpt_ray.grading import interpolate, measured_criterion, weighted
-from cpt_ray.measures import measures
 from cpt_ray.resampling import MODELS, Floats, Resamples, estimate, named_estimate
-from cpt_ray.rubric import CheckSpec, Level, MeasureSpec, Rubric
+from cpt_ray.rubrics.grading import interpolate, measured_criterion, weighted
+from cpt_ray.rubrics.measures import measures
+from cpt_ray.rubrics.rubric import CheckSpec, Level, MeasureSpec, Rubric
 from cpt_ray.tables.records import Trial
 
 SCORE = "score"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpt_ray.measures import terms_of
+from cpt_ray.rubrics.measures import terms_of
 
 NUM_PERMUTATIONS, NUM_BANDS = 128, 32
 SHINGLE_WORDS = 3

@@ -18,14 +18,14 @@ from cpt_ray.errors import UserError
 from cpt_ray.judge_check import check_judge
 from cpt_ray.judging import JudgeStep, grader, judge_answers
 from cpt_ray.losses import cut_note
-from cpt_ray.measures import whole_sentences
 from cpt_ray.planning import Plan, run_info
 from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.prompting import policy_messages
 from cpt_ray.reference import add_reference
 from cpt_ray.report import REPORT, judge_check_line, render_report, table_lines
 from cpt_ray.rows import Row, Tokeniser, Unfit
-from cpt_ray.rubric import Level, Rubric
+from cpt_ray.rubrics.measures import whole_sentences
+from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.scoring import score_trials
 from cpt_ray.spread import Spread, pool_spread
 from cpt_ray.steering.page import RESULTS, with_steering

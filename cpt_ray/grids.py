@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cpt_ray.grading import level_at
-from cpt_ray.measures import OF_LENGTH
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.grading import level_at
+from cpt_ray.rubrics.measures import OF_LENGTH
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Generation, content_id
 
 LENGTH = "tokens (log)"

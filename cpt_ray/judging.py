@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.engine import Completion, Engine, Request, sampled
-from cpt_ray.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.grids import missing_levels
 from cpt_ray.planning import Rubrics, answers_of
 from cpt_ray.pool import Step, Tally
@@ -20,7 +19,8 @@ from cpt_ray.prompting import (
     rationale_messages,
     rationale_schema,
 )
-from cpt_ray.rubric import Criterion, Rubric
+from cpt_ray.rubrics.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
+from cpt_ray.rubrics.rubric import Criterion, Rubric
 from cpt_ray.spread import Spread
 from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade
 from cpt_ray.tables.rundir import RunDir, derive

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.rubric import Criterion, Level, Rubric
+from cpt_ray.rubrics.rubric import Criterion, Level, Rubric
 from cpt_ray.tables.records import content_id
 
 ChatMessage = dict[str, Any]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line, shown
-from cpt_ray.measures import folded
+from cpt_ray.rubrics.measures import folded
 from cpt_ray.tables.records import Prompt, Reject, content_id
 from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
 

@@ -29,7 +29,7 @@ from cpt_ray.console import say
 from cpt_ray.errors import UserError
 from cpt_ray.prompting import ChatMessage
 from cpt_ray.prompts import read_rows
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
 from cpt_ray.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from cpt_ray.agreement import agreement, spearman
 from cpt_ray.dials import Instrument, LogProbs, Spread, check_score, perplexities, slope_gap
-from cpt_ray.grading import confirms
 from cpt_ray.resampling import MODELS, Floats, Resamples, named_estimate
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.grading import confirms
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 
 METRICS = ("accuracy", "kendall_tau", "spearman_rho")

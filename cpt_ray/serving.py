@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
-from cpt_ray.configuration import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.console import progress, say
 from cpt_ray.engine import check_template, engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean, kind_of
@@ -48,6 +47,7 @@ from cpt_ray.frontend import (
     open_to_pages,
 )
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
+from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.templates import control_tokens

@@ -20,8 +20,8 @@ import numpy as np
 
 from cpt_ray.errors import UserError
 from cpt_ray.grids import is_of_length
-from cpt_ray.measures import measures
-from cpt_ray.rubric import CheckSpec, Criterion, Rubric
+from cpt_ray.rubrics.measures import measures
+from cpt_ray.rubrics.rubric import CheckSpec, Criterion, Rubric
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import RunDir
 

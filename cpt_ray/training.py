@@ -42,7 +42,7 @@ from cpt_ray.rows import (
     select_pairs,
     steps_per_epoch,
 )
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject, content_id
 from cpt_ray.tables.rundir import MARK, RunDir
 from cpt_ray.templates import stop_tokens

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.configuration import Catalog, CatalogLevel, CatalogRubric
+from cpt_ray.rubrics.catalog import Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.steering.inference import Candidates, Choice, Preferences
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive, Generation, Grade
 
 LEVELS = ("low", "mid", "high")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.tables.records import Directive
 from tests.builders import LEVELS, make_directives, make_rubric
 

@@ -19,7 +19,6 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from cpt_ray.config import SamplingConfig
-from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import (
     AT_ONCE_SECONDS,
@@ -35,6 +34,7 @@ from cpt_ray.frontend import (
     read_object,
 )
 from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.rubrics.catalog import Catalog
 from tests.builders import make_directives, make_rubric
 
 KEY = "a-test-key"

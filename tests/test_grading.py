@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.agreement import agreement, spearman, weighted_kappa
-from cpt_ray.grading import (
+from cpt_ray.rubrics.grading import (
     aggregate,
     grade_answer,
     interpolate,
@@ -18,7 +18,7 @@ from cpt_ray.grading import (
     measured_criterion,
     voted_criteria,
 )
-from cpt_ray.measures import measures
+from cpt_ray.rubrics.measures import measures
 from tests.builders import make_grade, make_rubric
 
 RUBRIC = make_rubric()

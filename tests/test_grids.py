@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.grids import BALANCED, LENGTH, Answer, Grid, GridMaker, Shifts, missing_levels
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from tests.builders import LEVELS, make_generation, make_rubric
 
 OWN, OTHER = make_rubric(), make_rubric(id="mood", title="Mood")

@@ -12,8 +12,8 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.english import syllables
-from cpt_ray.measures import (
+from cpt_ray.rubrics.english import syllables
+from cpt_ray.rubrics.measures import (
     MEASURES,
     folded,
     measure_range,

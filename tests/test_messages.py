@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpt_ray.config import PreferenceRunConfig, RunConfig, load_any_config
 from cpt_ray.errors import UserError
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.yaml_file import PATTERNS, validation_lines
 from tests import toy
 

@@ -13,7 +13,7 @@ from cpt_ray.config import PromptsConfig
 from cpt_ray.errors import UserError
 from cpt_ray.planning import check_leakage
 from cpt_ray.prompts import Prompts, read_prompts
-from cpt_ray.rubric import load_rubrics
+from cpt_ray.rubrics.rubric import load_rubrics
 
 EVERYDAY = Path(__file__).parent.parent / "rubrics" / "everyday"
 TOPICS = ["tea", "rain", "iron", "moss", "salt", "dusk", "the sea", "a kite"]

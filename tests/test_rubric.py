@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.errors import UserError
-from cpt_ray.rubric import Rubric, directive_leak, load_rubric, load_rubrics
+from cpt_ray.rubrics.rubric import Rubric, directive_leak, load_rubric, load_rubrics
 from cpt_ray.yaml_file import read_yaml
 from tests.builders import make_rubric, rubric_dict
 

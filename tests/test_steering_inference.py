@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cpt_ray.config import RunConfig
-from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, make_candidates, parse_choices
 from cpt_ray.steering.stage import read_choices
 from cpt_ray.steering.users import KINDS, Answer, Population, draw_taste, make_answer

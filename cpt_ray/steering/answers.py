@@ -9,9 +9,9 @@ from typing import Any
 from cpt_ray.config import AnswersConfig, PromptsConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.grading import interpolate
 from cpt_ray.prompts import read_rows
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.grading import interpolate
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.users import Answer, make_answer
 from cpt_ray.tables.records import Prompt
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from cpt_ray.console import say
 from cpt_ray.report import REPORT
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.page import RESULTS, table_lines, with_steering

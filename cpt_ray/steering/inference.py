@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, RunConfig
-from cpt_ray.configuration import Catalog
 from cpt_ray.errors import UserError, did_you_mean, kind_of
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.texts import half_character

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import Kind
 from cpt_ray.errors import UserError
-from cpt_ray.grading import measured_criterion, weighted
-from cpt_ray.rubric import Rubric
+from cpt_ray.rubrics.grading import measured_criterion, weighted
+from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import content_id
 
 KINDS = get_args(Kind)

@@ -32,7 +32,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cpt_ray.grading import measured_criterion
 from cpt_ray.prompting import (
     ChatMessage,
     compose_directives,
@@ -42,7 +41,8 @@ from cpt_ray.prompting import (
     token_ids,
     writer_messages,
 )
-from cpt_ray.rubric import Rubric, load_rubrics
+from cpt_ray.rubrics.grading import measured_criterion
+from cpt_ray.rubrics.rubric import Rubric, load_rubrics
 from tests.toy import RUBRICS, world
 
 VOCABULARY = 1400

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from cpt_ray.rubric import Criterion, Rubric
+from cpt_ray.rubrics.rubric import Criterion, Rubric
 
 SENTENCES = 4
 """Slots per rubric in a usual text: with five levels, level k has k of four slots filled from `words`."""

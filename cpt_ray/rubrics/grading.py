@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.measures import measures, why_undefined
-from cpt_ray.rubric import Criterion, Rubric
+from cpt_ray.rubrics.measures import measures, why_undefined
+from cpt_ray.rubrics.rubric import Criterion, Rubric
 from cpt_ray.tables.records import CriterionGrade, Grade
 
 MIN_LABEL_MASS = 0.5

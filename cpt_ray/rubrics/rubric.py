@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.measures import (
+from cpt_ray.rubrics.measures import (
     MEASURES,
     WORD_LISTS_OF,
     folded,

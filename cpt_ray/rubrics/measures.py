@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import regex
 
-from cpt_ray.english import sentiment, syllables, valence
+from cpt_ray.rubrics.english import sentiment, syllables, valence
 
 _FLAGS = regex.WORD | regex.VERSION1 | regex.DOTALL
 _TERM = r"[\p{L}\p{N}](?:\B[^\p{Pc}\u202f:\uff1a])*"

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cpt_ray.chat.conversations import ChatMessage
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.prompting import ChatMessage
 from cpt_ray.texts import common_length, half_character, is_blank, messages_in, refuse_messages_in, same_text, squashed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

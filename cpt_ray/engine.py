@@ -18,12 +18,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cpt_ray.chat.conversations import ChatMessage, PromptTokens
+from cpt_ray.chat.templates import ChatTemplate, control_tokens, find_control_token
+from cpt_ray.chat.thoughts import DETAILS, NOT_ENDED, mark_tokens, opens_thoughts, without_thoughts
 from cpt_ray.config import ModelConfig, SamplingConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line
-from cpt_ray.prompting import ChatMessage, PromptTokens
-from cpt_ray.templates import ChatTemplate, control_tokens, find_control_token
 from cpt_ray.texts import is_blank
-from cpt_ray.thoughts import DETAILS, NOT_ENDED, mark_tokens, opens_thoughts, without_thoughts
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

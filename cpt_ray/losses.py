@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt_ray.chat.thoughts import DETAILS, NOT_ENDED, UNCLEAR
 from cpt_ray.config import ModelConfig
 from cpt_ray.tables.records import Reject
 from cpt_ray.tables.rundir import RunDir
-from cpt_ray.thoughts import DETAILS, NOT_ENDED, UNCLEAR
 
 REJECTED = "rejected: "
 """In front of the reason, in the counts of a shard."""

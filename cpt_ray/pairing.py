@@ -13,9 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from cpt_ray.chat.conversations import compose_directives, policy_messages
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grids import Answer, Grid, GridMaker, Shifts, is_of_length
-from cpt_ray.prompting import compose_directives, policy_messages
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id

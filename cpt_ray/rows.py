@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypedDict
 
+from cpt_ray.chat.conversations import ChatMessage
+from cpt_ray.chat.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 from cpt_ray.comparisons import (
     ANSWERS,
     HUMAN_MARK,
@@ -27,11 +29,9 @@ from cpt_ray.comparisons import (
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
-from cpt_ray.prompting import ChatMessage
 from cpt_ray.prompts import read_rows
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
-from cpt_ray.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cpt_ray.chat.templates import control_tokens
 from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.console import progress, say
@@ -50,7 +51,6 @@ from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, ke
 from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
 from cpt_ray.tables.rundir import RunDir
-from cpt_ray.templates import control_tokens
 
 KEY_VARIABLE = "CPT_API_KEY"
 APPLICATION = "cpt"

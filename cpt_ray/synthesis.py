@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cpt_ray.card import write_card
+from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, policy_messages, writer_messages
 from cpt_ray.config import ModelConfig, PriceConfig, Range, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.directing import DirectStep
@@ -37,7 +38,6 @@ from cpt_ray.planning import (
     run_info,
 )
 from cpt_ray.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
-from cpt_ray.prompting import ChatMessage, joint_writer_messages, policy_messages, writer_messages
 from cpt_ray.rows import reasons
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.spread import MOST_SHARDS, Spread, is_spread

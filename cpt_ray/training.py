@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_ray.chat.templates import stop_tokens
 from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, ModelConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
@@ -45,7 +46,6 @@ from cpt_ray.rows import (
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject, content_id
 from cpt_ray.tables.rundir import MARK, RunDir
-from cpt_ray.templates import stop_tokens
 
 PROGRESS = ".train_progress.json"
 START_MINUTES = 15

@@ -35,7 +35,7 @@ def test_the_model_of_the_package_converts_to_the_same_logits_template_and_stop_
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from cpt_ray.templates import ChatTemplate, stop_tokens
+    from cpt_ray.chat.templates import ChatTemplate, stop_tokens
 
     path, folder = gguf_model.gguf_file(SMOLLM2), gguf_model.converted(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(folder)

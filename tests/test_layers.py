@@ -11,10 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
-    {"agreement", "comparisons", "config", "console", "dial_page", "dials", "duplicates", "errors", "frontend",
-     "gguf_model", "grids", "keys", "losses", "markup", "pairing", "prompting", "prompts", "publishing",
-     "report", "resampling", "roles", "rows", "rubrics", "scoring", "seeds", "spread", "tables", "templates",
-     "texts", "thoughts", "yaml_file"},
+    {"agreement", "chat", "comparisons", "config", "console", "dial_page", "dials", "duplicates", "errors",
+     "frontend", "gguf_model", "grids", "keys", "losses", "markup", "pairing", "prompts", "publishing",
+     "report", "resampling", "roles", "rows", "rubrics", "scoring", "seeds", "spread", "tables", "texts",
+     "yaml_file"},
     {"cluster", "engine", "grid", "openai_engine"},
     {"card", "directing", "evaluation", "export", "judge_check", "judging", "levels", "planning", "pool",
      "preferences", "reference", "serving", "steering", "synthesis", "training"},

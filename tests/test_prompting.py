@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cpt_ray.prompting import PromptTokens, token_ids
+from cpt_ray.chat.conversations import PromptTokens, token_ids
 from tests import toy
 
 MARKS = ["<s>", "</s>", "[INST]", "[/INST]"]

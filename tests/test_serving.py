@@ -36,13 +36,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.cluster import connected
 from cpt_ray.config import Form, RunConfig, SamplingConfig
 from cpt_ray.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
-from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.serving import serve_model
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates

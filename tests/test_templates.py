@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from cpt_ray.chat.templates import ChatTemplate, control_tokens, find_control_token, own_stop_tokens, stop_tokens
 from cpt_ray.cli import main
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.rows import Tokeniser, TokenPairs, own_pairs, preference_pairs
 from cpt_ray.tables.records import Message, Pair
-from cpt_ray.templates import ChatTemplate, control_tokens, find_control_token, own_stop_tokens, stop_tokens
 from tests import toy
 from tests.tiny_model import SENTENCES
 from tests.toy.make import train_tokenizer

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_ray.chat.thoughts import NOT_ENDED, UNCLEAR, without_thoughts
 from cpt_ray.engine import Completion, finished
-from cpt_ray.thoughts import NOT_ENDED, UNCLEAR, without_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>The user wants rain.<|end|><|start|>assistant<|channel|>final<|message|>Rain."
 

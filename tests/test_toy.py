@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.prompting import level_labels, policy_messages, token_ids, writer_messages
+from cpt_ray.chat.conversations import level_labels, policy_messages, token_ids, writer_messages
 from cpt_ray.rubrics.grading import confirms, measured_criterion
 from cpt_ray.rubrics.rubric import directive_leak
 from tests.toy import MODEL, make, world

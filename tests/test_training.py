@@ -23,13 +23,13 @@ from ray import cloudpickle
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from cpt_ray import training
+from cpt_ray.chat.conversations import token_ids
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected, unused_port
 from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
 from cpt_ray.errors import UserError
 from cpt_ray.export import export
 from cpt_ray.grid import rate_share
-from cpt_ray.prompting import token_ids
 from cpt_ray.reference import add_reference, rows_path, write_rows
 from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id

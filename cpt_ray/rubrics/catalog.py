@@ -15,8 +15,8 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cpt_ray.chat.conversations import compose_directives
 from cpt_ray.errors import UserError, did_you_mean, kind_of
-from cpt_ray.prompting import compose_directives
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_ray.chat.conversations import policy_messages, token_ids
+from cpt_ray.chat.templates import control_tokens, find_control_token
+from cpt_ray.chat.thoughts import opens_thoughts, without_thoughts
 from cpt_ray.config import ModelConfig
 from cpt_ray.engine import VllmEngine, engine_arguments, sampled, seed_of, vllm_sampling
 from cpt_ray.errors import UserError
 from cpt_ray.pool import Step
-from cpt_ray.prompting import policy_messages, token_ids
 from cpt_ray.steering.users import Answer
 from cpt_ray.tables.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.tables.rundir import RunDir
-from cpt_ray.templates import control_tokens, find_control_token
-from cpt_ray.thoughts import opens_thoughts, without_thoughts
 
 _TURN = threading.Lock()
 """A pool calls its actors by several threads; those of this module are for one at a time."""

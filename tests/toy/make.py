@@ -3,7 +3,7 @@
     python -m tests.toy.make OUT_DIR [--scale S] [--seed N]
 
 trains a byte-level BPE tokenizer and a Qwen3 of about a million parameters from nothing, on conversations
-that `cpt_ray.prompting` renders and `world.py` answers, and saves a Hugging Face folder that vLLM loads.
+that `cpt_ray.chat.conversations` renders and `world.py` answers, and saves a Hugging Face folder that vLLM loads.
 One thread, about twenty minutes. It writes, directs and judges on purpose well, and follows directives on purpose
 badly, so that configurable preference tuning has something to do. `model/` holds what seed 0 gives.
 """
@@ -32,7 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cpt_ray.prompting import (
+from cpt_ray.chat.conversations import (
     ChatMessage,
     compose_directives,
     director_messages,

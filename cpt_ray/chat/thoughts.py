@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cpt_ray.templates import special_tokens
+from cpt_ray.chat.templates import special_tokens
 
 NOT_ENDED, UNCLEAR = "thoughts not ended", "thoughts unclear"
 DETAILS = {

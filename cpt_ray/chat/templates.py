@@ -14,8 +14,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from cpt_ray.chat.conversations import ChatMessage
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.prompting import ChatMessage
 from cpt_ray.texts import common_length, squashed, strings_in
 
 SYSTEM, USER, ANSWER = "Violet lanterns hum.", "Which kettle sang?", "Seven copper owls."

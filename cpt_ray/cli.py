@@ -25,13 +25,13 @@ from cpt_ray import __version__
 from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
 from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
 from cpt_ray.console import say, status_lines
-from cpt_ray.engine import engine_env
+from cpt_ray.engines.engine import engine_env
+from cpt_ray.engines.pool import endpoint_key
+from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.planning import Plan, make_plan, plan_units, run_info
-from cpt_ray.pool import endpoint_key
 from cpt_ray.publishing import HUB, push
-from cpt_ray.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
 from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize

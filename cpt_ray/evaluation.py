@@ -14,13 +14,13 @@ from cpt_ray.config import EvaluateConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.dial_page import dial_lines, opposites_lines
 from cpt_ray.dials import LogProbs
-from cpt_ray.engine import CUT_OFF, Completion, Engine, sampled
+from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampled
+from cpt_ray.engines.losses import cut_note
+from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.errors import UserError
 from cpt_ray.judge_check import check_judge
 from cpt_ray.judging import JudgeStep, grader, judge_answers
-from cpt_ray.losses import cut_note
 from cpt_ray.planning import Plan, run_info
-from cpt_ray.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.reference import add_reference
 from cpt_ray.report import REPORT, judge_check_line, render_report, table_lines
 from cpt_ray.rows import Row, Tokeniser, Unfit

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.agreement import agreement
-from cpt_ray.engine import Engine
+from cpt_ray.engines.engine import Engine
+from cpt_ray.engines.pool import Line, Runner, Tally, ledger_entry
 from cpt_ray.judging import JudgeStep
 from cpt_ray.planning import Plan, read_judge_check
-from cpt_ray.pool import Line, Runner, Tally, ledger_entry
 from cpt_ray.spread import some_of, survey, with_points
 from cpt_ray.synthesis import Shards
 from cpt_ray.tables.records import Generation, Grade

@@ -15,10 +15,10 @@ from cpt_ray.chat.conversations import (
     rationale_schema,
 )
 from cpt_ray.config import JudgeConfig, ModelConfig
-from cpt_ray.engine import Completion, Engine, Request, sampled
+from cpt_ray.engines.engine import Completion, Engine, Request, sampled
+from cpt_ray.engines.pool import Step, Tally
 from cpt_ray.grids import missing_levels
 from cpt_ray.planning import Rubrics, answers_of
-from cpt_ray.pool import Step, Tally
 from cpt_ray.rubrics.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.rubrics.rubric import Criterion, Rubric
 from cpt_ray.spread import Spread

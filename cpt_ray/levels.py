@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cpt_ray.engines.pool import APART
 from cpt_ray.pairing import Paired
-from cpt_ray.pool import APART
 from cpt_ray.tables.records import Generation, Unit
 from cpt_ray.tables.rundir import RunDir
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from cpt_ray.chat.conversations import JOINT_HASH, TEMPLATES_HASH
 from cpt_ray.config import RunConfig, SynthesisConfig
+from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grids import Answer, missing_levels
 from cpt_ray.pairing import cell_id_of, control_directive
-from cpt_ray.pool import SHARDS_IN_FLIGHT
 from cpt_ray.prompts import read_prompts
 from cpt_ray.rubrics.measures import terms_of
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics

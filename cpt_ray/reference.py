@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
+from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines
 from cpt_ray.errors import UserError
-from cpt_ray.pool import Line, Runner, Step, Tally, ledger_entry, run_lines
 from cpt_ray.rows import Row, sequence_ids
 from cpt_ray.tables.records import ReferenceLogProb, content_id
 from cpt_ray.tables.rundir import RunDir, replacing

@@ -33,7 +33,7 @@ from cpt_ray.chat.templates import control_tokens
 from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.console import progress, say
-from cpt_ray.engine import check_template, engine_arguments, engine_env
+from cpt_ray.engines.engine import check_template, engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.frontend import (
     CONFIGURATIONS_PATH,

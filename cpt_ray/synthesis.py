@@ -20,11 +20,12 @@ from cpt_ray.config import ModelConfig, PriceConfig, Range, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.directing import DirectStep
 from cpt_ray.duplicates import NearDuplicates
-from cpt_ray.engine import CUT_OFF, Completion, Engine, Request, sampled
+from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
+from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
+from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.errors import UserError
 from cpt_ray.judging import JudgeStep, combine_judges, grader
 from cpt_ray.levels import level_counts, level_lines
-from cpt_ray.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
 from cpt_ray.pairing import cell_id_of, control_directive, pair_answers, targets_of
 from cpt_ray.planning import (
     Asking,
@@ -37,7 +38,6 @@ from cpt_ray.planning import (
     plan_units,
     run_info,
 )
-from cpt_ray.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.rows import reasons
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.spread import MOST_SHARDS, Spread, is_spread

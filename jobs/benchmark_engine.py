@@ -35,10 +35,10 @@ from transformers import AutoTokenizer
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
 from cpt_ray.config import ModelConfig, RunConfig, load_config
-from cpt_ray.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
+from cpt_ray.engines.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
+from cpt_ray.engines.pool import Line, run_lines
+from cpt_ray.engines.roles import with_dtype
 from cpt_ray.planning import Plan, make_plan, plan_units
-from cpt_ray.pool import Line, run_lines
-from cpt_ray.roles import with_dtype
 from cpt_ray.synthesis import Steps
 from cpt_ray.tables.rundir import RunDir
 

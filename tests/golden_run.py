@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from cpt_ray.cli import main
-from cpt_ray.engine import Completion, Request
-from cpt_ray.pool import Line
+from cpt_ray.engines.engine import Completion, Request
+from cpt_ray.engines.pool import Line
 from cpt_ray.steering.reward import RewardModel
 from cpt_ray.tables.rundir import MARK, RunDir
 from tests import toy
@@ -139,7 +139,7 @@ def _fit_reward_models(fits: list[Any], kinds: Sequence[Any], tensors: Any) -> l
 def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
     """What stands in for Ray, vLLM and training, by its place in the package."""
     return {
-        "pool._run_pool": functools.partial(run_pool, engine),
+        "engines.pool._run_pool": functools.partial(run_pool, engine),
         "cli.connected": lambda *_, **__: contextlib.nullcontext(),
         "cli._check_room": lambda *_: None,
         "training.train": _train,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_ray.engine import Completion, Request
+from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.evaluation import evaluate
 from cpt_ray.planning import Plan
 from cpt_ray.tables.records import Trial

@@ -20,7 +20,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 
 from cpt_ray.cluster import ENGINE_ENV
 from cpt_ray.config import ModelConfig, SamplingConfig
-from cpt_ray.engine import (
+from cpt_ray.engines.engine import (
     Completion,
     EngineDiedError,
     Request,

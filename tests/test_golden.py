@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from cpt_ray.chat.conversations import compose_directives, policy_messages, token_ids
 from cpt_ray.chat.templates import ChatTemplate
-from cpt_ray.engine import Request
+from cpt_ray.engines.engine import Request
 from cpt_ray.frontend import Frontend
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.preferences import PreferenceStore

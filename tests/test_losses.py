@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cpt_ray.losses import FARTHEST, LEAST_ENDS, MOST_CUT, cut_note, tokens_to_hold
+from cpt_ray.engines.losses import FARTHEST, LEAST_ENDS, MOST_CUT, cut_note, tokens_to_hold
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=200)
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
+from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
+from cpt_ray.engines.pool import MAX_DEATHS, Line, LocalRunner, Step, Tally
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation import evaluate
 from cpt_ray.planning import plan_units
-from cpt_ray.pool import MAX_DEATHS, Line, LocalRunner, Step, Tally
 from cpt_ray.steering.stage import Steering
 from cpt_ray.steering.users import Answer, make_answer
 from cpt_ray.synthesis import name_shards, synthesize

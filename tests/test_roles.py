@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cpt_ray import roles
 from cpt_ray.cli import main
 from cpt_ray.config import ModelConfig, RunConfig
+from cpt_ray.engines import roles
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import rubric_dict

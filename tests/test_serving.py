@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.cluster import connected
 from cpt_ray.config import Form, RunConfig, SamplingConfig
-from cpt_ray.engine import TIGHT_JSON, Request, VllmEngine
+from cpt_ray.engines.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.frontend import MAX_BODY_BYTES
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key

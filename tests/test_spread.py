@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.config import load_config
-from cpt_ray.engine import Completion, Request
+from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.errors import UserError
 from cpt_ray.levels import LevelCounts, level_lines
 from cpt_ray.planning import Plan, make_plan, plan_units

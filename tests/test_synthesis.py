@@ -21,13 +21,13 @@ import yaml
 from cpt_ray.cli import main
 from cpt_ray.config import JudgeConfig, PriceConfig, load_config
 from cpt_ray.console import status_lines
-from cpt_ray.engine import Completion, FakeEngine, Request, check_schema_is_enforced
+from cpt_ray.engines.engine import Completion, FakeEngine, Request, check_schema_is_enforced
+from cpt_ray.engines.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation import GradeTrialsStep, evaluate
 from cpt_ray.judging import JudgeStep
 from cpt_ray.pairing import control_directive
 from cpt_ray.planning import Plan, is_control, make_plan, plan_units
-from cpt_ray.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
 from cpt_ray.report import REPORT
 from cpt_ray.steering.page import RESULTS
 from cpt_ray.steering.stage import Steering

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.chat.thoughts import NOT_ENDED, UNCLEAR, without_thoughts
-from cpt_ray.engine import Completion, finished
+from cpt_ray.engines.engine import Completion, finished
 
 HARMONY = "<|channel|>analysis<|message|>The user wants rain.<|end|><|start|>assistant<|channel|>final<|message|>Rain."
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.config import EvaluateConfig, RunConfig
+from cpt_ray.engines.pool import LocalRunner
 from cpt_ray.evaluation import bare_rows, base_log_probs, in_turn, likely_trials, trials_of
-from cpt_ray.pool import LocalRunner
 from cpt_ray.synthesis import no_engine
 from cpt_ray.tables.records import Prompt, Trial
 from cpt_ray.tables.rundir import RunDir

@@ -26,9 +26,9 @@ from pydantic import SecretStr
 
 from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig
 from cpt_ray.console import progress
-from cpt_ray.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
+from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, VllmEngine, check_schema_is_enforced, engine_env
+from cpt_ray.engines.losses import REJECTED
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.losses import REJECTED
 from cpt_ray.tables.rundir import RunDir, replacing
 
 Counts = Mapping[str, float]
@@ -242,7 +242,7 @@ def make_engine(model: ModelConfig, key: SecretStr | None) -> Engine:
     """The engine of a role; `key` is its endpoint's, if it has one."""
     if model.endpoint is None:
         return VllmEngine(model)
-    from cpt_ray.openai_engine import OpenAIEngine
+    from cpt_ray.engines.openai import OpenAIEngine
 
     assert key is not None
     return OpenAIEngine(model, key)

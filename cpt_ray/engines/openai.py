@@ -25,7 +25,7 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import SecretStr
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engine import CUT_OFF, Completion, Request, finished, log_sum, unfinished
+from cpt_ray.engines.engine import CUT_OFF, Completion, Request, finished, log_sum, unfinished
 from cpt_ray.errors import UserError
 
 CHARACTERS_PER_TOKEN = 3

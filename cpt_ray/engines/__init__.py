@@ -1,0 +1,1 @@
+"""Engines that answer requests, and the pool that brings shards through them."""

@@ -31,12 +31,12 @@ from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtyp
 from cpt_ray.errors import UserError
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.planning import Plan, make_plan, plan_units, run_info
-from cpt_ray.publishing import HUB, push
 from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize
 from cpt_ray.tables.records import Directive, content_id
 from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.training.publishing import HUB, push
 from cpt_ray.yaml_file import read_yaml
 
 
@@ -104,7 +104,7 @@ def _settings(train: TrainConfig) -> dict[str, object]:
 
 def do_train(plan: Plan, run: RunDir) -> None:
     """Pairs to a model."""
-    from cpt_ray.training import train
+    from cpt_ray.training.stage import train
 
     plan, shards = _finished(plan, run)
     train(plan.config, run, shards.pairs, _train_key(plan, shards), rubrics=plan.rubrics)
@@ -178,7 +178,7 @@ def work(arguments: argparse.Namespace) -> None:
     for role in _called(arguments.command, plan).values():
         endpoint_key(role)
     if arguments.command == "run":  # hours before it is trained
-        from cpt_ray.training import open_policy
+        from cpt_ray.training.stage import open_policy
 
         open_policy(config)[0].check()
     if arguments.command in ("train", "evaluate") and not run.path.exists():
@@ -210,7 +210,7 @@ def _called(command: str, plan: Plan) -> dict[str, ModelConfig]:
 
 def _check_room(command: str, plan: Plan) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
-    from cpt_ray.training import check_workers
+    from cpt_ray.training.stage import check_workers
 
     for name, role in _called(command, plan).items():
         if role.endpoint is None:
@@ -233,7 +233,7 @@ def status(arguments: argparse.Namespace) -> None:
 
 def train_model(arguments: argparse.Namespace) -> None:
     """A model from the run's pairs or, if the run file names one, from any preference set."""
-    from cpt_ray.training import train
+    from cpt_ray.training.stage import train
 
     given = load_any_config(Path(arguments.run_file), arguments.overrides)
     if isinstance(given, RunConfig):

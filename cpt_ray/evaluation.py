@@ -21,9 +21,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.judge_check import check_judge
 from cpt_ray.judging import JudgeStep, grader, judge_answers
 from cpt_ray.planning import Plan, run_info
-from cpt_ray.reference import add_reference
 from cpt_ray.report import REPORT, judge_check_line, render_report, table_lines
-from cpt_ray.rows import Row, Tokeniser, Unfit
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.scoring import score_trials
@@ -32,6 +30,8 @@ from cpt_ray.steering.page import RESULTS, with_steering
 from cpt_ray.synthesis import Shards
 from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
 from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.training.reference import add_reference
+from cpt_ray.training.rows import Row, Tokeniser, Unfit
 
 Ids = tuple[int, ...]
 MAX_LIKELIHOODS = 512

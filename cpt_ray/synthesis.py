@@ -38,11 +38,11 @@ from cpt_ray.planning import (
     plan_units,
     run_info,
 )
-from cpt_ray.rows import reasons
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.spread import MOST_SHARDS, Spread, is_spread
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.training.rows import reasons
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""

@@ -34,9 +34,9 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, 
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
-from cpt_ray import grid
-from cpt_ray.grid import GridTrainer, answer_logps, collate, prepare_model
-from cpt_ray.rows import Row, Tokeniser, TokenPair, make_rows
+from cpt_ray.training import grid
+from cpt_ray.training.grid import GridTrainer, answer_logps, collate, prepare_model
+from cpt_ray.training.rows import Row, Tokeniser, TokenPair, make_rows
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,

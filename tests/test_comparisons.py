@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.comparisons import is_empty_answer, read_comparisons, same_answers, unread_fields
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_rows
 from cpt_ray.texts import half_character, is_blank
+from cpt_ray.training.comparisons import is_empty_answer, read_comparisons, same_answers, unread_fields
 
 Row = dict[str, Any]
 ASK = {"role": "user", "content": "What is 2+2?"}

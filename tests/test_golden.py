@@ -27,12 +27,12 @@ from cpt_ray.engines.engine import Request
 from cpt_ray.frontend import Frontend
 from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.preferences import PreferenceStore
-from cpt_ray.reference import SCHEMA
 from cpt_ray.steering.inference import Question
 from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import sequence
 from cpt_ray.tables.records import content_id, schema_of
 from cpt_ray.tables.rundir import MARK, TABLES, RunDir
+from cpt_ray.training.reference import SCHEMA
 from tests import toy
 from tests.golden_files import FOLDER, check, shape, shortened
 from tests.golden_run import Made, make_runs

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from cpt_ray import grid
 from cpt_ray.config import PreferencesConfig
-from cpt_ray.grid import GridTrainer, StepBatches, StepPlan, answer_logps, collate, prepare_model
-from cpt_ray.rows import Row, Tokeniser, TokenPair, make_rows, preference_pairs
+from cpt_ray.training import grid
+from cpt_ray.training.grid import GridTrainer, StepBatches, StepPlan, answer_logps, collate, prepare_model
+from cpt_ray.training.rows import Row, Tokeniser, TokenPair, make_rows, preference_pairs
 from tests.tiny_model import SENTENCES, make_tiny_model
 
 LOSSES: dict[str, dict[str, Any]] = {

@@ -11,12 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
-    {"agreement", "chat", "comparisons", "config", "console", "dial_page", "dials", "duplicates", "errors",
-     "frontend", "gguf_model", "grids", "keys", "markup", "pairing", "prompts", "publishing", "report",
-     "resampling", "rows", "rubrics", "scoring", "seeds", "spread", "tables", "texts", "yaml_file"},
-    {"cluster", "grid"},
-    {"card", "directing", "engines", "evaluation", "export", "judge_check", "judging", "levels", "planning",
-     "preferences", "reference", "serving", "steering", "synthesis", "training"},
+    {"agreement", "chat", "config", "console", "dial_page", "dials", "duplicates", "errors", "frontend",
+     "gguf_model", "grids", "keys", "markup", "pairing", "prompts", "report", "resampling", "rubrics",
+     "scoring", "seeds", "spread", "tables", "texts", "yaml_file"},
+    {"cluster"},
+    {"card", "directing", "engines", "evaluation", "judge_check", "judging", "levels", "planning",
+     "preferences", "serving", "steering", "synthesis", "training"},
     {"__main__", "cli"},
 ]  # fmt: skip
 

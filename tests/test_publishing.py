@@ -17,8 +17,8 @@ import yaml
 
 from cpt_ray.cli import main
 from cpt_ray.config import PreferenceRunConfig
-from cpt_ray.publishing import write_cards
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.training.publishing import write_cards
 
 
 class Hub(ThreadingHTTPServer):

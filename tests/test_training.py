@@ -22,19 +22,27 @@ import ray
 from ray import cloudpickle
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-from cpt_ray import training
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected, unused_port
 from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
 from cpt_ray.errors import UserError
-from cpt_ray.export import export
-from cpt_ray.grid import rate_share
-from cpt_ray.reference import add_reference, rows_path, write_rows
-from cpt_ray.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
 from cpt_ray.tables.rundir import RunDir
-from cpt_ray.training import PROGRESS, check_finite, check_first_loss, describe_failure, train, training_notes, work
+from cpt_ray.training import stage as training
+from cpt_ray.training.export import export
+from cpt_ray.training.grid import rate_share
+from cpt_ray.training.reference import add_reference, rows_path, write_rows
+from cpt_ray.training.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
+from cpt_ray.training.stage import (
+    PROGRESS,
+    check_finite,
+    check_first_loss,
+    describe_failure,
+    train,
+    training_notes,
+    work,
+)
 from tests.local_cluster import RAY, ROOT
 from tests.tiny_model import make_tiny_model
 
@@ -144,7 +152,7 @@ def work_with_a_log(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """`work`, which also writes down which rows each worker group ran in which step."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    from cpt_ray import grid
+    from cpt_ray.training import grid
 
     log = settings["job"].run.path / "samples.jsonl"
     group = broadcast_from_rank_zero(os.getpid())

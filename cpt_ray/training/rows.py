@@ -16,7 +16,13 @@ from typing import Any, TypedDict
 
 from cpt_ray.chat.conversations import ChatMessage
 from cpt_ray.chat.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
-from cpt_ray.comparisons import (
+from cpt_ray.config import PreferencesConfig
+from cpt_ray.console import say
+from cpt_ray.errors import UserError
+from cpt_ray.prompts import read_rows
+from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
+from cpt_ray.training.comparisons import (
     ANSWERS,
     HUMAN_MARK,
     Comparison,
@@ -26,12 +32,6 @@ from cpt_ray.comparisons import (
     unread_columns,
     unread_fields,
 )
-from cpt_ray.config import PreferencesConfig
-from cpt_ray.console import say
-from cpt_ray.errors import UserError
-from cpt_ray.prompts import read_rows
-from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Training: DPO on rows of twin pairs (`cpt_ray/grid.py`) on every rank of a Ray Train worker group.
+"""Training: DPO on rows of twin pairs (`cpt_ray/training/grid.py`) on every rank of a Ray Train worker group.
 
 The driver tokenises, checks and selects the pairs, so that a directive is never cut and a pair never loses its twin,
 looks up their reference log-probabilities, writes the rows to parquet and starts the workers. A worker group that died
@@ -27,10 +27,13 @@ from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, ModelConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.export import empty_folder, export
-from cpt_ray.publishing import write_cards
-from cpt_ray.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
-from cpt_ray.rows import (
+from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.tables.records import Pair, Reject, content_id
+from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.training.export import empty_folder, export
+from cpt_ray.training.publishing import write_cards
+from cpt_ray.training.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
+from cpt_ray.training.rows import (
     Row,
     Tokeniser,
     TokenPair,
@@ -43,9 +46,6 @@ from cpt_ray.rows import (
     select_pairs,
     steps_per_epoch,
 )
-from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.records import Pair, Reject, content_id
-from cpt_ray.tables.rundir import MARK, RunDir
 
 PROGRESS = ".train_progress.json"
 START_MINUTES = 15
@@ -470,7 +470,7 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from cpt_ray.grid import GridTrainer
+    from cpt_ray.training.grid import GridTrainer
 
     settings = job.config.train
     if not settings.use_gpu:

@@ -2,15 +2,15 @@
 
 TRL's trainer sees 2K(K-1) sequences in the K(K-1) ordered pairs of a cell's K answers; only K^2 of them differ, and
 they have only K different prompts. `GridTrainer` is TRL's `DPOTrainer` with another batch: a batch is some rows
-(`cpt_ray/rows.py`), laid out without padding as all their prompts followed by all their answers. Linear layers and the
-LM head see each token once; `grid_attention` gives every answer its own prompt and nothing of the other answers. The
-per-token log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss` does the rest, so every
-loss type, weight and metric is TRL's.
+(`cpt_ray/training/rows.py`), laid out without padding as all their prompts followed by all their answers. Linear
+layers and the LM head see each token once; `grid_attention` gives every answer its own prompt and nothing of the other
+answers. The per-token log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss` does the
+rest, so every loss type, weight and metric is TRL's.
 
-A prompt's last token predicts the first token of each of its answers. It is therefore not run with the prompt but
-once in front of every answer, so that each position of an answer's segment has exactly one label.
+A prompt's last token predicts the first token of each of its answers. It is therefore not run with the prompt but once
+in front of every answer, so that each position of an answer's segment has exactly one label.
 
-    GridTrainer(model=..., args=DPOConfig(...), train_dataset=rows, step_pairs=32, peft_config=...).train()
+GridTrainer(model=..., args=DPOConfig(...), train_dataset=rows, step_pairs=32, peft_config=...).train()
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers.masking_utils import sdpa_mask
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from cpt_ray.rows import Row, held_out_metrics, steps_per_epoch
+from cpt_ray.training.rows import Row, held_out_metrics, steps_per_epoch
 
 ATTENTION = "cpt_grid"
 """The name that `grid_attention` has in transformers."""

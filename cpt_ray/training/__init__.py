@@ -1,0 +1,1 @@
+"""From pairs to the tuned model: rows, reference, DPO, export and publishing."""

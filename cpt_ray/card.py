@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 
 from cpt_ray.agreement import agreement
+from cpt_ray.evaluation.report import flat
 from cpt_ray.levels import LevelCounts
 from cpt_ray.pairing import targets_of
-from cpt_ray.report import flat
 from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id

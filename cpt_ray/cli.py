@@ -116,7 +116,7 @@ def do_train(plan: Plan, run: RunDir) -> None:
 
 def do_evaluate(plan: Plan, run: RunDir) -> None:
     """Base and tuned on what was held out."""
-    from cpt_ray.evaluation import evaluate
+    from cpt_ray.evaluation.stage import evaluate
 
     plan, shards = _finished(plan, run)
     made = run.read_json(MARK)

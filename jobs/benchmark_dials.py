@@ -25,8 +25,8 @@ import aiohttp
 import numpy as np
 
 from cpt_ray.config import load_config
-from cpt_ray.dials import Dial, Spread
 from cpt_ray.errors import UserError
+from cpt_ray.evaluation.dials import Dial, Spread
 from cpt_ray.planning import make_plan
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Rubric

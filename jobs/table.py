@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from cpt_ray.errors import UserError
-from cpt_ray.seeds import markdown, over_seeds, read_results
+from cpt_ray.evaluation.seeds import markdown, over_seeds, read_results
 
 if __name__ == "__main__":
     try:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpt_ray.dials import check_score
+from cpt_ray.evaluation.dials import check_score
+from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.scoring import score_trials
 from cpt_ray.tables.records import Trial
 from tests.builders import LEVELS, make_rubric
 

@@ -11,9 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
-    {"agreement", "chat", "config", "console", "dial_page", "dials", "duplicates", "errors", "frontend",
-     "gguf_model", "grids", "keys", "markup", "pairing", "prompts", "report", "resampling", "rubrics",
-     "scoring", "seeds", "spread", "tables", "texts", "yaml_file"},
+    {"agreement", "chat", "config", "console", "duplicates", "errors", "frontend", "gguf_model", "grids",
+     "keys", "pairing", "prompts", "rubrics", "spread", "tables", "texts", "yaml_file"},
     {"cluster"},
     {"card", "directing", "engines", "evaluation", "judge_check", "judging", "levels", "planning",
      "preferences", "serving", "steering", "synthesis", "training"},

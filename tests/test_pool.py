@@ -14,7 +14,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
 from cpt_ray.engines.pool import MAX_DEATHS, Line, LocalRunner, Step, Tally
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation import evaluate
+from cpt_ray.evaluation.stage import evaluate
 from cpt_ray.planning import plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.steering.users import Answer, make_answer

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from cpt_ray.dial_page import COLUMNS, SHOWN_CHARS, dial_lines, opposites, opposites_lines
-from cpt_ray.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
-from cpt_ray.scoring import score_trials
-from cpt_ray.steering.page import with_steering
+from cpt_ray.evaluation.dial_page import COLUMNS, SHOWN_CHARS, dial_lines, opposites, opposites_lines
+from cpt_ray.evaluation.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
+from cpt_ray.evaluation.scoring import score_trials
+from cpt_ray.evaluation.steering_page import with_steering
 from cpt_ray.tables.records import Trial
 from tests.builders import make_rubric
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpt_ray.resampling import Resamples
+from cpt_ray.evaluation.resampling import Resamples
+from cpt_ray.evaluation.scoring import METRICS, score_trials
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.scoring import METRICS, score_trials
 from cpt_ray.tables.records import Trial
 from tests.builders import LEVELS, make_rubric
 

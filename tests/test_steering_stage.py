@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import ModelConfig
-from cpt_ray.report import STEERING_END, STEERING_START
+from cpt_ray.evaluation.report import STEERING_END, STEERING_START
+from cpt_ray.evaluation.steering_page import with_steering
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
-from cpt_ray.steering.page import with_steering
 from cpt_ray.steering.tables import sequence
 from cpt_ray.tables.rundir import RunDir
 from tests import toy

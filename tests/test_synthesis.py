@@ -24,12 +24,12 @@ from cpt_ray.console import status_lines
 from cpt_ray.engines.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.engines.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation import GradeTrialsStep, evaluate
+from cpt_ray.evaluation.report import REPORT
+from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate
+from cpt_ray.evaluation.steering_page import RESULTS
 from cpt_ray.judging import JudgeStep
 from cpt_ray.pairing import control_directive
 from cpt_ray.planning import Plan, is_control, make_plan, plan_units
-from cpt_ray.report import REPORT
-from cpt_ray.steering.page import RESULTS
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis import Shards, Steps, name_shards, synthesize
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit

@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer
 
 from cpt_ray.console import say
-from cpt_ray.report import REPORT
+from cpt_ray.evaluation.report import REPORT
+from cpt_ray.evaluation.steering_page import RESULTS, table_lines, with_steering
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
-from cpt_ray.steering.page import RESULTS, table_lines, with_steering
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import Tasks, accuracy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cpt_ray.console import status_lines
-from cpt_ray.dial_page import OPPOSITES_NOTE, dial_section, opposites_section
-from cpt_ray.markup import escaped as _text
-from cpt_ray.markup import html_table
-from cpt_ray.markup import shortened as _short
-from cpt_ray.resampling import MODELS
+from cpt_ray.evaluation.dial_page import OPPOSITES_NOTE, dial_section, opposites_section
+from cpt_ray.evaluation.markup import escaped as _text
+from cpt_ray.evaluation.markup import html_table
+from cpt_ray.evaluation.markup import shortened as _short
+from cpt_ray.evaluation.resampling import MODELS
+from cpt_ray.evaluation.scoring import METRICS
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.scoring import METRICS
 from cpt_ray.tables.records import Trial, content_id
 
 REPORT = "report/report.html"

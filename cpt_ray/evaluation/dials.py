@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_ray.resampling import MODELS, Floats, Resamples, estimate, named_estimate
+from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, estimate, named_estimate
 from cpt_ray.rubrics.grading import interpolate, measured_criterion, weighted
 from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import CheckSpec, Level, MeasureSpec, Rubric

@@ -6,8 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_ray.markup import html_table
-from cpt_ray.report import STEERING_END, STEERING_START
+from cpt_ray.evaluation.markup import html_table
+from cpt_ray.evaluation.report import STEERING_END, STEERING_START
 
 RESULTS = "report/steering.json"
 """In the run directory; the report shows the same."""

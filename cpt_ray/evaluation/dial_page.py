@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cpt_ray.dials import SCORE, Dial
-from cpt_ray.markup import escaped, html_table, shortened
-from cpt_ray.resampling import MODELS
+from cpt_ray.evaluation.dials import SCORE, Dial
+from cpt_ray.evaluation.markup import escaped, html_table, shortened
+from cpt_ray.evaluation.resampling import MODELS
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 

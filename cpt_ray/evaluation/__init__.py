@@ -1,0 +1,1 @@
+"""How well the dials work: measures, intervals, the report."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from cpt_ray.agreement import agreement
 from cpt_ray.evaluation.report import flat
+from cpt_ray.judging.agreement import agreement
 from cpt_ray.levels import LevelCounts
 from cpt_ray.pairing import targets_of
 from cpt_ray.rubrics.grading import aggregate

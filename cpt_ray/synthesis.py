@@ -24,7 +24,8 @@ from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
 from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
 from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.errors import UserError
-from cpt_ray.judging import JudgeStep, combine_judges, grader
+from cpt_ray.judging.judge import JudgeStep, combine_judges, grader
+from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
 from cpt_ray.levels import level_counts, level_lines
 from cpt_ray.pairing import cell_id_of, control_directive, pair_answers, targets_of
 from cpt_ray.planning import (
@@ -39,7 +40,6 @@ from cpt_ray.planning import (
     run_info,
 )
 from cpt_ray.rubrics.measures import whole_sentences
-from cpt_ray.spread import MOST_SHARDS, Spread, is_spread
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.tables.rundir import RunDir, derive
 from cpt_ray.training.rows import reasons

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.agreement import agreement, spearman, weighted_kappa
+from cpt_ray.judging.agreement import agreement, spearman, weighted_kappa
 from cpt_ray.rubrics.grading import (
     aggregate,
     grade_answer,

@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
-    {"agreement", "chat", "config", "console", "duplicates", "errors", "frontend", "gguf_model", "grids",
-     "keys", "pairing", "prompts", "rubrics", "spread", "tables", "texts", "yaml_file"},
+    {"chat", "config", "console", "duplicates", "errors", "frontend", "gguf_model", "grids", "keys", "pairing",
+     "prompts", "rubrics", "tables", "texts", "yaml_file"},
     {"cluster"},
-    {"card", "directing", "engines", "evaluation", "judge_check", "judging", "levels", "planning",
-     "preferences", "serving", "steering", "synthesis", "training"},
+    {"card", "directing", "engines", "evaluation", "judging", "levels", "planning", "preferences", "serving",
+     "steering", "synthesis", "training"},
     {"__main__", "cli"},
 ]  # fmt: skip
 

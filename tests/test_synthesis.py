@@ -27,7 +27,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.evaluation.report import REPORT
 from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate
 from cpt_ray.evaluation.steering_page import RESULTS
-from cpt_ray.judging import JudgeStep
+from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.pairing import control_directive
 from cpt_ray.planning import Plan, is_control, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
@@ -653,7 +653,7 @@ def test_what_regrades_written_answers_regrades_the_evaluation(
     judge = JudgeConfig(model="fake", mode=mode)
     steps = (JudgeStep(rubrics={}, model=judge), GradeTrialsStep(rubrics={}, model=judge))
     before = [step.output("ornament-0") for step in steps]
-    monkeypatch.setattr(f"cpt_ray.judging.{changed}", "another")
+    monkeypatch.setattr(f"cpt_ray.judging.judge.{changed}", "another")
     assert not {*before} & {step.output("ornament-0") for step in steps}
 
 

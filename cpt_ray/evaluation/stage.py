@@ -21,12 +21,12 @@ from cpt_ray.evaluation.dials import LogProbs
 from cpt_ray.evaluation.report import REPORT, judge_check_line, render_report, table_lines
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.steering_page import RESULTS, with_steering
-from cpt_ray.judge_check import check_judge
-from cpt_ray.judging import JudgeStep, grader, judge_answers
+from cpt_ray.judging.check import check_judge
+from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
+from cpt_ray.judging.spread import Spread, pool_spread
 from cpt_ray.planning import Plan, run_info
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
-from cpt_ray.spread import Spread, pool_spread
 from cpt_ray.synthesis import Shards
 from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
 from cpt_ray.tables.rundir import RunDir, derive

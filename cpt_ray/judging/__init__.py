@@ -1,0 +1,1 @@
+"""Grades: the judge, how well judges agree, and levels set by a writer's spread."""

@@ -33,7 +33,7 @@ from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.planning import Plan, make_plan, plan_units, run_info
 from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
-from cpt_ray.synthesis import Shards, name_shards, resolved, synthesize
+from cpt_ray.synthesis.stage import Shards, name_shards, resolved, synthesize
 from cpt_ray.tables.records import Directive, content_id
 from cpt_ray.tables.rundir import MARK, RunDir
 from cpt_ray.training.publishing import HUB, push

@@ -18,10 +18,10 @@ from cpt_ray.config import RunConfig, SynthesisConfig
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.grids import Answer, missing_levels
-from cpt_ray.pairing import cell_id_of, control_directive
 from cpt_ray.prompts import read_prompts
 from cpt_ray.rubrics.measures import terms_of
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
+from cpt_ray.synthesis.pairing import cell_id_of, control_directive
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Prompt, Reject, Unit, content_id
 
 Rubrics = dict[str, Rubric]

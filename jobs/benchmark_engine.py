@@ -39,7 +39,7 @@ from cpt_ray.engines.engine import Completion, Request, VllmEngine, engine_argum
 from cpt_ray.engines.pool import Line, run_lines
 from cpt_ray.engines.roles import with_dtype
 from cpt_ray.planning import Plan, make_plan, plan_units
-from cpt_ray.synthesis import Steps
+from cpt_ray.synthesis.stage import Steps
 from cpt_ray.tables.rundir import RunDir
 
 LAYERS = 8

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from cpt_ray.duplicates import NearDuplicates
+from cpt_ray.synthesis.duplicates import NearDuplicates
 
 CHINESE = "今天天气很好，我们去公园散步，看见很多花和小鸟。"
 HINDI = "आज मौसम बहुत अच्छा है और हम सब लोग बाग में टहलने गए।"

@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
-    {"chat", "config", "console", "duplicates", "errors", "frontend", "gguf_model", "grids", "keys", "pairing",
-     "prompts", "rubrics", "tables", "texts", "yaml_file"},
+    {"chat", "config", "console", "errors", "frontend", "gguf_model", "grids", "keys", "prompts", "rubrics",
+     "tables", "texts", "yaml_file"},
     {"cluster"},
-    {"card", "directing", "engines", "evaluation", "judging", "levels", "planning", "preferences", "serving",
-     "steering", "synthesis", "training"},
+    {"engines", "evaluation", "judging", "planning", "preferences", "serving", "steering", "synthesis",
+     "training"},
     {"__main__", "cli"},
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from cpt_ray.config import load_config
 from cpt_ray.planning import make_plan, plan_units
 from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import load_rubrics
-from cpt_ray.synthesis import name_shards
+from cpt_ray.synthesis.stage import name_shards
 from cpt_ray.tables.records import Directive, Generation, Pair, Unit
 from cpt_ray.tables.rundir import RunDir
 from tests import toy

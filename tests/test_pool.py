@@ -18,7 +18,7 @@ from cpt_ray.evaluation.stage import evaluate
 from cpt_ray.planning import plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.steering.users import Answer, make_answer
-from cpt_ray.synthesis import name_shards, synthesize
+from cpt_ray.synthesis.stage import name_shards, synthesize
 from cpt_ray.tables.records import AnswerEmbedding, Unit
 from cpt_ray.tables.rundir import RunDir
 from tests.test_synthesis import GIVEN, answer, make_run, synthesized, with_engine

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from cpt_ray.config import SynthesisConfig
-from cpt_ray.pairing import pair_answers
+from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import CONTROL
 from cpt_ray.training.rows import Row, end_pairs, held_out_metrics, make_rows, sequence_ids
 from tests.builders import make_directives, make_generation, make_grade, make_rubric

@@ -18,11 +18,11 @@ from cpt_ray.config import load_config
 from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.errors import UserError
 from cpt_ray.judging.spread import CHECK, Spread, survey, with_points
-from cpt_ray.levels import LevelCounts, level_lines
 from cpt_ray.planning import Plan, make_plan, plan_units
 from cpt_ray.rubrics.grading import level_at, measured_criterion
 from cpt_ray.rubrics.rubric import CheckSpec, Rubric
-from cpt_ray.synthesis import resolved, spread_of
+from cpt_ray.synthesis.levels import LevelCounts, level_lines
+from cpt_ray.synthesis.stage import resolved, spread_of
 from cpt_ray.tables.records import Generation, Pair, Unit
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_generation, rubric_dict

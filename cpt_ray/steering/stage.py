@@ -57,7 +57,7 @@ from cpt_ray.steering.users import (
     grade_by_measures,
     make_answer,
 )
-from cpt_ray.synthesis import Shards
+from cpt_ray.synthesis.stage import Shards
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id
 from cpt_ray.tables.rundir import TABLES, RunDir
 

@@ -13,16 +13,16 @@ import yaml
 
 from cpt_ray.evaluation.report import flat
 from cpt_ray.judging.agreement import agreement
-from cpt_ray.levels import LevelCounts
-from cpt_ray.pairing import targets_of
 from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.synthesis.levels import LevelCounts
+from cpt_ray.synthesis.pairing import targets_of
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id
 from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
     from cpt_ray.planning import Plan
-    from cpt_ray.synthesis import Shards
+    from cpt_ray.synthesis.stage import Shards
 
 CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
 EXAMPLE_CHARACTERS = 600

@@ -14,20 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpt_ray.card import write_card
 from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, policy_messages, writer_messages
 from cpt_ray.config import ModelConfig, PriceConfig, Range, SynthesisConfig
 from cpt_ray.console import say
-from cpt_ray.directing import DirectStep
-from cpt_ray.duplicates import NearDuplicates
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
 from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
 from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, combine_judges, grader
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
-from cpt_ray.levels import level_counts, level_lines
-from cpt_ray.pairing import cell_id_of, control_directive, pair_answers, targets_of
 from cpt_ray.planning import (
     Asking,
     Plan,
@@ -40,6 +35,11 @@ from cpt_ray.planning import (
     run_info,
 )
 from cpt_ray.rubrics.measures import whole_sentences
+from cpt_ray.synthesis.card import write_card
+from cpt_ray.synthesis.direct import DirectStep
+from cpt_ray.synthesis.duplicates import NearDuplicates
+from cpt_ray.synthesis.levels import level_counts, level_lines
+from cpt_ray.synthesis.pairing import cell_id_of, control_directive, pair_answers, targets_of
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.tables.rundir import RunDir, derive
 from cpt_ray.training.rows import reasons

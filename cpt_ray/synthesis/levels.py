@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cpt_ray.engines.pool import APART
-from cpt_ray.pairing import Paired
+from cpt_ray.synthesis.pairing import Paired
 from cpt_ray.tables.records import Generation, Unit
 from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
     from cpt_ray.planning import Plan
-    from cpt_ray.synthesis import Shards
+    from cpt_ray.synthesis.stage import Shards
 
 _COUNTED = ("asked", "hit", "at", "kept", "tokens")
 

@@ -1,0 +1,1 @@
+"""From rubrics and prompts to pairs: directives, writing, pairing, the data set's card."""

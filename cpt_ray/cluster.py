@@ -126,7 +126,7 @@ def _haproxy_env(is_own: bool) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "\n    ".join(lines),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cpt_ray.frontend:replica_middlewares",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cpt_ray.serving.app:replica_middlewares",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
         **{name: str(unused_port()) for name in names},
@@ -149,7 +149,7 @@ def _nicer_haproxy() -> dict[str, str]:
 
         return {
             "CPT_HAPROXY": get_haproxy_binary(),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).parent / "serving" / "haproxy.sh"),
         }
     except (ImportError, OSError):
         return {}

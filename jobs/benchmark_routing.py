@@ -29,7 +29,7 @@ from cpt_ray.cluster import by_configuration, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.engines.roles import with_dtype
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.serving import serve_model
+from cpt_ray.serving.deploy import serve_model
 from cpt_ray.tables.rundir import RunDir
 
 KEY = "benchmark"

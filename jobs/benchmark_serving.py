@@ -38,7 +38,7 @@ from cpt_ray.config import RunConfig, load_config
 from cpt_ray.engines.engine import engine_arguments, engine_env
 from cpt_ray.engines.roles import with_dtype
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.serving import _free_port, serve_model
+from cpt_ray.serving.deploy import _free_port, serve_model
 from cpt_ray.tables.rundir import RunDir
 
 KEY = "benchmark"

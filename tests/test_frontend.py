@@ -20,7 +20,8 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from cpt_ray.config import SamplingConfig
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import (
+from cpt_ray.rubrics.catalog import Catalog
+from cpt_ray.serving.app import (
     AT_ONCE_SECONDS,
     CALL,
     MAX_BODY_BYTES,
@@ -33,8 +34,7 @@ from cpt_ray.frontend import (
     open_to_pages,
     read_object,
 )
-from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
-from cpt_ray.rubrics.catalog import Catalog
+from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from tests.builders import make_directives, make_rubric
 
 KEY = "a-test-key"
@@ -554,7 +554,7 @@ def chatter(tokens: int) -> Any:
     """An app that answers in so many tokens."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        from cpt_ray.frontend import CALL
+        from cpt_ray.serving.app import CALL
 
         call = CALL.get()
         assert call is not None

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer
 from cpt_ray.chat.conversations import compose_directives, policy_messages, token_ids
 from cpt_ray.chat.templates import ChatTemplate
 from cpt_ray.engines.engine import Request
-from cpt_ray.frontend import Frontend
-from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
-from cpt_ray.preferences import PreferenceStore
+from cpt_ray.serving.app import Frontend
+from cpt_ray.serving.conditioning import SavedForm
+from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.inference import Question
-from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import sequence
 from cpt_ray.tables.records import content_id, schema_of
 from cpt_ray.tables.rundir import MARK, TABLES, RunDir

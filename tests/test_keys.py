@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cpt_ray import keys
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
-from cpt_ray.keys import UNKNOWN_KEY, Key, Keyring, Refusal, make_key
-from cpt_ray.serving import _choose_keys
+from cpt_ray.serving import keys
+from cpt_ray.serving.deploy import _choose_keys
+from cpt_ray.serving.keys import UNKNOWN_KEY, Key, Keyring, Refusal, make_key
 from cpt_ray.tables.rundir import RunDir
 
 

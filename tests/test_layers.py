@@ -11,11 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 LAYERS = [
-    {"chat", "config", "console", "errors", "frontend", "gguf_model", "grids", "keys", "prompts", "rubrics",
-     "tables", "texts", "yaml_file"},
+    {"chat", "config", "console", "errors", "gguf_model", "grids", "prompts", "rubrics", "tables", "texts",
+     "yaml_file"},
     {"cluster"},
-    {"engines", "evaluation", "judging", "planning", "preferences", "serving", "steering", "synthesis",
-     "training"},
+    {"engines", "evaluation", "judging", "planning", "serving", "steering", "synthesis", "training"},
     {"__main__", "cli"},
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cpt_ray.cluster import by_configuration, connected
-from cpt_ray.serving import serve_model
+from cpt_ray.serving.deploy import serve_model
 from cpt_ray.tables.rundir import RunDir
 from tests.test_serving import AUTHORIZED, CHAT, KEY, make_config, make_run, noted
 

@@ -41,13 +41,13 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import Form, RunConfig, SamplingConfig
 from cpt_ray.engines.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import MAX_BODY_BYTES
-from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
-from cpt_ray.serving import serve_model
+from cpt_ray.serving.app import MAX_BODY_BYTES
+from cpt_ray.serving.conditioning import SavedForm
+from cpt_ray.serving.deploy import serve_model
+from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy
-from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import Embedder, sequence
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import make_directives, make_rubric
@@ -1017,7 +1017,7 @@ def no_ray() -> Iterator[None]:
 def test_what_can_be_checked_without_ray_is_said_before_it_starts(
     tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpt_ray.serving.starts_own_cluster", lambda: True)
+    monkeypatch.setattr("cpt_ray.serving.deploy.starts_own_cluster", lambda: True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = make_config(run, port=taken.getsockname()[1])
         with pytest.raises(UserError, match=r"^cannot listen on"):

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from cpt_ray import preferences
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import MAX_BODY_BYTES, Frontend
-from cpt_ray.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
-from cpt_ray.preferences import PreferenceStore
+from cpt_ray.serving import preferences
+from cpt_ray.serving.app import MAX_BODY_BYTES, Frontend
+from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.inference import Choice, Question, Scorer
 from tests.test_frontend import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose

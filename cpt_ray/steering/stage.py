@@ -26,6 +26,7 @@ from cpt_ray.planning import Plan
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.serving.conditioning import SavedForm
 from cpt_ray.steering.answers import read_answers
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
 from cpt_ray.steering.inference import (
@@ -40,7 +41,6 @@ from cpt_ray.steering.inference import (
 )
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel
-from cpt_ray.steering.serving import SavedForm
 from cpt_ray.steering.tables import (
     EmbedActor,
     Fill,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cpt_ray.config import Form, ModelConfig
 from cpt_ray.errors import UserError
-from cpt_ray.frontend import CALL
+from cpt_ray.serving.app import CALL
 from cpt_ray.steering.inference import Choice
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy
 from cpt_ray.steering.tables import Embedder

@@ -27,8 +27,8 @@ from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.chat.templates import find_control_token
 from cpt_ray.config import SamplingConfig
 from cpt_ray.errors import UserError
-from cpt_ray.keys import Counts, Key, Keyring, Refusal
 from cpt_ray.rubrics.catalog import Catalog, Resolved
+from cpt_ray.serving.keys import Counts, Key, Keyring, Refusal
 from cpt_ray.texts import half_character, strings_in, unique_names
 
 MAX_BODY_BYTES = 10 << 20

@@ -35,7 +35,8 @@ from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.console import progress, say
 from cpt_ray.engines.engine import check_template, engine_arguments, engine_env
 from cpt_ray.errors import UserError, did_you_mean, kind_of
-from cpt_ray.frontend import (
+from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
+from cpt_ray.serving.app import (
     CONFIGURATIONS_PATH,
     OPEN_PATH,
     PAGE_PATHS,
@@ -47,8 +48,7 @@ from cpt_ray.frontend import (
     counting,
     open_to_pages,
 )
-from cpt_ray.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
-from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
+from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, Refusal, key_hash, make_key
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
 from cpt_ray.tables.rundir import RunDir
 
@@ -81,7 +81,7 @@ GARBAGE_OBJECTS = 20_000
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
-    from cpt_ray.steering.serving import Conditioning
+    from cpt_ray.serving.conditioning import Conditioning
 
 
 # ---------------------------------------------------------------- what a replica holds
@@ -190,8 +190,8 @@ class VllmServer:
         return open_to_pages(front, served.frontend)
 
     def _preferences(self) -> Steerer | None:
-        from cpt_ray.preferences import FOLDER, EngineScorer, PreferenceStore
-        from cpt_ray.steering.serving import Conditioner
+        from cpt_ray.serving.conditioning import Conditioner
+        from cpt_ray.serving.preferences import FOLDER, EngineScorer, PreferenceStore
 
         served = self._served
         if served.candidates is None:
@@ -444,7 +444,7 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
     conditioning = None
     if serve.preferences != "directive":
-        from cpt_ray.steering.serving import Conditioning, SavedForm
+        from cpt_ray.serving.conditioning import Conditioning, SavedForm
 
         if serve.adapters:
             raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")

@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.frontend import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
-from cpt_ray.keys import Refusal, write_private
+from cpt_ray.serving.app import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
+from cpt_ray.serving.conditioning import Conditioner
+from cpt_ray.serving.keys import Refusal, write_private
 from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
-from cpt_ray.steering.serving import Conditioner
 from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
 from cpt_ray.tables.rundir import alone
 

@@ -1,0 +1,1 @@
+"""The server: its API, its deployment, keys, and users' preferences."""

@@ -38,7 +38,7 @@ from cpt_ray.config import ModelConfig, RunConfig, load_config
 from cpt_ray.engines.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
 from cpt_ray.engines.pool import Line, run_lines
 from cpt_ray.engines.roles import with_dtype
-from cpt_ray.planning import Plan, make_plan, plan_units
+from cpt_ray.plan import Plan, make_plan, plan_units
 from cpt_ray.synthesis.stage import Steps
 from cpt_ray.tables.rundir import RunDir
 

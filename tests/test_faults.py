@@ -23,7 +23,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
 from cpt_ray.engines.pool import MAX_DEATHS, Line, LocalRunner, OpenEngine, Runner, Step, Tally, make_engine, run_lines
 from cpt_ray.errors import UserError
-from cpt_ray.planning import plan_units
+from cpt_ray.plan import plan_units
 from cpt_ray.synthesis.stage import Steps, name_shards
 from cpt_ray.tables.rundir import RunDir
 from tests import toy

@@ -14,7 +14,7 @@ LAYERS = [
     {"chat", "config", "console", "errors", "gguf_model", "grids", "prompts", "rubrics", "tables", "texts",
      "yaml_file"},
     {"cluster"},
-    {"engines", "evaluation", "judging", "planning", "serving", "steering", "synthesis", "training"},
+    {"engines", "evaluation", "judging", "plan", "serving", "steering", "synthesis", "training"},
     {"__main__", "cli"},
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ import pytest
 
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import load_config
-from cpt_ray.planning import make_plan, plan_units
+from cpt_ray.plan import make_plan, plan_units
 from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import load_rubrics
 from cpt_ray.synthesis.stage import name_shards

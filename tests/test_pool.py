@@ -15,7 +15,7 @@ from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngi
 from cpt_ray.engines.pool import MAX_DEATHS, Line, LocalRunner, Step, Tally
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.stage import evaluate
-from cpt_ray.planning import plan_units
+from cpt_ray.plan import plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.steering.users import Answer, make_answer
 from cpt_ray.synthesis.stage import name_shards, synthesize

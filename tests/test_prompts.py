@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.config import PromptsConfig
 from cpt_ray.errors import UserError
-from cpt_ray.planning import check_leakage
+from cpt_ray.plan import check_leakage
 from cpt_ray.prompts import Prompts, read_prompts
 from cpt_ray.rubrics.rubric import load_rubrics
 

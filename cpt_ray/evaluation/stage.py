@@ -24,7 +24,7 @@ from cpt_ray.evaluation.steering_page import RESULTS, with_steering
 from cpt_ray.judging.check import check_judge
 from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
 from cpt_ray.judging.spread import Spread, pool_spread
-from cpt_ray.planning import Plan, run_info
+from cpt_ray.plan import Plan, run_info
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.synthesis.stage import Shards

@@ -22,7 +22,7 @@ from cpt_ray.console import Advance, progress, say
 from cpt_ray.engines.pool import Line, Runner, run_lines
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.judging.judge import combine_judges
-from cpt_ray.planning import Plan
+from cpt_ray.plan import Plan
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.rubrics.rubric import Rubric

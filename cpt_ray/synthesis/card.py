@@ -21,7 +21,7 @@ from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id
 from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
-    from cpt_ray.planning import Plan
+    from cpt_ray.plan import Plan
     from cpt_ray.synthesis.stage import Shards
 
 CARD_FILE, JUDGES_FILE = "README.md", "judges.json"

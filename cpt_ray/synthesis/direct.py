@@ -9,7 +9,7 @@ from cpt_ray.chat.conversations import TEMPLATES_HASH, director_messages
 from cpt_ray.engines.engine import Completion, Engine, sampled
 from cpt_ray.engines.pool import Step, Tally
 from cpt_ray.errors import UserError
-from cpt_ray.planning import Rubrics
+from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.rubric import Rubric, directive_leak, wording_of
 from cpt_ray.tables.records import Directive, Reject, content_id
 from cpt_ray.tables.rundir import RunDir, derive

@@ -23,7 +23,7 @@ from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_li
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, combine_judges, grader
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
-from cpt_ray.planning import (
+from cpt_ray.plan import (
     Asking,
     Plan,
     Rubrics,

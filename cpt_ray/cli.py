@@ -29,11 +29,11 @@ from cpt_ray.engines.engine import engine_env
 from cpt_ray.engines.pool import endpoint_key
 from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
 from cpt_ray.errors import UserError
-from cpt_ray.plan import Plan, make_plan, plan_units, run_info
+from cpt_ray.plan import Plan, Shards, make_plan, plan_units, run_info
 from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
-from cpt_ray.synthesis.stage import Shards, name_shards, resolved, synthesize
+from cpt_ray.synthesis.stage import name_shards, resolved, synthesize
 from cpt_ray.tables.records import Directive, content_id
 from cpt_ray.tables.rundir import MARK, RunDir
 from cpt_ray.training.publishing import HUB, push

@@ -108,3 +108,12 @@ def _lines(stage: str, total: float, unit: str) -> Iterator[Advance]:
 
     yield advance
     show()
+
+
+def flat(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of everything in nested mappings; a name is the keys on the way, joined by " / "."""
+    for key, value in info.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key} / ")
+        else:
+            yield f"{prefix}{key}", value

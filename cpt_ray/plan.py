@@ -21,8 +21,15 @@ from cpt_ray.grids import Answer, missing_levels
 from cpt_ray.prompts import read_prompts
 from cpt_ray.rubrics.measures import terms_of
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
-from cpt_ray.synthesis.pairing import cell_id_of, control_directive
-from cpt_ray.tables.records import CONTROL, Generation, Grade, Prompt, Reject, Unit, content_id
+from cpt_ray.tables.records import (
+    CONTROL,
+    Generation,
+    Grade,
+    Prompt,
+    Reject,
+    Unit,
+    content_id,
+)
 
 Rubrics = dict[str, Rubric]
 """By id."""
@@ -297,3 +304,76 @@ def answers_of(
         scores = {name: grade.score for name, grade in found.items() if grade and grade.score is not None}
         answers[generation.prompt_id].append(Answer(generation, scores))
     return answers
+
+
+def control_directive(neutral: Sequence[str], cell_id: str) -> str | None:
+    """What a control answer of this cell is given as a system message: nothing in half of the cells."""
+    number = int(content_id(cell_id, CONTROL), 16)
+    return neutral[number // 2 % len(neutral)] if neutral and number % 2 else None
+
+
+def cell_id_of(rubric_id: str, prompt_id: str, number: int) -> str:
+    """Id of a prompt's grid, by its number among those of the same rubric."""
+    return content_id(rubric_id, prompt_id, number)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The shards of one pass over a shard's prompts."""
+
+    generations: str
+    """Also the name of its units."""
+    grades: str
+    """The first judge's."""
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """Shards that become one shard of pairs."""
+
+    generations: list[str]
+    """The writer's, of all passes, and the policy's own answers to some of the same prompts."""
+    grades: list[str]
+    directives: list[str]
+    repeats: list[str]
+    """Where the near-duplicates are, if they are looked for."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Names of a run's complete shards, per table."""
+
+    directives: list[str]
+    passes: dict[str, list[Pass]]
+    """By the shard of the first pass's units: all passes."""
+    controls: list[str]
+    """Of the policy's own answers."""
+    grades: list[str]
+    """Every judge's."""
+    repeats: dict[str, list[str]]
+    """What each shard of near-duplicates is found in: generations."""
+    groups: dict[str, PairInputs]
+    """What each shard of pairs is made of."""
+    planned: list[str]
+    """Of rejects: rows that repeat a prompt; none if there are none."""
+
+    @property
+    def written(self) -> list[str]:
+        """Every shard of the writer's answers."""
+        return [one.generations for passes in self.passes.values() for one in passes]
+
+    @property
+    def generations(self) -> list[str]:
+        """Every shard of answers."""
+        return [*self.written, *self.controls]
+
+    @property
+    def pairs(self) -> list[str]:
+        """Every shard of pairs."""
+        return list(self.groups)
+
+    @property
+    def rejects(self) -> list[str]:
+        """Every shard of rejects."""
+        stages = {"direct": self.directives, "write": self.written, "control": self.controls, "pair": self.pairs}
+        return [*self.planned, *(f"{stage}-{name}" for stage, names in stages.items() for name in names)]

@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from cpt_ray.chat.conversations import compose_directives, policy_messages, token_ids
+from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.chat.templates import ChatTemplate
 from cpt_ray.engines.engine import Request
+from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.serving.app import Frontend
-from cpt_ray.serving.conditioning import SavedForm
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.inference import Question
+from cpt_ray.steering.saved import SavedForm
 from cpt_ray.steering.tables import sequence
 from cpt_ray.tables.records import content_id, schema_of
 from cpt_ray.tables.rundir import MARK, TABLES, RunDir

@@ -43,11 +43,11 @@ from cpt_ray.engines.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.serving.app import MAX_BODY_BYTES
-from cpt_ray.serving.conditioning import SavedForm
 from cpt_ray.serving.deploy import serve_model
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy
+from cpt_ray.steering.saved import SavedForm
 from cpt_ray.steering.tables import Embedder, sequence
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import make_directives, make_rubric

@@ -28,10 +28,9 @@ from cpt_ray.evaluation.report import REPORT
 from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate
 from cpt_ray.evaluation.steering_page import RESULTS
 from cpt_ray.judging.judge import JudgeStep
-from cpt_ray.plan import Plan, is_control, make_plan, plan_units
+from cpt_ray.plan import Plan, Shards, control_directive, is_control, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
-from cpt_ray.synthesis.pairing import control_directive
-from cpt_ray.synthesis.stage import Shards, Steps, name_shards, synthesize
+from cpt_ray.synthesis.stage import Steps, name_shards, synthesize
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict

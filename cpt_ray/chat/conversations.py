@@ -131,11 +131,6 @@ def policy_messages(directive: str | None, messages: str | Sequence[Mapping[str,
     return [{"role": "system", "content": directive}, *rest]
 
 
-def compose_directives(texts: Sequence[str]) -> str | None:
-    """One system prompt for the directives of a configuration's rubrics, in rubric order."""
-    return "\n".join(texts) or None
-
-
 def token_ids(
     tokenizer: Any,
     messages: list[ChatMessage],

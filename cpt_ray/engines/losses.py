@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,3 +125,8 @@ class Stage:
                 rows = run.read("rejects", [f"{self.name}-{shard}"], Reject)
                 return Counter(row.detail for row in rows if row.reason == reason).most_common(1)[0][0]
         return ""
+
+
+def reasons(rejects: Iterable[Reject]) -> dict[str, int]:
+    """How many rejects there are of each reason, for the ledger."""
+    return dict(Counter(reject.reason for reject in rejects))

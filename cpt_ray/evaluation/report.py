@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cpt_ray.console import status_lines
+from cpt_ray.console import flat, status_lines
 from cpt_ray.evaluation.dial_page import OPPOSITES_NOTE, dial_section, opposites_section
 from cpt_ray.evaluation.markup import escaped as _text
 from cpt_ray.evaluation.markup import html_table
@@ -302,15 +302,6 @@ def _agreement(results: Mapping[str, Any], rubrics: Sequence[Rubric]) -> str:
 def _ledger(ledger: Mapping[str, Mapping[str, Any]]) -> str:
     text = "\n".join(status_lines(ledger))
     return f'<div class="scroll"><pre>{_text(text)}</pre></div>' if text else "<p>No ledger.</p>"
-
-
-def flat(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(name, value) of everything in nested mappings; a name is the keys on the way, joined by " / "."""
-    for key, value in info.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key} / ")
-        else:
-            yield f"{prefix}{key}", value
 
 
 # ---------------------------------------------------------------- examples

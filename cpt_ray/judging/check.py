@@ -11,8 +11,7 @@ from cpt_ray.engines.pool import Line, Runner, Tally, ledger_entry
 from cpt_ray.judging.agreement import agreement
 from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.judging.spread import some_of, survey, with_points
-from cpt_ray.plan import Plan, read_judge_check
-from cpt_ray.synthesis.stage import Shards
+from cpt_ray.plan import Plan, Shards, read_judge_check
 from cpt_ray.tables.records import Generation, Grade
 from cpt_ray.tables.rundir import RunDir, derive
 

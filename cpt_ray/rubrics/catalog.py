@@ -15,7 +15,6 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cpt_ray.chat.conversations import compose_directives
 from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive
@@ -175,3 +174,8 @@ def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive]) -> Catalo
     return CatalogRubric(
         id=rubric.id, title=rubric.title, version=rubric.version, objective=rubric.objective, levels=tuple(levels)
     )
+
+
+def compose_directives(texts: Sequence[str]) -> str | None:
+    """One system prompt for the directives of a configuration's rubrics, in rubric order."""
+    return "\n".join(texts) or None

@@ -444,7 +444,8 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
     conditioning = None
     if serve.preferences != "directive":
-        from cpt_ray.serving.conditioning import Conditioning, SavedForm
+        from cpt_ray.serving.conditioning import Conditioning
+        from cpt_ray.steering.saved import SavedForm
 
         if serve.adapters:
             raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")

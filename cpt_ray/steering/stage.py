@@ -22,11 +22,10 @@ from cpt_ray.console import Advance, progress, say
 from cpt_ray.engines.pool import Line, Runner, run_lines
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.judging.judge import combine_judges
-from cpt_ray.plan import Plan
+from cpt_ray.plan import Plan, Shards
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.serving.conditioning import SavedForm
 from cpt_ray.steering.answers import read_answers
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
 from cpt_ray.steering.inference import (
@@ -41,6 +40,7 @@ from cpt_ray.steering.inference import (
 )
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel
+from cpt_ray.steering.saved import SavedForm
 from cpt_ray.steering.tables import (
     EmbedActor,
     Fill,
@@ -57,7 +57,6 @@ from cpt_ray.steering.users import (
     grade_by_measures,
     make_answer,
 )
-from cpt_ray.synthesis.stage import Shards
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id
 from cpt_ray.tables.rundir import TABLES, RunDir
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from cpt_ray.evaluation.report import flat
+from cpt_ray.console import flat
 from cpt_ray.judging.agreement import agreement
 from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
@@ -21,8 +21,7 @@ from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id
 from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
-    from cpt_ray.plan import Plan
-    from cpt_ray.synthesis.stage import Shards
+    from cpt_ray.plan import Plan, Shards
 
 CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
 EXAMPLE_CHARACTERS = 600

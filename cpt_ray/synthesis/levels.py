@@ -12,8 +12,7 @@ from cpt_ray.tables.records import Generation, Unit
 from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
-    from cpt_ray.plan import Plan
-    from cpt_ray.synthesis.stage import Shards
+    from cpt_ray.plan import Plan, Shards
 
 _COUNTED = ("asked", "hit", "at", "kept", "tokens")
 

@@ -13,9 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from cpt_ray.chat.conversations import compose_directives, policy_messages
+from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grids import Answer, Grid, GridMaker, Shifts, is_of_length
+from cpt_ray.plan import cell_id_of, control_directive
+from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
@@ -28,17 +30,6 @@ Grades = Mapping[tuple[str, str], Grade]
 def targets_of(rubrics: Sequence[Rubric], level: str) -> list[tuple[Rubric, str]]:
     """(rubric, level) of each rubric in a grid, from a level's name."""
     return list(zip(rubrics, level.split("+"), strict=True))
-
-
-def control_directive(neutral: Sequence[str], cell_id: str) -> str | None:
-    """What a control answer of this cell is given as a system message: nothing in half of the cells."""
-    number = int(content_id(cell_id, CONTROL), 16)
-    return neutral[number // 2 % len(neutral)] if neutral and number % 2 else None
-
-
-def cell_id_of(rubric_id: str, prompt_id: str, number: int) -> str:
-    """Id of a prompt's grid, by its number among those of the same rubric."""
-    return content_id(rubric_id, prompt_id, number)
 
 
 @dataclass

@@ -18,18 +18,23 @@ from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, polic
 from cpt_ray.config import ModelConfig, PriceConfig, Range, SynthesisConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
-from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note
+from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note, reasons
 from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, combine_judges, grader
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
 from cpt_ray.plan import (
     Asking,
+    PairInputs,
+    Pass,
     Plan,
     Rubrics,
+    Shards,
     Units,
     answers_of,
     asking_of,
+    cell_id_of,
+    control_directive,
     is_control,
     plan_units,
     run_info,
@@ -39,10 +44,9 @@ from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
 from cpt_ray.synthesis.duplicates import NearDuplicates
 from cpt_ray.synthesis.levels import level_counts, level_lines
-from cpt_ray.synthesis.pairing import cell_id_of, control_directive, pair_answers, targets_of
+from cpt_ray.synthesis.pairing import pair_answers, targets_of
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
 from cpt_ray.tables.rundir import RunDir, derive
-from cpt_ray.training.rows import reasons
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""
@@ -129,16 +133,6 @@ def _generation(unit: Unit, completion: Completion) -> Generation | None:
         num_tokens=completion.num_tokens - completion.thought_tokens,
         is_cut=is_cut,
     )
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The shards of one pass over a shard's prompts."""
-
-    generations: str
-    """Also the name of its units."""
-    grades: str
-    """The first judge's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,58 +247,6 @@ def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
 
 
 # ---------------------------------------------------------------- the stage
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Names of a run's complete shards, per table."""
-
-    directives: list[str]
-    passes: dict[str, list[Pass]]
-    """By the shard of the first pass's units: all passes."""
-    controls: list[str]
-    """Of the policy's own answers."""
-    grades: list[str]
-    """Every judge's."""
-    repeats: dict[str, list[str]]
-    """What each shard of near-duplicates is found in: generations."""
-    groups: dict[str, PairInputs]
-    """What each shard of pairs is made of."""
-    planned: list[str]
-    """Of rejects: rows that repeat a prompt; none if there are none."""
-
-    @property
-    def written(self) -> list[str]:
-        """Every shard of the writer's answers."""
-        return [one.generations for passes in self.passes.values() for one in passes]
-
-    @property
-    def generations(self) -> list[str]:
-        """Every shard of answers."""
-        return [*self.written, *self.controls]
-
-    @property
-    def pairs(self) -> list[str]:
-        """Every shard of pairs."""
-        return list(self.groups)
-
-    @property
-    def rejects(self) -> list[str]:
-        """Every shard of rejects."""
-        stages = {"direct": self.directives, "write": self.written, "control": self.controls, "pair": self.pairs}
-        return [*self.planned, *(f"{stage}-{name}" for stage, names in stages.items() for name in names)]
-
-
-@dataclass(frozen=True)
-class PairInputs:
-    """Shards that become one shard of pairs."""
-
-    generations: list[str]
-    """The writer's, of all passes, and the policy's own answers to some of the same prompts."""
-    grades: list[str]
-    directives: list[str]
-    repeats: list[str]
-    """Where the near-duplicates are, if they are looked for."""
 
 
 def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:

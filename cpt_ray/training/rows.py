@@ -8,7 +8,7 @@ other preference set, the pairs of one prompt are a row.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -315,11 +315,6 @@ def _say_what_was_read(
         say(f"note: {source}: columns that are not read: {', '.join(unread)}")
     if rejects:
         say(f"note: {source}: {len(rejects)} of {len(rows)} rows are not used: {counted(rejects)}")
-
-
-def reasons(rejects: Iterable[Reject]) -> dict[str, int]:
-    """How many rejects there are of each reason, for the ledger."""
-    return dict(Counter(reject.reason for reject in rejects))
 
 
 def counted(rejects: Iterable[Reject]) -> str:

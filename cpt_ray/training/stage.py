@@ -26,6 +26,7 @@ from cpt_ray.chat.templates import stop_tokens
 from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, ModelConfig, PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import progress, say
+from cpt_ray.engines.losses import reasons
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject, content_id
@@ -42,7 +43,6 @@ from cpt_ray.training.rows import (
     make_rows,
     own_pairs,
     preference_pairs,
-    reasons,
     select_pairs,
     steps_per_epoch,
 )

@@ -34,13 +34,13 @@ from transformers import (
 
 from cpt_ray.chat.conversations import (
     ChatMessage,
-    compose_directives,
     director_messages,
     judge_messages,
     policy_messages,
     token_ids,
     writer_messages,
 )
+from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.grading import measured_criterion
 from cpt_ray.rubrics.rubric import Rubric, load_rubrics
 from tests.toy import RUBRICS, world

@@ -1,11 +1,10 @@
 """TRL's DPOTrainer against GridTrainer on the same pairs, alternating in one process.
 
-nice -n 15 python jobs/benchmark_training.py --answers 3 5 --rounds 3 --measures
+nice -n 15 python jobs/benchmark_training.py --answers 3 5 --rounds 3
 python jobs/benchmark_training.py --shape 4b --device cuda --dtype bfloat16 --cells 64 --peak-tflops 989
 
 Random weights and random words: only the time and the memory mean anything. Timed are one epoch and, for the grid
 trainer, its reference pass (TRL's is inside its steps); not timed are loading and tokenising, the same for both.
-With --measures, what the grid trainer does is switched on step by step.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import functools
 import gc
 import random
 import statistics
@@ -22,9 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import datasets
 import torch
@@ -34,9 +30,10 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, 
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
-from cpt_ray.training import grid
-from cpt_ray.training.grid import GridTrainer, answer_logps, collate, prepare_model
-from cpt_ray.training.rows import Row, Tokeniser, TokenPair, make_rows
+from cpt_ray.logprobs.grid import answer_logps, prepare_model
+from cpt_ray.logprobs.rows import Row, Tokeniser
+from cpt_ray.training.grid import GridTrainer
+from cpt_ray.training.rows import TokenPair, make_rows
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -107,45 +104,15 @@ def make_pairs(num_cells: int, num_answers: int, seed: int = 0) -> list[dict[str
     return pairs
 
 
-# ---------------------------------------------------------------- the grid trainer, with less than it has
-
-
-def run_grid_with_all_logits(model: Any, batch: Any) -> dict[str, torch.Tensor]:
-    """`run_grid` with the LM head applied to prompt tokens as well."""
-
-    def whole(shift_labels: torch.Tensor, **kwargs: Any) -> SimpleNamespace:
-        prompt_tokens = kwargs["input_ids"].shape[1] - shift_labels.shape[1]
-        labels = torch.nn.functional.pad(shift_labels, (prompt_tokens, 0))
-        output = model(shift_labels=labels, **kwargs)
-        names = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-        kept = {name: getattr(output, name) for name in names}
-        return SimpleNamespace(**{name: None if one is None else one[:, prompt_tokens:] for name, one in kept.items()})
-
-    return ORIGINAL_RUN_GRID(whole, batch)
-
-
-ORIGINAL_RUN_GRID = grid.run_grid
-ALL_LOGITS = {"run_grid": run_grid_with_all_logits, "_keep_answers": lambda module, args, kwargs, output: output}
-
-
 @dataclass(frozen=True)
 class Contender:
     """One way to train the pairs."""
 
     name: str
     trainer: type[DPOTrainer]
-    share_prompts: bool = True
-    all_logits: bool = False
-    token_metrics: bool = False
 
 
 TRL, GRID = Contender("TRL", DPOTrainer), Contender("GridTrainer", GridTrainer)
-MEASURES = (
-    Contender("distinct sequences, unpadded", GridTrainer, share_prompts=False, all_logits=True, token_metrics=True),
-    Contender("+ prompts shared", GridTrainer, all_logits=True, token_metrics=True),
-    Contender("+ logits of answers only", GridTrainer, token_metrics=True),
-    Contender("+ frozen head, no token metrics", GridTrainer),
-)
 
 
 # ---------------------------------------------------------------- measuring
@@ -206,27 +173,24 @@ def run(contender: Contender, options: argparse.Namespace, num_answers: int, pai
         logging_steps=10,
         log_level="error",
     )
-    laid_out = functools.partial(collate, share_prompts=contender.share_prompts)
-    changed: dict[str, Any] = {"collate": laid_out} | (ALL_LOGITS if contender.all_logits else {})
-    with mock.patch.multiple(grid, **changed):
-        data: list[Any] = list(pairs)
-        reference, extra = Clock(0, 0), {}
-        if is_grid:
-            extra = {"data_collator": laid_out, "token_metrics": contender.token_metrics, "step_pairs": step_pairs}
-            data, reference = with_reference(model, make_grid(pairs), options)
-        before = reset_peak(options.device)
-        trainer = contender.trainer(
-            model=model,
-            args=args,
-            train_dataset=datasets.Dataset.from_list(data),
-            processing_class=make_tokenizer(),
-            peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-            **extra,
-        )
-        trainer.remove_callback(PrinterCallback)
-        start = now(options.device)
-        trainer.train()
-        seconds = now(options.device) - start
+    data: list[Any] = list(pairs)
+    reference, extra = Clock(0, 0), dict[str, int]()
+    if is_grid:
+        extra = {"step_pairs": step_pairs}
+        data, reference = with_reference(model, make_grid(pairs), options)
+    before = reset_peak(options.device)
+    trainer = contender.trainer(
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **extra,
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = now(options.device)
+    trainer.train()
+    seconds = now(options.device) - start
     return Result(reference, seconds, peak(options.device) - before)
 
 
@@ -337,7 +301,6 @@ def main() -> None:
     parser.add_argument("--trl-pairs", type=int, default=4, help="pairs per forward pass of TRL")
     parser.add_argument("--grid-pairs", type=int, default=12, help="pairs per forward pass of GridTrainer")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--measures", action="store_true", help="switch the grid trainer's measures on one by one")
     parser.add_argument("--peak-tflops", type=float, help="of the device, to print the share of it that is reached")
     parser.add_argument("--warm-up", action="store_true", help="a short run of each first")
     options = parser.parse_args()
@@ -345,7 +308,7 @@ def main() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for num_answers in options.answers:
-        compare((TRL, *MEASURES) if options.measures else (TRL, GRID), options, num_answers)
+        compare((TRL, GRID), options, num_answers)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
         "cli.connected": lambda *_, **__: contextlib.nullcontext(),
         "cli._check_room": lambda *_: None,
         "training.stage.train": _train,
-        "training.reference.ReferenceModel": KnownModel,
+        "logprobs.reference.ReferenceModel": KnownModel,
         "steering.tables.VllmEngine": lambda model: engine,
         "steering.tables.PolicyScorer": KnownModel,
         "steering.tables.Embedder": KnownModel,

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.chat.templates import ChatTemplate
 from cpt_ray.engines.engine import Request
+from cpt_ray.logprobs.reference import SCHEMA
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.serving.app import Frontend
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
@@ -33,7 +34,6 @@ from cpt_ray.steering.saved import SavedForm
 from cpt_ray.steering.tables import sequence
 from cpt_ray.tables.records import content_id, schema_of
 from cpt_ray.tables.rundir import MARK, TABLES, RunDir
-from cpt_ray.training.reference import SCHEMA
 from tests import toy
 from tests.golden_files import FOLDER, check, shape, shortened
 from tests.golden_run import Made, make_runs

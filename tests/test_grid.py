@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 from trl import DPOConfig, DPOTrainer
 
 from cpt_ray.config import PreferencesConfig
+from cpt_ray.logprobs.grid import answer_logps, collate, prepare_model
+from cpt_ray.logprobs.rows import Row, Tokeniser
 from cpt_ray.training import grid
-from cpt_ray.training.grid import GridTrainer, StepBatches, StepPlan, answer_logps, collate, prepare_model
-from cpt_ray.training.rows import Row, Tokeniser, TokenPair, make_rows, preference_pairs
+from cpt_ray.training.grid import GridTrainer, StepBatches, StepPlan
+from cpt_ray.training.rows import TokenPair, make_rows, preference_pairs
 from tests.tiny_model import SENTENCES, make_tiny_model
 
 LOSSES: dict[str, dict[str, Any]] = {

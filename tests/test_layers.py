@@ -1,4 +1,4 @@
-"""The lowest layer stays light: nothing of ray, torch or vllm, and a quick import."""
+"""Imports run downwards from folder to folder; what needs no engine loads without ray, torch and vllm."""
 
 from __future__ import annotations
 
@@ -10,40 +10,79 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cpt_ray"
-LAYERS = [
-    {"chat", "config", "console", "errors", "gguf_model", "grids", "prompts", "rubrics", "tables", "texts",
-     "yaml_file"},
-    {"cluster"},
-    {"engines", "evaluation", "judging", "plan", "serving", "steering", "synthesis", "training"},
-    {"__main__", "cli"},
-]  # fmt: skip
+RANKS = [
+    ("__main__",),
+    ("cli",),
+    ("serving",),
+    ("steering", "synthesis", "evaluation", "training"),
+    ("judging",),
+    ("plan",),
+    ("logprobs",),
+    ("engines",),
+    ("cluster",),
+    ("prompts",),
+    ("config",),
+    ("grids",),
+    ("chat",),
+    ("rubrics",),
+    ("gguf_model",),
+    ("tables",),
+    ("yaml_file",),
+    ("texts",),
+    ("console",),
+    ("errors",),
+]
+"""Folders and modules, the highest first; those of one rank know each other only through tables."""
+UPWARDS = {("steering", "evaluation")}
+"""(from, to) that are still to go."""
+LIGHT = [
+    *("chat", "rubrics", "tables", "evaluation.report", "evaluation.dial_page", "training.rows", "training.publishing"),
+    *("serving.app", "serving.keys", "synthesis.pairing", "judging.spread", "engines.losses", "engines.roles"),
+    *("cluster", "prompts", "config", "grids", "gguf_model", "yaml_file", "texts", "console", "errors"),
+]
+
+
+def name_of(path: Path) -> str:
+    """Of a file's folder or, at the top, its module."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def modules() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of this package that a file imports, anywhere in it."""
-    found = set()
+    """Folders and modules of this package that a file imports, anywhere in it and for type checkers too."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cpt_ray."):
-            found.add(node.module.split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom) and node.module == "cpt_ray":
+            names |= {alias.name for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cpt_ray."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cpt_ray.")}
+    return names
 
 
-def test_every_module_has_a_layer_and_imports_only_downwards() -> None:
-    rank = {name: at for at, names in enumerate(LAYERS) for name in names}
-    for path in PACKAGE.rglob("*.py"):
-        if path.stem == "__init__":
-            continue
-        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        assert own in rank, f"{own} is in no layer"
-        for name in imported(path):
-            assert rank[name] <= rank[own], f"{own} imports {name} from above"
+def upward_imports() -> set[tuple[str, str]]:
+    rank = {name: at for at, names in enumerate(RANKS) for name in names}
+    pairs = {(name_of(path), name) for path in modules() for name in imported(path)}
+    return {(own, name) for own, name in pairs if own != name and rank[name] <= rank[own]}
 
 
-@pytest.mark.parametrize("module", sorted(LAYERS[0]))
-def test_the_lowest_layer_loads_without_ray_torch_or_vllm(module: str) -> None:
-    code = (
-        f"import sys, cpt_ray.{module}; "
-        "print([one for one in ('ray', 'torch', 'vllm', 'transformers') if one in sys.modules])"
-    )
+def test_every_folder_and_module_has_a_rank_and_exists() -> None:
+    assert {name_of(path) for path in modules()} == {name for names in RANKS for name in names}
+
+
+def test_imports_run_down_the_list_and_none_between_folders_of_one_rank() -> None:
+    assert upward_imports() == UPWARDS
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_needs_no_engine_loads_without_ray_torch_or_vllm(name: str) -> None:
+    folder = PACKAGE / name
+    names = [f"{name}.{path.stem}" for path in folder.glob("*.py")] if folder.is_dir() else [name]
+    imports = ", ".join(f"cpt_ray.{each}" for each in names).replace(".__init__", "")
+    code = f"import sys, {imports}; print([x for x in ('ray', 'torch', 'vllm', 'transformers') if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

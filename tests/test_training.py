@@ -27,13 +27,14 @@ from cpt_ray.cli import main
 from cpt_ray.cluster import connected, unused_port
 from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
 from cpt_ray.errors import UserError
+from cpt_ray.logprobs.reference import add_reference, rows_path, write_rows
+from cpt_ray.logprobs.rows import Tokeniser, sequence_ids
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.training import stage as training
 from cpt_ray.training.export import export
 from cpt_ray.training.grid import rate_share
-from cpt_ray.training.reference import add_reference, rows_path, write_rows
-from cpt_ray.training.rows import Tokeniser, TokenPair, make_rows, own_pairs, select_pairs, sequence_ids
+from cpt_ray.training.rows import TokenPair, make_rows, own_pairs, select_pairs
 from cpt_ray.training.stage import (
     PROGRESS,
     check_finite,

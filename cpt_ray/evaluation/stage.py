@@ -24,13 +24,13 @@ from cpt_ray.evaluation.steering_page import RESULTS, with_steering
 from cpt_ray.judging.check import check_judge
 from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
 from cpt_ray.judging.spread import Spread, pool_spread
+from cpt_ray.logprobs.reference import add_reference
+from cpt_ray.logprobs.rows import Row, Tokeniser, Unfit
 from cpt_ray.plan import Plan, Shards, run_info
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
 from cpt_ray.tables.rundir import RunDir, derive
-from cpt_ray.training.reference import add_reference
-from cpt_ray.training.rows import Row, Tokeniser, Unfit
 
 Ids = tuple[int, ...]
 MAX_LIKELIHOODS = 512

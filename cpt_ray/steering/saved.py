@@ -1,4 +1,4 @@
-"""TODO"""
+"""A trained conditional policy on the disk."""
 
 from __future__ import annotations
 

@@ -9,16 +9,15 @@ other preference set, the pairs of one prompt are a row.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypedDict
 
 from cpt_ray.chat.conversations import ChatMessage
-from cpt_ray.chat.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError
+from cpt_ray.logprobs.rows import Row, Tokeniser, Unfit
 from cpt_ray.prompts import read_rows
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
@@ -58,37 +57,7 @@ class TokenPair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-class Row(TypedDict):
-    """One training example: a prompt, its distinct answers, and pairs as indices into them."""
-
-    cell_id: str
-    rubric_id: str
-    level: str
-    """Of the directive; it and the two ids are "" where there are none."""
-    prompt: list[int]
-    """Token ids of directive and user message."""
-    answers: list[list[int]]
-    levels: list[str]
-    """For each answer, its level."""
-    chosen: list[int]
-    """For each pair, the index of its chosen answer."""
-    rejected: list[int]
-    ref_logps: list[float]
-    """For each answer, the reference model's log-probability in nats; empty until it is known."""
-
-
 # ---------------------------------------------------------------- tokenising
-
-
-NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
-
-
-class Unfit(ValueError):
-    """A pair that cannot be trained on: (reason, detail) of its reject."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 class TokenPairs(list[TokenPair]):
@@ -97,92 +66,6 @@ class TokenPairs(list[TokenPair]):
     def __init__(self, pairs: Iterable[TokenPair] = (), rejects: Iterable[Reject] = ()):
         super().__init__(pairs)
         self.rejects = list(rejects)
-
-
-class Tokeniser:
-    """Token ids of prompts and answers by a chat template; each distinct conversation is rendered once.
-
-    What is wrong with the template is a UserError, what is wrong with one text is `Unfit`.
-    """
-
-    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any], stop_ids: Collection[int] | None = None):
-        """`stop_ids`: at which the model ends an answer; the tokenizer's own unless given."""
-        self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, template_kwargs)
-        self._stop_ids = own_stop_tokens(tokenizer) if stop_ids is None else stop_ids
-        self._prompts: dict[str, Rendering] = {}
-        self._answers: dict[str, tuple[int, ...]] = {}
-
-    def check(self, has_system: bool = True) -> list[str]:
-        """What the template adds to conversations, in lines for the user; UserError if it loses anything."""
-        return self._template.check(self._stop_ids, has_system)
-
-    def prompt(self, messages: list[ChatMessage], more: Mapping[str, Any] = NOTHING_MORE) -> tuple[int, ...]:
-        """Ids of a conversation that waits for its answer.
-
-        Args:
-            more: arguments of the template beside the model's own, such as `tools`.
-        """
-        return self._prompt(messages, more).ids
-
-    def _prompt(self, messages: list[ChatMessage], more: Mapping[str, Any]) -> Rendering:
-        key = content_id(messages, dict(more))
-        if key not in self._prompts:
-            self._refuse_control_tokens([messages, more.get("tools")])
-            rendering = self._template.rendering(messages, more=more)
-            if where := self._template.missing(rendering.text, messages, more.get("tools", ())):
-                raise UserError(f"policy: its chat template drops the {where}; {DROPS}")
-            self._prompts[key] = rendering
-        return self._prompts[key]
-
-    def answer(
-        self, messages: list[ChatMessage], answer: list[ChatMessage], more: Mapping[str, Any] = NOTHING_MORE
-    ) -> tuple[int, ...]:
-        """Ids that the answer adds to its prompt's."""
-        key = content_id(messages, answer, dict(more))
-        if key not in self._answers:
-            prompt = self._prompt(messages, more)
-            self._refuse_control_tokens(answer)
-            whole = self._template.rendering(messages + answer, is_finished=True, more=more)
-            self._answers[key] = self._template.answer_ids(prompt, whole, answer, self._stop_ids)
-        return self._answers[key]
-
-    def begun(self, messages: list[ChatMessage], answer: ChatMessage) -> tuple[int, ...]:
-        """Ids that an answer adds to its prompt's if it goes on after its text: no end mark is among them."""
-        key = content_id(messages, answer, "begun")
-        if key not in self._answers:
-            self.answer(messages, [answer])  # all that can be wrong with it
-            prompt = self._prompt(messages, NOTHING_MORE)
-            whole = self._template.rendering([*messages, answer], is_finished=True)
-            try:
-                self._answers[key] = self._template.begun_ids(prompt, whole, answer["content"])
-            except ValueError as error:
-                raise Unfit("cut answer", str(error)) from None
-        return self._answers[key]
-
-    def text_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of an answer's own text, without an end mark."""
-        self._refuse_control_tokens(text)
-        return self._template.encode(text)
-
-    def text(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of a plain prompt and of what a plain answer, with an end mark, adds to it."""
-        end = self._tokenizer.eos_token
-        if end is None:
-            raise UserError("policy: its tokenizer has no end-of-text token (eos_token), so a plain answer has no end")
-        answer = answer.removesuffix(end)
-        self._refuse_control_tokens([prompt, answer])
-        prompt_ids = tuple(self._tokenizer(prompt)["input_ids"])
-        whole = tuple(self._tokenizer(prompt + answer + end)["input_ids"])
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise Unfit(
-                "shares a token", f"the tokenizer joins the prompt's end {prompt[-30:]!r} and the answer's start"
-            )
-        return prompt_ids, whole[len(prompt_ids) :]
-
-    def _refuse_control_tokens(self, said: Any) -> None:
-        if token := self._template.special_token(said):
-            raise Unfit("control token", f"{token!r} is a special token of the policy and would not be read as text")
 
 
 def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
@@ -425,11 +308,6 @@ def _make_row(pairs: Sequence[TokenPair]) -> Row:
 def steps_per_epoch(num_pairs: int, step_pairs: int) -> int:
     """Optimizer steps: a step has `step_pairs` pairs on average, or a little more."""
     return max(1, num_pairs // step_pairs)
-
-
-def sequence_ids(row: Row) -> list[str]:
-    """For each answer, the hash of its and its prompt's token ids: the key in the reference table."""
-    return [content_id(row["prompt"], one) for one in row["answers"]]
 
 
 # ---------------------------------------------------------------- metrics of twins

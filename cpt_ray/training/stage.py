@@ -28,15 +28,14 @@ from cpt_ray.config import LoraConfig, ModelConfig, PreferenceRunConfig, TrainCo
 from cpt_ray.console import progress, say
 from cpt_ray.engines.losses import reasons
 from cpt_ray.errors import UserError, first_line
+from cpt_ray.logprobs.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
+from cpt_ray.logprobs.rows import Row, Tokeniser
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject, content_id
 from cpt_ray.tables.rundir import MARK, RunDir
 from cpt_ray.training.export import empty_folder, export
 from cpt_ray.training.publishing import write_cards
-from cpt_ray.training.reference import add_reference, is_autocast, loading, read_rows_file, rows_path, write_rows
 from cpt_ray.training.rows import (
-    Row,
-    Tokeniser,
     TokenPair,
     counted,
     end_pairs,

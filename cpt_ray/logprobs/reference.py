@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
 from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines
 from cpt_ray.errors import UserError
+from cpt_ray.logprobs.rows import Row, sequence_ids
 from cpt_ray.tables.records import ReferenceLogProb, content_id
 from cpt_ray.tables.rundir import RunDir, replacing
-from cpt_ray.training.rows import Row, sequence_ids
 
 TABLE = "reference"
 SHARD_ROWS = 256
@@ -35,7 +35,7 @@ class ReferenceModel:
         import torch
         from trl.trainer.utils import create_model_from_path
 
-        from cpt_ray.training.grid import prepare_model
+        from cpt_ray.logprobs.grid import prepare_model
 
         self._settings = settings
         if model.num_gpus == 0:
@@ -49,7 +49,7 @@ class ReferenceModel:
         """For each row, the log-probability (nats) of each of its answers."""
         import torch
 
-        from cpt_ray.training.grid import answer_logps
+        from cpt_ray.logprobs.grid import answer_logps
 
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_autocast(self._settings)):
             return answer_logps(self._model, rows, 2 * self._settings.micro_batch_size)

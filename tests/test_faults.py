@@ -37,7 +37,7 @@ ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 @pytest.mark.slow
 def test_kill_9_loses_repeats_and_changes_nothing() -> None:
     small = ["prompts.limit=20", "synthesis.shard_rows=20", "writer.num_actors=1"]
-    command = [sys.executable, "jobs/benchmark_faults.py", str(toy.RUN_FILE), *small]
+    command = [sys.executable, "jobs/benchmarks/faults.py", str(toy.RUN_FILE), *small]
     command += ["--kills=3", "--stages", "plan", "write", "judge"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

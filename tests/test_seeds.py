@@ -49,7 +49,7 @@ def test_results_of_different_rubrics_are_no_table() -> None:
 
 
 def run_table(*paths: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "jobs/table.py", *map(str, paths)]
+    command = [sys.executable, "jobs/benchmarks/table.py", *map(str, paths)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

@@ -12,7 +12,7 @@ import torch
 from cpt_ray.errors import UserError
 from cpt_ray.steering.fitting import Reporter
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
-from jobs.benchmark_steering import World, WorldA, WorldB, best_accuracy, tasks
+from jobs.benchmarks.steering import World, WorldA, WorldB, best_accuracy, tasks
 
 CHOICES = (0, 1, 3, 5, 10)
 

@@ -1,4 +1,4 @@
-"""The README's table of several training seeds: `python jobs/table.py runs/*/report/results.json`."""
+"""The README's table of several training seeds: `python jobs/benchmarks/table.py runs/*/report/results.json`."""
 
 import sys
 from pathlib import Path

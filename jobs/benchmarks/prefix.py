@@ -1,6 +1,6 @@
 """What the prefix cache gives in judging and writing: rubrics of about 1,500 tokens, a model of random weights.
 
-python jobs/benchmark_prefix.py [--answers 20] [--rubrics 3] [--model FOLDER_OR_NAME]
+python jobs/benchmarks/prefix.py [--answers 20] [--rubrics 3] [--model FOLDER_OR_NAME]
 
 Judging, four ways to ask the same: as the judge does (rubric, prompt, answer, criterion), with the rubric last, without
 a cache, and in random order with a cache that holds about one rubric at a time; the last also in the judge's own order.

@@ -1,7 +1,7 @@
 """TRL's DPOTrainer against GridTrainer on the same pairs, alternating in one process.
 
-nice -n 15 python jobs/benchmark_training.py --answers 3 5 --rounds 3
-python jobs/benchmark_training.py --shape 4b --device cuda --dtype bfloat16 --cells 64 --peak-tflops 989
+nice -n 15 python jobs/benchmarks/training.py --answers 3 5 --rounds 3
+python jobs/benchmarks/training.py --shape 4b --device cuda --dtype bfloat16 --cells 64 --peak-tflops 989
 
 Random weights and random words: only the time and the memory mean anything. Timed are one epoch and, for the grid
 trainer, its reference pass (TRL's is inside its steps); not timed are loading and tokenising, the same for both.

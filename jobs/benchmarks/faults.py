@@ -1,6 +1,6 @@
 """Synthesis under kill -9, and its tables against those of an undisturbed run: lost, duplicated and differing rows.
 
-python jobs/benchmark_faults.py --kills 30 --seed 0 [--stages write judge] [RUN_FILE [key=value ...]]
+python jobs/benchmarks/faults.py --kills 30 --seed 0 [--stages write judge] [RUN_FILE [key=value ...]]
 
 Kills are spread evenly over the stages. The victim is the driver (a node and its cluster go with it), the actor that
 holds an engine, the raylet (a node that vanishes under its driver), or, where an engine has processes of its own

@@ -1,7 +1,7 @@
 """Dial positions through a running server beside the evaluation's: does what is served turn as what was measured does?
 
 make serve                                                        # in another terminal; prints a key
-CPT_API_KEY=... python jobs/benchmark_dials.py jobs/quickstart.yaml --url http://127.0.0.1:8000
+CPT_API_KEY=... python jobs/benchmarks/dials.py jobs/quickstart.yaml --url http://127.0.0.1:8000
 
 Two columns come from the server. `same requests`: the evaluation's prompts and directives once more, each directive as
 a system message; it must agree with the evaluation but for sampling. `by configuration`: the same prompts at each

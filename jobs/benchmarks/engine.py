@@ -1,6 +1,6 @@
 """The write stage under Ray Data against bare `vllm.LLM` and `ray.data.llm`: same requests, same engine arguments.
 
-python jobs/benchmark_engine.py [--rounds 3] [--width 512] [--actors 2] [--chat] [--ray-llm] [RUN_FILE [key=value ...]]
+python jobs/benchmarks/engine.py [--rounds 3] [--width 512] [--actors 2] [--chat] [--ray-llm] [RUN_FILE [key=value ...]]
 
 In every round a new engine answers all requests, its cache empty each time, by `LLM.generate`, which is given token
 ids, as the stage's engine, and by `LLM.generate` again: two processes differ by more than what is to be shown, and the

@@ -1,7 +1,7 @@
 """This project's server against a bare vLLM OpenAI server: same model, same machine, alternating in one run.
 
-python jobs/benchmark_serving.py jobs/quickstart.yaml --clients 1 8 32 --seconds 6 --rounds 3
-RAY_SERVE_ENABLE_HA_PROXY=1 python jobs/benchmark_serving.py jobs/quickstart.yaml      # Ray's HAProxy in front
+python jobs/benchmarks/serving.py jobs/quickstart.yaml --clients 1 8 32 --seconds 6 --rounds 3
+RAY_SERVE_ENABLE_HA_PROXY=1 python jobs/benchmarks/serving.py jobs/quickstart.yaml      # Ray's HAProxy in front
 
 The bare server is sent the directive as a system message, this one a configuration: the same tokens reach both
 engines, and their greedy answers must be equal. Every client asks again as soon as it is answered. The model is the

@@ -1,6 +1,6 @@
 """How fast choices become a configuration or an adapter, and how well the reward model learns worlds of known bounds.
 
-python jobs/benchmark_steering.py [--users 10000] [--model FOLDER]     needs no run; one core
+python jobs/benchmarks/steering.py [--users 10000] [--model FOLDER]     needs no run; one core
 
 Prints, for that many simulated users of ten choices each: users/s from margins to a belief, from choices to z, and
 from z to a folded adapter on the disk; bytes per user of each; and, for the worlds, accuracy against its bound.
@@ -38,7 +38,7 @@ from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
 from cpt_ray.tables.records import SteeredAnswer
 
 COUNTS = (0, 1, 3, 5, 10)
-TOY = Path(__file__).parents[1] / "tests" / "toy" / "model"
+TOY = Path(__file__).parents[2] / "tests" / "toy" / "model"
 KEPT = 500
 """Folded adapters that stay on the disk."""
 Floats = NDArray[np.float64]

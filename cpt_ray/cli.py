@@ -280,6 +280,7 @@ def steer(arguments: argparse.Namespace) -> None:
     plan = make_plan(config)
     convert_models(roles_of(config))
     os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
+    from cpt_ray.evaluation.stage import update_report
     from cpt_ray.steering import comparison, stage
 
     needs_tables = arguments.action != "infer" and not config.steer.answers
@@ -304,6 +305,8 @@ def steer(arguments: argparse.Namespace) -> None:
             comparison.compare_rewards(steering)
         else:
             comparison.evaluate(steering)
+            if shards:
+                update_report(plan, run, shards)
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ import pytest
 from cpt_ray.evaluation.dial_page import COLUMNS, SHOWN_CHARS, dial_lines, opposites, opposites_lines
 from cpt_ray.evaluation.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
 from cpt_ray.evaluation.scoring import score_trials
-from cpt_ray.evaluation.steering_page import with_steering
 from cpt_ray.tables.records import Trial
 from tests.builders import make_rubric
 
@@ -57,7 +56,7 @@ def make_trials(tuned_gain: float = 1.0, base_gain: float = 0.0, num_prompts: in
 
 def page_of(trials: list[Trial], **changes: Any) -> str:
     given: dict[str, Any] = {"ledger": LEDGER, "run_info": INFO} | changes
-    return render_report(score_trials(trials, [RUBRIC], 50, 0), trials, [RUBRIC], given["ledger"], given["run_info"])
+    return render_report(score_trials(trials, [RUBRIC], 50, 0), trials, [RUBRIC], **given)
 
 
 def headline(page: str) -> str:
@@ -264,18 +263,19 @@ def test_nothing_to_report_is_still_a_page_and_a_table() -> None:
     assert "undefined" in table_lines(score_trials([], [RUBRIC], 50, 0))[1]
 
 
-def test_steering_has_a_place_in_the_report_and_the_newest_results_take_it() -> None:
-    def results(name: str) -> dict[str, Any]:
-        entry = {"mean": [0.5, 0.75], "ci": [None, [0.7, 0.8]]}
-        costs = {name: {"tokens_once": 1234, "tokens_per_answer": 5, "bytes": 6}}
-        return {"counts": [0, 3], "num_users": 8, "accuracy": {name: entry}, "satisfaction": {}, "costs": costs}
-
-    plain = page_of(make_trials())
-    first = with_steering(plain, results(HOSTILE))
-    second = with_steering(first, results("NP-BTL"))
-    assert "<script" not in first and "alert" in first and "NP-BTL" in second and "alert" not in second
-    assert second == with_steering(plain, results("NP-BTL")) and second.count("<svg") == plain.count("<svg") + 1
-    for text in ("foretold", "0.75 [0.70, 0.80]", "bytes kept", "1,234"):
-        assert text in second
-    parsed(second)
-    assert with_steering("<html>of old</html>", results("NP-BTL")) == "<html>of old</html>"
+def test_steerings_results_have_a_place_in_the_report_once_they_are_there() -> None:
+    entry = {"mean": [0.5, 0.75], "ci": [None, [0.7, 0.8]]}
+    costs = {HOSTILE: {"tokens_once": 1234, "tokens_per_answer": 5, "bytes": 6}}
+    steering = {
+        "counts": [0, 3],
+        "num_users": 8,
+        "accuracy": {HOSTILE: entry, "NP-BTL": entry},
+        "satisfaction": {},
+        "costs": costs,
+    }
+    plain, page = page_of(make_trials()), page_of(make_trials(), steering=steering)
+    assert "Few-shot steering" not in plain
+    assert page.count("<svg") == plain.count("<svg") + 1
+    assert not parsed(page).tags & {"script", "img"}
+    for text in ("Few-shot steering", "predicted", "0.75 [0.70, 0.80]", "bytes kept", "1,234", "NP-BTL"):
+        assert text in page

@@ -24,15 +24,13 @@ from cpt_ray.console import status_lines
 from cpt_ray.engines.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.engines.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.report import REPORT
-from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate
-from cpt_ray.evaluation.steering_page import RESULTS
+from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate, update_report
 from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.plan import Plan, Shards, control_directive, is_control, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis.stage import Steps, name_shards, synthesize
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import REPORT, STEERING_RESULTS, RunDir
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
 
@@ -634,13 +632,42 @@ def test_evaluation_costs_what_its_roles_do(tmp_path: Path) -> None:
     assert (ledger["grade"]["rows_in"], ledger["grade"]["cost"]) == (2 * num_trials, 2 * num_trials * 100 * 3 / 1e6)
 
 
+STEERED: dict[str, Any] = {
+    "counts": [0],
+    "num_users": 8,
+    "accuracy": {"NP-BTL": {"mean": [0.5], "ci": [None]}},
+    "satisfaction": {},
+    "costs": {},
+}
+
+
 @pytest.mark.parametrize("policy", ["the tuned", "an earlier"])
 def test_steering_that_was_fitted_before_is_in_the_report_if_it_is_of_that_policy(policy: str, tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, f"policy.model={make_tiny_model(tmp_path / 'policy')}", levels=GIVEN)
-    results = {"counts": [0], "num_users": 8, "accuracy": {"NP-BTL": {"mean": [0.5], "ci": [None]}}, "satisfaction": {}}
-    run.write_json(RESULTS, results | {"costs": {}, "policy": str(run.model) if policy == "the tuned" else policy})
+    run.write_json(STEERING_RESULTS, STEERED | {"policy": str(run.model) if policy == "the tuned" else policy})
     evaluated(plan, run)
     assert ("NP-BTL" in (run.path / REPORT).read_text(encoding="utf-8")) == (policy == "the tuned")
+
+
+def test_steering_after_an_evaluation_renders_its_report_again_and_alone_makes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = f"policy.model={make_tiny_model(tmp_path / 'policy')}"
+    plan, run = make_run(tmp_path, policy, levels=GIVEN)
+    evaluated(plan, run)
+    shards = name_shards(plan, plan_units(plan))
+    run.write_json(STEERING_RESULTS, STEERED | {"policy": str(run.model)})
+    update_report(plan, run, shards)
+    page = (run.path / REPORT).read_text(encoding="utf-8")
+    assert "NP-BTL" in page and "The dials" in page
+    (run.path / REPORT).write_text("of other settings", encoding="utf-8")
+    others, _ = make_run(tmp_path, policy, "policy.sampling.max_tokens=5", levels=GIVEN)
+    update_report(others, run, shards)
+    assert (run.path / REPORT).read_text(encoding="utf-8") == "of other settings"
+    assert "report/report.html is of other settings" in capsys.readouterr().out
+    (run.path / REPORT).unlink()
+    update_report(others, run, shards)
+    assert not (run.path / REPORT).exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cpt_ray.console import flat, status_lines
@@ -17,14 +18,13 @@ from cpt_ray.evaluation.markup import html_table
 from cpt_ray.evaluation.markup import shortened as _short
 from cpt_ray.evaluation.resampling import MODELS
 from cpt_ray.evaluation.scoring import METRICS
+from cpt_ray.evaluation.steering_page import steering_section
+from cpt_ray.plan import Plan, run_info
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial, content_id
+from cpt_ray.tables.rundir import LEDGER, REPORT, RESULTS, STEERING_RESULTS, RunDir
 
-REPORT = "report/report.html"
-"""In the run directory."""
-STEERING_START, STEERING_END = "<!-- steering -->", "<!-- end of steering -->"
-"""Around the place for few-shot steering's results, which come later (steering/page.py)."""
 METRIC_TITLES = {"accuracy": "Accuracy", "kendall_tau": "Kendall's tau", "spearman_rho": "Spearman's rho"}
 METRIC_MEANINGS = {
     "accuracy": "answers at the requested level",
@@ -406,12 +406,27 @@ _LEGEND = (
 )
 
 
+def write_report(plan: Plan, run: RunDir, trials: Sequence[Trial]) -> Path:
+    """Renders report.html from results.json and steering.json, if that is of the same tuned model; returns its path.
+
+    Args:
+        trials: those that results.json is of.
+    """
+    tuned = plan.config.policy.model_copy(update={"model": str(run.model)})
+    steering = run.read_json(STEERING_RESULTS)
+    if steering and steering.get("policy") != tuned.identity:
+        steering = None
+    results, ledger = run.read_json(RESULTS), run.read_json(LEDGER) or {}
+    return run.write_text(REPORT, render_report(results, trials, plan.rubrics, ledger, run_info(plan), steering))
+
+
 def render_report(
     results: Mapping[str, Any],
     trials: Sequence[Trial],
     rubrics: Sequence[Rubric],
     ledger: Mapping[str, Mapping[str, Any]],
     run_info: Mapping[str, Any],
+    steering: Mapping[str, Any] | None = None,
 ) -> str:
     """The page, complete in itself.
 
@@ -419,6 +434,7 @@ def render_report(
         results: from `score_trials`.
         ledger: stage to its counts (rows, rejects by reason, tokens, seconds); keys may be missing.
         run_info: whatever is known about the run; nested mappings are flattened.
+        steering: the content of report/steering.json.
     """
     name = _text(run_info.get("name", "run"))
     figures = "".join(_figure(rubric, trials, results) for rubric in rubrics)
@@ -438,7 +454,7 @@ def render_report(
 <h2>Example answers</h2><p class="quiet">Not picked by hand: for each rubric the first held-out prompt by hash, at every
 level. The number is the score (0 and 100 are the ends of the scale; where the writer's own answers
 set it, an answer can lie beyond), then the level it falls in.</p>{examples}
-{STEERING_START}{STEERING_END}
+{steering_section(steering) if steering else ""}
 <h2>What each stage did</h2>{_ledger(ledger)}
 <h2>This run</h2><dl>{facts}</dl>
 </body></html>

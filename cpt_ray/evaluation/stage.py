@@ -18,19 +18,18 @@ from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, le
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.dial_page import dial_lines, opposites_lines
 from cpt_ray.evaluation.dials import LogProbs
-from cpt_ray.evaluation.report import REPORT, judge_check_line, render_report, table_lines
+from cpt_ray.evaluation.report import judge_check_line, table_lines, write_report
 from cpt_ray.evaluation.scoring import score_trials
-from cpt_ray.evaluation.steering_page import RESULTS, with_steering
 from cpt_ray.judging.check import check_judge
 from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
 from cpt_ray.judging.spread import Spread, pool_spread
 from cpt_ray.logprobs.reference import add_reference
 from cpt_ray.logprobs.rows import Row, Tokeniser, Unfit
-from cpt_ray.plan import Plan, Shards, run_info
+from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
-from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.tables.rundir import REPORT, RESULTS, RunDir, derive
 
 Ids = tuple[int, ...]
 MAX_LIKELIHOODS = 512
@@ -239,21 +238,44 @@ def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, 
         say(f"note: {step.stage}: {lost} of {entry['rows_in']:.0f} were lost, most to: {reasons.most_common(1)[0][0]}")
 
 
+def _lines(plan: Plan, run: RunDir, shards: Shards) -> list[Line]:
+    """The tuned model's trials and the base model's: answered, then graded."""
+    config = plan.config
+    planned = plan_trials(plan, run, shards)
+    tuned = config.policy.model_copy(update={"model": str(run.model)})
+    lines = []
+    for name, model in (("tuned", tuned), ("base", config.policy)):
+        answer = AnswerStep(stage=f"answer-{name}", name=name, model=model, planned=planned, seed=config.seed)
+        judge = grader(plan.rubrics, config.judge, model)
+        lines.append(Line(list(planned), [answer, GradeTrialsStep(rubrics=plan.by_id, model=judge)]))
+    return lines
+
+
+def _outputs(lines: Sequence[Line]) -> tuple[list[list[str]], list[str]]:
+    """Names of the answered shards, line by line, and of all graded ones."""
+    answered = [[line.steps[0].output(name) for name in line.shards] for line in lines]
+    graded = [line.steps[1].output(name) for line, names in zip(lines, answered, strict=True) for name in names]
+    return answered, graded
+
+
+def update_report(plan: Plan, run: RunDir, shards: Shards) -> None:
+    """Renders the report of an evaluation with these settings again, if there is one: steering has new results."""
+    _, graded = _outputs(_lines(plan, run, shards))
+    if run.read_json(RESULTS) and all(run.has("evaluation", name) for name in graded):
+        say(f"report       {write_report(plan, run, run.read('evaluation', graded, Trial))}")
+    elif (run.path / REPORT).exists():
+        say(f"note: {REPORT} is of other settings and stays as it is; `cpt evaluate` renders it with these results")
+
+
 def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines) -> dict[str, Any]:
     """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
     start = time.monotonic()
     config = plan.config
-    planned = plan_trials(plan, run, shards)
-    tuned = config.policy.model_copy(update={"model": str(run.model)})
-    steps = [
-        AnswerStep(stage=f"answer-{name}", name=name, model=model, planned=planned, seed=config.seed)
-        for name, model in (("tuned", tuned), ("base", config.policy))
-    ]
-    judges = [GradeTrialsStep(rubrics=plan.by_id, model=grader(plan.rubrics, config.judge, one.model)) for one in steps]
-    runner(run, [Line(list(planned), [step, judge]) for step, judge in zip(steps, judges, strict=True)])
-    done: list[tuple[Step, list[str]]] = [(step, [step.output(name) for name in planned]) for step in steps]
-    graded = [judge.output(name) for judge, (_, names) in zip(judges, done, strict=True) for name in names]
-    for step, names in [*done, (judges[0], graded)]:
+    lines = _lines(plan, run, shards)
+    runner(run, lines)
+    answered, graded = _outputs(lines)
+    steps = [*(line.steps[0] for line in lines), lines[0].steps[1]]
+    for step, names in zip(steps, [*answered, graded], strict=True):
         entry = ledger_entry(run, step.table, names, step.model.price)
         run.add_to_ledger(step.stage, entry)
         _say_of_answers(run, step, names, entry)
@@ -272,15 +294,10 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
     except UserError as error:  # what else was measured is worth a report without it
         results["judge_check"] = None
         say(f"note: evaluate.judge_check: {error}")
-    run.write_json("report/results.json", results)
-    info = run_info(plan)
-    page = render_report(results, trials, plan.rubrics, run.read_json("ledger.json"), info)
-    steered = run.read_json(RESULTS)
-    if steered and steered.get("policy") == tuned.identity:  # else of another model
-        page = with_steering(page, steered)
-    written = run.write_text(REPORT, page)
-    for lines in (opposites_lines(trials, plan.rubrics), dial_lines(results), table_lines(results)):
-        say("\n".join(["", *lines]))
+    run.write_json(RESULTS, results)
+    written = write_report(plan, run, trials)
+    for block in (opposites_lines(trials, plan.rubrics), dial_lines(results), table_lines(results)):
+        say("\n".join(["", *block]))
     if line := judge_check_line(results["judge_check"]):
         say(line)
     least = [(results["difference"][f"{name}_ci"] or [0.0])[0] for name in ("accuracy", "spearman_rho")]

@@ -1,4 +1,4 @@
-"""Steering's results for people: a section of the run's report, and lines for the terminal."""
+"""Few-shot steering's results: a section of the report."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_ray.evaluation.markup import html_table
-from cpt_ray.evaluation.report import STEERING_END, STEERING_START
 
-RESULTS = "report/steering.json"
-"""In the run directory; the report shows the same."""
 METRICS = {
-    "accuracy": "Share of a held-out user's other choices that are foretold.",
+    "accuracy": "Share of a held-out user's other choices that are predicted.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by what is measured: 0 to 1.",
 }
 METHODS = (
-    "static: nothing is known of the user; oracle: the true taste is; another's choices should not help. nearest "
-    "configuration: the one whose scores are nearest to those of the chosen answers."
+    "static: nothing is known of the user; oracle: the true preferences are known; another's choices should not help. "
+    "nearest configuration: the one whose scores are nearest to those of the chosen answers."
 )
 COSTS = {"tokens_once": "tokens once", "tokens_per_answer": "more per answer", "bytes": "bytes kept"}
 """Of a method, for all choices of one user; tokens are the policy's."""
@@ -34,24 +31,6 @@ def _cell(mean: float | None, ends: Sequence[float] | None) -> str:
     if mean is None:
         return "-"
     return f"{mean:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else f"{mean:.2f}"
-
-
-def table_lines(results: Mapping[str, Any]) -> list[str]:
-    """The means with their 95% intervals, one block per metric."""
-    lines = ["", METHODS]
-    wide = 2 + max(len(name) for metric in METRICS for name in [metric, *results[metric]])
-    for metric, text in METRICS.items():
-        if not results[metric]:
-            continue
-        lines += ["", text, f"{metric:<{wide}}" + "".join(f"{f'{count} choices':>20}" for count in results["counts"])]
-        for name, entry in results[metric].items():
-            lines.append(f"{name:<{wide}}" + "".join(f"{cell:>20}" for cell in _cells(entry)))
-    if results["costs"]:
-        lines += ["", f"{'per user':<{wide}}" + "".join(f"{title:>20}" for title in COSTS.values())]
-        lines += [
-            f"{name:<{wide}}" + "".join(f"{one[part]:>20,}" for part in COSTS) for name, one in results["costs"].items()
-        ]
-    return lines
 
 
 def _figure(metric: str, results: Mapping[str, Any]) -> str:
@@ -89,7 +68,8 @@ def _figure(metric: str, results: Mapping[str, Any]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _section(results: Mapping[str, Any]) -> str:
+def steering_section(results: Mapping[str, Any]) -> str:
+    """Figures and tables of all methods."""
     said = f"{results['num_users']} held-out users, by number of their choices; 95% intervals over users and seeds."
     parts = [f"<p>{said} {METHODS}</p>"]
     for metric, text in METRICS.items():
@@ -100,13 +80,4 @@ def _section(results: Mapping[str, Any]) -> str:
     if results["costs"]:
         rows = [[html.escape(name), *(f"{one[part]:,}" for part in COSTS)] for name, one in results["costs"].items()]
         parts.append(f"<h3>per user</h3>{html_table(['method', *COSTS.values()], rows)}")
-    return "".join(parts)
-
-
-def with_steering(report: str, results: Mapping[str, Any]) -> str:
-    """A run's report with these results in their place, also if it had some before."""
-    before, mark, rest = report.partition(STEERING_START)
-    _, end, after = rest.partition(STEERING_END)
-    if not (mark and end):
-        return report  # of an older version
-    return f'{before}{mark}<h2>Few-shot steering</h2><div class="steering">{_section(results)}</div>{end}{after}'
+    return f'<h2>Few-shot steering</h2><div class="steering">{"".join(parts)}</div>'

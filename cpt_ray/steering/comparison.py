@@ -17,17 +17,17 @@ import torch
 from transformers import AutoTokenizer
 
 from cpt_ray.console import say
-from cpt_ray.evaluation.report import REPORT
-from cpt_ray.evaluation.steering_page import RESULTS, table_lines, with_steering
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.fitting import Tensors, reference_logps
 from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import Tasks, accuracy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Fitted, Steering, fit, policy_texts
+from cpt_ray.steering.summary import table_lines
 from cpt_ray.steering.tables import AdapterActor, AnswerActor
 from cpt_ray.steering.users import Answer, Floats, Taste, User, grade_by_measures
 from cpt_ray.tables.records import Prompt, SteeredAnswer, content_id
+from cpt_ray.tables.rundir import STEERING_RESULTS
 
 COUNTS = (0, 1, 3, 5, 10)
 """Numbers of choices that results are given for, up to steer.choices."""
@@ -375,7 +375,7 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
 def _write(
     arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats], costs: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
-    """Means with intervals, saved, drawn and printed."""
+    """Means with intervals, saved and printed."""
     groups = {
         "per_kind": np.array([_kind(one.taste) for one in arena.users]),
         "per_rubric": np.array(["+".join(sorted(one.taste.targets)) for one in arena.users]),
@@ -393,10 +393,7 @@ def _write(
                 entry["steer_gap"] = [None if one is None else 2 * one - 1 for one in entry["mean"]]
                 entry["steer_gap_ci"] = [one and [2 * end - 1 for end in one] for one in entry["ci"]]
             results[metric][name] = entry
-    run = arena.steering.run
-    written = run.write_json(RESULTS, results)
-    if satisfactions and (report := run.path / REPORT).exists():  # one made later takes them from RESULTS
-        written = run.write_text(REPORT, with_steering(report.read_text(encoding="utf-8"), results))
+    written = arena.steering.run.write_json(STEERING_RESULTS, results)
     say("\n".join(table_lines(results)))
     say(f"results      {written}")
     steering = arena.steering

@@ -61,6 +61,10 @@ TABLES: dict[str, type[Any]] = {
 LEDGER = "ledger.json"
 MARK = "model/cpt_ray.json"
 """Written last: the model is complete, and this is what it was made from."""
+RESULTS, STEERING_RESULTS = "report/results.json", "report/steering.json"
+"""Of `cpt evaluate` and of `cpt steer evaluate`."""
+REPORT = "report/report.html"
+"""Shows both."""
 LOCK = ".lock"
 TRACES = {LOCK, "run.yaml", "attempts", "units", LEDGER}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""

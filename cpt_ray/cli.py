@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cpt_ray import __version__
-from cpt_ray.cluster import SERVER_ENV, by_configuration, check_room, connected
+from cpt_ray.cluster import SERVER_ENV, check_room, connected
 from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
 from cpt_ray.console import say, status_lines
 from cpt_ray.engines.engine import engine_env
@@ -314,9 +314,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from cpt_ray.serving.deploy import serve_model
 
     config = load_config(Path(arguments.run_file), arguments.overrides)
-    env = by_configuration() if config.serve.route_by == "configuration" else {}
-    if not os.environ.get("RAY_ADDRESS"):
-        env |= SERVER_ENV
+    env = {} if os.environ.get("RAY_ADDRESS") else SERVER_ENV
     run, connecting = RunDir(Path(config.run_dir).absolute()), connected(arguments.verbose, more_env=env)
     config, _ = with_dtype(config, run)
     needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}

@@ -155,21 +155,6 @@ def _nicer_haproxy() -> dict[str, str]:
         return {}
 
 
-def by_configuration() -> dict[str, str]:
-    """Environment that makes HAProxy send requests which ask for the same in the same words to the same replica.
-
-    A replica's prefix cache then holds its share of the configurations. What is asked for is read off the first 60 KB
-    of the body as it comes; requests that name nothing go by the whole of it. A replica with a tenth more than the mean
-    is passed over.
-    """
-    text = r'"[^"]*"'
-    named = rf'"configuration"\s*:\s*(?:\{{[^{{}}]*\}}|{text})|"model"\s*:\s*"[^":]*:[^"]*"|"preferences"\s*:\s*{text}'
-    pattern = rf"(?s)^.*?({named}).*$".replace('"', r"\x22")
-    found = rf"req.body,regsub('{pattern}','\1')".replace("\\", "\\\\").replace("$", "\\$")  # quoted twice
-    lines = (f'hash "{found}"', "hash-type consistent", "hash-balance-factor 110")
-    return {"RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "\n    ".join(lines)}
-
-
 def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) -> None:
     """UserError if a cluster that cannot grow will never have `count` times these resources."""
     import ray

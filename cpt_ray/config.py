@@ -657,8 +657,6 @@ class ServeConfig(_Section):
     """Requests in flight per replica that [min, max] aims at."""
     idle_seconds: Annotated[float, Field(ge=0)] = 600.0
     """How long a replica too many is kept."""
-    route_by: Literal["load", "configuration"] = "load"
-    """Which replica gets a request: the one with the fewest, or the one that had the same configuration (HAProxy's)."""
     configurations: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], dict[str, str | float]] = {}
     """Saved configurations: name to {rubric: level or score}; asked for by name, or as the model `cpt:NAME`."""
     frontend: VllmArguments = {}
@@ -666,7 +664,7 @@ class ServeConfig(_Section):
     allowed_origins lists the pages of other origins that may ask; without it there are none."""
     base: bool = False
     """Serves the untuned model too, at /base: as many replicas again."""
-    preferences: Literal["directive", "gated_lora", "soft_prompt"] = "directive"
+    preferences: Literal["directive", "gated_lora"] = "directive"
     """What steers a chat that names a user's choices: the inferred directive, or what `cpt steer fit` trained."""
     adapters: dict[str, StoragePath] = {}
     """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
@@ -786,13 +784,15 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
     kind: type[RunConfig | PreferenceRunConfig] = PreferenceRunConfig if "preferences" in sections else RunConfig
     for override in overrides:
         _apply(kind, data, override)
+    given = [override.partition("=")[0] for override in overrides]
+    if removed := [f"{_blamed(path, name, given)}: {name}: {advice}" for name, advice in _removed(data)]:
+        raise UserError("\n".join(removed))
     try:
         config = kind.model_validate(data)
     except ValidationError as error:
         lines = validation_lines(error, kind)
         lines = [one for one in lines if not any(other.startswith(f"{_entry(one)}.") for other in lines)]
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
-        given = [override.partition("=")[0] for override in overrides]
         problems = [f"{_blamed(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
         raise UserError("\n".join(problems)) from None
     if JOB_ENV in os.environ and not os.path.isabs(config.run_dir):
@@ -801,6 +801,27 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
             "with the job; give an absolute path that every node sees (run_dir=/shared/runs/NAME)"
         )
     return config
+
+
+REMOVED = {
+    "serve.route_by": "was removed, since it made nothing faster; leave it out (the replica with the fewest requests "
+    "gets the next one)",
+    "serve.preferences=soft_prompt": "soft prompts are no longer served, since they were the weakest form; give "
+    "gated_lora or directive",
+}
+"""Entries of earlier versions, as KEY or KEY=VALUE, and what to do about them."""
+
+
+def _removed(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what to do) of every entry that an earlier version had."""
+    for entry, advice in REMOVED.items():
+        key, equals, value = entry.partition("=")
+        *sections, name = key.split(".")
+        inner: Any = data
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and name in inner and (not equals or inner[name] == value):
+            yield key, advice
 
 
 # ---------------------------------------------------------------- overrides

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,23 @@ def test_a_default_that_is_given_is_the_same_setting(section: type[BaseModel]) -
         if not field.is_required() and field.default_factory is None:
             adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, "", *field.metadata])
             assert repr(adapter.validate_python(field.default)) == repr(field.default), name
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("serve: {route_by: load}", "serve.route_by: was removed, since it made nothing faster; leave it out"),
+        ("serve: {preferences: soft_prompt}", "serve.preferences: soft prompts are no longer served"),
+    ],
+)
+def test_a_removed_setting_is_refused_with_what_to_do(tmp_path: Path, entry: str, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{toy.RUN_FILE.read_text()}\n{entry}\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}: {said}")):
+        load_config(path)
+    key, value = re.findall(r"\w+", entry)[1:]
+    with pytest.raises(UserError, match=re.escape(f"override: {said}")):
+        load_config(toy.RUN_FILE, [f"serve.{key}={value}"])
 
 
 @pytest.mark.parametrize(

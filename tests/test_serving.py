@@ -38,11 +38,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.cluster import connected
-from cpt_ray.config import Form, RunConfig, SamplingConfig
+from cpt_ray.config import RunConfig, SamplingConfig
 from cpt_ray.engines.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.serving.app import MAX_BODY_BYTES
+from cpt_ray.serving.conditioning import FORM
 from cpt_ray.serving.deploy import serve_model
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
@@ -852,7 +853,7 @@ CHOICES = [{"prompt": f"Day {at}?", "chosen": f"High {at}.", "rejected": f"Low {
 
 
 def pick_on_the_page(url: str, browser: Any) -> None:
-    """One pick, where the server steers by a user's adapter or soft prompt; and it is forgotten."""
+    """One pick, where the server steers by a user's adapter; and it is forgotten."""
     page = browser.new_page()
     page.set_default_timeout(120_000)
     page.goto(f"{url}/playground")
@@ -868,14 +869,11 @@ def pick_on_the_page(url: str, browser: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["gated_lora", "soft_prompt"])
-def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
-    url: str, run: RunDir, form: Form, browser: Any
-) -> None:
+def test_users_are_answered_by_their_own_adapter(url: str, run: RunDir, browser: Any) -> None:
     """As transformers would with their z; nobody else is, and a configuration of one's own wins."""
     frozen = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.bfloat16).float().eval()  # the server's
     width, policy = frozen.config.hidden_size, make_config(run).policy.model_copy(update={"model": str(run.model)})
-    conditional = disturbed(ConditionalPolicy(frozen, form, embedding=2 * width, size=32))
+    conditional = disturbed(ConditionalPolicy(frozen, FORM, embedding=2 * width, size=32))
     (run.path / "steering").mkdir(exist_ok=True)
     save_file(conditional.own_state(), run.path / "steering" / "weights.safetensors")
     saved = SavedForm(
@@ -886,8 +884,8 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
         mean=[0.5] * 2 * width,
         deviation=[2.0] * 2 * width,
     )
-    run.write_json(SavedForm.file(form), asdict(saved))
-    assert serve_model(make_config(run, preferences=form), run, KEY, block=False) == url
+    run.write_json(SavedForm.file(FORM), asdict(saved))
+    assert serve_model(make_config(run, preferences=FORM), run, KEY, block=False) == url
 
     deadline = time.monotonic() + WAIT_SECONDS
     while (made := post(url, "/v1/preferences", json={"choices": CHOICES}).json())["probabilities"]:
@@ -912,7 +910,7 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
     pick_on_the_page(url, browser)
     mine, begun = {"preferences": made["id"]}, time.time()
     for _ in range(2):
-        check({"applied": {}, "directive": None, "from": f"preferences, by {form}"}, True, None, **mine)
+        check({"applied": {}, "directive": None, "from": f"preferences, by {FORM}"}, True, None, **mine)
     chats = noted(run, 2, lambda line: line["path"] == CHAT and line["time"] > begun)
     first, second = (one["prompt_tokens"] for one in sorted(chats, key=lambda line: line["time"]))
     assert first > second > 0  # to read the choices is counted, once
@@ -922,7 +920,7 @@ def test_users_are_answered_by_their_own_adapter_or_soft_prompt(
     refused = post(url, json={"model": f"user-{made['id']}-1", "messages": USER})
     assert refused.status_code == 404
     scored = post(url, json={"model": "tiny", "messages": USER, "max_tokens": 1, "prompt_logprobs": 1})
-    assert scored.status_code == (400 if form == "gated_lora" else 200), scored.text
+    assert scored.status_code == 400, scored.text
     torch.save(torch.zeros(3, width), own := io.BytesIO())
     body = {"model": "tiny", "prompt_embeds": base64.b64encode(own.getvalue()).decode(), "max_tokens": 1}
     refused = post(url, "/v1/completions", json=body)

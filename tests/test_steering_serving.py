@@ -325,16 +325,15 @@ def test_a_full_disk_is_not_the_clients_fault_and_leaves_nothing_behind(
 
 
 class KnownConditioner:
-    """Keeps which choices steered; the engine's requests stay as they are."""
+    """Keeps which choices steered; there is no engine to take an adapter."""
 
     form = "gated_lora"
 
     def __init__(self) -> None:
         self.asked: list[list[Choice]] = []
 
-    def change(self, choices: list[Choice]) -> Callable[..., Any]:
+    def adapter(self, choices: list[Choice]) -> None:
         self.asked.append(choices)
-        return lambda *request: request
 
 
 def test_beside_a_conditioner_nothing_is_scored_or_said_and_questions_come_in_the_priors_order(tmp_path: Path) -> None:

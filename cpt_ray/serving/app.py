@@ -101,22 +101,31 @@ class Call:
     """Tokens of the answers, also of one that was broken off."""
     first_byte_seconds: float | None = None
     seconds: float = 0.0
+    adapter: UserAdapter | None = None
+    """With which the engine answers it; not logged."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the access log."""
+        return {name: getattr(self, name) for name in LOGGED}
+
+
+class UserAdapter(Protocol):
+    """What the engine is given for a user (conditioning.py)."""
+
+    lora_request: Any
+
+
+LOGGED = [field.name for field in dataclasses.fields(Call) if field.name != "adapter"]
 
 
 CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 """The request that the running task works for."""
 
 
-STEERED: ContextVar[Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] | None] = ContextVar(
-    "steered", default=None
-)
-"""What the running task's requests to the engine, (prompt, options), become: a user's adapter or soft prompt."""
-
-
 def counting(
     generate: Callable[..., Any], scores: bool = True, sampling: SamplingConfig | None = None
 ) -> Callable[..., AsyncIterator[Any]]:
-    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; it is `STEERED`.
+    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; with the call's adapter.
 
     ValueError, which vLLM answers with 400, for what could end the engine.
 
@@ -134,10 +143,8 @@ def counting(
             sampling_params.include_stop_str_in_output |= sampling.include_stop
         if sampling_params.prompt_logprobs is not None and not scores:
             raise ValueError("log-probabilities of the prompt are not given here")
-        if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:
-            raise ValueError("prompt_embeds are this server's to make; send text or token ids")
-        if (steered := STEERED.get()) is not None:
-            prompt, options = steered(prompt, options)
+        if call is not None and call.adapter is not None:
+            options["lora_request"] = call.adapter.lora_request
         async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:
             first = True
             async for output in outputs:
@@ -222,8 +229,11 @@ class Steerer(Protocol):
         """To a request to PREFERENCES_PATH, or to `name` under it, with `data` as its body."""
         ...
 
-    async def steer(self, owner: str, path: str, data: dict[str, Any]) -> str | Refusal:
-        """Puts the configuration that its preferences come to into a body; what set it, "" if it names none."""
+    async def steer(self, owner: str, path: str, data: dict[str, Any], call: Call) -> str | Refusal:
+        """Puts the configuration that its preferences come to into a body; what set it, "" if it names none.
+
+        A user's adapter is put into `call`.
+        """
         ...
 
 
@@ -282,7 +292,7 @@ class Frontend:
         )
         start = time.perf_counter()
         receive_noted, send_noted = _noting(call, start, receive, send)
-        token, unsteered = CALL.set(call), STEERED.set(None)
+        token = CALL.set(call)
         try:
             if isinstance(key, Refusal):
                 await _refuse(send_noted, key)
@@ -302,7 +312,6 @@ class Frontend:
                 await self._app(scope, receive, send_noted)
         finally:
             CALL.reset(token)
-            STEERED.reset(unsteered)
             call.seconds = time.perf_counter() - start
             self._ended(call)
             if key is not None and isinstance(key, Key) and key.metered and call.prompt_tokens:
@@ -329,7 +338,7 @@ class Frontend:
             if data is not None:
                 self._check_fields(data)
                 if self._preferences is not None:
-                    steered = await self._preferences.steer(_owner(key), path, data)
+                    steered = await self._preferences.steer(_owner(key), path, data, call)
                     if isinstance(steered, Refusal):
                         await _refuse(send, steered)
                         return

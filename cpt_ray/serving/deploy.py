@@ -25,7 +25,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -136,6 +136,8 @@ class VllmServer:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        from cpt_ray.serving.conditioning import ENGINE_ARGUMENTS
+
         served = self._served
         arguments = {
             "default_chat_template_kwargs": served.model.chat_template_kwargs or None,
@@ -148,7 +150,7 @@ class VllmServer:
             if name not in known:
                 raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
         frontend = FrontendArgs(**arguments)
-        engine = served.conditioning.engine_arguments() if served.conditioning else {}
+        engine = dict(ENGINE_ARGUMENTS) if served.conditioning else {}
         engine |= engine_arguments(served.model)
         if isinstance(outputs := engine.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
             engine["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
@@ -281,7 +283,7 @@ class Record:
         calls, self._ended = self._ended, []
         if not calls:
             return
-        self._log.info("\n".join(json.dumps(asdict(call)) for call in calls))
+        self._log.info("\n".join(json.dumps(call.to_json()) for call in calls))
         tokens: Counter[tuple[str, str]] = Counter()
         for call in calls:
             tokens[call.key, "prompt"] += call.prompt_tokens
@@ -365,11 +367,6 @@ def serve_model(
 def _serve(config: RunConfig, run: RunDir, served: Served, new_key: str | None, block: bool) -> str:
     from ray import serve
 
-    if config.serve.route_by == "configuration" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
-        raise UserError(
-            "serve.route_by: only HAProxy goes by the configuration, and this cluster has Ray's own proxy; "
-            "set RAY_SERVE_ENABLE_HA_PROXY=1 for the job, or leave it out"
-        )
     before = serve.status()
     replaces = APPLICATION in before.applications
     if before.proxies and not replaces:
@@ -444,14 +441,14 @@ def _plan(config: RunConfig, run: RunDir, model: Path) -> Served:
         catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
     conditioning = None
     if serve.preferences != "directive":
-        from cpt_ray.serving.conditioning import Conditioning
+        from cpt_ray.serving.conditioning import FORM, Conditioning
         from cpt_ray.steering.saved import SavedForm
 
         if serve.adapters:
             raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
         embedder = config.steer.embedder or policy
-        saved = SavedForm.read(run, serve.preferences, policy, embedder)
-        conditioning = Conditioning(form=serve.preferences, saved=saved, embedder=embedder)
+        saved = SavedForm.read(run, FORM, policy, embedder)
+        conditioning = Conditioning(saved=saved, embedder=embedder)
     if template := serve.frontend.get("chat_template"):  # the model's own is one that it was tuned with
         check_template(policy, str(template))
     offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}

@@ -7,7 +7,7 @@
     DELETE /v1/preferences/ID
 
 A chat with `"preferences": "ID"`, or with the model `cpt:ID`, has the configuration inferred by then, or with
-`serve.preferences` the user's own adapter or soft prompt; a configuration that it names itself wins. States are files
+`serve.preferences` the user's own adapter; a configuration that it names itself wins. States are files
 in the run directory, one folder per key: restarts and replicas find them there.
 """
 
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.serving.app import CHAT_PATHS, CONFIGURED_PREFIX, STEERED
+from cpt_ray.serving.app import CHAT_PATHS, CONFIGURED_PREFIX, Call
 from cpt_ray.serving.conditioning import Conditioner
 from cpt_ray.serving.keys import Refusal, write_private
 from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
@@ -122,7 +122,7 @@ class PreferenceStore:
             return await self._in_thread(self._list, owner, name)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
-    async def steer(self, owner: str, path: str, data: dict[str, Any]) -> str | Refusal:
+    async def steer(self, owner: str, path: str, data: dict[str, Any], call: Call) -> str | Refusal:
         """Puts the configuration that the preferences it names come to into a body; what set it, "" if it names none.
 
         UserError for what names no state.
@@ -147,7 +147,7 @@ class PreferenceStore:
             data["configuration"] = self._belief(state).configuration or {}
             if self._conditioner is not None and path == CHAT_PATHS[0]:
                 async with self._scoring:
-                    STEERED.set(await self._in_thread(self._conditioner.change, state.choices))
+                    call.adapter = await self._in_thread(self._conditioner.adapter, state.choices)
                 source = f"preferences, by {self._conditioner.form}"
         return source
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cpt_ray import __version__
-from cpt_ray.cluster import SERVER_ENV, check_room, connected
+from cpt_ray.cluster import check_room, connected
 from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
 from cpt_ray.console import say, status_lines
 from cpt_ray.engines.engine import engine_env
@@ -312,10 +312,10 @@ def steer(arguments: argparse.Namespace) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving.deploy import serve_model
+    from cpt_ray.serving.haproxy import serve_env
 
     config = load_config(Path(arguments.run_file), arguments.overrides)
-    env = {} if os.environ.get("RAY_ADDRESS") else SERVER_ENV
-    run, connecting = RunDir(Path(config.run_dir).absolute()), connected(arguments.verbose, more_env=env)
+    run, connecting = RunDir(Path(config.run_dir).absolute()), connected(arguments.verbose, more_env=serve_env())
     config, _ = with_dtype(config, run)
     needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}
     convert_models({name: role for name, role in roles_of(config).items() if name in needed})

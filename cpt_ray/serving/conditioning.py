@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cpt_ray.config import Form, ModelConfig
-from cpt_ray.serving.app import CALL
+from cpt_ray.serving.access_log import CALL
 from cpt_ray.steering.inference import Choice
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.saved import SavedForm

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import ipaddress
 import json
+import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.tables.rundir import alone, replacing
+from cpt_ray.tables.rundir import RunDir, alone, replacing
 
+KEY_VARIABLE = "CPT_API_KEY"
+"""Holds a key beside those of the file."""
 KEYS_FILE = "keys.json"
 """Where they are kept in the run directory, readable by its owner only."""
 SPENT_FILE = "keys_spent.json"
@@ -255,3 +260,33 @@ class Meter:
         if key.budget is not None:
             self._spent[key.name] = self._spent.get(key.name, 0) + tokens
             write_private(self._spent_file, self._spent, sync=False)
+
+
+def choose_keys(
+    host: str, run: RunDir, api_key: str | None, insecure: bool
+) -> tuple[tuple[Key, ...] | None, str | None]:
+    """(keys beside the run's own, the one that was made here); UserError if nothing would guard an open network."""
+    if insecure:
+        return None, None
+    given = api_key or os.environ.get(KEY_VARIABLE)
+    if given and not re.fullmatch(r"[!-~]+", given := given.strip()):  # a key read from a file ends in a line break
+        raise UserError(f"{KEY_VARIABLE}: use printable ASCII characters without spaces, and at least one")
+    if given:
+        return (Key(name=KEY_VARIABLE, hash=key_hash(given), created=time.time()),), None
+    spent = run.read_json(SPENT_FILE) or {}
+    if any(key.state(spent.get(key.name, 0)) == "open" for key in Keyring(run.path / KEYS_FILE).keys):
+        return (), None
+    if not _is_loopback(host):
+        raise UserError(
+            f"serve.host: {host} is open to the network and there is no open key; make one (cpt keys add RUN_FILE "
+            f"NAME), set {KEY_VARIABLE}, or let everyone in with --insecure"
+        )
+    key, secret = make_key("this-server")
+    return (key,), secret
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

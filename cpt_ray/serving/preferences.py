@@ -26,17 +26,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.errors import UserError, kind_of
-from cpt_ray.serving.app import CHAT_PATHS, CONFIGURED_PREFIX, Call
+from cpt_ray.errors import UserError
+from cpt_ray.serving.access_log import Adapter
 from cpt_ray.serving.conditioning import Conditioner
 from cpt_ray.serving.keys import Refusal, write_private
+from cpt_ray.serving.request import CHAT_PATH, PREFERENCES_PREFIX
 from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
 from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
 from cpt_ray.tables.rundir import alone
 
 FOLDER = "preferences"
 """Where they are kept in the run directory."""
-ID = re.compile(r"preferences-[0-9a-f]{24}", re.ASCII)
+ID = re.compile(PREFERENCES_PREFIX + "[0-9a-f]{24}", re.ASCII)
 MAX_STATES = 10_000
 """Per key."""
 MAX_KEPT = 256
@@ -122,34 +123,19 @@ class PreferenceStore:
             return await self._in_thread(self._list, owner, name)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
-    async def steer(self, owner: str, path: str, data: dict[str, Any], call: Call) -> str | Refusal:
-        """Puts the configuration that the preferences it names come to into a body; what set it, "" if it names none.
-
-        UserError for what names no state.
-        """
-        name, model = data.pop("preferences", None), data.get("model")
-        prefix, _, tail = model.partition(":") if isinstance(model, str) else ("", "", "")
-        is_configured = f"{prefix}:" == CONFIGURED_PREFIX or prefix == self._model
-        if name is None and is_configured and tail.startswith("preferences-"):
-            name, data["model"], tail = tail, self._model, ""
-        if name is None:
-            return ""
-        if path not in CHAT_PATHS:
-            raise UserError(f"preferences: not understood here; send it with messages to {CHAT_PATHS[0]}")
-        if not isinstance(name, str):
-            raise UserError(f"preferences: found {kind_of(name)}; give the id of a state, as a text")
+    async def find(self, owner: str, name: str) -> Preferences | Refusal:
+        """The state that a chat names, scored by the policy that is served."""
         state = await self._known(owner, name) if ID.fullmatch(name) else None
-        if state is None:
-            return UNKNOWN
-        source = "configuration"
-        if "configuration" not in data and not (is_configured and tail):
-            source = "preferences"
-            data["configuration"] = self._belief(state).configuration or {}
-            if self._conditioner is not None and path == CHAT_PATHS[0]:
-                async with self._scoring:
-                    call.adapter = await self._in_thread(self._conditioner.adapter, state.choices)
-                source = f"preferences, by {self._conditioner.form}"
-        return source
+        return UNKNOWN if state is None else state
+
+    async def steer(self, state: Preferences, path: str) -> tuple[dict[str, str], str, Adapter | None]:
+        """The configuration that a state comes to, what to call its source, and the user's adapter if there is one."""
+        configuration = self._belief(state).configuration or {}
+        if self._conditioner is None or path != CHAT_PATH:
+            return configuration, "preferences", None
+        async with self._scoring:
+            adapter = await self._in_thread(self._conditioner.adapter, state.choices)
+        return configuration, f"preferences, by {self._conditioner.form}", adapter
 
     async def _known(self, owner: str, name: str) -> Preferences | None:
         """The state, scored by the policy that is served; None if there is none."""

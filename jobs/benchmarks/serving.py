@@ -33,12 +33,13 @@ import aiohttp
 import psutil
 import uvloop
 
-from cpt_ray.cluster import ENGINE_ENV, SERVER_ENV, connected
+from cpt_ray.cluster import ENGINE_ENV, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.engines.engine import engine_arguments, engine_env
 from cpt_ray.engines.roles import with_dtype
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.serving.deploy import _free_port, serve_model
+from cpt_ray.serving.deploy import serve_model
+from cpt_ray.serving.haproxy import free_port, serve_env
 from cpt_ray.tables.rundir import RunDir
 
 KEY = "benchmark"
@@ -181,7 +182,7 @@ async def check_equal(servers: Sequence[Server], tokens: int) -> None:
 
 def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], Server]:
     """vLLM's own server, with the same engine arguments and environment."""
-    port = _free_port("127.0.0.1", 0)
+    port = free_port("127.0.0.1", 0)
     arguments = engine_arguments(config.policy) | {"model": model, "served_model_name": "bench", "port": port}
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     for name, value in arguments.items():
@@ -274,7 +275,7 @@ def main() -> None:
         run.write_json(CATALOG_FILE, CATALOG.to_json())
         process, bare = start_bare(config, model)
         try:
-            with connected(more_env=SERVER_ENV):
+            with connected(more_env=serve_env()):
                 url = serve_model(config, run, KEY, block=False, model=Path(model))
                 extra = {"configuration": {"manner": "plain"}}
                 this = Server("this server", url, bare.headers, psutil.Process(), [], extra)

@@ -1,0 +1,112 @@
+"""One request as the access log and the metrics have it, and how both are written."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import logging.handlers
+import os
+import socket
+from collections import Counter
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cpt_ray.tables.rundir import RunDir
+
+MAX_LOG_BYTES = 50 << 20
+"""Size at which an access log begins a new file; four older ones are kept."""
+WRITE_SECONDS = 0.25
+"""How long finished requests are held, so that many are written and counted at once."""
+
+
+class Adapter(Protocol):
+    """What the engine is given to answer one user (conditioning.py)."""
+
+    lora_request: Any
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One request; no word of what was said."""
+
+    key: str
+    method: str
+    path: str
+    request_id: str
+    time: float
+    """Unix seconds at which it came."""
+    body_bytes: int = 0
+    at_once_seconds: float = 0.0
+    """Of its rendering and tokenising, what was done in the event loop."""
+    status: int = 0
+    """0 if the client left before there was one."""
+    configuration: dict[str, str] = dataclasses.field(default_factory=dict)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Tokens of the answers, also of one that was broken off."""
+    first_byte_seconds: float | None = None
+    seconds: float = 0.0
+    adapter: Adapter | None = None
+    """With which the engine answers; not logged. Held here, since the adapter's folder goes once nothing holds it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the access log."""
+        return {name: getattr(self, name) for name in LOGGED}
+
+
+LOGGED = [field.name for field in dataclasses.fields(Call) if field.name != "adapter"]
+CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+"""The request that the running task works for: vLLM's code is between the middleware that makes a `Call` and the
+engine that adds to it."""
+
+
+class AccessLog:
+    """Writes every request to the access log, one JSON object a line, and counts it for Prometheus.
+
+    Requests that ended within a quarter of a second are written together; that many are lost if the process is killed.
+    """
+
+    def __init__(self, run: RunDir):
+        from ray.util import metrics
+
+        self._requests = metrics.Counter("cpt_requests", "Requests, by key and status.", ("key", "status"))
+        self._tokens = metrics.Counter("cpt_tokens", "Prompt and answer tokens, by key.", ("key", "kind"))
+        self._configured = metrics.Counter("cpt_configured", "Requests that asked for a level.", ("rubric", "level"))
+        bounds = [0.005 * 2**power for power in range(16)]
+        self._first = metrics.Histogram("cpt_first_byte_seconds", "Until the answer begins.", bounds)
+        self._whole = metrics.Histogram("cpt_request_seconds", "Until the answer ends.", bounds)
+        path = run.path / "access" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = logging.Logger("cpt_ray.access")
+        self._log.addHandler(logging.handlers.RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=4))
+        self._ended: list[Call] = []
+
+    def __call__(self, call: Call) -> None:
+        self._ended.append(call)
+        if len(self._ended) == 1:
+            asyncio.get_running_loop().call_later(WRITE_SECONDS, self.write)
+
+    def write(self) -> None:
+        """Writes and counts the requests that are held."""
+        calls, self._ended = self._ended, []
+        if not calls:
+            return
+        self._log.info("\n".join(json.dumps(call.to_json()) for call in calls))
+        tokens: Counter[tuple[str, str]] = Counter()
+        for call in calls:
+            tokens[call.key, "prompt"] += call.prompt_tokens
+            tokens[call.key, "answer"] += call.tokens
+            if call.first_byte_seconds is not None and call.tokens:
+                self._first.observe(call.first_byte_seconds)
+                self._whole.observe(call.seconds)
+        for (key, status), count in Counter((call.key, str(call.status)) for call in calls).items():
+            self._requests.inc(count, tags={"key": key, "status": status})
+        for (key, kind), count in tokens.items():
+            if count:
+                self._tokens.inc(count, tags={"key": key, "kind": kind})
+        levels = Counter(level for call in calls for level in call.configuration.items())
+        for (rubric, level), count in levels.items():
+            self._configured.inc(count, tags={"rubric": rubric, "level": level})

@@ -1,0 +1,200 @@
+"""ASGI messages: whole bodies in, small answers out, and `send`s that note or change what passes, without holding a
+stream back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from cpt_ray.errors import UserError
+from cpt_ray.serving.access_log import Call
+from cpt_ray.serving.keys import Refusal
+
+MAX_BODY_BYTES = 10 << 20
+EXPOSED_HEADERS = ["x-cpt-configuration", "x-cpt-configuration-from", "retry-after", "x-request-id"]
+"""What pages of other origins may read, if they may ask at all."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+
+def open_to_pages(app: AsgiApp, arguments: Mapping[str, Any]) -> AsgiApp:
+    """`app`, which pages of `allowed_origins` may ask and read; as it is if there are none.
+
+    It is around all of it, not in vLLM's place behind the keys: a browser's preflight has no key, and a page that may
+    not read a refusal cannot say why it was refused. The arguments are vLLM's.
+    """
+    from starlette.middleware.cors import CORSMiddleware
+
+    if not arguments.get("allowed_origins"):
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=arguments["allowed_origins"],
+        allow_methods=arguments.get("allowed_methods", ["*"]),
+        allow_headers=arguments.get("allowed_headers", ["*"]),
+        allow_credentials=arguments.get("allow_credentials", False),
+        expose_headers=EXPOSED_HEADERS,
+    )
+
+
+# ---------------------------------------------------------------- requests
+
+
+async def read_body(scope: Message, receive: Receive) -> bytes | None:
+    """The whole body; None if the client went away; OverflowError above MAX_BODY_BYTES."""
+    announced = dict(scope["headers"]).get(b"content-length", b"")
+    if announced.isdigit() and int(announced[:20]) > MAX_BODY_BYTES:
+        raise OverflowError
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY_BYTES:
+            raise OverflowError
+    return bytes(body)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """`receive` with the body given once more; what comes after it (the client leaving) still arrives."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return left.pop() if left else await receive()
+
+    return again
+
+
+def with_length(scope: Message, length: int) -> Message:
+    """The scope of a request whose body now has so many bytes."""
+    dropped = (b"content-length", b"transfer-encoding")
+    headers = [(name, value) for name, value in scope["headers"] if name not in dropped]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+
+
+# ---------------------------------------------------------------- answers
+
+
+async def send_whole(send: Send, status: int, body: bytes, content_type: bytes, headers: Headers | None = None) -> None:
+    """An answer in one piece."""
+    known = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*known, *(headers or ())]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, status: int, data: Any, headers: Headers | None = None) -> None:
+    """An answer in JSON."""
+    await send_whole(send, status, json.dumps(data).encode(), b"application/json", headers)
+
+
+async def send_error(
+    send: Send,
+    status: int,
+    text: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Headers | None = None,
+) -> None:
+    """An error in OpenAI's shape."""
+    error = {"message": text, "type": "invalid_request_error", "param": param, "code": code}
+    await send_json(send, status, {"error": error}, headers)
+
+
+async def send_user_error(send: Send, error: UserError) -> None:
+    """Of a request: what is in front of the colon, if that is one word, is the field that is wrong."""
+    param, colon, _ = str(error).partition(":")
+    await send_error(send, 400, str(error), param=param if colon and " " not in param else None)
+
+
+async def send_refusal(send: Send, refusal: Refusal) -> None:
+    """Why a key or an id opens nothing."""
+    wait = refusal.retry_after
+    headers = [] if wait is None else [(b"retry-after", str(wait).encode())]
+    await send_error(send, refusal.status, refusal.text, code=refusal.code, headers=headers)
+
+
+# ---------------------------------------------------------------- what passes
+
+
+def noting(call: Call, start: float, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """`receive` and `send`, noting in `call` the status, unless the client has left, and when the body began."""
+    has_left = False
+
+    async def receive_noted() -> Message:
+        nonlocal has_left
+        message = await receive()
+        has_left = message["type"] == "http.disconnect"
+        return message
+
+    async def send_noted(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            call.status = 0 if has_left else message["status"]
+        elif call.first_byte_seconds is None:
+            call.first_byte_seconds = time.perf_counter() - start
+        await send(message)
+
+    return receive_noted, send_noted
+
+
+def without_body(send: Send) -> Send:
+    """`send` for an answer to HEAD: the headers of GET's alone."""
+
+    async def send_head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_head
+
+
+def with_field(name: str, value: Any, headers: Headers, send: Send) -> Send:
+    """`send`, adding `headers` to an answer and, to a good one, a field of its body (of a stream's first event).
+
+    The field is spliced in behind the first brace, so that nothing is parsed and nothing held back.
+    """
+    added = f"{json.dumps(name)}: {json.dumps(value)}, ".encode()
+    is_open = False
+
+    async def send_applied(message: Message) -> None:
+        nonlocal is_open
+        if message["type"] == "http.response.start":
+            is_open = message["status"] == 200
+            more = len(added) if is_open else 0
+            kept = [
+                (key, str(int(text) + more).encode() if key == b"content-length" else text)
+                for key, text in message.get("headers", ())
+            ]
+            message = {**message, "headers": [*kept, *headers]}
+        elif is_open and b"{" in (body := message.get("body", b"")):  # a stream may begin with a comment
+            is_open, brace = False, body.find(b"{") + 1
+            message = {**message, "body": body[:brace] + added + body[brace:]}
+        await send(message)
+
+    return send_applied
+
+
+def edited(send: Send, edit: Callable[[Any], Any]) -> Send:
+    """`send` for a small JSON answer that `edit` changes, if it is a good one."""
+    start: Message = {}
+    body = b""
+
+    async def send_edited(message: Message) -> None:
+        nonlocal start, body
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            if start["status"] == 200:
+                await send_json(send, 200, edit(json.loads(body)))
+            else:
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+
+    return send_edited

@@ -1,0 +1,145 @@
+"""What is served: checked before anything starts, and sent to the replicas."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpt_ray.config import ModelConfig, RunConfig
+from cpt_ray.engines.engine import check_template
+from cpt_ray.errors import UserError, kind_of
+from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
+from cpt_ray.serving.keys import Key
+from cpt_ray.steering.inference import Candidates, make_candidates
+from cpt_ray.tables.rundir import RunDir
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank."""
+
+if TYPE_CHECKING:  # torch, which it imports, takes seconds
+    from cpt_ray.serving.conditioning import Conditioning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """All that a replica is told."""
+
+    model: ModelConfig
+    name: str
+    """Of the engine's own model: the tuned one, or with adapters what they change."""
+    catalogs: dict[str, Catalog]
+    """What each served model can be asked for, the default model first."""
+    adapters: dict[str, str]
+    """Name to folder or URI."""
+    frontend: dict[str, Any]
+    """Arguments of vLLM's OpenAI server."""
+    run: RunDir
+    fixed_keys: tuple[Key, ...] | None
+    """Keys beside those of the run directory; None lets everyone in."""
+    listing: dict[str, Any]
+    """What `GET /v1/configurations` says beside the catalog."""
+    candidates: Candidates | None
+    """What preferences are inferred among; None: there are no preferences."""
+    conditioning: Conditioning | None = None
+    """What steers by them in the place of directives."""
+
+
+def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
+    """What is served, checked as far as can be without starting it."""
+    serve, policy, name = config.serve, config.policy, config.name
+    if serve.adapters:
+        name, folders = f"{config.name}-base", {one: local_copy(where) for one, where in serve.adapters.items()}
+        ranks = [_rank(one, folder) for one, folder in folders.items()]
+        rank = next((one for one in LORA_RANKS if one >= max(ranks)), max(ranks))
+        lora = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
+        policy = policy.model_copy(update={"engine": lora | policy.engine})
+        catalogs = {one: _read_json(folder / CATALOG_FILE, _of_adapter(one)) for one, folder in folders.items()}
+    else:
+        if not (model / "config.json").exists():
+            raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
+        policy = policy.model_copy(update={"model": str(model)})
+        catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
+    conditioning = None
+    if serve.preferences != "directive":
+        from cpt_ray.serving.conditioning import FORM, Conditioning
+        from cpt_ray.steering.saved import SavedForm
+
+        if serve.adapters:
+            raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
+        embedder = config.steer.embedder or policy
+        saved = SavedForm.read(run, FORM, policy, embedder)
+        conditioning = Conditioning(saved=saved, embedder=embedder)
+    if template := serve.frontend.get("chat_template"):  # the model's own is one that it was tuned with
+        check_template(policy, str(template))
+    offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
+    base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
+    base = {"path": "", "model": name} if serve.adapters else base
+    listing = {"model": next(iter(offers)), "base": base}
+    return Served(
+        model=policy.model_copy(update={"engine": _evaluated_sampling(policy) | policy.engine}),
+        name=name,
+        catalogs=offers,
+        adapters=dict(serve.adapters),
+        frontend=dict(serve.frontend),
+        run=run,
+        fixed_keys=None,
+        listing=listing,
+        candidates=None if serve.adapters else make_candidates(config, offers[name], policy),
+        conditioning=conditioning,
+    )
+
+
+def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
+    """Engine arguments that make a request which says nothing of sampling get what evaluation measured.
+
+    Without stop texts, which are no engine argument (`counting` adds them), and without `max_tokens`, which vLLM would
+    take as a limit for those who ask for more.
+    """
+    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    asked = {"temperature": policy.sampling.temperature, "top_p": policy.sampling.top_p}
+    return {"override_generation_config": {**neutral, **asked, "max_new_tokens": None}}
+
+
+def _of_adapter(name: str) -> str:
+    return f"serve.adapters.{name} takes the folder adapter/ of a run"
+
+
+def _rank(name: str, folder: Path) -> int:
+    """Of an adapter."""
+    path = folder / "adapter_config.json"
+    rank = _read_json(path, _of_adapter(name)).get("r")
+    if not isinstance(rank, int):
+        raise UserError(f"{path}: no rank `r` there; {_of_adapter(name)}")
+    return rank
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    """The object in a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        what = "not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {what}; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: found {kind_of(data)}; {remedy}")
+    return data
+
+
+def local_copy(where: str) -> Path:
+    """A folder on this machine: `where` itself, or a copy of what a URI (s3://, gs://, file://) names."""
+    if "://" not in where:
+        return Path(where)
+    from pyarrow import fs
+
+    target = tempfile.mkdtemp(prefix="cpt-adapter-")
+    try:
+        source, path = fs.FileSystem.from_uri(where)
+        fs.copy_files(path, target, source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be copied ({error})") from None
+    return Path(target)

@@ -32,7 +32,7 @@ LOGITS_TILE = 2**22
 """Logits that are held at a time."""
 
 
-def collate(rows: Sequence[Row], share_prompts: bool = True, max_padding: float = 0.1) -> dict[str, Any]:
+def collate(rows: Sequence[Row], max_padding: float = 0.1) -> dict[str, Any]:
     """Rows as one sequence without padding: T tokens, N of them in S answers under R prompts, Q pairs.
 
     Args:
@@ -48,8 +48,6 @@ def collate(rows: Sequence[Row], share_prompts: bool = True, max_padding: float 
     """
     sizes, answers = [len(one["answers"]) for one in rows], [answer for one in rows for answer in one["answers"]]
     prompts, owner = [one["prompt"] for one in rows], [at for at, size in enumerate(sizes) for _ in range(size)]
-    if not share_prompts:
-        prompts, owner = [prompts[at] for at in owner], list(range(len(owner)))
     heads = [torch.tensor(one[:-1], dtype=torch.long) for one in prompts]
     segments = [torch.tensor([prompts[at][-1], *one[:-1]]) for at, one in zip(owner, answers, strict=True)]
     head_lengths, lengths = torch.tensor([len(one) for one in heads]), torch.tensor([len(one) for one in answers])
@@ -202,19 +200,19 @@ def _keep_answers(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -
     return output
 
 
-def prepare_model(model: Any, outputs: tuple[str, ...]) -> None:
-    """Gives a causal LM rows' attention and a fused head for answers only, that computes no more than `outputs`."""
+def prepare_model(model: Any) -> None:
+    """Gives a causal LM rows' attention and a fused head for answers only, which computes log-probabilities alone."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     others = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
     if others:
         raise ValueError(f"layers of type {', '.join(sorted(others))} cannot keep a row's answers apart")
     base.set_attn_implementation(ATTENTION)
     base.base_model.register_forward_hook(_keep_answers, with_kwargs=True)
-    add_fused_lm_head(base, outputs=outputs)
+    add_fused_lm_head(base)
     head, config, fused = base.get_output_embeddings(), base.config.get_text_config(), base.forward
     scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     is_plain = head.bias is None and all(getattr(config, name, None) is None for name in scales)
-    if outputs != ("log_probs",) or head.weight.requires_grad or not is_plain:
+    if head.weight.requires_grad or not is_plain:
         return  # TRL's head
 
     @functools.wraps(fused)
@@ -232,26 +230,22 @@ def prepare_model(model: Any, outputs: tuple[str, ...]) -> None:
     base.forward = forward
 
 
-def run_grid(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Per-token outputs of the fused LM head (log_probs, ...) for each answer: [S, longest], zero where padded."""
-    one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch["input_ids"].device)
-    output = model(
+def run_grid(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Log-probability of each token of each answer: [S, longest], zero where padded."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch["input_ids"].device)
+    logps = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=one,  # of four dimensions: transformers then builds none of its own
+        attention_mask=mask,  # of four dimensions: transformers then builds none of its own
         grid=batch["grid"],
         num_labels=batch["labels"].shape[1],
         shift_labels=batch["labels"],
         use_cache=False,
         fused_lm_head=True,
-    )
+    ).log_probs[0]
     shape = (len(batch["answer_lengths"]), int(batch["answer_lengths"].max()))
-    names = ("log_probs", "entropy", "mean_logits", "is_top1")
-    found = {name: value for name in names if (value := getattr(output, name)) is not None}
-    return {
-        name: value.new_zeros(shape[0] * shape[1]).index_copy(0, batch["label_slots"], value[0]).view(shape)
-        for name, value in found.items()
-    }
+    padded: torch.Tensor = logps.new_zeros(shape[0] * shape[1]).index_copy(0, batch["label_slots"], logps)
+    return padded.view(shape)
 
 
 def length_batches(rows: Sequence[Row], batch_pairs: int) -> list[list[int]]:
@@ -282,7 +276,7 @@ def answer_logps(model: Any, rows: Sequence[Row], batch_pairs: int) -> list[list
     found: list[list[float]] = [[] for _ in rows]
     for batch in length_batches(rows, batch_pairs):
         inputs = collate([rows[at] for at in batch], max_padding=MAX_PADDING.get(model.device.type, 0.5))
-        logps = run_grid(model, send_to_device(inputs, model.device))["log_probs"].sum(1).tolist()
+        logps = run_grid(model, send_to_device(inputs, model.device)).sum(1).tolist()
         for at in batch:
             found[at], logps = logps[: len(rows[at]["answers"])], logps[len(rows[at]["answers"]) :]
     return found

@@ -43,7 +43,7 @@ class ReferenceModel:
         where = "auto" if model.num_gpus else "cpu"
         self._model = create_model_from_path(model.path, **loading(settings), device_map=where)
         self._model.eval().requires_grad_(False)
-        prepare_model(self._model, ("log_probs",))
+        prepare_model(self._model)
 
     def run(self, rows: Sequence[Row]) -> list[list[float]]:
         """For each row, the log-probability (nats) of each of its answers."""

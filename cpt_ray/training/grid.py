@@ -43,10 +43,7 @@ from cpt_ray.training.rows import held_out_metrics, steps_per_epoch
 KL_TOKENS = 128
 """Positions per batch at which `reference_kl` looks at the whole vocabulary."""
 UNMEASURED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
-"""TRL's metrics that need more than the labels' log-probabilities; logged with `token_metrics=True` only."""
-
-
-# ---------------------------------------------------------------- from rows to a batch
+"""TRL's metrics that need more than the labels' log-probabilities: not computed, and so not logged."""
 
 
 # ---------------------------------------------------------------- from rows to steps
@@ -168,7 +165,6 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
     Args:
         train_dataset, eval_dataset: data sets of `Row`.
         step_pairs: pairs per optimizer step of all workers, on average.
-        token_metrics: also compute what TRL logs about tokens (see UNMEASURED).
     """
 
     loss_is_scaled_for_ga = True
@@ -179,8 +175,7 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
     loss_weights: list[float]
     precompute_ref_logps: bool
 
-    def __init__(self, *, args: Any, step_pairs: int, token_metrics: bool = False, **kwargs: Any):
-        self.token_metrics = token_metrics
+    def __init__(self, *, args: Any, step_pairs: int, **kwargs: Any):
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         args = copy.copy(args)
         # with all weights trained, TRL must not load a second model; with LoRA, it must not hash the first one
@@ -197,8 +192,7 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         for value in self.model.parameters():
             if value.requires_grad and is_peft:  # TRL makes the adapters of a quantised model bfloat16
                 value.data = value.data.float()
-        outputs = ("log_probs", *(("entropy", "mean_logits", "is_top1") if token_metrics else ()))
-        prepare_model(self.model, outputs)
+        prepare_model(self.model)
         num_pairs = [len(one) for one in self.train_dataset["chosen"]]
         batch_pairs = self.args.per_device_train_batch_size
         self.plan = StepPlan.make(num_pairs, step_pairs, batch_pairs, self.accelerator.num_processes)
@@ -251,11 +245,11 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
             inputs = self._prepare_inputs(self.data_collator([rows[one] for one in batch]))
             num_counted = len(inputs["chosen"]) if at < len(batches) else 0
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = run_grid(model, inputs)
-                self._trl_loss(outputs, inputs, torch.ones(2), num_counted)
+                token_logps = run_grid(model, inputs)
+                self._trl_loss(token_logps, inputs, torch.ones(2), num_counted)
                 if isinstance(model, PeftModel):
                     self._sums["eval"]["kl"] += reference_kl(model, inputs) * num_counted
-            logps = outputs["log_probs"].sum(1).tolist()
+            logps = token_logps.sum(1).tolist()
             for one in batch:
                 found[one], logps = logps[: len(rows[one]["answers"])], logps[len(rows[one]["answers"]) :]
         parts: list[Any] = [found] * num_workers
@@ -292,15 +286,13 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
             share = (counts.to(num_items_in_batch) * self.accelerator.num_processes / num_items_in_batch).cpu()
         return self._trl_loss(run_grid(model, inputs), inputs, share, len(inputs["chosen"]))
 
-    def _trl_loss(
-        self, outputs: dict[str, torch.Tensor], inputs: Any, share: torch.Tensor, num_counted: int
-    ) -> torch.Tensor:
-        """TRL's loss of one batch, from its per-token outputs; its metrics are added up, `num_counted` times."""
+    def _trl_loss(self, token_logps: torch.Tensor, inputs: Any, share: torch.Tensor, num_counted: int) -> torch.Tensor:
+        """TRL's loss of one batch from its log-probabilities; its metrics are added up, `num_counted` times."""
         mode = "train" if self.model.training else "eval"
         with self._inside_trl(share):
-            loss: torch.Tensor = super()._compute_loss(_spread(outputs, inputs), _as_pairs(inputs), False)
+            loss: torch.Tensor = super()._compute_loss(_spread(token_logps, inputs), _as_pairs(inputs), False)
         metrics, sums = self._metrics[mode], self._sums[mode]
-        for name in set(metrics) - {"num_tokens"} - (set() if self.token_metrics else set(UNMEASURED)):
+        for name in set(metrics) - {"num_tokens", *UNMEASURED}:
             sums[name] += metrics[name][-1] * num_counted
         if mode == "eval":
             sums["loss"] += loss.item() * num_counted
@@ -359,14 +351,12 @@ def _as_pairs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _spread(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> Callable[..., SimpleNamespace]:
-    """Called by TRL as the model is: the per-token outputs of the rows' answers, spread out over the 2Q rows of TRL."""
+def _spread(token_logps: torch.Tensor, batch: Mapping[str, Any]) -> Callable[..., SimpleNamespace]:
+    """Called by TRL as the model is: the answers' log-probabilities, spread out over the 2Q rows of TRL."""
 
     def spread(**_: Any) -> SimpleNamespace:
-        both = torch.cat([batch["chosen"], batch["rejected"]])
-        found = {name: value[both] for name, value in outputs.items()}
-        unmeasured = torch.zeros_like(found["log_probs"], requires_grad=False)
-        empty = {"entropy": unmeasured, "mean_logits": unmeasured, "is_top1": unmeasured.bool()}
-        return SimpleNamespace(**empty | found)
+        log_probs = token_logps[torch.cat([batch["chosen"], batch["rejected"]])]
+        none = torch.zeros_like(log_probs, requires_grad=False)  # for UNMEASURED, which TRL computes all the same
+        return SimpleNamespace(log_probs=log_probs, entropy=none, mean_logits=none, is_top1=none.bool())
 
     return spread

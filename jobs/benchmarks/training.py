@@ -197,7 +197,7 @@ def run(contender: Contender, options: argparse.Namespace, num_answers: int, pai
 def with_reference(model: Any, rows: list[Row], options: argparse.Namespace) -> tuple[list[Row], Clock]:
     """The rows with what a copy of the model gives to them, and the time that took."""
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    prepare_model(reference, ("log_probs",))
+    prepare_model(reference)
     start = now(options.device)
     for row, logps in zip(rows, answer_logps(reference, rows, 2 * options.grid_pairs), strict=True):
         row["ref_logps"] = logps

@@ -22,11 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 from trl import DPOConfig, DPOTrainer
 
 from cpt_ray.config import PreferencesConfig
-from cpt_ray.logprobs.grid import answer_logps, collate, prepare_model
+from cpt_ray.logprobs import model as logprobs
+from cpt_ray.logprobs.grid import collate
+from cpt_ray.logprobs.model import answer_logps, by_row, prepare_model, reference_kl, token_logps
 from cpt_ray.logprobs.rows import Row, Tokeniser
-from cpt_ray.training import grid
-from cpt_ray.training.grid import GridTrainer, StepBatches, StepPlan
 from cpt_ray.training.rows import TokenPair, make_rows, preference_pairs
+from cpt_ray.training.steps import StepBatches, StepPlan
+from cpt_ray.training.trl_trainer import UNMEASURED, GridTrainer, _Alone
 from tests.tiny_model import SENTENCES, make_tiny_model
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -163,7 +165,7 @@ def margins(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[list[float]
                 seen.append(values[-1].tolist())
             return values[-1]
 
-        owner = grid._Alone if isinstance(trainer, GridTrainer) else trainer.accelerator
+        owner = _Alone if isinstance(trainer, GridTrainer) else trainer.accelerator
         monkeypatch.setattr(owner, "gather", gather)
         return seen
 
@@ -243,7 +245,7 @@ def test_a_step_is_trls_step_on_all_its_pairs_whatever_the_micro_batches(policy:
     found = train(GridTrainer, policy, all_pairs(), per_device_train_batch_size=micro_batch)
     assert_same(found.gradients, wanted.gradients)
     assert [found.logs[one] for one in METRICS] == pytest.approx([wanted.logs[one] for one in METRICS], abs=1e-4)
-    assert set(wanted.logs) - set(found.logs) == set(grid.UNMEASURED)
+    assert set(wanted.logs) - set(found.logs) == set(UNMEASURED)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
@@ -296,7 +298,7 @@ def test_a_rows_log_probabilities_do_not_depend_on_its_batch(trainers: tuple[Any
 
     def log_probs(chosen: list[Any]) -> list[float]:
         with torch.no_grad():
-            return grid.run_grid(trainer.model, collate(chosen)).sum(1).tolist()
+            return [logp for row in by_row(token_logps(trainer.model, collate(chosen)), chosen) for logp in row]
 
     alone = [value for one in rows for value in log_probs([one])]
     assert log_probs(rows) == pytest.approx(alone, abs=1e-4)
@@ -372,7 +374,7 @@ def test_kl_is_that_of_the_whole_vocabulary_at_every_answer_token(
     trainers: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, rows = trainers[1], list(trainers[1].train_dataset)
-    monkeypatch.setattr(grid, "KL_TOKENS", 10**6)
+    monkeypatch.setattr(logprobs, "KL_TOKENS", 10**6)
 
     def logps(row: Any, answer: list[int]) -> torch.Tensor:
         ids = torch.tensor([row["prompt"] + answer])
@@ -384,7 +386,7 @@ def test_kl_is_that_of_the_whole_vocabulary_at_every_answer_token(
         trainer.eval_dataset = trainer.train_dataset
         assert "eval_kl" not in trainer.evaluate()
         return
-    found = grid.reference_kl(trainer.model, collate(rows))
+    found = reference_kl(trainer.model, collate(rows))
     terms = []
     for row in rows:
         for answer in row["answers"]:

@@ -33,7 +33,6 @@ from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, cont
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.training import stage as training
 from cpt_ray.training.export import export
-from cpt_ray.training.grid import rate_share
 from cpt_ray.training.rows import TokenPair, make_rows, own_pairs, select_pairs
 from cpt_ray.training.stage import (
     PROGRESS,
@@ -44,6 +43,7 @@ from cpt_ray.training.stage import (
     training_notes,
     work,
 )
+from cpt_ray.training.steps import rate_share
 from tests.local_cluster import RAY, ROOT
 from tests.tiny_model import make_tiny_model
 
@@ -153,11 +153,11 @@ def work_with_a_log(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """`work`, which also writes down which rows each worker group ran in which step."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    from cpt_ray.training import grid
+    from cpt_ray.training import trl_trainer
 
     log = settings["job"].run.path / "samples.jsonl"
     group = broadcast_from_rank_zero(os.getpid())
-    plain_collate, plain_loss = grid.collate, grid.GridTrainer.compute_loss
+    plain_collate, plain_loss = trl_trainer.collate, trl_trainer.GridTrainer.compute_loss
 
     def collate(rows: Any, **kwargs: Any) -> Any:
         return plain_collate(rows, **kwargs) | {"names": [f"{one['cell_id']}, {one['level']}" for one in rows]}
@@ -168,7 +168,7 @@ def work_with_a_log(settings: dict[str, Any]) -> list[dict[str, Any]]:
             file.write(json.dumps({"group": group, "step": step, "names": names}) + "\n")
         return plain_loss(trainer, model, inputs, *args, **kwargs)
 
-    grid.collate, grid.GridTrainer.compute_loss = collate, compute_loss
+    trl_trainer.collate, trl_trainer.GridTrainer.compute_loss = collate, compute_loss
     return work(settings)
 
 

@@ -2,7 +2,7 @@
 
 DPO compares with the policy as it was. That never changes, so it is a table, read again by every restart and every
 sweep over training settings. The evaluation adds how likely its answers are without a directive. It is computed by the
-code that trains (`cpt_ray/training/grid.py`), in the same precision.
+code that trains (`cpt_ray/logprobs/model.py`), in the same precision.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ class ReferenceModel:
 
     def __init__(self, model: ModelConfig, settings: TrainConfig):
         import torch
-        from trl.trainer.utils import create_model_from_path
 
-        from cpt_ray.logprobs.grid import prepare_model
+        from cpt_ray.logprobs.model import load_policy, prepare_model
 
         self._settings = settings
         if model.num_gpus == 0:
             torch.set_num_threads(max(1, int(model.num_cpus)))
         where = "auto" if model.num_gpus else "cpu"
-        self._model = create_model_from_path(model.path, **loading(settings), device_map=where)
+        self._model = load_policy(model.path, **loading(settings), device_map=where)
         self._model.eval().requires_grad_(False)
         prepare_model(self._model)
 
@@ -49,7 +48,7 @@ class ReferenceModel:
         """For each row, the log-probability (nats) of each of its answers."""
         import torch
 
-        from cpt_ray.logprobs.grid import answer_logps
+        from cpt_ray.logprobs.model import answer_logps
 
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_autocast(self._settings)):
             return answer_logps(self._model, rows, 2 * self._settings.micro_batch_size)

@@ -131,3 +131,8 @@ class Tokeniser:
 def sequence_ids(row: Row) -> list[str]:
     """For each answer, the hash of its and its prompt's token ids: the key in the reference table."""
     return [content_id(row["prompt"], one) for one in row["answers"]]
+
+
+def num_tokens(row: Row) -> int:
+    """Tokens that are run: the prompt's last one is run in front of every answer instead."""
+    return len(row["prompt"]) - 1 + sum(len(one) for one in row["answers"])

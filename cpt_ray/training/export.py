@@ -96,9 +96,10 @@ def _merged(policy: str, checkpoint: Path, change: _Change) -> Any:
     """The policy with the checkpoint's adapter in its weights."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from trl.trainer.utils import create_model_from_path  # the same model class as in training
 
-    model = PeftModel.from_pretrained(create_model_from_path(policy, dtype="auto", device_map=None), str(checkpoint))
+    from cpt_ray.logprobs.model import load_policy
+
+    model = PeftModel.from_pretrained(load_policy(policy, dtype="auto", device_map=None), str(checkpoint))
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):  # one at a time: the memory of all weights twice is not needed
             before = layer.get_base_layer().weight.detach().clone()
@@ -114,10 +115,11 @@ def _merged(policy: str, checkpoint: Path, change: _Change) -> Any:
 def _whole(policy: str, checkpoint: Path, change: _Change) -> Any:
     """The checkpoint's weights, which were all trained, in the policy's dtype."""
     import torch
-    from trl.trainer.utils import create_model_from_path
 
-    untuned = create_model_from_path(policy, dtype="auto", device_map=None)
-    model = create_model_from_path(str(checkpoint), dtype=torch.float32, device_map=None)
+    from cpt_ray.logprobs.model import load_policy
+
+    untuned = load_policy(policy, dtype="auto", device_map=None)
+    model = load_policy(str(checkpoint), dtype=torch.float32, device_map=None)
     before = dict(untuned.named_parameters())
     for name, weight in model.named_parameters():
         intended = weight.detach() - before[name].detach().float()

@@ -1,4 +1,4 @@
-"""Training: DPO on rows of twin pairs (`cpt_ray/training/grid.py`) on every rank of a Ray Train worker group.
+"""Training: DPO on rows of twin pairs (`cpt_ray/training/trl_trainer.py`) on every rank of a Ray Train worker group.
 
 The driver tokenises, checks and selects the pairs, so that a directive is never cut and a pair never loses its twin,
 looks up their reference log-probabilities, writes the rows to parquet and starts the workers. A worker group that died
@@ -469,7 +469,7 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from cpt_ray.training.grid import GridTrainer
+    from cpt_ray.training.trl_trainer import GridTrainer
 
     settings = job.config.train
     if not settings.use_gpu:

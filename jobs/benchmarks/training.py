@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, 
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
-from cpt_ray.logprobs.grid import answer_logps, prepare_model
+from cpt_ray.logprobs.model import answer_logps, prepare_model
 from cpt_ray.logprobs.rows import Row, Tokeniser
-from cpt_ray.training.grid import GridTrainer
 from cpt_ray.training.rows import TokenPair, make_rows
+from cpt_ray.training.trl_trainer import GridTrainer
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,

@@ -25,9 +25,9 @@ from cpt_ray import __version__
 from cpt_ray.cluster import check_room, connected
 from cpt_ray.config import ModelConfig, RunConfig, TrainConfig, load_any_config, load_config, local_path
 from cpt_ray.console import say, status_lines
-from cpt_ray.engines.engine import engine_env
-from cpt_ray.engines.pool import endpoint_key
 from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
+from cpt_ray.engines.vllm import engine_env
+from cpt_ray.engines.worker import endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.plan import Plan, Shards, make_plan, plan_units, run_info
 from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from cpt_ray.rubrics.grading import level_at
 from cpt_ray.rubrics.measures import OF_LENGTH
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.records import Generation, content_id
+from cpt_ray.tables.records import Generation, Grade, content_id
 
 LENGTH = "tokens (log)"
 """What an answer's length is called among the rubrics, none of which can have this id; no rubric of length is balanced
@@ -59,6 +59,18 @@ class Answer:
                 return None
             levels.append(level)
         return "+".join(levels)
+
+
+def answers_of(
+    generations: Iterable[Generation], grades: Mapping[tuple[str, str], Grade], rubrics: Sequence[Rubric]
+) -> dict[str, list[Answer]]:
+    """Prompt id to its graded answers; `grades` by (unit_id, rubric_id)."""
+    answers: dict[str, list[Answer]] = defaultdict(list)
+    for generation in generations:
+        found = {rubric.id: grades.get((generation.unit_id, rubric.id)) for rubric in rubrics}
+        scores = {name: grade.score for name, grade in found.items() if grade and grade.score is not None}
+        answers[generation.prompt_id].append(Answer(generation, scores))
+    return answers
 
 
 def missing_levels(rubric: Rubric, answers: Iterable[Answer], wanted: int, margin: float) -> dict[str, int]:

@@ -7,8 +7,7 @@ only for the levels that a prompt's pool of answers still lacks.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,7 @@ from cpt_ray.grids import Answer, missing_levels
 from cpt_ray.prompts import read_prompts
 from cpt_ray.rubrics.measures import terms_of
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
-from cpt_ray.tables.records import (
-    CONTROL,
-    Generation,
-    Grade,
-    Prompt,
-    Reject,
-    Unit,
-    content_id,
-)
+from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id
 
 Rubrics = dict[str, Rubric]
 """By id."""
@@ -289,21 +280,6 @@ def plan_units(plan: Plan) -> dict[str, Units]:
         if chosen.control and next(iter(own), None):
             shards[f"{CONTROL_MARK}-{number:05d}-{own.key[:12]}"] = own
     return shards
-
-
-# ---------------------------------------------------------------- later passes
-
-
-def answers_of(
-    generations: Iterable[Generation], grades: Mapping[tuple[str, str], Grade], rubrics: Sequence[Rubric]
-) -> dict[str, list[Answer]]:
-    """Prompt id to its graded answers; `grades` by (unit_id, rubric_id)."""
-    answers: dict[str, list[Answer]] = defaultdict(list)
-    for generation in generations:
-        found = {rubric.id: grades.get((generation.unit_id, rubric.id)) for rubric in rubrics}
-        scores = {name: grade.score for name, grade in found.items() if grade and grade.score is not None}
-        answers[generation.prompt_id].append(Answer(generation, scores))
-    return answers
 
 
 def control_directive(neutral: Sequence[str], cell_id: str) -> str | None:

@@ -25,7 +25,7 @@ import torch
 
 from cpt_ray.cli import main
 from cpt_ray.engines.engine import Completion, Request
-from cpt_ray.engines.pool import Line
+from cpt_ray.engines.step import Line
 from cpt_ray.steering.reward import RewardModel
 from cpt_ray.tables.rundir import MARK, RunDir
 from tests import toy

@@ -20,15 +20,8 @@ from vllm.outputs import CompletionOutput, RequestOutput
 
 from cpt_ray.cluster import ENGINE_ENV
 from cpt_ray.config import ModelConfig, SamplingConfig
-from cpt_ray.engines.engine import (
-    Completion,
-    EngineDiedError,
-    Request,
-    VllmEngine,
-    check_schema_is_enforced,
-    engine_env,
-    vllm_sampling,
-)
+from cpt_ray.engines.engine import Completion, EngineDiedError, Request, check_schema_is_enforced
+from cpt_ray.engines.vllm import VllmEngine, engine_env, vllm_sampling
 from cpt_ray.errors import UserError
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
 

@@ -21,7 +21,10 @@ from ray import cloudpickle
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import ModelConfig
 from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
-from cpt_ray.engines.pool import MAX_DEATHS, Line, LocalRunner, OpenEngine, Runner, Step, Tally, make_engine, run_lines
+from cpt_ray.engines.ledger import Tally
+from cpt_ray.engines.pool import LocalRunner, run_lines
+from cpt_ray.engines.step import Line, OpenEngine, Runner, Step
+from cpt_ray.engines.worker import MAX_DEATHS, make_engine
 from cpt_ray.errors import UserError
 from cpt_ray.plan import plan_units
 from cpt_ray.synthesis.stage import Steps, name_shards

@@ -22,8 +22,9 @@ from pydantic import SecretStr
 
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import ModelConfig
-from cpt_ray.engines.engine import TIGHT_JSON, Request, check_schema_is_enforced
+from cpt_ray.engines.engine import Request, check_schema_is_enforced
 from cpt_ray.engines.openai import REFUSED_ALIKE, OpenAIEngine, Pace
+from cpt_ray.engines.vllm import TIGHT_JSON
 from cpt_ray.errors import UserError
 from tests.tiny_model import make_tiny_model
 

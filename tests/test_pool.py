@@ -12,7 +12,10 @@ import pytest
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
-from cpt_ray.engines.pool import MAX_DEATHS, Line, LocalRunner, Step, Tally
+from cpt_ray.engines.ledger import Tally
+from cpt_ray.engines.pool import LocalRunner
+from cpt_ray.engines.step import Line, Step
+from cpt_ray.engines.worker import MAX_DEATHS
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.stage import evaluate
 from cpt_ray.plan import plan_units

@@ -39,7 +39,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.cluster import connected
 from cpt_ray.config import RunConfig, SamplingConfig
-from cpt_ray.engines.engine import TIGHT_JSON, Request, VllmEngine
+from cpt_ray.engines.engine import Request
+from cpt_ray.engines.vllm import TIGHT_JSON, VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.serving.asgi import MAX_BODY_BYTES

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.config import Form, ModelConfig
-from cpt_ray.engines.engine import engine_arguments, engine_env
+from cpt_ray.engines.vllm import engine_arguments, engine_env
 from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import Rubric, load_rubrics
 from cpt_ray.steering.fitting import answers_by_prompt, draw_answers

@@ -22,7 +22,9 @@ from cpt_ray.cli import main
 from cpt_ray.config import JudgeConfig, PriceConfig, load_config
 from cpt_ray.console import status_lines
 from cpt_ray.engines.engine import Completion, FakeEngine, Request, check_schema_is_enforced
-from cpt_ray.engines.pool import MAX_DEATHS, Attempts, LocalRunner, Tally, endpoint_key, ledger_entry
+from cpt_ray.engines.ledger import Tally, ledger_entry
+from cpt_ray.engines.pool import LocalRunner
+from cpt_ray.engines.worker import MAX_DEATHS, Attempts, endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate, update_report
 from cpt_ray.judging.judge import JudgeStep

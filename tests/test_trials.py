@@ -15,7 +15,7 @@ from cpt_ray.chat.conversations import token_ids
 from cpt_ray.config import EvaluateConfig, RunConfig
 from cpt_ray.engines.pool import LocalRunner
 from cpt_ray.evaluation.stage import bare_rows, base_log_probs, in_turn, likely_trials, trials_of
-from cpt_ray.synthesis.stage import no_engine
+from cpt_ray.synthesis.pair import no_engine
 from cpt_ray.tables.records import Prompt, Trial
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_directives, make_rubric

@@ -13,8 +13,10 @@ from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import EvaluateConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampled
+from cpt_ray.engines.ledger import Tally, ledger_entry, thoughts_note
 from cpt_ray.engines.losses import cut_note
-from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
+from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
+from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.dial_page import dial_lines, opposites_lines
 from cpt_ray.evaluation.dials import LogProbs

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.engines.engine import Engine
-from cpt_ray.engines.pool import Line, Runner, Tally, ledger_entry
+from cpt_ray.engines.ledger import Tally, ledger_entry
+from cpt_ray.engines.step import Line, Runner
 from cpt_ray.judging.agreement import agreement
 from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.judging.spread import some_of, survey, with_points

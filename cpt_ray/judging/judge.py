@@ -16,10 +16,11 @@ from cpt_ray.chat.conversations import (
 )
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.engines.engine import Completion, Engine, Request, sampled
-from cpt_ray.engines.pool import Step, Tally
-from cpt_ray.grids import missing_levels
+from cpt_ray.engines.ledger import Tally
+from cpt_ray.engines.step import Step
+from cpt_ray.grids import answers_of, missing_levels
 from cpt_ray.judging.spread import Spread
-from cpt_ray.plan import Rubrics, answers_of
+from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.rubrics.rubric import Criterion, Rubric
 from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade

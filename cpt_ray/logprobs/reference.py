@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
-from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines
+from cpt_ray.engines.ledger import Tally, ledger_entry
+from cpt_ray.engines.pool import run_lines
+from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.rows import Row, sequence_ids
 from cpt_ray.tables.records import ReferenceLogProb, content_id

@@ -19,7 +19,7 @@ from typing import Any
 from cpt_ray.cluster import starts_own_cluster
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.console import progress, say
-from cpt_ray.engines.engine import engine_env
+from cpt_ray.engines.vllm import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.serving.app import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS

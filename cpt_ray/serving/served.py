@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_ray.config import ModelConfig, RunConfig
-from cpt_ray.engines.engine import check_template
+from cpt_ray.engines.vllm import check_template
 from cpt_ray.errors import UserError, kind_of
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.serving.keys import Key

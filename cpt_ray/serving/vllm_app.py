@@ -19,7 +19,7 @@ from typing import Any
 
 from cpt_ray.chat.templates import control_tokens
 from cpt_ray.config import SamplingConfig
-from cpt_ray.engines.engine import engine_arguments
+from cpt_ray.engines.vllm import engine_arguments
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.access_log import CALL, AccessLog
 from cpt_ray.serving.app import Frontend, Steerer

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, SteerConfig
 from cpt_ray.console import Advance, progress, say
-from cpt_ray.engines.pool import Line, Runner, run_lines
+from cpt_ray.engines.pool import run_lines
+from cpt_ray.engines.step import Line, Runner
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.judging.judge import combine_judges
 from cpt_ray.plan import Plan, Shards

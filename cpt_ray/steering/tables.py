@@ -15,8 +15,9 @@ from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.chat.templates import control_tokens, find_control_token
 from cpt_ray.chat.thoughts import opens_thoughts, without_thoughts
 from cpt_ray.config import ModelConfig
-from cpt_ray.engines.engine import VllmEngine, engine_arguments, sampled, seed_of, vllm_sampling
-from cpt_ray.engines.pool import Step
+from cpt_ray.engines.engine import sampled, seed_of
+from cpt_ray.engines.step import Step
+from cpt_ray.engines.vllm import VllmEngine, engine_arguments, vllm_sampling
 from cpt_ray.errors import UserError
 from cpt_ray.steering.users import Answer
 from cpt_ray.tables.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from cpt_ray.chat.conversations import TEMPLATES_HASH, director_messages
 from cpt_ray.engines.engine import Completion, Engine, sampled
-from cpt_ray.engines.pool import Step, Tally
+from cpt_ray.engines.ledger import Tally
+from cpt_ray.engines.step import Step
 from cpt_ray.errors import UserError
 from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.rubric import Rubric, directive_leak, wording_of

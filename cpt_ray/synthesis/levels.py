@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cpt_ray.engines.pool import APART
+from cpt_ray.engines.ledger import APART
 from cpt_ray.synthesis.pairing import Paired
 from cpt_ray.tables.records import Generation, Unit
 from cpt_ray.tables.rundir import RunDir

@@ -9,244 +9,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, policy_messages, writer_messages
-from cpt_ray.config import ModelConfig, PriceConfig, Range, SynthesisConfig
+from cpt_ray.config import ModelConfig, PriceConfig
 from cpt_ray.console import say
-from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
+from cpt_ray.engines.engine import CUT_OFF
+from cpt_ray.engines.ledger import ledger_entry, thoughts_note
 from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note, reasons
-from cpt_ray.engines.pool import Line, Runner, Step, Tally, ledger_entry, run_lines, thoughts_note
+from cpt_ray.engines.pool import run_lines
+from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.judging.judge import JudgeStep, combine_judges, grader
+from cpt_ray.judging.judge import JudgeStep, grader
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
-from cpt_ray.plan import (
-    Asking,
-    PairInputs,
-    Pass,
-    Plan,
-    Rubrics,
-    Shards,
-    Units,
-    answers_of,
-    asking_of,
-    cell_id_of,
-    control_directive,
-    is_control,
-    plan_units,
-    run_info,
-)
-from cpt_ray.rubrics.measures import whole_sentences
+from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, asking_of, is_control, plan_units, run_info
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
-from cpt_ray.synthesis.duplicates import NearDuplicates
-from cpt_ray.synthesis.levels import level_counts, level_lines
-from cpt_ray.synthesis.pairing import pair_answers, targets_of
-from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Reject, Unit, content_id
+from cpt_ray.synthesis.levels import level_lines
+from cpt_ray.synthesis.pair import PAIR_FORMAT, PAIR_SETTINGS, PAIRED_PROMPTS, REPEATS_FORMAT, no_engine, pairing_steps
+from cpt_ray.synthesis.write import NextPassStep, WriteStep
+from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import RunDir, derive
-
-REPEATS_FORMAT = 3
-"""Goes up when a row of `repeats` means something else than before."""
-PAIR_FORMAT = 3
-"""The same for `pairs`."""
-PAIRED_PROMPTS = 500
-"""Prompts of a shard of pairs, or more."""
-PAIR_SETTINGS = {
-    "aggregate",
-    "balance",
-    "combine",
-    "grids",
-    "margin",
-    "max_length_ratio",
-    "neutral_directives",
-}
-"""Entries of `synthesis` on which pairs depend beside their answers and grades."""
-
-
-# ---------------------------------------------------------------- write
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriteStep(Step):
-    """units -> generations (+ rejects): the writer answers, with rubric and target in front of it or with nothing."""
-
-    rubrics: Rubrics
-    seed: int
-    neutral_directives: tuple[str, ...] = ()
-    stage: str = "write"
-    table: str = "generations"
-
-    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
-        """Writes one shard of answers."""
-        self.write(engine, run, shard, run.read("units", [shard], Unit))
-
-    def write(self, engine: Engine, run: RunDir, shard: str, units: Sequence[Unit]) -> None:
-        """Answers some units, as one shard."""
-        tally = Tally(len(units))
-        completions = engine.run([self.request(unit) for unit in units]) if units else []
-        tally.add(completions)
-        rows, rejects = [], []
-        for unit, completion in zip(units, completions, strict=True):
-            if generation := _generation(unit, completion):
-                rows.append(generation)
-                tally.counts["cut_answers"] += generation.is_cut
-            else:
-                tally.reject(completion.error)
-                rejects.append(Reject.of(self.stage, unit, unit.unit_id, completion.error, completion.detail))
-        run.write("rejects", f"{self.stage}-{shard}", rejects)
-        run.write(self.table, shard, rows, tally.close(len(rows)))
-
-    def request(self, unit: Unit) -> Request:
-        """What the writer is asked for a unit."""
-        return sampled(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
-
-    def _messages(self, unit: Unit) -> list[ChatMessage]:
-        if unit.level == CONTROL:
-            told = control_directive(self.neutral_directives, cell_id_of(unit.rubric_id, unit.prompt_id, unit.sample))
-            return policy_messages(told, unit.prompt)
-        if not unit.rubric_id:
-            return policy_messages(None, unit.prompt)
-        rubrics = [self.rubrics[name] for name in unit.rubric_id.split("+")]
-        targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, unit.level)]
-        if len(targets) == 1:
-            return writer_messages(*targets[0], unit.prompt)
-        return joint_writer_messages(targets, unit.prompt)
-
-
-def _generation(unit: Unit, completion: Completion) -> Generation | None:
-    """The answer; of one that was cut off what is whole of it; None if there is none."""
-    is_cut = completion.error == CUT_OFF
-    text = whole_sentences(completion.text) if is_cut else completion.text
-    if not text or (completion.error and not is_cut):
-        return None
-    return Generation(
-        unit_id=unit.unit_id,
-        prompt_id=unit.prompt_id,
-        prompt=unit.prompt,
-        rubric_id=unit.rubric_id,
-        level=unit.level,
-        sample=unit.sample,
-        text=text,
-        num_tokens=completion.num_tokens - completion.thought_tokens,
-        is_cut=is_cut,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextPassStep(WriteStep):
-    """The grades of a pass -> the generations of the next: units for what is missing, and the answers to them."""
-
-    asking: Asking
-    spread: Spread | None
-    """Where the rubrics' levels come from."""
-    number: int
-    """From 2."""
-    before: Mapping[str, Sequence[Pass]]
-    """By the last pass's shard of grades: all passes so far."""
-
-    def output(self, shard: str) -> str:
-        """Depends on the passes before it and on what counts as missing."""
-        settings = self.asking.settings
-        return derive(shard, "pass", self.number, settings.grids, settings.margin, settings.samples)
-
-    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
-        """Plans one shard and writes it."""
-        name, passes = self.output(shard), self.before[shard]
-        if not run.has("units", name):
-            rows = list(self._plan(run, passes))
-            run.write("units", name, rows, {"rows_out": len(rows)})
-        self.write(engine, run, name, run.read("units", [name], Unit))
-
-    def _plan(self, run: RunDir, passes: Sequence[Pass]) -> Iterator[Unit]:
-        names = [one.generations for one in passes]
-        asked: dict[str, list[Unit]] = defaultdict(list)
-        for unit in run.read("units", names, Unit):
-            asked[unit.prompt_id].append(unit)
-        grades = run.read("grades", [one.grades for one in passes], Grade)
-        rubrics = self.spread.resolve(run) if self.spread else list(self.rubrics.values())
-        by_key = {(grade.unit_id, grade.rubric_id): grade for grade in grades}
-        answers = answers_of(run.read("generations", names, Generation), by_key, rubrics)
-        asking = replace(self.asking, rubrics=tuple(rubrics))
-        for prompt_id, units in asked.items():
-            yield from asking.more(units, answers.get(prompt_id, []))
-
-
-# ---------------------------------------------------------------- pair
-
-
-PAIRING = ModelConfig(model="pairing", num_actors=Range(1, 64))
-"""Resources of the steps that call no model."""
-
-
-def no_engine(model: ModelConfig) -> None:
-    """What those steps have for an engine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepeatStep(Step):
-    """All generations -> repeats: those that nearly repeat an earlier answer that was asked to be the same."""
-
-    generations: dict[str, list[str]]
-    """By shard: all of a run, since any may repeat any; about 5 KB of memory each."""
-    threshold: float
-    model: ModelConfig = PAIRING
-    stage: str = "repeats"
-    table: str = "repeats"
-
-    def __call__(self, engine: None, run: RunDir, shard: str) -> None:
-        """Compares a run's answers."""
-        seen: dict[tuple[str, str], NearDuplicates] = defaultdict(lambda: NearDuplicates(self.threshold))
-        tally, repeats = Tally(0), []
-        for name in self.generations[shard]:
-            rows = run.read("generations", [name], Generation)
-            tally.counts["rows_in"] += len(rows)
-            for row in rows:
-                if original := seen[row.rubric_id, row.level].add(row.unit_id, row.text):
-                    repeats.append(Reject.of(self.stage, row, row.unit_id, "near duplicate", original))
-        run.write(self.table, shard, repeats, tally.close(len(repeats)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairStep(Step):
-    """generations + grades + directives -> pairs (+ rejects)."""
-
-    rubrics: Rubrics
-    groups: dict[str, PairInputs]
-    settings: SynthesisConfig
-    model: ModelConfig = PAIRING
-    stage: str = "pair"
-    table: str = "pairs"
-
-    def __call__(self, engine: None, run: RunDir, shard: str) -> None:
-        """Pairs the answers of one shard."""
-        rubrics, inputs = list(self.rubrics.values()), self.groups[shard]
-        rows = run.read("generations", inputs.generations, Generation)
-        tally = Tally(len(rows))
-        grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
-        directives = run.read("directives", inputs.directives, Directive)
-        repeats = {row.subject_id: row.detail for row in run.read("repeats", inputs.repeats, Reject)}
-        paired = pair_answers(rubrics, self.settings.combine, rows, grades, directives, self.settings, repeats)
-        for reject in paired.rejects:
-            tally.reject(reject.reason)
-        units = run.read("units", [name for name in inputs.generations if not is_control(name)], Unit)
-        tally.counts.update(level_counts(paired, units, rows))
-        run.write("rejects", f"{self.stage}-{shard}", paired.rejects)
-        run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
-
-
-def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
-    """The steps that call no model."""
-    settings = plan.config.synthesis
-    return (
-        RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0),
-        PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings),
-    )
-
-
-# ---------------------------------------------------------------- the stage
 
 
 def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:

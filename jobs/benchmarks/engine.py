@@ -35,9 +35,11 @@ from transformers import AutoTokenizer
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
 from cpt_ray.config import ModelConfig, RunConfig, load_config
-from cpt_ray.engines.engine import Completion, Request, VllmEngine, engine_arguments, engine_env
-from cpt_ray.engines.pool import Line, run_lines
+from cpt_ray.engines.engine import Completion, Request
+from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.roles import with_dtype
+from cpt_ray.engines.step import Line
+from cpt_ray.engines.vllm import VllmEngine, engine_arguments, engine_env
 from cpt_ray.plan import Plan, make_plan, plan_units
 from cpt_ray.synthesis.stage import Steps
 from cpt_ray.tables.rundir import RunDir

@@ -21,7 +21,8 @@ from typing import Any
 from cpt_ray.chat.conversations import judge_messages, level_labels, writer_messages
 from cpt_ray.cluster import ENGINE_ENV, QUIET_ENV
 from cpt_ray.config import ModelConfig
-from cpt_ray.engines.engine import Request, VllmEngine
+from cpt_ray.engines.engine import Request
+from cpt_ray.engines.vllm import VllmEngine
 from cpt_ray.rubrics.rubric import Rubric
 
 NUM_WORDS, LEVELS, CRITERIA = 2000, 5, 5

@@ -1,0 +1,57 @@
+"""What stages are made of: a step does one thing to a shard, a line takes shards through steps, a runner does lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cpt_ray.config import ModelConfig
+from cpt_ray.tables.rundir import RunDir
+
+Counts = Mapping[str, float]
+OpenEngine = Callable[[ModelConfig], Any]
+"""Makes what a step's first argument is, where that is no `Engine`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage's work on one shard."""
+
+    model: ModelConfig
+    """The role whose engine it calls."""
+    stage: str
+    """Its name in the ledger."""
+    table: str
+    """Where the output shard goes."""
+
+    def output(self, shard: str) -> str:
+        """Name of the output shard: the input's, whose hash then covers all that the step depends on."""
+        return shard
+
+    def wait(self, run: RunDir) -> None:
+        """Waits for what it needs of other shards: those of the pool's lines before its own, which begin earlier."""
+
+    def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
+        """Reads the input shard, writes the output shard last; `engine` is what the pool's `open_engine` made."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Line:
+    """Shards of one kind and the steps each of them goes through, in order."""
+
+    shards: Sequence[str]
+    steps: Sequence[Step]
+
+
+class Runner(Protocol):
+    """Brings every shard of every line through its steps: `run_lines` on Ray, a `LocalRunner` in this process."""
+
+    def __call__(self, run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None = None) -> None:
+        """Does what is not there yet; UserError with the cause if a shard fails.
+
+        Args:
+            open_engine: where the steps' engine is not the one that their role's settings describe.
+        """
+        ...

@@ -1,0 +1,203 @@
+"""An engine with the steps that it can do, in this process or a Ray actor; and how often its process may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from cpt_ray.config import JudgeConfig, ModelConfig
+from cpt_ray.engines.engine import Engine, EngineDiedError, check_schema_is_enforced
+from cpt_ray.engines.ledger import Meters
+from cpt_ray.engines.step import Counts, OpenEngine, Step
+from cpt_ray.engines.vllm import VllmEngine
+from cpt_ray.errors import UserError, first_line
+from cpt_ray.tables.rundir import RunDir, replacing
+
+MAX_DEATHS = 3
+"""How often an engine's process may die on the same shard, or while starting, before the run gives up."""
+
+
+class Worker:
+    """An engine and the steps it can do; called by several threads."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        model: ModelConfig,
+        steps: Sequence[Sequence[Step]],
+        open_engine: OpenEngine,
+        name: str = "here",
+        meter: Callable[[str, Counts], None] = lambda stage, counts: None,
+    ):
+        """Opens the engine; if that fails, the first shard that needs it has the error.
+
+        Args:
+            steps: by line.
+            name: kept by the worker that takes the place of one whose process died.
+            meter: called with the stage and the counts of each finished step.
+        """
+        self._steps, self._run, self._meter = steps, run, meter
+        self._attempts = Attempts(run.attempts)
+        self._turns, self._now, self._is_alone = threading.Condition(), 0, False
+        start = f"start-{name}"
+        self._error = ""
+        try:
+            self._attempts.begin(start, "while it started")
+            self._engine = open_engine(model)
+            if judges := [step.model for line in steps for step in line if needs_schema(step.model)]:
+                check_schema_is_enforced(self._engine, f"judge {model.model}", judges[0].sampling.max_tokens)
+            self._attempts.end(start)
+        except Exception as error:
+            self._error = _told(error)
+
+    def bring(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
+        """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did.
+
+        Raises:
+            EngineDiedError: counted; a new worker may try again.
+        """
+        done: dict[str, Counter[str]] = defaultdict(Counter)
+        for step in self._steps[line]:
+            output = step.output(shard)
+            if not self._run.has(step.table, output):
+                error = self._error or self._try(step, shard)
+                if error:
+                    return error, done
+                counts = self._run.counts(step.table, output)
+                done[step.stage].update(counts)  # a stage may come again, in another pass
+                self._meter(step.stage, counts)
+            shard = output
+        return "", done
+
+    def _try(self, step: Step, shard: str) -> str:
+        name = f"{step.stage}-{shard}"
+        try:
+            step.wait(self._run)
+            with self._turn(alone=bool(self._attempts.causes(name))):
+                self._attempts.begin(name, f"on {step.stage} of shard {shard}")
+                step(self._engine, self._run, shard)
+                self._attempts.end(name)
+        except EngineDiedError as died:
+            self._attempts.note(name, one_line(died))
+            raise
+        except Exception as failed:
+            return _told(failed, f" ({step.stage} of shard {shard})")
+        return ""
+
+    @contextmanager
+    def _turn(self, alone: bool) -> Iterator[None]:
+        """Shards side by side, but one on which an engine died before by itself: so no other is taken for the cause."""
+        with self._turns:
+            self._turns.wait_for(lambda: not self._now or not (alone or self._is_alone))
+            self._now, self._is_alone = self._now + 1, alone
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._now -= 1
+                self._turns.notify_all()
+
+
+class StepActor:
+    """A worker made remote by Ray Data.
+
+    A failure travels as a row: Ray Data would keep only the text of a stack trace. The death of a process, which Ray
+    answers with a new one without end, is counted in files.
+    """
+
+    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], open_engine: OpenEngine):
+        import ray
+
+        name = ray.get_runtime_context().get_actor_id()
+        self._worker = Worker(run, model, steps, open_engine, name, Meters().add)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            done = [
+                self._worker.bring(int(line), str(shard))
+                for line, shard in zip(batch["line"], batch["shard"], strict=True)
+            ]
+        except EngineDiedError:
+            os._exit(1)  # Ray makes this actor, and so the engine, anew
+        return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
+
+
+class Attempts:
+    """How often something was begun without an end: in files, since what it counts kills whoever could remember."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def begin(self, name: str, what: str) -> None:
+        """Counts one attempt; UserError if there were too many."""
+        causes = self.causes(name)
+        if len(causes) >= MAX_DEATHS:
+            raise UserError(f"the engine's process died {len(causes)} times {what} (the last time: {causes[-1]})")
+        self._keep(name, [*causes, "killed, perhaps out of memory"])
+
+    def causes(self, name: str) -> list[str]:
+        """What each attempt so far died of."""
+        path = self._folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def note(self, name: str, cause: str) -> None:
+        """Puts a better-known cause on the present attempt."""
+        self._keep(name, [*self.causes(name)[:-1], cause])
+
+    def end(self, name: str) -> None:
+        """It came to an end, good or bad."""
+        (self._folder / name).unlink(missing_ok=True)
+
+    def _keep(self, name: str, causes: Sequence[str]) -> None:
+        with replacing(self._folder / name) as file:
+            file.write("\n".join(causes).encode())
+
+
+def make_engine(model: ModelConfig, key: SecretStr | None) -> Engine:
+    """The engine of a role; `key` is its endpoint's, if it has one."""
+    if model.endpoint is None:
+        return VllmEngine(model)
+    from cpt_ray.engines.openai import OpenAIEngine
+
+    assert key is not None
+    return OpenAIEngine(model, key)
+
+
+def endpoint_key(model: ModelConfig) -> SecretStr | None:
+    """The key of a role's endpoint, from this process's environment; UserError if it is not there or can be none."""
+    if model.endpoint is None:
+        return None
+    name = model.endpoint.api_key_env
+    key = os.environ.get(name, "").strip()  # of a file's last newline, most often
+    if not key:
+        raise UserError(f"{model.model}: no key for {model.endpoint.base_url}; set the environment variable {name}")
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(
+            f"{model.model}: what is in the environment variable {name} cannot be a key (a space, a line break or a "
+            "letter that is not ASCII is in it); set it anew"
+        )
+    return SecretStr(key)
+
+
+def needs_schema(model: ModelConfig) -> bool:
+    """Whether a role's engine must be able to force JSON of a schema."""
+    return isinstance(model, JudgeConfig) and model.mode == "rationale"
+
+
+def one_line(error: BaseException) -> str:
+    """The error in one line; the class's name in front unless it is one of ours."""
+    return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _told(error: Exception, place: str = "") -> str:
+    """The error in one line, with its place unless it is one of ours, which say what is wrong; then its trace."""
+    return f"{one_line(error)}{'' if isinstance(error, UserError) else place}\n{traceback.format_exc()}"

@@ -1,0 +1,94 @@
+"""The steps that call no model: near-duplicates found, answers paired."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from cpt_ray.config import ModelConfig, Range, SynthesisConfig
+from cpt_ray.engines.ledger import Tally
+from cpt_ray.engines.step import Step
+from cpt_ray.judging.judge import combine_judges
+from cpt_ray.plan import PairInputs, Plan, Rubrics, Shards, is_control
+from cpt_ray.synthesis.duplicates import NearDuplicates
+from cpt_ray.synthesis.levels import level_counts
+from cpt_ray.synthesis.pairing import pair_answers
+from cpt_ray.tables.records import Directive, Generation, Grade, Reject, Unit
+from cpt_ray.tables.rundir import RunDir
+
+REPEATS_FORMAT = 3
+"""Goes up when a row of `repeats` means something else than before."""
+PAIR_FORMAT = 3
+"""The same for `pairs`."""
+PAIRED_PROMPTS = 500
+"""Prompts of a shard of pairs, or more."""
+PAIR_SETTINGS = {"aggregate", "balance", "combine", "grids", "margin", "max_length_ratio", "neutral_directives"}
+"""Entries of `synthesis` on which pairs depend beside their answers and grades."""
+
+PAIRING = ModelConfig(model="pairing", num_actors=Range(1, 64))
+"""Resources of the steps that call no model."""
+
+
+def no_engine(model: ModelConfig) -> None:
+    """What those steps have for an engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatStep(Step):
+    """All generations -> repeats: those that nearly repeat an earlier answer that was asked to be the same."""
+
+    generations: dict[str, list[str]]
+    """By shard: all of a run, since any may repeat any; about 5 KB of memory each."""
+    threshold: float
+    model: ModelConfig = PAIRING
+    stage: str = "repeats"
+    table: str = "repeats"
+
+    def __call__(self, engine: None, run: RunDir, shard: str) -> None:
+        """Compares a run's answers."""
+        seen: dict[tuple[str, str], NearDuplicates] = defaultdict(lambda: NearDuplicates(self.threshold))
+        tally, repeats = Tally(0), []
+        for name in self.generations[shard]:
+            rows = run.read("generations", [name], Generation)
+            tally.counts["rows_in"] += len(rows)
+            for row in rows:
+                if original := seen[row.rubric_id, row.level].add(row.unit_id, row.text):
+                    repeats.append(Reject.of(self.stage, row, row.unit_id, "near duplicate", original))
+        run.write(self.table, shard, repeats, tally.close(len(repeats)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStep(Step):
+    """generations + grades + directives -> pairs (+ rejects)."""
+
+    rubrics: Rubrics
+    groups: dict[str, PairInputs]
+    settings: SynthesisConfig
+    model: ModelConfig = PAIRING
+    stage: str = "pair"
+    table: str = "pairs"
+
+    def __call__(self, engine: None, run: RunDir, shard: str) -> None:
+        """Pairs the answers of one shard."""
+        rubrics, inputs = list(self.rubrics.values()), self.groups[shard]
+        rows = run.read("generations", inputs.generations, Generation)
+        tally = Tally(len(rows))
+        grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
+        directives = run.read("directives", inputs.directives, Directive)
+        repeats = {row.subject_id: row.detail for row in run.read("repeats", inputs.repeats, Reject)}
+        paired = pair_answers(rubrics, self.settings.combine, rows, grades, directives, self.settings, repeats)
+        for reject in paired.rejects:
+            tally.reject(reject.reason)
+        units = run.read("units", [name for name in inputs.generations if not is_control(name)], Unit)
+        tally.counts.update(level_counts(paired, units, rows))
+        run.write("rejects", f"{self.stage}-{shard}", paired.rejects)
+        run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
+
+
+def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
+    """The steps that call no model."""
+    settings = plan.config.synthesis
+    return (
+        RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0),
+        PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings),
+    )

@@ -21,6 +21,7 @@ from cpt_ray.prompts import read_prompts
 from cpt_ray.rubrics.measures import terms_of
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
 from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id
+from cpt_ray.tables.shard import ShardName, rejects_of
 
 Rubrics = dict[str, Rubric]
 """By id."""
@@ -242,15 +243,6 @@ class Units(Iterable[Unit]):
         return self.source.first(self.prompts) if isinstance(self.source, Asking) else self.source.units(self.prompts)
 
 
-CONTROL_MARK = "control"
-"""In front of the name of a shard of control units."""
-
-
-def is_control(unit_shard: str) -> bool:
-    """Whether a unit shard's name is one of control units."""
-    return unit_shard.startswith(CONTROL_MARK)
-
-
 def asking_of(plan: Plan) -> Asking:
     """What names the run's units."""
     config = plan.config
@@ -274,11 +266,10 @@ def plan_units(plan: Plan) -> dict[str, Units]:
     for number, start in enumerate(range(0, len(prompts), per_shard)):
         chunk = prompts[start : start + per_shard]
         units = Units(asking, chunk)
-        name = f"{number:05d}-{units.key[:12]}"
-        shards[name] = units
+        shards[ShardName(number=number).keyed(units.key)] = units
         own = Units(controls, chunk)
         if chosen.control and next(iter(own), None):
-            shards[f"{CONTROL_MARK}-{number:05d}-{own.key[:12]}"] = own
+            shards[ShardName(CONTROL, number).keyed(own.key)] = own
     return shards
 
 
@@ -352,4 +343,4 @@ class Shards:
     def rejects(self) -> list[str]:
         """Every shard of rejects."""
         stages = {"direct": self.directives, "write": self.written, "control": self.controls, "pair": self.pairs}
-        return [*self.planned, *(f"{stage}-{name}" for stage, names in stages.items() for name in names)]
+        return [*self.planned, *(rejects_of(stage, name) for stage, names in stages.items() for name in names)]

@@ -28,11 +28,12 @@ from cpt_ray.engines.worker import MAX_DEATHS, Attempts, endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate, update_report
 from cpt_ray.judging.judge import JudgeStep
-from cpt_ray.plan import Plan, Shards, control_directive, is_control, make_plan, plan_units
+from cpt_ray.plan import Plan, Shards, control_directive, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis.stage import Steps, name_shards, synthesize
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.tables.rundir import REPORT, STEERING_RESULTS, RunDir
+from cpt_ray.tables.shard import ShardName
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
 
@@ -167,14 +168,15 @@ def test_a_later_pass_is_not_judged_by_a_rubric_that_has_all_its_levels(tmp_path
     run, rubrics = RunDir(tmp_path), {"ornament": make_rubric(), "other": make_rubric(id="other")}
     first = [make_generation(level, text=f"{level} text.") for level in LEVELS]
     later = dataclasses.replace(make_generation("low", sample=1, text="low text again."), rubric_id="other")
+    shard = ShardName(number=0).made_of("later")
     run.write("generations", "first", first)
-    run.write("generations", "later", [later])
+    run.write("generations", shard, [later])
     scores = dict(zip(LEVELS, (10, 50, 90), strict=True))
     run.write("grades", "of-first", [make_grade(one.unit_id, scores[one.level]) for one in first])
-    for earlier, graded_by in (({}, {"ornament", "other"}), ({"later": [("first", "of-first")]}, {"other"})):
+    for earlier, graded_by in (({}, {"ornament", "other"}), ({shard: [("first", "of-first")]}, {"other"})):
         step = JudgeStep(rubrics=rubrics, model=JudgeConfig(model="judge"), margin=0.1, earlier=earlier)
-        step(FakeEngine(answer), run, "later")
-        assert {row.rubric_id for row in run.read("grades", [step.output("later")], Grade)} == graded_by
+        step(FakeEngine(answer), run, shard)
+        assert {row.rubric_id for row in run.read("grades", [step.output(shard)], Grade)} == graded_by
 
 
 def test_shards_hold_whole_prompts_and_their_names_follow_what_matters(tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_control_rows_choose_the_policys_own_answer_where_no_directive_is_given(
     assert systems == {None, "You are a helpful assistant."}
     without, _ = make_run(tmp_path, levels=GIVEN)
     names = list(plan_units(plan))
-    assert [name for name in names if not is_control(name)] == list(plan_units(without))
+    assert [name for name in names if not ShardName.parse(name).is_control] == list(plan_units(without))
 
 
 def joint_answer(request: Request) -> Completion:
@@ -680,9 +682,10 @@ def test_what_regrades_written_answers_regrades_the_evaluation(
 ) -> None:
     judge = JudgeConfig(model="fake", mode=mode)
     steps = (JudgeStep(rubrics={}, model=judge), GradeTrialsStep(rubrics={}, model=judge))
-    before = [step.output("ornament-0") for step in steps]
+    shard = ShardName("ornament", 0).made_of()
+    before = [step.output(shard) for step in steps]
     monkeypatch.setattr(f"cpt_ray.judging.judge.{changed}", "another")
-    assert not {*before} & {step.output("ornament-0") for step in steps}
+    assert not {*before} & {step.output(shard) for step in steps}
 
 
 def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from cpt_ray.chat.thoughts import DETAILS, NOT_ENDED, UNCLEAR
 from cpt_ray.config import ModelConfig
 from cpt_ray.tables.records import Reject
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import rejects_of
 
 REJECTED = "rejected: "
 """In front of the reason, in the counts of a shard."""
@@ -122,7 +123,7 @@ class Stage:
         """The most frequent one of this reason in the first shard that has any."""
         for shard in self.shards:
             if run.counts(self.table, shard).get(f"{REJECTED}{reason}"):
-                rows = run.read("rejects", [f"{self.name}-{shard}"], Reject)
+                rows = run.read("rejects", [rejects_of(self.name, shard)], Reject)
                 return Counter(row.detail for row in rows if row.reason == reason).most_common(1)[0][0]
         return ""
 

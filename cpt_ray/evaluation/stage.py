@@ -31,7 +31,8 @@ from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
-from cpt_ray.tables.rundir import REPORT, RESULTS, RunDir, derive
+from cpt_ray.tables.rundir import REPORT, RESULTS, RunDir
+from cpt_ray.tables.shard import ShardName
 
 Ids = tuple[int, ...]
 MAX_LIKELIHOODS = 512
@@ -54,7 +55,7 @@ def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial
             chunk = list(enumerate(prompts))[start : start + step]
             rows = [row for turn, prompt in chunk for row in trials_of(rubric, prompt, own, settings, turn)]
             ids = content_id(*(row.trial_id for row in rows), rubric.content_hash, TRIAL_FORMAT)
-            planned[f"{rubric.id}-{start // step:05d}-{ids[:12]}"] = rows
+            planned[ShardName(rubric.id, start // step).keyed(ids)] = rows
     return planned
 
 
@@ -113,7 +114,9 @@ class AnswerStep(Step):
 
     def output(self, shard: str) -> str:
         """Depends on the rows, the model's weights and its sampling."""
-        return derive(f"{shard[:-13]}-{self.name}-", shard, self.model.answer_key, self.seed)
+        return dataclasses.replace(ShardName.parse(shard), model=self.name, digest="").made_of(
+            shard, self.model.answer_key, self.seed
+        )
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Answers one shard."""

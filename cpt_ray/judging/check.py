@@ -14,7 +14,8 @@ from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.judging.spread import some_of, survey, with_points
 from cpt_ray.plan import Plan, Shards, read_judge_check
 from cpt_ray.tables.records import Generation, Grade
-from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import ShardName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class CheckStep(JudgeStep):
 
     def output(self, shard: str) -> str:
         """Depends on how many as well."""
-        return derive(super().output(shard), self.stage, self.count)
+        return ShardName.parse(super().output(shard)).made_of(self.stage, self.count)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Grades some of one shard."""

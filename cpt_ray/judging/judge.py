@@ -24,7 +24,8 @@ from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.rubrics.rubric import Criterion, Rubric
 from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade
-from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import ShardName
 
 GRADE_FORMAT = 5
 """Goes up when a row of `grades` means something else than before."""
@@ -132,7 +133,7 @@ class JudgeStep(Step):
         templates = RATIONALE_HASH if self.model.mode == "rationale" else TEMPLATES_HASH
         rubrics = [self.spread.key] if self.spread else [rubric.grading_hash for rubric in self.rubrics.values()]
         settings = (rubrics, self.grids, self.margin)
-        return derive(shard, "judge", self.model.answer_key, templates, GRADE_FORMAT, *settings)
+        return ShardName.parse(shard).made_of("judge", self.model.answer_key, templates, GRADE_FORMAT, *settings)
 
     def wait(self, run: RunDir) -> None:
         """For the levels."""

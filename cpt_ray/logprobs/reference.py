@@ -25,6 +25,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.logprobs.rows import Row, sequence_ids
 from cpt_ray.tables.records import ReferenceLogProb, content_id
 from cpt_ray.tables.rundir import RunDir, replacing
+from cpt_ray.tables.shard import DIGITS, ShardName
 
 TABLE = "reference"
 SHARD_ROWS = 256
@@ -120,7 +121,7 @@ def add_reference(
     settings = config.train
     # model files (template included) and precision; prompt and answer are in the sequences' ids
     bits = settings.lora and settings.lora.quantize
-    key = content_id(config.policy.identity, weights_dtype(settings), is_autocast(settings), bits)[:12]
+    key = content_id(config.policy.identity, weights_dtype(settings), is_autocast(settings), bits)[:DIGITS]
     ids = [sequence_ids(row) for row in rows]
     known = _read(run, key)
     missing = [at for at, names in enumerate(ids) if not known.keys() >= set(names)]
@@ -128,7 +129,7 @@ def add_reference(
         # two shards an actor at least, so that none waits for another's last one
         size = min(SHARD_ROWS, math.ceil(len(missing) / (2 * settings.num_workers.most)))
         shards = [missing[at : at + size] for at in range(0, len(missing), size)]
-        names = [f"{key}-{content_id(*(ids[at] for at in shard))[:12]}" for shard in shards]
+        names = [ShardName(key).keyed(content_id(*(ids[at] for at in shard))) for shard in shards]
         path = write_rows(run, stage, [rows[at] for at in missing], size)
         groups = {name: at for at, name in enumerate(names)}
         step = ReferenceStep(model=_role(config), rows=path, groups=groups, stage=stage)

@@ -60,6 +60,7 @@ from cpt_ray.steering.users import (
 )
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id
 from cpt_ray.tables.rundir import TABLES, RunDir
+from cpt_ray.tables.shard import ShardName
 
 NUM_QUESTIONS = 200
 
@@ -190,7 +191,7 @@ class Steering:
         shards: dict[str, Sequence[Any]] = {}
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            shards[f"{label}-{start // size:05d}-{content_id(repr(part), key)[:12]}"] = part
+            shards[ShardName(label, start // size).keyed(content_id(repr(part), key))] = part
         missing = {shard: part for shard, part in shards.items() if not self.run.has(name, shard)}
         fill = Fill(stage=f"steer {label}", table=name, model=model, shards=missing)
         self.runner(self.run, [Line(list(shards), [fill])], functools.partial(actor, **made_of))

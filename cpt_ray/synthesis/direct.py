@@ -13,7 +13,8 @@ from cpt_ray.errors import UserError
 from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.rubric import Rubric, directive_leak, wording_of
 from cpt_ray.tables.records import Directive, Reject, content_id
-from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import ShardName, rejects_of
 
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled per one wanted: some leak, some repeat each other."""
@@ -35,7 +36,7 @@ class DirectStep(Step):
         rubric = self.rubrics[shard]
         given = [level.directives for level in rubric.levels]
         settings = (self.paraphrases, self.held_out, self.seed, TEMPLATES_HASH)
-        return derive(f"{shard}-", rubric.content_hash, given, self.model.answer_key, *settings)
+        return ShardName(shard).made_of(rubric.content_hash, given, self.model.answer_key, *settings)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Makes one rubric's directives."""
@@ -58,7 +59,7 @@ class DirectStep(Step):
         rows, rejects = self._choose(rubric, [level.name for level in missing for _ in range(wanted)], completions)
         for reject in rejects:
             tally.reject(reject.reason)
-        run.write("rejects", f"{self.stage}-{name}", rejects)
+        run.write("rejects", rejects_of(self.stage, name), rejects)
         run.write(self.table, name, rows, tally.close(len(rows)))
 
     def _choose(

@@ -9,12 +9,13 @@ from cpt_ray.config import ModelConfig, Range, SynthesisConfig
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.judging.judge import combine_judges
-from cpt_ray.plan import PairInputs, Plan, Rubrics, Shards, is_control
+from cpt_ray.plan import PairInputs, Plan, Rubrics, Shards
 from cpt_ray.synthesis.duplicates import NearDuplicates
 from cpt_ray.synthesis.levels import level_counts
 from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import Directive, Generation, Grade, Reject, Unit
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import ShardName, rejects_of
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""
@@ -79,9 +80,9 @@ class PairStep(Step):
         paired = pair_answers(rubrics, self.settings.combine, rows, grades, directives, self.settings, repeats)
         for reject in paired.rejects:
             tally.reject(reject.reason)
-        units = run.read("units", [name for name in inputs.generations if not is_control(name)], Unit)
+        units = run.read("units", [name for name in inputs.generations if not ShardName.parse(name).is_control], Unit)
         tally.counts.update(level_counts(paired, units, rows))
-        run.write("rejects", f"{self.stage}-{shard}", paired.rejects)
+        run.write("rejects", rejects_of(self.stage, shard), paired.rejects)
         run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
 
 

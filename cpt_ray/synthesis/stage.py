@@ -23,14 +23,15 @@ from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, grader
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
-from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, asking_of, is_control, plan_units, run_info
+from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, asking_of, plan_units, run_info
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
 from cpt_ray.synthesis.levels import level_lines
 from cpt_ray.synthesis.pair import PAIR_FORMAT, PAIR_SETTINGS, PAIRED_PROMPTS, REPEATS_FORMAT, no_engine, pairing_steps
 from cpt_ray.synthesis.write import NextPassStep, WriteStep
 from cpt_ray.tables.records import Generation, content_id
-from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import ShardName, rejects_of
 
 
 def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
@@ -40,19 +41,20 @@ def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
         plan: as it was made, without the levels that are found later.
     """
     steps, settings = Steps.of(plan, units), plan.config.synthesis
-    passes = {name: _passes(steps, name) for name in units if not is_control(name)}
-    controls = [name for name in units if is_control(name)]
+    controls = [name for name in units if ShardName.parse(name).is_control]
+    passes = {name: _passes(steps, name) for name in units if name not in controls}
     written = [one.generations for some in passes.values() for one in some]
     grades = {name: [judge.output(name) for judge in steps.judges] for name in (*written, *controls)}
     directives = [steps.direct.output(rubric.id) for rubric in plan.rubrics]
     repeats: dict[str, list[str]] = {}
     if settings.near_duplicates:
-        repeats = {derive("answers-", "repeats", REPEATS_FORMAT, settings.near_duplicates, written): written}
+        repeats = {ShardName("answers").made_of("repeats", REPEATS_FORMAT, settings.near_duplicates, written): written}
     rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT}
     groups = {}
     for some in _paired_together(units, passes, controls):
         inputs = PairInputs(some, [grade for name in some for grade in grades[name]], directives, list(repeats))
-        groups[derive(some[0], "pair", some, inputs.grades, inputs.directives, inputs.repeats, rules)] = inputs
+        made_of = (some, inputs.grades, inputs.directives, inputs.repeats, rules)
+        groups[ShardName.parse(some[0]).made_of("pair", *made_of)] = inputs
     return Shards(
         directives=directives,
         passes=passes,
@@ -60,7 +62,9 @@ def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
         grades=[grade for some in grades.values() for grade in some],
         repeats=repeats,
         groups=groups,
-        planned=[f"plan-{content_id([reject.detail for reject in plan.rejects])[:12]}"] if plan.rejects else [],
+        planned=[ShardName("plan").keyed(content_id([reject.detail for reject in plan.rejects]))]
+        if plan.rejects
+        else [],
     )
 
 
@@ -77,22 +81,18 @@ def _paired_together(
     units: Mapping[str, Units], passes: Mapping[str, Sequence[Pass]], controls: Sequence[str]
 ) -> Iterator[list[str]]:
     """Shards of answers whose prompts are paired as one: enough of them that differences can cancel each other out."""
-    beside = {_number(name): name for name in controls}
+    beside = {ShardName.parse(name).number: name for name in controls}  # of the same prompts
     together, num_prompts = list[str](), 0
     for name, some in passes.items():
         together += [one.generations for one in some]
-        together += [beside[_number(name)]] if _number(name) in beside else []
+        number = ShardName.parse(name).number
+        together += [beside[number]] if number in beside else []
         num_prompts += len(units[name].prompts)
         if num_prompts >= PAIRED_PROMPTS:
             yield together
             together, num_prompts = [], 0
     if together:
         yield together
-
-
-def _number(unit_shard: str) -> str:
-    """What a shard of control units has in common with the one whose prompts it has."""
-    return unit_shard.split("-")[-2]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def spread_of(plan: Plan, units: Iterable[str]) -> Spread | None:
     """Where the levels come from, if the writer's own spread sets any."""
     if not any(map(is_spread, plan.rubrics)):
         return None
-    return Spread(plan.rubrics, tuple(name for name in units if not is_control(name)))
+    return Spread(plan.rubrics, tuple(name for name in units if not ShardName.parse(name).is_control))
 
 
 def resolved(plan: Plan, run: RunDir, units: Iterable[str]) -> Plan:
@@ -316,4 +316,4 @@ def pair(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> None:
     runner(run, [Line(shards.pairs, [paired])], no_engine)
     run.prune("pairs", shards.pairs)
     run.prune("repeats", shards.repeats)
-    run.prune("rejects", [f"pair-{name}" for name in shards.pairs], prefix="pair-")
+    run.prune("rejects", [rejects_of("pair", name) for name in shards.pairs], prefix="pair-")

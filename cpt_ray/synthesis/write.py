@@ -16,7 +16,8 @@ from cpt_ray.plan import Asking, Pass, Rubrics, cell_id_of, control_directive
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.synthesis.pairing import targets_of
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit
-from cpt_ray.tables.rundir import RunDir, derive
+from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.shard import ShardName, rejects_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class WriteStep(Step):
             else:
                 tally.reject(completion.error)
                 rejects.append(Reject.of(self.stage, unit, unit.unit_id, completion.error, completion.detail))
-        run.write("rejects", f"{self.stage}-{shard}", rejects)
+        run.write("rejects", rejects_of(self.stage, shard), rejects)
         run.write(self.table, shard, rows, tally.close(len(rows)))
 
     def request(self, unit: Unit) -> Request:
@@ -100,7 +101,7 @@ class NextPassStep(WriteStep):
     def output(self, shard: str) -> str:
         """Depends on the passes before it and on what counts as missing."""
         settings = self.asking.settings
-        return derive(shard, "pass", self.number, settings.grids, settings.margin, settings.samples)
+        return ShardName.parse(shard).made_of("pass", self.number, settings.grids, settings.margin, settings.samples)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Plans one shard and writes it."""

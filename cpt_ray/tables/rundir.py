@@ -1,9 +1,7 @@
 """The run directory: the one module that knows its paths, and how a stage completes a shard.
 
-A table is a folder of shard files. A stage maps an input shard to an output shard; the file is written under
-a temporary name and renamed, so a file that is there is complete, and what is there is not done again. The
-name of an output shard hashes the name of its input and everything the stage depends on (`derive`), so a
-changed rubric, model or setting makes new names and only those shards are done anew.
+A table is a folder of shard files. A stage maps an input shard to an output shard (`shard.py` has their names); the
+file is written under a temporary name and renamed, so a file that is there is complete, and is not made again.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ from cpt_ray.tables.records import (
     SteeredAnswer,
     Trial,
     Unit,
-    content_id,
     read_records,
     schema_of,
     to_table,
@@ -70,11 +67,6 @@ TRACES = {LOCK, "run.yaml", "attempts", "units", LEDGER}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"
-
-
-def derive(parent: str, *parts: Any) -> str:
-    """Name of the shard made from shard `parent` under settings `parts`: same stem, new hash."""
-    return f"{parent.rpartition('-')[0]}-{content_id(parent, *parts)[:12]}"
 
 
 @contextmanager

@@ -587,8 +587,8 @@ class AnswersConfig(_Section):
         return scale
 
 
-Form = Literal["film", "gated_lora", "soft_prompt"]
-"""How z gets into a conditional policy."""
+Form = Literal["film", "gated_lora"]
+"""How z gets into a conditional policy; only gated_lora is served, film is there to compare with."""
 Kind = Literal["high", "low", "middle", "mixture", "noisy"]
 """Taste of a user: an end of one rubric, a score in its middle, a blend of two, an end with wrong choices."""
 
@@ -615,7 +615,6 @@ class SteerConfig(_Section):
     """Makes the embeddings of answers; the tuned policy unless given."""
     size: Annotated[int, Field(ge=8, multiple_of=8)] = 128
     """Width of the models that read choices."""
-    variational: bool = False
     steps: Positive = 600
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch_users: Positive = 32
@@ -808,8 +807,10 @@ REMOVED = {
     "gets the next one)",
     "serve.preferences=soft_prompt": "soft prompts are no longer served, since they were the weakest form; give "
     "gated_lora or directive",
+    "steer.variational": "was removed, since no gain was ever measured; leave it out",
+    "steer.forms=soft_prompt": "soft prompts were removed, since they were the weakest form; give gated_lora",
 }
-"""Entries of earlier versions, as KEY or KEY=VALUE, and what to do about them."""
+"""Entries of earlier versions, as KEY or KEY=VALUE (also one of several values), and what to do about them."""
 
 
 def _removed(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -820,7 +821,9 @@ def _removed(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         inner: Any = data
         for section in sections:
             inner = inner.get(section) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and name in inner and (not equals or inner[name] == value):
+        if not isinstance(inner, Mapping) or name not in inner:
+            continue
+        if not equals or value in (inner[name] if isinstance(inner[name], list) else [inner[name]]):
             yield key, advice
 
 

@@ -45,6 +45,11 @@ MARKS = "letters, digits and . _ -"
         ("rubrics=[]", "rubrics: found an empty list; expected a list with at least one entry"),
         ("rubrics=x.yaml", "rubrics: found 'x.yaml'; expected a list with at least one entry"),
         ("rubrics=[5]", "rubrics.0: found 5; expected text (put it in quotes)"),
+        (
+            "steer.forms=[film, soft_prompt]",
+            "steer.forms: soft prompts were removed, since they were the weakest form; give gated_lora",
+        ),
+        ("steer.variational=no", "steer.variational: was removed, since no gain was ever measured; leave it out"),
         ("steer.kinds=[hihg]", "steer.kinds.0: found 'hihg'; expected one of high, low, middle, mixture, noisy"),
         ("synthesis.combine=[[a, b, c]]", "synthesis.combine.0: found a list of 3; expected a list with 2 entries"),
         ("synthesis.combine=[[a]]", "synthesis.combine.0.1: missing; add it"),

@@ -895,7 +895,7 @@ def test_users_are_answered_by_their_own_adapter(url: str, run: RunDir, browser:
     vectors = torch.tensor(
         Embedder(policy).embed([(c["prompt"], c[k]) for c in CHOICES for k in ("chosen", "rejected")])
     )
-    z = conditional.encoder(((vectors - 0.5) / 2).view(1, 2, 2, -1))[0]
+    z = conditional.encoder(((vectors - 0.5) / 2).view(1, 2, 2, -1))
 
     def check(applied: Any, is_mine: bool, directive: str | None, **more: Any) -> None:
         asked = {"model": "tiny", "messages": USER, "max_tokens": 8, "logprobs": True, "return_token_ids": True}

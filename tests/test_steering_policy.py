@@ -25,7 +25,7 @@ from tests import toy
 from tests.tiny_model import make_tiny_model
 from tests.toy.world import level_text
 
-FORMS: tuple[Form, ...] = ("film", "gated_lora", "soft_prompt")
+FORMS: tuple[Form, ...] = ("film", "gated_lora")
 ANSWERS = ["A high answer, rich in colours.", "A low answer, plain and short."]
 PROMPTS = [f"Tell me about the {one}." for one in ("sea", "hills", "town")]
 
@@ -76,7 +76,7 @@ def test_only_answer_tokens_are_scored_and_the_reference_is_the_policy_itself(ti
     assert (conditioned - before).abs().min() > 0.01
 
 
-@pytest.mark.parametrize("form", ["film", "gated_lora"])
+@pytest.mark.parametrize("form", FORMS)
 def test_before_training_every_user_has_the_reference(tiny: Path, form: Form) -> None:
     policy = make_policy(tiny, form)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_the_loss_is_that_of_every_pair_by_itself_weighed_by_its_probability(tin
     preferred = torch.rand(2, 3, 3)
     preferred[0, 0, 2] = preferred[0, 1, 2] = preferred[1, 0, 1] = torch.nan
     with torch.no_grad():
-        z, _ = policy.encoder(context)
+        z = policy.encoder(context)
         wanted = []
         for user, i, j in ((0, 0, 1), (1, 0, 2), (1, 1, 2)):
             two = [answers[user][i], answers[user][j]]
@@ -212,22 +212,6 @@ def test_served_adapters_are_what_was_trained(tiny: Path, tmp_path: Path, monkey
     assert answers[0] != pytest.approx(answers[1], abs=1e-2)
 
 
-def test_served_soft_prompts_are_what_was_trained(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import SamplingParams
-
-    policy = disturbed(make_policy(tiny, "soft_prompt"))
-    llm = vllm_engine(tiny, monkeypatch, enable_prompt_embeds=True)
-    ids, start = texts(tiny)[0]
-    prompt, z = ids[:start], torch.randn(1, 32)
-    with torch.no_grad():
-        embedded = torch.cat([policy.soft_prompt(z)[0], policy.model.get_input_embeddings()(torch.tensor(prompt))])
-    params = SamplingParams(max_tokens=8, temperature=0, logprobs=0, ignore_eos=True)
-    out = llm.generate([{"prompt_embeds": embedded}], params, use_tqdm=False)[0].outputs[0]
-    served = sum(one[token].logprob for one, token in zip(out.logprobs, out.token_ids, strict=True))
-    with torch.no_grad():
-        assert float(policy.logps([(prompt + list(out.token_ids), len(prompt))], z)) == pytest.approx(served, abs=1e-2)
-
-
 # ---------------------------------------------------------------- what is written
 
 WORLD_PROMPTS = [f"Write about the {what} at {when}." for what in ("harbor", "market") for when in ("dawn", "noon")]
@@ -275,7 +259,7 @@ def test_choices_steer_what_is_written_and_flipped_choices_the_other_way() -> No
         shown = []
         for prompt in WORLD_PROMPTS:
             ids, start = sequence(tokenizer, None, prompt, "", {})
-            with torch.no_grad(), policy.conditioned(policy.encoder(choices(torch.full((8,), kind)))[0]):
+            with torch.no_grad(), policy.conditioned(policy.encoder(choices(torch.full((8,), kind)))):
                 made = policy.model.generate(
                     torch.tensor([ids[:start]] * 8), max_new_tokens=48, do_sample=True, pad_token_id=0
                 )

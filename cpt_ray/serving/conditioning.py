@@ -79,7 +79,7 @@ class Conditioner:
             vectors = (torch.tensor(self._embedder.embed(texts)) - self._mean) / self._deviation
             if (call := CALL.get()) is not None:
                 call.prompt_tokens += self._embedder.num_tokens - before
-        z: Tensor = self._policy.encoder(vectors.view(1, len(choices), 2, -1))[0][0]
+        z: Tensor = self._policy.encoder(vectors.view(1, len(choices), 2, -1))[0]
         return z
 
     @torch.no_grad()

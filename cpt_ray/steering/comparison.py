@@ -181,7 +181,7 @@ class Bank:
         for seed, model in enumerate(fitted.models):
             for at_count, count in enumerate(arena.counts):
                 with torch.no_grad():
-                    z = model.encoder(arena.tried.tasks(num_choices=count).context)[0]
+                    z = model.encoder(arena.tried.tasks(num_choices=count).context)
                     rewards = model.reward(z, vectors.expand(len(z), -1, -1)).numpy()
                 for at, own in enumerate(self.liked):
                     best = [rows[groups[one][np.argmax(rewards[at, groups[one]])]] for one in self.tested[at]]
@@ -358,7 +358,7 @@ def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) ->
     planned = []
     for at in range(len(arena.users))[:POLICY_USERS]:
         for count in arena.counts:
-            z = policy.encoder(arena.tried.tasks(slice(at, at + 1), count).context)[0][0]
+            z = policy.encoder(arena.tried.tasks(slice(at, at + 1), count).context)[0]
             name = f"user-{content_id(weights, z.tolist())}"
             policy.fold(z, folder / name, steering.policy.path)
             prompts = [bank.prompts[one] for one in bank.tested[at][:POLICY_PROMPTS]]

@@ -186,7 +186,7 @@ def _judged(loss: float) -> str:
 def new_model(fit: Fit, number: int, embedding: int) -> RewardModel:
     """The untrained model of one seed."""
     torch.manual_seed(fit.seed + number)
-    return RewardModel(embedding, fit.config.size, variational=fit.config.variational)
+    return RewardModel(embedding, fit.config.size)
 
 
 def load(fit: Fit, number: int, embedding: int) -> RewardModel:
@@ -268,8 +268,8 @@ def fit_policy(
         texts: token ids and start of each answer of `tensors.embeddings`.
         prompts: id of each one's prompt.
         policy: folder or name of the model.
-        reward: weights of the NP-BTL model that says what users prefer; unless it is variational, its encoder is this
-            one's too, and stays as it is: trained on, it fits the answers learned from and does worse on others.
+        reward: weights of the NP-BTL model that says what users prefer; its encoder is this one's too, and
+            stays as it is: trained on, it fits the answers learned from and does worse on others.
     """
     from safetensors.torch import load_file
 
@@ -314,11 +314,10 @@ def work_policy(settings: dict[str, Any]) -> None:
     groups = answers_by_prompt(loaded.pop("prompts"))
     tensors = Tensors(**{name: one.to(device) for name, one in loaded.items()})
     policy = new_policy(fit, tensors.embeddings.shape[1], settings["policy"])
-    teacher = RewardModel(tensors.embeddings.shape[1], config.size, variational=config.variational)
+    teacher = RewardModel(tensors.embeddings.shape[1], config.size)
     teacher.load_state_dict(load_file(settings["reward"]))
-    if not config.variational:
-        policy.encoder.load_state_dict(teacher.encoder.state_dict())
-        policy.encoder.requires_grad_(False)
+    policy.encoder.load_state_dict(teacher.encoder.state_dict())
+    policy.encoder.requires_grad_(False)
     teacher.to(device).eval()
     policy.to(device)
     reporter = Reporter(fit.folder, rank)
@@ -336,7 +335,7 @@ def work_policy(settings: dict[str, Any]) -> None:
         drawn = [draw_answers(groups, config.policy_answers, random) for _ in at] * 2
         answers, prompts = torch.tensor(drawn, device=device).unbind(-1)
         with torch.no_grad():
-            rewards = teacher.reward(teacher.encoder(context)[0], tensors.embeddings[answers])
+            rewards = teacher.reward(teacher.encoder(context), tensors.embeddings[answers])
         preferred = (rewards[:, :, None] - rewards[:, None]).sigmoid()
         preferred[prompts[:, :, None] != prompts[:, None]] = torch.nan
         return context, answers.tolist(), texts, reference, preferred

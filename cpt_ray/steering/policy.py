@@ -1,10 +1,9 @@
 """NP-DPO: a policy conditioned on z, which is read from a user's choices as in NP-BTL, and trained by DPO.
 
-Three ways to let z in, with one encoder, data and loss; the first two start as the policy itself, whatever z is:
+Two ways to let z in, with one encoder, data and loss; both start as the policy itself, whatever z is:
 
     film        after every block h <- (1 + gamma_l(z)) h + delta_l(z), beside a LoRA; a reference, it cannot be served
     gated_lora  W + B diag(g(z)) A; folds exactly into one plain adapter per user (`ConditionalPolicy.fold`)
-    soft_prompt m vectors from z before the prompt (`ConditionalPolicy.soft_prompt`)
 
 The loss is DPO's over every pair of a group of answers to the same prompt, each of which is a pass through the policy
 only once. In the place of a choice is the probability that the user prefers one to the other: what NP-BTL says of it
@@ -68,7 +67,6 @@ class ConditionalPolicy(nn.Module):
         embedding: int,
         size: int = 128,
         rank: int = 8,
-        vectors: int = 4,
         beta: float = 0.1,
     ):
         super().__init__()
@@ -77,18 +75,12 @@ class ConditionalPolicy(nn.Module):
         width, blocks = model.config.hidden_size, model.model.layers
         self.adapters: dict[str, GatedLora] = {}
         """By the module's name in the model."""
-        if form != "soft_prompt":
-            for name, module in list(blocks.named_modules(prefix="model.layers")):
-                if isinstance(module, nn.Linear):
-                    parent, _, own = name.rpartition(".")
-                    self.adapters[name] = GatedLora(module, rank, scale=2.0)
-                    setattr(model.get_submodule(parent), own, self.adapters[name])
-        outputs = {
-            "film": len(blocks) * 2 * width,
-            "gated_lora": len(self.adapters) * rank,
-            "soft_prompt": vectors * width,
-        }
-        self.head = mlp(size, *([2 * size] if form == "soft_prompt" else []), outputs[form])
+        for name, module in list(blocks.named_modules(prefix="model.layers")):
+            if isinstance(module, nn.Linear):
+                parent, _, own = name.rpartition(".")
+                self.adapters[name] = GatedLora(module, rank, scale=2.0)
+                setattr(model.get_submodule(parent), own, self.adapters[name])
+        self.head = mlp(size, len(blocks) * 2 * width if form == "film" else len(self.adapters) * rank)
         last: nn.Linear = self.head[-1]  # type: ignore[assignment]
         nn.init.zeros_(last.weight) if form == "film" else nn.init.normal_(last.weight, std=0.5 / last.in_features**0.5)
         nn.init.zeros_(last.bias)
@@ -128,11 +120,6 @@ class ConditionalPolicy(nn.Module):
         found: Tensor = 1 + self.head(z).view(len(z), -1, self.rank)
         return found
 
-    def soft_prompt(self, z: Tensor) -> Tensor:
-        """[users, m, hidden]."""
-        found: Tensor = self.head(z).view(len(z), -1, self.model.config.hidden_size)
-        return found
-
     @contextmanager
     def conditioned(self, z: Tensor | None) -> Iterator[None]:
         """The model depends on z [batch, size] in here; with None it is the reference."""
@@ -162,15 +149,9 @@ class ConditionalPolicy(nn.Module):
             ids[at, : len(one)], real[at, : len(one)], scored[at, start : len(one)] = torch.tensor(one), 1, True
         device = next(self.head.parameters()).device
         ids, real, scored = ids.to(device), real.to(device), scored.to(device)
-        embedded, added = self.model.get_input_embeddings()(ids), 0
-        if z is not None and self.form == "soft_prompt":
-            soft = self.soft_prompt(z)
-            added = soft.shape[1]
-            embedded = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
-            real = torch.cat([real.new_ones(len(real), added), real], dim=1)
         with self.conditioned(z):
-            hidden = self.model.model(inputs_embeds=embedded, attention_mask=real).last_hidden_state
-        before = hidden[:, added:-1][scored[:, 1:]]  # the state in front of each answer token
+            hidden = self.model.model(input_ids=ids, attention_mask=real).last_hidden_state
+        before = hidden[:, :-1][scored[:, 1:]]  # the state in front of each answer token
         logits = self.model.lm_head(before).float()
         picked = logits.gather(1, ids[:, 1:][scored[:, 1:]][:, None])[:, 0] - logits.logsumexp(dim=1)
         rows = scored[:, 1:].nonzero()[:, 0]
@@ -184,7 +165,7 @@ class ConditionalPolicy(nn.Module):
             answers: [users, a], indices of `texts`.
             reference: log-probabilities of `texts` under the reference, [texts].
         """
-        z, _ = self.encoder(context)
+        z = self.encoder(context)
         flat = [at for some in answers for at in some]
         found = self.logps([texts[at] for at in flat], z.repeat_interleave(len(flat) // len(z), dim=0))
         return self.beta * (found - reference[torch.tensor(flat)].to(found.device)).view(len(z), -1)

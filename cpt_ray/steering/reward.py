@@ -1,12 +1,11 @@
-"""NP-BTL: a reward model conditioned on a user's choices, deterministic or variational.
+"""NP-BTL: a reward model conditioned on a user's choices.
 
     c_j = W [e_w_j || e_l_j] + b                     a choice, from frozen embeddings e of (prompt, answer)
     z   = h( mean of attention(c_1 .. c_k, null) )   any k from 0; the learned null token makes k = 0 no special case
     r(y|z) = MLP2( MLP1(e_y) || z ),    p(y1 > y2 | z) = sigmoid(r(y1|z) - r(y2|z))
 
 The loss is the negative log-likelihood of the target pairs' choices, over each task and its flipped twin (every choice
-swapped), without which z tends to be ignored. The variational form draws z from q(z | context + targets) = N(mean,
-softplus(scale)^2) while it learns and adds KL(q(z | context + targets) || q(z | context)) per target.
+swapped), without which z tends to be ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from cpt_ray.errors import UserError
 
@@ -55,34 +54,30 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class ContextEncoder(nn.Module):
-    """Choices [users, k, 2, E] to z [users, `size`], whatever their order; (mean, scale) if variational."""
+    """Choices [users, k, 2, E] to z [users, `size`], whatever their order."""
 
-    def __init__(self, embedding: int, size: int, heads: int = 8, variational: bool = False):
+    def __init__(self, embedding: int, size: int, heads: int = 8):
         super().__init__()
         self.project = nn.Linear(2 * embedding, size)
         self.null = nn.Parameter(torch.randn(size) * 0.02)
         self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
-        self.head = mlp(size, size, size * (2 if variational else 1))
-        self.variational = variational
+        self.head = mlp(size, size, size)
 
-    def forward(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(mean or z, scale or None), each [users, size]."""
+    def forward(self, context: Tensor) -> Tensor:
+        """[users, k, 2, E] to [users, size]."""
         null = self.null.expand(len(context), 1, -1)
         tokens = torch.cat([self.project(context.flatten(2)), null], dim=1)
         mixed = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        found = self.head(mixed.mean(dim=1))
-        if not self.variational:
-            return found, None
-        mean, raw = found.chunk(2, dim=-1)
-        return mean, softplus(raw) + 1e-4
+        z: Tensor = self.head(mixed.mean(dim=1))
+        return z
 
 
 class RewardModel(nn.Module):
     """r(y|z) and the encoder that gives z."""
 
-    def __init__(self, embedding: int, size: int = 256, heads: int = 8, variational: bool = False):
+    def __init__(self, embedding: int, size: int = 256, heads: int = 8):
         super().__init__()
-        self.encoder = ContextEncoder(embedding, size, heads, variational)
+        self.encoder = ContextEncoder(embedding, size, heads)
         self.answer = mlp(embedding, size, size)
         self.score = mlp(2 * size, size, 1)
 
@@ -93,21 +88,13 @@ class RewardModel(nn.Module):
         return found.squeeze(-1)
 
     def margins(self, tasks: Tasks) -> Tensor:
-        """r(chosen|z) - r(rejected|z) of the targets, [users, t], with z (its mean) from the context."""
-        rewards = self.reward(self.encoder(tasks.context)[0], tasks.targets)
+        """r(chosen|z) - r(rejected|z) of the targets, [users, t], with z from the context."""
+        rewards = self.reward(self.encoder(tasks.context), tasks.targets)
         return rewards[..., 0] - rewards[..., 1]
 
     def forward(self, tasks: Tasks) -> Tensor:
         """The loss of a batch of tasks."""
-        mean, scale = self.encoder(tasks.context)
-        if scale is None:
-            rewards = self.reward(mean, tasks.targets)
-            return -logsigmoid(rewards[..., 0] - rewards[..., 1]).mean()
-        full_mean, full_scale = self.encoder(torch.cat([tasks.context, tasks.targets], dim=1))
-        rewards = self.reward(full_mean + full_scale * torch.randn_like(full_mean), tasks.targets)
-        prior, posterior = (torch.distributions.Normal(*one) for one in ((mean, scale), (full_mean, full_scale)))
-        kl = torch.distributions.kl_divergence(posterior, prior).sum(dim=-1)
-        return -logsigmoid(rewards[..., 0] - rewards[..., 1]).mean() + kl.mean() / tasks.targets.shape[1]
+        return -logsigmoid(self.margins(tasks)).mean()
 
 
 def learn(

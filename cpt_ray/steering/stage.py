@@ -240,9 +240,10 @@ def fit(steering: Steering) -> Fitted:
     mean, deviation = learned.mean(axis=0), learned.std(axis=0) + 1e-6
     scaled = (vectors - mean) / deviation
     settings = steering.config.model_dump(
-        include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "variational",
-                 "steps", "learning_rate", "batch_users"}
+        include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "steps",
+                 "learning_rate", "batch_users"}
     )  # fmt: skip
+    settings["variational"] = False  # a setting that was removed; without it, models of earlier versions are not found
     seed, graded = steering.plan.config.seed, [[one.answer_id, dict(one.scores)] for one in crowd.answers]
     key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
     folder = steering.run.path.absolute() / "steering" / key

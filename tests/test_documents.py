@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +67,13 @@ def test_every_folder_of_the_map_exists_and_none_is_missing() -> None:
     named = {name for row in rows for name in re.findall(r"`(\w+/)`", row)}
     folders = {f"{path.name}/" for path in (ROOT / "cpt_ray").iterdir() if (path / "__init__.py").exists()}
     assert named == folders
+
+
+def test_every_command_that_a_document_names_exists() -> None:
+    text = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    code = "\n".join([*FENCE.findall(text), *re.findall(r"`[^`\n]+`", FENCE.sub("", text))])
+    done = subprocess.run([sys.executable, "-m", "cpt_ray", "--help"], capture_output=True, text=True, check=True)
+    known = set(re.findall(r"\w+", done.stdout))
+    assert set(re.findall(r"\bcpt ([a-z]+)", code)) - known == set()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make (\w+)", code, re.MULTILINE)) - targets == set()

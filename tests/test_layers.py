@@ -34,7 +34,7 @@ RANKS = [
 ]
 """Folders and modules, the highest first; those of one rank know each other only through tables."""
 LIGHT = [
-    *("chat", "rubrics", "tables", "evaluation.report", "evaluation.dial_page", "training.rows", "training.publishing"),
+    *("chat", "rubrics", "tables", "evaluation.report", "evaluation.terminal", "training.rows", "training.publishing"),
     *("serving.app", "serving.keys", "synthesis.pairing", "judging.spread", "engines.losses", "engines.roles"),
     *("cluster", "prompts", "config", "grids", "gguf_model", "yaml_file", "texts", "console", "errors"),
 ]

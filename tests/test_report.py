@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from cpt_ray.evaluation.dial_page import COLUMNS, SHOWN_CHARS, dial_lines, opposites, opposites_lines
-from cpt_ray.evaluation.report import MAX_ANSWER_CHARS, MAX_POINTS_PER_LEVEL, render_report, table_lines
+from cpt_ray.evaluation.figures import MAX_POINTS_PER_LEVEL
+from cpt_ray.evaluation.report import MAX_ANSWER_CHARS, render_report
 from cpt_ray.evaluation.scoring import score_trials
+from cpt_ray.evaluation.summary import opposites
+from cpt_ray.evaluation.terminal import COLUMNS, SHOWN_CHARS, dial_lines, opposites_lines, table_lines
 from cpt_ray.tables.records import Trial
 from tests.builders import make_rubric
 
@@ -260,7 +262,7 @@ def test_the_terminal_table_fits_and_names_every_row() -> None:
 
 def test_nothing_to_report_is_still_a_page_and_a_table() -> None:
     parsed(page_of([]))
-    assert "undefined" in table_lines(score_trials([], [RUBRIC], 50, 0))[1]
+    assert "n/a" in table_lines(score_trials([], [RUBRIC], 50, 0))[1]
 
 
 def test_steerings_results_have_a_place_in_the_report_once_they_are_there() -> None:
@@ -277,5 +279,5 @@ def test_steerings_results_have_a_place_in_the_report_once_they_are_there() -> N
     assert "Few-shot steering" not in plain
     assert page.count("<svg") == plain.count("<svg") + 1
     assert not parsed(page).tags & {"script", "img"}
-    for text in ("Few-shot steering", "predicted", "0.75 [0.70, 0.80]", "bytes kept", "1,234", "NP-BTL"):
+    for text in ("Few-shot steering", "predicted", "0.75<small>[0.70, 0.80]", "bytes kept", "1,234", "NP-BTL"):
         assert text in page

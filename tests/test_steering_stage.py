@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import ModelConfig
-from cpt_ray.evaluation.steering_page import steering_section
+from cpt_ray.evaluation.figures import steering_figure
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.steering.tables import sequence
 from cpt_ray.tables.rundir import RunDir
@@ -127,7 +127,7 @@ def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
     assert learned[2] > 0.8 and found["accuracy"]["NP-BTL"]["ci"][2][0] > 0.6
     for kind in found["accuracy"]["NP-BTL"]["per_kind"].values():
         assert kind[2] > 0.6
-    assert "<svg" in steering_section(found)
+    assert "<svg" in steering_figure("accuracy", found)
 
     def made() -> dict[Path, int]:
         return {one: one.stat().st_mtime_ns for end in ("parquet", "safetensors") for one in run.path.rglob(f"*.{end}")}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.evaluation.dial_page import DialRow, dial_rows
 from cpt_ray.evaluation.resampling import MODELS
+from cpt_ray.evaluation.summary import DialRow, dial_rows
 
 
 class Range(NamedTuple):

@@ -18,10 +18,11 @@ from cpt_ray.engines.losses import cut_note
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.dial_page import dial_lines, opposites_lines
 from cpt_ray.evaluation.dials import LogProbs
-from cpt_ray.evaluation.report import judge_check_line, table_lines, write_report
+from cpt_ray.evaluation.report import write_report
 from cpt_ray.evaluation.scoring import score_trials
+from cpt_ray.evaluation.summary import judge_check_line
+from cpt_ray.evaluation.terminal import dial_lines, opposites_lines, table_lines
 from cpt_ray.judging.check import check_judge
 from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
 from cpt_ray.judging.spread import Spread, pool_spread

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from cpt_ray.rubrics.grading import level_at
 from cpt_ray.rubrics.measures import OF_LENGTH
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.records import Generation, Grade, content_id
+from cpt_ray.tables.choice import shuffled
+from cpt_ray.tables.records import Generation, Grade
 
 LENGTH = "tokens (log)"
 """What an answer's length is called among the rubrics, none of which can have this id; no rubric of length is balanced
@@ -149,7 +150,7 @@ class GridMaker:
         """Answers of which no two have the same level of any of the rubrics."""
         grid: dict[str, Answer] = {}
         used: set[tuple[int, str]] = set()
-        for answer, level in sorted(free, key=lambda pair: content_id("joint", pair[0].generation.unit_id)):
+        for answer, level in shuffled(free, lambda pair: ("joint", pair[0].generation.unit_id)):
             parts = set(enumerate(level.split("+")))
             if not parts & used:
                 used |= parts
@@ -167,7 +168,7 @@ class GridMaker:
                 costs = [self._cost(rubric, answer, _side(rubric, level.name), middle, shifts) for answer in some]
                 grid[level.name] = some[costs.index(min(costs))]
             elif some:
-                grid[level.name] = min(some, key=lambda answer: content_id("grid", answer.generation.unit_id))
+                grid[level.name] = shuffled(some, lambda answer: ("grid", answer.generation.unit_id))[0]
         return grid
 
     def _cost(self, rubric: Rubric, answer: Answer, side: float, middle: Mapping[str, float], shifts: Shifts) -> float:

@@ -20,6 +20,7 @@ from cpt_ray.grids import Answer, missing_levels
 from cpt_ray.prompts import read_prompts
 from cpt_ray.rubrics.measures import terms_of
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
+from cpt_ray.tables.choice import fraction, shuffled
 from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id
 from cpt_ray.tables.shard import ShardName, rejects_of
 
@@ -183,12 +184,12 @@ class Asking:
 
 def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[str]:
     """As many levels as the shorter scale has, no level of either rubric twice."""
-    count = min(len(rubric.levels) for rubric in rubrics)
-    orders = [
-        sorted(rubric.levels, key=lambda level: content_id(prompt_id, sample, rubric.id, level.name))
-        for rubric in rubrics
-    ]
-    return ["+".join(order[at].name for order in orders) for at in range(count)]
+
+    def order(rubric: Rubric) -> list[str]:
+        names = [level.name for level in rubric.levels]
+        return shuffled(names, lambda name: (prompt_id, sample, rubric.id, name))
+
+    return ["+".join(names) for names in zip(*map(order, rubrics), strict=False)]
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,7 @@ class Controls:
         """One unit for a share of all (prompt, rubric)."""
         for rubric_id in self.rubric_ids:
             for prompt in prompts:
-                number = content_id("controlled", rubric_id, prompt.prompt_id)
-                if int(number, 16) < self.share * 16 ** len(number):
+                if fraction(content_id("controlled", rubric_id, prompt.prompt_id)) < self.share:
                     yield self._unit(rubric_id, prompt)
 
     def _unit(self, rubric_id: str, prompt: Prompt) -> Unit:

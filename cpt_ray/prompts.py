@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line, shown
 from cpt_ray.rubrics.measures import folded
+from cpt_ray.tables.choice import fraction
 from cpt_ray.tables.records import Prompt, Reject, content_id
 from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
 
@@ -47,7 +48,8 @@ def read_prompts(config: PromptsConfig) -> Prompts:
             prompts.rejects.append(Reject.of_row("plan", prompt_id, "repeats another", detail))
         else:
             rows[prompt_id] = number
-            split = _split(content_id(topic) if config.topic is not None else prompt_id, config.held_out)
+            place = fraction(content_id(topic) if config.topic is not None else prompt_id)
+            split = "held_out" if place < config.held_out else "train"
             prompts.append(Prompt(prompt_id=prompt_id, text=text, split=split, topic=topic))
     _check_both_sides(config, prompts)
     return prompts
@@ -61,11 +63,6 @@ def _check_both_sides(config: PromptsConfig, prompts: Prompts) -> None:
                 f"{config.source}: {len(prompts)} distinct prompts{topics}, none of them {split}; "
                 f"give more {'topics' if topics else 'prompts'} or change prompts.held_out"
             )
-
-
-def _split(hashed: str, held_out: float) -> str:
-    """Hashes are spread evenly: a share `held_out` of them is below it."""
-    return "held_out" if int(hashed, 16) / 16 ** len(hashed) < held_out else "train"
 
 
 def _topic(text: str) -> str:

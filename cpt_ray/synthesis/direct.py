@@ -12,6 +12,7 @@ from cpt_ray.engines.step import Step
 from cpt_ray.errors import UserError
 from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.rubric import Rubric, directive_leak, wording_of
+from cpt_ray.tables.choice import shuffled
 from cpt_ray.tables.records import Directive, Reject, content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
@@ -107,7 +108,7 @@ class DirectStep(Step):
     def _split(self, rubric: Rubric, level: str, texts: list[str]) -> list[Directive]:
         given = set(rubric.level(level).directives)
         num_held_out = min(len(texts) - 1, max(1, round(self.held_out * len(texts))))
-        ordered = sorted(texts, key=lambda text: content_id(rubric.id, level, text))
+        ordered = shuffled(texts, lambda text: (rubric.id, level, text))
         return [
             Directive(
                 directive_id=content_id(rubric.id, level, text),

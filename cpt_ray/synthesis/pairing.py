@@ -20,6 +20,7 @@ from cpt_ray.plan import cell_id_of, control_directive
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.tables.choice import picked
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
 from cpt_ray.texts import same_text
 
@@ -272,11 +273,12 @@ class _Cell:
         """(id, text) of what the policy is told for a level: one paraphrase, spread evenly over cells by hash."""
         if level == CONTROL:
             return "", control_directive(self.settings.neutral_directives, self.cell_id)
-        picked = []
-        for rubric, part in targets_of(self.rubrics, level):
-            choices = self.usable[rubric.id, part]
-            picked.append(choices[int(content_id(self.cell_id, part), 16) % len(choices)])
-        return "+".join(one.directive_id for one in picked), compose_directives([one.text for one in picked])
+        directives = [
+            picked(self.usable[rubric.id, part], self.cell_id, part) for rubric, part in targets_of(self.rubrics, level)
+        ]
+        return "+".join(each.directive_id for each in directives), compose_directives(
+            [each.text for each in directives]
+        )
 
     def _make(self, level: str, winner: Generation, other_level: str, loser: Generation) -> Pair:
         directive_id, text = self._directive(level)

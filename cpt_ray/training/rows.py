@@ -20,6 +20,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.logprobs.rows import Row, Tokeniser, Unfit
 from cpt_ray.prompts import read_rows
 from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.tables.choice import shuffled
 from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
 from cpt_ray.training.comparisons import (
     ANSWERS,
@@ -240,7 +241,7 @@ def select_pairs(
     aside = _held_out_prompts([one for group in fitting.values() for one in group], held_out, seed)
     kept: set[str] = set()
     left = len(pairs) if max_pairs is None else max_pairs
-    for name in sorted(fitting, key=lambda name: content_id(name, seed)):
+    for name in shuffled(fitting, lambda name: (name, seed)):
         group = fitting[name]
         if group[0].prompt_id in aside:
             continue
@@ -261,7 +262,7 @@ def _held_out_prompts(pairs: Sequence[TokenPair], held_out: int, seed: int) -> s
         counts[one.prompt_id] += 1
     found: set[str] = set()
     left = min(held_out, len(pairs) // 10)
-    for name in sorted(counts, key=lambda name: content_id(name, "held out", seed)):
+    for name in shuffled(counts, lambda name: (name, "held out", seed)):
         if counts[name] <= left:
             found.add(name)
             left -= counts[name]

@@ -6,13 +6,14 @@ only for the levels that a prompt's pool of answers still lacks.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt_ray.chat.conversations import JOINT_HASH, TEMPLATES_HASH
+from cpt_ray.chat.layout import PROBES, layout_hash
 from cpt_ray.config import RunConfig, SynthesisConfig
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError, did_you_mean
@@ -100,7 +101,7 @@ def run_info(plan: Plan) -> dict[str, Any]:
         "hashes": {
             "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
             "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
-            "templates": TEMPLATES_HASH,
+            "templates": content_id({probe: layout_hash(probe) for probe in PROBES}),
             "models": {role: model.identity for role, model in roles.items()},
         },
     }
@@ -124,10 +125,14 @@ class Asking:
     def key(self) -> str:
         """Changes when what the first pass asks of a prompt does."""
         if self.settings.ask == "prompt":
-            return content_id("prompt", self.settings.first_pass, self.writer_key, self.seed)
-        hashes = [rubric.content_hash for rubric in self.rubrics]
-        templates = JOINT_HASH if self.combine else TEMPLATES_HASH
-        return content_id(hashes, self.combine, templates, self.settings.first_pass, self.writer_key, self.seed)
+            return content_id("prompt", self.layouts[0], self.settings.first_pass, self.writer_key, self.seed)
+        hashes, layouts = [rubric.content_hash for rubric in self.rubrics], self.layouts[1 : 3 if self.combine else 2]
+        return content_id(hashes, self.combine, layouts, self.settings.first_pass, self.writer_key, self.seed)
+
+    @functools.cached_property
+    def layouts(self) -> tuple[str, ...]:
+        """Of what a writer is asked for under no rubric, one, several."""
+        return tuple(map(layout_hash, ("policy", "write", "write jointly")))
 
     def first(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
         """Units of the first pass. What has the same rubric in front of it comes together, for the prefix cache."""
@@ -170,9 +175,9 @@ class Asking:
     ) -> Unit:
         """One answer to be written, under these rubrics' levels or, without any, under nothing."""
         hashes = [rubric.content_hash for rubric in rubrics]
-        templates = JOINT_HASH if len(rubrics) > 1 else TEMPLATES_HASH if rubrics else ""
+        layout = self.layouts[min(len(rubrics), 2)]
         return Unit(
-            unit_id=content_id(hashes, level, prompt, sample, templates, self.writer_key, self.seed),
+            unit_id=content_id(hashes, level, prompt, sample, layout, self.writer_key, self.seed),
             prompt_id=prompt_id,
             prompt=prompt,
             rubric_id="+".join(rubric.id for rubric in rubrics),
@@ -205,7 +210,11 @@ class Controls:
     @property
     def key(self) -> str:
         """Changes when any unit could."""
-        return content_id(self.rubric_ids, self.share, self.neutral_directives, self.policy_key, self.seed)
+        return content_id(self.rubric_ids, self.share, self.neutral_directives, *self._asked)
+
+    @functools.cached_property
+    def _asked(self) -> tuple[str, int, str]:
+        return self.policy_key, self.seed, layout_hash("policy")
 
     def units(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
         """One unit for a share of all (prompt, rubric)."""
@@ -217,7 +226,7 @@ class Controls:
     def _unit(self, rubric_id: str, prompt: Prompt) -> Unit:
         told = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, 0))
         return Unit(
-            unit_id=content_id(CONTROL, rubric_id, told, prompt.text, self.policy_key, self.seed),
+            unit_id=content_id(CONTROL, rubric_id, told, prompt.text, *self._asked),
             prompt_id=prompt.prompt_id,
             prompt=prompt.text,
             rubric_id=rubric_id,

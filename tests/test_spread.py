@@ -206,14 +206,13 @@ def test_what_each_level_took_is_said_and_a_level_that_is_not_reached_is_named(t
 
 
 def test_an_earlier_versions_run_directory_is_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     run = RunDir(tmp_path)
     run.check_format()
-    (tmp_path / "generations").mkdir()
-    pq.write_table(
-        pa.table({"unit_id": ["a"], "text": ["b"]}), tmp_path / "generations" / "ornament-000-00000-ab.parquet"
-    )
-    with pytest.raises(UserError, match="written by an earlier version"):
+    run.write_run({"name": "t"})
+    run.write("generations", "ornament-00000-0123456789ab", [make_generation("low")])
+    run.check_format()
+    run.write_text("run.yaml", "name: t\n")
+    with pytest.raises(UserError, match="written by an earlier version, in another format; give another run_dir"):
         run.check_format()
+    run.prune("generations", ())
+    run.check_format()

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import pydoc
 import re
 import subprocess
 import sys
@@ -18,15 +19,16 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from cpt_ray.chat.conversations import policy_messages, rubric_text
 from cpt_ray.cli import main
-from cpt_ray.config import JudgeConfig, PriceConfig, load_config
+from cpt_ray.config import JudgeConfig, ModelConfig, PriceConfig, load_config
 from cpt_ray.console import status_lines
 from cpt_ray.engines.engine import Completion, FakeEngine, Request, check_schema_is_enforced
 from cpt_ray.engines.ledger import Tally, ledger_entry
 from cpt_ray.engines.pool import LocalRunner
 from cpt_ray.engines.worker import MAX_DEATHS, Attempts, endpoint_key
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.stage import GradeTrialsStep, evaluate, update_report
+from cpt_ray.evaluation.stage import AnswerStep, GradeTrialsStep, evaluate, update_report
 from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.plan import Plan, Shards, control_directive, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
@@ -674,9 +676,69 @@ def test_steering_after_an_evaluation_renders_its_report_again_and_alone_makes_n
     assert not (run.path / REPORT).exists()
 
 
+JUDGED = ("grades", "pairs")
+EVERY = ("directives", "generations", "grades", "pairs")
+
+
 @pytest.mark.parametrize(
-    ("changed", "mode"), [("GRADE_FORMAT", "logprobs"), ("RATIONALE_HASH", "rationale"), ("TEMPLATES_HASH", "logprobs")]
+    ("function", "mode", "anew"),
+    [
+        ("writer_messages", "logprobs", ("generations", *JUDGED)),
+        ("joint_writer_messages", "logprobs", ("generations", *JUDGED)),
+        ("director_messages", "logprobs", ("directives", "pairs")),
+        ("judge_messages", "logprobs", JUDGED),
+        ("judge_messages", "rationale", ()),
+        ("rationale_messages", "rationale", JUDGED),
+        ("rationale_schema", "rationale", JUDGED),
+        ("rubric_text", "logprobs", EVERY),
+        ("_write_tail", "logprobs", ("generations", *JUDGED)),
+        ("policy_messages", "logprobs", ("pairs",)),
+    ],
 )
+def test_what_is_asked_in_other_words_is_made_anew_with_all_that_follows(
+    function: str, mode: str, anew: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shards() -> Shards:
+        combine = "synthesis.combine=[[ornament, mood]]"
+        plan, _ = make_run(tmp_path, f"judge.mode={mode}", combine, second=MOOD, levels=GIVEN)
+        return name_shards(plan, plan_units(plan))
+
+    before, place = shards(), f"cpt_ray.chat.conversations.{function}"
+    monkeypatch.setattr(place, in_other_words(pydoc.locate(place)))
+    after = shards()
+    changed = [table for table in EVERY if {*getattr(before, table)} != {*getattr(after, table)}]
+    assert changed == [*anew]
+
+
+@pytest.mark.parametrize("policy_is_asked", ["synthesis.ask=prompt", "synthesis.control=0.9"])
+def test_answers_to_a_bare_prompt_are_written_anew_if_it_is_put_in_other_words(
+    policy_is_asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def units() -> set[str]:
+        plan, _ = make_run(tmp_path, policy_is_asked, levels=GIVEN)
+        every = (unit for rows in plan_units(plan).values() for unit in rows)
+        return {unit.unit_id for unit in every if not unit.rubric_id or unit.level == CONTROL}
+
+    before = units()
+    monkeypatch.setattr("cpt_ray.chat.conversations.policy_messages", in_other_words(policy_messages))
+    assert before
+    assert not before & units()
+
+
+def in_other_words(function: Any) -> Callable[..., Any]:
+    """The same, with one more word in all that it says."""
+
+    def changed(*arguments: Any) -> Any:
+        said = function(*arguments)
+        if isinstance(said, list):
+            return [message | {"content": message["content"] + " Please."} for message in said]
+        return said + " Please." if isinstance(said, str) else said | {"description": "Please."}
+
+    return changed
+
+
+@pytest.mark.parametrize("mode", ["logprobs", "rationale"])
+@pytest.mark.parametrize("changed", ["layout", "format"])
 def test_what_regrades_written_answers_regrades_the_evaluation(
     changed: str, mode: Literal["logprobs", "rationale"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,8 +746,19 @@ def test_what_regrades_written_answers_regrades_the_evaluation(
     steps = (JudgeStep(rubrics={}, model=judge), GradeTrialsStep(rubrics={}, model=judge))
     shard = ShardName("ornament", 0).made_of()
     before = [step.output(shard) for step in steps]
-    monkeypatch.setattr(f"cpt_ray.judging.judge.{changed}", "another")
+    if changed == "layout":
+        monkeypatch.setattr("cpt_ray.chat.conversations.rubric_text", in_other_words(rubric_text))
+    else:
+        monkeypatch.setattr("cpt_ray.judging.judge.GRADE_FORMAT", "another")
     assert not {*before} & {step.output(shard) for step in steps}
+
+
+def test_the_policy_answers_the_evaluation_anew_if_it_is_asked_in_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = AnswerStep(stage="answer-base", name="base", planned={}, seed=0, model=ModelConfig(model="fake"))
+    shard = ShardName("ornament", 0).made_of()
+    before = step.output(shard)
+    monkeypatch.setattr("cpt_ray.chat.conversations.policy_messages", in_other_words(policy_messages))
+    assert step.output(shard) != before
 
 
 def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:

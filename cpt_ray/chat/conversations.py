@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_ray.rubrics.rubric import Criterion, Level, Rubric
-from cpt_ray.tables.records import content_id
 
 ChatMessage = dict[str, Any]
 """{"role": ..., "content": ..., perhaps "tool_calls": ...}, as chat templates and the OpenAI API take it."""
@@ -36,10 +35,6 @@ RATIONALE_TAIL = (
     "For each criterion ({criteria}), reason in a sentence or two, then give the level that fits the answer best, "
     "1 to {count}, as JSON."
 )
-
-TEMPLATES_HASH = content_id(WRITE_HEAD, WRITE_TAIL, DIRECT_HEAD, DIRECT_TAIL, JUDGE_HEAD, JUDGE_TAIL)
-JOINT_HASH = content_id(TEMPLATES_HASH, JOINT_WRITE_HEAD)
-RATIONALE_HASH = content_id(TEMPLATES_HASH, RATIONALE_TAIL)
 
 
 @functools.lru_cache

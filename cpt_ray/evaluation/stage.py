@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.chat.conversations import policy_messages
+from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import EvaluateConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampled
@@ -116,7 +117,7 @@ class AnswerStep(Step):
     def output(self, shard: str) -> str:
         """Depends on the rows, the model's weights and its sampling."""
         return dataclasses.replace(ShardName.parse(shard), model=self.name, digest="").made_of(
-            shard, self.model.answer_key, self.seed
+            shard, self.model.answer_key, self.seed, layout_hash("policy")
         )
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cpt_ray.chat.conversations import (
-    RATIONALE_HASH,
-    TEMPLATES_HASH,
     judge_messages,
     level_labels,
     rationale_messages,
     rationale_schema,
 )
+from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.engines.engine import Completion, Engine, Request, sampled
 from cpt_ray.engines.ledger import Tally
@@ -130,10 +129,9 @@ class JudgeStep(Step):
 
     def output(self, shard: str) -> str:
         """Depends on the answers, the judge and the rubrics."""
-        templates = RATIONALE_HASH if self.model.mode == "rationale" else TEMPLATES_HASH
         rubrics = [self.spread.key] if self.spread else [rubric.grading_hash for rubric in self.rubrics.values()]
-        settings = (rubrics, self.grids, self.margin)
-        return ShardName.parse(shard).made_of("judge", self.model.answer_key, templates, GRADE_FORMAT, *settings)
+        settings = (GRADE_FORMAT, rubrics, self.grids, self.margin)
+        return ShardName.parse(shard).made_of("judge", self.model.answer_key, layout_hash(self.model.mode), *settings)
 
     def wait(self, run: RunDir) -> None:
         """For the levels."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import ModelConfig, SteerConfig
 from cpt_ray.console import Advance, progress, say
 from cpt_ray.engines.pool import run_lines
@@ -186,7 +187,7 @@ class Steering:
             actor: one of those in tables.py.
             made_of: its arguments beside `model`; shards of other ones have other names.
         """
-        key = content_id(model.answer_key, [str(one) for one in made_of.values()])
+        key = content_id(model.answer_key, [str(one) for one in made_of.values()], layout_hash("policy"))
         label, size = name.removeprefix("steering_"), self.plan.config.synthesis.shard_rows
         shards: dict[str, Sequence[Any]] = {}
         for start in range(0, len(rows), size):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from cpt_ray.chat.conversations import TEMPLATES_HASH, director_messages
+from cpt_ray.chat.conversations import director_messages
+from cpt_ray.chat.layout import layout_hash
 from cpt_ray.engines.engine import Completion, Engine, sampled
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
@@ -36,7 +37,7 @@ class DirectStep(Step):
         """Depends on the rubric, its own directives, the director and how many are wanted."""
         rubric = self.rubrics[shard]
         given = [level.directives for level in rubric.levels]
-        settings = (self.paraphrases, self.held_out, self.seed, TEMPLATES_HASH)
+        settings = (self.paraphrases, self.held_out, self.seed, layout_hash("direct"))
         return ShardName(shard).made_of(rubric.content_hash, given, self.model.answer_key, *settings)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:

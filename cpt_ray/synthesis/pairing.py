@@ -276,9 +276,8 @@ class _Cell:
         directives = [
             picked(self.usable[rubric.id, part], self.cell_id, part) for rubric, part in targets_of(self.rubrics, level)
         ]
-        return "+".join(each.directive_id for each in directives), compose_directives(
-            [each.text for each in directives]
-        )
+        texts = [directive.text for directive in directives]
+        return "+".join(directive.directive_id for directive in directives), compose_directives(texts)
 
     def _make(self, level: str, winner: Generation, other_level: str, loser: Generation) -> Pair:
         directive_id, text = self._directive(level)

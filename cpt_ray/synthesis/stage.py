@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import ModelConfig, PriceConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF
@@ -49,7 +50,7 @@ def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
     repeats: dict[str, list[str]] = {}
     if settings.near_duplicates:
         repeats = {ShardName("answers").made_of("repeats", REPEATS_FORMAT, settings.near_duplicates, written): written}
-    rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT}
+    rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT, "layout": layout_hash("policy")}
     groups = {}
     for some in _paired_together(units, passes, controls):
         inputs = PairInputs(some, [grade for name in some for grade in grades[name]], directives, list(repeats))

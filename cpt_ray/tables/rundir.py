@@ -36,7 +36,6 @@ from cpt_ray.tables.records import (
     Trial,
     Unit,
     read_records,
-    schema_of,
     to_table,
 )
 
@@ -55,6 +54,8 @@ TABLES: dict[str, type[Any]] = {
     "steering_embeddings": AnswerEmbedding,
     "steering_answers": SteeredAnswer,
 }
+FORMAT = 2
+"""In run.yaml; goes up when answers have other ids or columns than before."""
 LEDGER = "ledger.json"
 MARK = "model/cpt_ray.json"
 """Written last: the model is complete, and this is what it was made from."""
@@ -171,13 +172,13 @@ class RunDir:
             pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps({**(counts or {})})}), file)
 
     def check_format(self) -> None:
-        """UserError if an earlier version of this program has written answers here."""
-        for path in itertools.islice((self.path / "generations").glob("*.parquet"), 1):
-            if pq.read_schema(path).names != schema_of(Generation).names:
-                raise UserError(
-                    f"{self.path}: its answers were written by an earlier version, in another format; give another "
-                    "run_dir, or remove this one"
-                )
+        """UserError if an earlier version of this program has written answers here: none of them would be used."""
+        made = self.read_yaml("run.yaml")
+        if isinstance(made, dict) and made.get("format") != FORMAT and self.names("generations"):
+            raise UserError(
+                f"{self.path}: its answers were written by an earlier version, in another format; give another "
+                "run_dir, or remove this one"
+            )
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""
@@ -216,7 +217,8 @@ class RunDir:
 
     def write_run(self, resolved: dict[str, Any]) -> None:
         """run.yaml: the resolved config and the content hashes of what it names."""
-        self.write_text("run.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump({**resolved, "format": FORMAT}, sort_keys=False, allow_unicode=True)
+        self.write_text("run.yaml", text)
 
     def read_yaml(self, relative: str) -> Any:
         """The YAML file's content, or None if it is not there."""

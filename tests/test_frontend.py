@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from cpt_ray.serving.app import Frontend
 from cpt_ray.serving.asgi import MAX_BODY_BYTES, open_to_pages
 from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.serving.request import Grammar, read_object
-from cpt_ray.serving.vllm_app import AT_ONCE_SECONDS, SMALL_BYTES, AtOnce, counting
+from cpt_ray.serving.vllm_app import counting
 from tests.builders import make_directives, make_rubric
 
 KEY = "a-test-key"
@@ -607,25 +605,6 @@ def test_a_call_is_noted_with_its_key_and_configuration_but_no_word_of_it() -> N
 def test_a_key_opens_only_what_is_for_clients(path: str) -> None:
     assert ask("POST", path, json={}).status_code == 404
     assert ask("POST", "/tokenize", json={}).status_code == 200
-
-
-def test_a_small_request_is_tokenised_at_once_and_a_large_one_in_a_thread() -> None:
-    async def where(size: int, work: Callable[[], Any] = threading.get_ident, spent: float = 0.0) -> Any:
-        call = Call(key="", method="POST", path="", request_id="", time=0.0, body_bytes=size, at_once_seconds=spent)
-        CALL.set(call)
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
-
-    def fail() -> None:
-        raise ValueError("no such template")
-
-    with ThreadPoolExecutor(1) as threads:
-        executor, here = AtOnce(threads), threading.get_ident()
-        assert asyncio.run(where(SMALL_BYTES)) == here
-        assert asyncio.run(where(SMALL_BYTES + 1)) != here
-        assert asyncio.run(where(1, spent=AT_ONCE_SECONDS)) != here
-        for size in (1, SMALL_BYTES + 1):
-            with pytest.raises(ValueError, match="no such template"):
-                asyncio.run(where(size, fail))
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,6 @@ class Call:
     time: float
     """Unix seconds at which it came."""
     body_bytes: int = 0
-    at_once_seconds: float = 0.0
-    """Of its rendering and tokenising, what was done in the event loop."""
     status: int = 0
     """0 if the client left before there was one."""
     configuration: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -151,7 +151,7 @@ class Frontend:
         self, call: Call, key: Key | None, method: str, scope: Message, receive: Receive, send: Send
     ) -> None:
         path = call.path
-        is_preferences = self._preferences is not None and is_under_preferences(path)
+        is_preferences = self._preferences is not None and f"{path}/".startswith(f"{PREFERENCES_PATH}/")
         if not path.startswith(CLIENT_PATHS):
             await send_error(send, 404, f"there is nothing at {path[:100]}")
         elif method == "POST" or is_preferences:  # work, which counts against a key's limits
@@ -252,11 +252,6 @@ def _saying(applied: Applied, send: Send) -> Send:
     if source:
         headers, field = [*headers, (SOURCE_HEADER, source.encode())], field | {"from": source}
     return with_field("configuration", field, headers, send)
-
-
-def is_under_preferences(path: str) -> bool:
-    """Whether it is PREFERENCES_PATH, or one of a state."""
-    return f"{path}/".startswith(f"{PREFERENCES_PATH}/")
 
 
 def _owner(key: Key | None) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import os
 import re
-import time
 import traceback
 import types
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,12 +27,6 @@ from cpt_ray.steering.inference import read_questions
 
 MAX_CAUSE = 400
 """Characters shown of why a replica did not start."""
-SMALL_BYTES = 8 << 10
-"""Of a body that usually takes about a millisecond to render and to tokenise."""
-AT_ONCE_SECONDS = 0.005
-"""Of work on a request in the event loop, after which the rest of it is done in threads."""
-GARBAGE_OBJECTS = 20_000
-"""After so many new objects a replica looks for garbage in cycles: Python's 700 come with every few tokens."""
 
 
 class VllmServer:
@@ -50,16 +41,12 @@ class VllmServer:
         self._record: AccessLog | None = None
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
-        from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
-        from starlette.middleware.cors import CORSMiddleware
         from vllm import AsyncEngineArgs, SamplingParams
         from vllm.config import StructuredOutputsConfig
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
         from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-        from vllm.envs import enable_envs_cache
-        from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -71,6 +58,8 @@ class VllmServer:
             "lora_modules": [LoRAModulePath(name, str(local_copy(at))) for name, at in served.adapters.items()],
             **served.frontend,
             "api_key": [""],  # none of vLLM's own, not even from VLLM_API_KEY: it would leave most paths open
+            "allowed_origins": [],  # `open_to_pages` is around all of it, in front of the keys
+            "allow_credentials": False,
         }
         known = [one.name for one in fields(FrontendArgs)]
         for name in arguments:
@@ -94,20 +83,10 @@ class VllmServer:
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         scores = served.model.num_gpus > 0 or not engine.get("enable_lora")
         self._engine.generate = counting(self._engine.generate, scores, served.model.sampling)
-        is_safe = isinstance(self._engine.renderer.tokenizer, ThreadSafeHFTokenizerMixin)  # beside vLLM's threads
-        if is_safe and not frontend.trust_request_chat_template:
-            threads = self._engine.renderer._executor  # what vLLM's functions are bound to; it keeps its own inside
-            threads._inner = AtOnce(threads._inner)
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)
-        # the first walks the routes for each request, to count what Record counts; the other is put around all of it
-        dropped = (PrometheusInstrumentatorMiddleware, CORSMiddleware)
-        app.user_middleware = [one for one in app.user_middleware if one.cls not in dropped]
-        app.middleware_stack = app.build_middleware_stack()  # vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
-        enable_envs_cache()  # vLLM's server asks the environment anew for every request and answer
-        gc.set_threshold(GARBAGE_OBJECTS)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         meter, self._record = _Shared(self._meter), AccessLog(served.run)
@@ -216,35 +195,6 @@ def counting(
                 yield output
 
     return counted
-
-
-class AtOnce(Executor):
-    """In the place of the threads in which vLLM renders and tokenises: does so for a small request then and there.
-
-    Each of the three times that it hands a request to a thread, this one waits for Python's lock, which a busy event
-    loop gives up every 5 ms, and then for its turn in the loop: more than the work itself takes. A request whose work
-    turns out to be more (a template can make a long text of a short body) goes on in the threads.
-    """
-
-    def __init__(self, threads: Executor):
-        self._threads = threads
-
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
-        """A future, which the event loop takes as it is if it is one of its own."""
-        call = CALL.get()
-        if call is None or not 0 < call.body_bytes <= SMALL_BYTES or call.at_once_seconds >= AT_ONCE_SECONDS:
-            return self._threads.submit(work, *arguments, **options)
-        done, start = asyncio.get_running_loop().create_future(), time.perf_counter()
-        try:
-            done.set_result(work(*arguments, **options))
-        except Exception as error:
-            done.set_exception(error)
-        call.at_once_seconds += time.perf_counter() - start
-        return done
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Of the threads."""
-        self._threads.shutdown(wait, cancel_futures=cancel_futures)
 
 
 def _last_error_on_stderr() -> str:

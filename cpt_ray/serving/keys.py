@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
-import json
 import os
 import re
 import secrets
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.tables.rundir import RunDir, alone, replacing
+from cpt_ray.serving.store import JsonStore
+from cpt_ray.tables.rundir import RunDir
 
 KEY_VARIABLE = "CPT_API_KEY"
 """Holds a key beside those of the file."""
@@ -105,7 +105,7 @@ class Keyring:
     """The keys of one run: those of the file `path`, and `fixed` ones that live as long as the server."""
 
     def __init__(self, path: Path, fixed: tuple[Key, ...] = ()):
-        self._path, self._fixed = path, fixed
+        self._store, self._path, self._fixed = JsonStore(path.parent), path, fixed
         self._keys: tuple[Key, ...] = ()
         self._seen: tuple[int, int] | None = None
         self._next_look = 0.0
@@ -120,13 +120,10 @@ class Keyring:
 
     def _read(self) -> None:
         try:
-            found = self._path.stat()
-            seen = (found.st_mtime_ns, found.st_ino)
-            if seen != self._seen:
-                self._keys = tuple(Key(**one) for one in json.loads(self._path.read_text(encoding="utf-8")))
-                self._seen = seen
-        except FileNotFoundError:
-            self._keys, self._seen = (), None
+            version = self._store.version(self._path.name)
+            if version != self._seen:
+                self._keys = tuple(Key(**entry) for entry in self._store.read(self._path.name) or ())
+                self._seen = version
         except (OSError, TypeError, ValueError) as error:
             if self._seen is not None:  # a server that runs keeps the keys it knows
                 return
@@ -173,7 +170,7 @@ class Keyring:
     def _newest(self) -> Iterator[None]:
         """`keys` are as the file has them now, and no other process changes it meanwhile."""
         try:
-            with alone(self._path.parent):
+            with self._store.changing():
                 self._next_look = 0.0
                 _ = self.keys
                 yield
@@ -181,14 +178,8 @@ class Keyring:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def _write(self, keys: tuple[Key, ...]) -> None:
-        write_private(self._path, [dataclasses.asdict(one) for one in keys])
+        self._store.write(self._path.name, [dataclasses.asdict(key) for key in keys])
         self._next_look = 0.0
-
-
-def write_private(path: Path, data: object, sync: bool = True) -> None:
-    """JSON, atomically, for the owner's eyes only; UserError if the disk refuses."""
-    with replacing(path, mode=0o600, sync=sync) as file:
-        file.write(json.dumps(data, indent=2).encode())
 
 
 def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, str]:
@@ -231,9 +222,9 @@ class Meter:
     """
 
     def __init__(self, spent_file: Path, clock: Callable[[], float] = time.monotonic):
-        self._spent_file, self._clock = spent_file, clock
+        self._store, self._name, self._clock = JsonStore(spent_file.parent), spent_file.name, clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}
-        self._spent: dict[str, int] = json.loads(spent_file.read_text()) if spent_file.exists() else {}
+        self._spent: dict[str, int] = self._store.read(self._name) or {}
 
     def _bucket(self, key: Key, unit: str, per_minute: int) -> _Bucket:
         found = self._buckets.get((key.name, unit))
@@ -259,7 +250,7 @@ class Meter:
             self._bucket(key, "tokens", key.tokens_per_minute).take(tokens)
         if key.budget is not None:
             self._spent[key.name] = self._spent.get(key.name, 0) + tokens
-            write_private(self._spent_file, self._spent, sync=False)
+            self._store.write(self._name, self._spent, sync=False)
 
 
 def choose_keys(

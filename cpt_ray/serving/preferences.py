@@ -14,13 +14,11 @@ in the run directory, one folder per key: restarts and replicas find them there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
-import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,11 +27,11 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.serving.access_log import Adapter
 from cpt_ray.serving.conditioning import Conditioner
-from cpt_ray.serving.keys import Refusal, write_private
+from cpt_ray.serving.keys import Refusal
 from cpt_ray.serving.request import CHAT_PATH, PREFERENCES_PREFIX
+from cpt_ray.serving.store import JsonStore
 from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
 from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
-from cpt_ray.tables.rundir import alone
 
 FOLDER = "preferences"
 """Where they are kept in the run directory."""
@@ -101,10 +99,9 @@ class PreferenceStore:
 
         `conditioner`: steers in the place of directives, and choices are then kept without being scored.
         """
-        self._folder, self._candidates, self._scorer, self._questions = folder, candidates, scorer, questions
+        self._store, self._candidates, self._scorer, self._questions = JsonStore(folder), candidates, scorer, questions
         self._model, self._conditioner = model, conditioner
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
-        self._file_work = threading.Lock()
 
     async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
         """What a request to /v1/preferences, or /v1/preferences/`name`, is answered; UserError for a bad body."""
@@ -139,7 +136,7 @@ class PreferenceStore:
 
     async def _known(self, owner: str, name: str) -> Preferences | None:
         """The state, scored by the policy that is served; None if there is none."""
-        state = await self._in_thread(_read, self._folder / owner / f"{name}.json")
+        state = await self._in_thread(self._read, owner, name)
         if state is None or self._is_scored(state):
             return state
         async with self._scoring:
@@ -158,11 +155,11 @@ class PreferenceStore:
     def _make(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
         state = Preferences()
         self._add_to(state, choices)
-        with self._alone(owner) as folder:
-            if sum(1 for one in folder.glob("*.json")) >= MAX_STATES:
+        with self._store.changing(owner):
+            if len(self._store.names(owner)) >= MAX_STATES:
                 return FULL
             name = f"preferences-{secrets.token_hex(12)}"
-            _write(folder / f"{name}.json", state)
+            self._write(owner, name, state)
         return self._said(name, state)
 
     def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
@@ -173,32 +170,25 @@ class PreferenceStore:
         return self._said(name, state) | {"choices": state.to_json()["choices"]}
 
     def _list(self, owner: str, _: str) -> dict[str, Any]:
-        names = sorted(one.stem for one in (self._folder / owner).glob("*.json"))
-        data = [{"id": one, "object": "preferences"} for one in names]
+        data = [{"id": name, "object": "preferences"} for name in self._store.names(owner)]
         return {"object": "list", "data": data, "question": self._question(Preferences())}
 
     def _delete(self, owner: str, name: str) -> dict[str, Any] | Refusal:
-        with self._alone(owner) as folder:
-            try:
-                (folder / f"{name}.json").unlink()
-            except FileNotFoundError:
-                return UNKNOWN
-            for left_behind in folder.glob(f".{name}.json.*.tmp"):  # by a server that was killed
-                left_behind.unlink()
-        return {"id": name, "object": "preferences", "deleted": True}
+        with self._store.changing(owner):
+            was_there = self._store.remove(f"{owner}/{name}.json")
+        return UNKNOWN if not was_there else {"id": name, "object": "preferences", "deleted": True}
 
     def _current(self, owner: str, name: str, choices: Sequence[Choice]) -> Preferences | None:
         """The state with these choices added, its margins those of the policy that is served; None if it is gone."""
-        path = self._folder / owner / f"{name}.json"
-        while (state := _read(path)) is not None:
+        while (state := self._read(owner, name)) is not None:
             before = state.to_json()
             if not choices and self._is_scored(state):
                 return state
             self._add_to(state, choices)
-            with self._alone(owner):
-                found = _read(path)
-                if found is not None and found.to_json() == before:  # else another request came in between
-                    _write(path, state)
+            with self._store.changing(owner):
+                latest = self._read(owner, name)
+                if latest is not None and latest.to_json() == before:  # else another request came in between
+                    self._write(owner, name, state)
                     return state
         return None
 
@@ -229,26 +219,16 @@ class PreferenceStore:
         found = self._candidates.next_question(state, self._questions)
         return None if found is None else found.to_json()
 
-    @contextlib.contextmanager
-    def _alone(self, owner: str) -> Iterator[Path]:
-        """The key's folder, which nobody else changes meanwhile, not even another replica."""
-        folder = self._folder / owner
-        with self._file_work, alone(folder):
-            yield folder
+    def _read(self, owner: str, name: str) -> Preferences | None:
+        try:
+            data = self._store.read(f"{owner}/{name}.json")
+            return None if data is None else Preferences.from_json(data)
+        except ValueError:
+            raise UserError("preferences: not a saved state; delete it and choose again") from None
 
-
-def _read(path: Path) -> Preferences | None:
-    try:
-        return Preferences.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError("preferences: not a saved state; delete it and choose again") from None
-
-
-def _write(path: Path, state: Preferences) -> None:
-    """RuntimeError, so that the client is answered 500, if the disk refuses: a UserError would blame the request."""
-    try:
-        write_private(path, state.to_json())
-    except UserError as error:
-        raise RuntimeError(str(error)) from error
+    def _write(self, owner: str, name: str, state: Preferences) -> None:
+        """RuntimeError, which is answered 500, if the disk refuses: a UserError would blame the request."""
+        try:
+            self._store.write(f"{owner}/{name}.json", state.to_json())
+        except UserError as error:
+            raise RuntimeError(str(error)) from error

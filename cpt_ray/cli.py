@@ -178,9 +178,9 @@ def work(arguments: argparse.Namespace) -> None:
     for role in _called(arguments.command, plan).values():
         endpoint_key(role)
     if arguments.command == "run":  # hours before it is trained
-        from cpt_ray.training.stage import open_policy
+        from cpt_ray.training.checks import open_policy
 
-        open_policy(config)[0].check()
+        open_policy(config).tokeniser.check()
     if arguments.command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():
@@ -210,7 +210,7 @@ def _called(command: str, plan: Plan) -> dict[str, ModelConfig]:
 
 def _check_room(command: str, plan: Plan) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
-    from cpt_ray.training.stage import check_workers
+    from cpt_ray.training.checks import check_workers
 
     for name, role in _called(command, plan).items():
         if role.endpoint is None:

@@ -26,7 +26,8 @@ from cpt_ray.logprobs import model as logprobs
 from cpt_ray.logprobs.grid import collate
 from cpt_ray.logprobs.model import answer_logps, by_row, prepare_model, reference_kl, token_logps
 from cpt_ray.logprobs.rows import Row, Tokeniser
-from cpt_ray.training.rows import TokenPair, make_rows, preference_pairs
+from cpt_ray.training.pairs import TokenPair, preference_pairs
+from cpt_ray.training.rows import make_rows
 from cpt_ray.training.steps import StepBatches, StepPlan
 from cpt_ray.training.trl_trainer import UNMEASURED, GridTrainer, _Alone
 from tests.tiny_model import SENTENCES, make_tiny_model

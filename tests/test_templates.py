@@ -16,7 +16,7 @@ from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.rows import Tokeniser
 from cpt_ray.tables.records import Message, Pair
-from cpt_ray.training.rows import TokenPairs, own_pairs, preference_pairs
+from cpt_ray.training.pairs import TokenPairs, own_pairs, preference_pairs
 from tests import toy
 from tests.tiny_model import SENTENCES
 from tests.toy.make import train_tokenizer

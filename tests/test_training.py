@@ -32,18 +32,13 @@ from cpt_ray.logprobs.rows import Tokeniser, sequence_ids
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.training import stage as training
+from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import export
-from cpt_ray.training.rows import TokenPair, make_rows, own_pairs, select_pairs
-from cpt_ray.training.stage import (
-    PROGRESS,
-    check_finite,
-    check_first_loss,
-    describe_failure,
-    train,
-    training_notes,
-    work,
-)
+from cpt_ray.training.pairs import TokenPair, own_pairs, select_pairs
+from cpt_ray.training.rows import make_rows
+from cpt_ray.training.stage import train, training_notes
 from cpt_ray.training.steps import rate_share
+from cpt_ray.training.worker import PROGRESS, check_finite, check_first_loss, work
 from tests.local_cluster import RAY, ROOT
 from tests.tiny_model import make_tiny_model
 
@@ -367,7 +362,7 @@ def wait_for_step(run: RunDir, step: int, other_than: int = 0) -> dict[str, Any]
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         state: dict[str, Any] | None = run.read_json(PROGRESS)
-        if state and state["step"] >= step and state["pid"] != other_than:
+        if state and state["done"] >= step and state["pid"] != other_than:
             return state
         time.sleep(0.002)
     raise AssertionError(f"step {step} was not reached")
@@ -489,7 +484,7 @@ def test_after_kill_9_of_the_driver_the_same_command_goes_on_with_all_weights_tu
     os.kill(state["pid"], signal.SIGKILL)  # it cannot see that its node is gone
     assert not run.model.exists()
     assert main(command) == 0
-    assert 1 < min(samples(run)) <= state["step"]
+    assert 1 < min(samples(run)) <= state["done"]
     found, wanted = (RunDir(one).read_json("model/cpt_ray.json") for one in (run.path, undisturbed.path))
     assert found["summary"]["history"] == wanted["summary"]["history"]
     tuned, expected = (load_file(one.model / "model.safetensors") for one in (run, undisturbed))
@@ -566,7 +561,7 @@ def checkpoint(tmp_path: Path) -> Callable[[str, float], Path]:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "policy", dtype=dtype))
-        adapted = get_peft_model(model, training._peft_config(LoraConfig()))
+        adapted = get_peft_model(model, peft_config(LoraConfig()))
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(weight, value)
@@ -836,14 +831,3 @@ def test_a_reference_that_is_not_the_policy_is_an_error_in_float32() -> None:
     check_first_loss(math.log(2) + 1e-6, make_config(Path("x")).train)
     with pytest.raises(RuntimeError, match="not ln 2"):
         check_first_loss(0.7, make_config(Path("x")).train)
-
-
-def test_a_failure_is_told_by_its_cause_not_by_what_the_other_ranks_saw() -> None:
-    from ray.train import WorkerGroupError
-
-    failures: dict[int, Exception] = {
-        0: RuntimeError("[gloo] Connection closed by peer"),
-        1: ValueError("the cause\nand a long traceback"),
-    }
-    error = WorkerGroupError("two workers failed", failures)
-    assert describe_failure(error, make_config(Path("x")).train) == "ValueError: the cause"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpt_ray.config import Form, SteerConfig
-from cpt_ray.console import progress, say
+from cpt_ray.config import Form, Range, SteerConfig
+from cpt_ray.console import say
+from cpt_ray.engines.ray_train import WorkerGroup, run_workers
 from cpt_ray.errors import UserError
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel, Tasks, learn
@@ -125,43 +125,26 @@ class Reporter:
 
 def under_ray_train(loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], fit: Fit, steps: int) -> None:
     """Runs `loop` on every rank and shows how many of the `steps` are done; UserError with the cause if it fails."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config=settings,
-        scaling_config=ray.train.ScalingConfig(num_workers=fit.config.num_workers, use_gpu=fit.config.use_gpu),
-        run_config=ray.train.RunConfig(
-            name=f"steer-{fit.kind}-{fit.folder.name}",
-            storage_path=str(fit.folder.parent / "checkpoints"),
-            failure_config=ray.train.FailureConfig(max_failures=2),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
+    config = fit.config
+    group = WorkerGroup(
+        stage="steer",
+        num_workers=Range(config.num_workers, config.num_workers),
+        use_gpu=config.use_gpu,
+        resources={"GPU" if config.use_gpu else "CPU": 1},
+        max_failures=2,
+        continues="after the last model that is complete",
+        less_memory="steer.policy_users" if fit.kind in get_args(Form) else "steer.batch_users",
     )
-    (fit.folder / PROGRESS).unlink(missing_ok=True)
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # raised by the thread that waits for this one
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="fit", daemon=True)  # so that Ctrl-C stays this program's
-    thread.start()
-    done = 0
-    with progress(f"steer {fit.kind}", steps, "steps") as advance:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            state = Reporter.read(fit.folder)
-            advance(max(0, state.get("done", 0) - done), state.get("note", "starting the workers"))
-            done = max(done, state.get("done", 0))
-        state = Reporter.read(fit.folder)
-        advance(0 if failures else steps - done, state.get("note", ""))
-    if failures:
-        last = str(failures[0]).strip().splitlines()[-1][:300]
-        raise UserError(f"steer: {state.get('error') or f'training failed: {last}'}") from failures[0]
+    run_workers(
+        loop,
+        settings,
+        group,
+        name=f"steer-{fit.kind}-{fit.folder.name}",
+        storage=str(fit.folder.parent / "checkpoints"),
+        state=fit.folder / PROGRESS,
+        title=f"steer {fit.kind}",
+        steps=steps,
+    )
 
 
 def fit_reward_models(fits: Sequence[Fit], tensors: Tensors) -> list[list[RewardModel]]:

@@ -1,0 +1,146 @@
+"""A function on every rank of a Ray Train worker group, with its progress shown and its failures explained.
+
+What is private in Ray Train is used here alone, for ray 2.60 (tests/test_contracts.py): the exception of a worker group
+that finds no room, and the attributes of exceptions that lead to the first cause. Ray's own message is a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_ray.config import Range
+from cpt_ray.console import progress
+from cpt_ray.errors import UserError, first_line
+
+START_MINUTES = 15
+"""How long the cluster may take to find room for the workers (autoscaling included)."""
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerGroup:
+    """What a stage wants of Ray Train."""
+
+    stage: str
+    """Its section of the run file, with `num_workers` in it."""
+    num_workers: Range
+    use_gpu: bool
+    resources: Mapping[str, float]
+    """Of each worker, by Ray's names."""
+    max_failures: int
+    """How often workers that died are started again."""
+    continues: str
+    """Where the same command goes on after that."""
+    less_memory: str
+    """The settings to lower where memory is short."""
+
+
+def run_workers(
+    work: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    group: WorkerGroup,
+    *,
+    name: str,
+    storage: str,
+    state: Path,
+    title: str,
+    steps: int,
+) -> Any:
+    """Runs `work(settings)` on every rank and shows how far it is; what rank 0 returns, or UserError with the cause.
+
+    Args:
+        name: of the Ray Train run; one of the same name in `storage` is gone on with.
+        state: a file that rank 0 replaces as it goes: {"done": steps, "note": what to show, "error": why it ends}.
+        title: of the progress line. steps: of a whole run.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    least, most = group.num_workers
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=least if least == most else (least, most),
+            use_gpu=group.use_gpu,
+            resources_per_worker=dict(group.resources),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=group.max_failures, controller_failure_limit=START_MINUTES
+            ),  # a start that finds no room fails after a minute and is tried again
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    state.unlink(missing_ok=True)
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["returned"] = trainer.fit().return_value
+        except BaseException as error:  # raised by the thread that waits for this one
+            outcome["error"] = error
+
+    # in a thread of its own, so that Ctrl-C stays this program's and the progress can be shown
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    done, note = 0, f"starting {group.num_workers} workers"
+    with progress(title, steps, "steps") as advance:
+        while thread.is_alive():
+            advance(0, note)
+            thread.join(POLL_SECONDS)
+            latest = _read(state)
+            if "done" in latest:
+                reached, note = latest["done"], latest["note"]
+                if reached < done:
+                    note = f"a worker died; again from step {reached}"
+                advance(max(0, reached - done), note)
+                done = max(done, reached)
+        advance(0 if "error" in outcome else steps - done, note)
+    if "error" in outcome:
+        why = _read(state).get("error") or explain_failure(outcome["error"], group)
+        raise UserError(f"{group.stage}: {why}") from outcome["error"]
+    return outcome["returned"]
+
+
+def _read(state: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
+    return content
+
+
+def explain_failure(error: BaseException, group: WorkerGroup) -> str:
+    """Why a worker group failed, in one line: the cause, not what the other ranks made of it."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    causes = [_first_cause(failure) for failure in failures.values()]
+    cause = min(causes, key=lambda error: "Dist" in type(error).__name__ or "onnection" in str(error))
+    if isinstance(cause, WorkerGroupStartupTimeoutError):
+        wanted = f"{group.num_workers.least} workers of {dict(group.resources)}"
+        return f"no room for {wanted} in {START_MINUTES} minutes; lower {group.stage}.num_workers or add nodes"
+    if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in type(cause).__name__:
+        return f"out of memory; lower {group.less_memory} ({first_line(cause)})"
+    if isinstance(cause, RayActorError):
+        return (
+            f"a worker died more than {group.max_failures} times (killed from outside, or out of memory); "
+            f"the same command goes on {group.continues}"
+        )
+    return f"{type(cause).__name__}: {first_line(cause)}"
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The innermost of Ray's wrappers: of a worker that did not answer, and of a task that raised."""
+    for name in ("health_check_failure", "cause"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _first_cause(inner)
+    return error

@@ -1,0 +1,48 @@
+"""Failures of a Ray Train worker group, in words that say what to change."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+
+from cpt_ray.config import Range
+from cpt_ray.engines.ray_train import WorkerGroup, explain_failure
+
+GROUP = WorkerGroup(
+    stage="steer",
+    num_workers=Range(2, 4),
+    use_gpu=False,
+    resources={"CPU": 1},
+    max_failures=3,
+    continues="from the last checkpoint",
+    less_memory="steer.batch_users",
+)
+
+
+def of_workers(*failures: Exception) -> WorkerGroupError:
+    return WorkerGroupError("workers failed", dict(enumerate(failures)))
+
+
+def test_a_failure_is_explained_by_its_cause_and_not_by_what_the_other_ranks_saw() -> None:
+    lost = RuntimeError("[gloo] Connection closed by peer")
+    assert explain_failure(of_workers(lost, ValueError("the cause\nand a traceback")), GROUP) == "ValueError: the cause"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ControllerError(WorkerGroupStartupTimeoutError(2)),
+            "no room for 2 workers of {'CPU': 1} in 15 minutes;",
+        ),
+        (of_workers(OutOfMemoryError("the node is low on memory")), "out of memory; lower steer.batch_users (the node"),
+        (
+            of_workers(WorkerHealthCheckFailedError("no answer", RayActorError())),
+            "a worker died more than 3 times (killed from outside, or out of memory); the same command goes on from",
+        ),
+    ],
+)
+def test_what_ray_train_reports_becomes_what_to_change(error: Exception, words: str) -> None:
+    assert explain_failure(error, GROUP).startswith(words)

@@ -7,94 +7,98 @@ import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.tables.rundir import MARK, RunDir
 
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
-
 HUB = "hf://"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 """Of a model; the Hub refuses a card whose `base_model` is none, such as a folder."""
+TAGS = ["trl", "dpo", "configurable-preference-tuning"]
+PACKAGES = ("ray", "torch", "transformers", "trl", "peft")
+"""Named in a card with their versions."""
 CARD = """---
-{base_line}library_name: {library}
-pipeline_tag: text-generation
-tags: [trl, dpo, configurable-preference-tuning]
+{{ card_data }}
 ---
 
-# {name}
+# {{ config.name }}
 
-{what} It was tuned by DPO on {pairs} preference pairs ({steps} steps) with `cpt_ray`.
+{{ what }} It was tuned by DPO on {{ pairs }} preference pairs ({{ steps }} steps) with `cpt_ray`.
 
 ## Lineage
 
 | | |
 |---|---|
-| tuned from | `{base}` (content {identity}) |
-| pairs | {source} |
-| held out | {held_out} |
-| settings | `{settings}` |
-| seed | {seed} |
-| software | {software} |
+| tuned from | `{{ config.policy.model }}` (content {{ config.policy.identity }}) |
+| pairs | {{ source }} |
+| held out | {{ "whole prompts, never trained on; run.yaml in the run `%s` has the hashes of all inputs" % config.name
+    if measured else "nothing" }} |
+| settings | `{{ settings }}` |
+| seed | {{ config.seed }} |
+| software | {{ software }} |
 
 ## Measured while training
 
-Loss {first_loss:.3f} at the first step, {last_loss:.3f} over the last tenth of the steps.
+Loss {{ "%.3f" % first_loss }} at the first step, {{ "%.3f" % last_loss }} over the last tenth of the steps.
 
-{metrics}
-"""
+{% if measured %}On held-out prompts:
+
+| | |
+|---|---|
+{% for name, value in measured %}| {{ name }} | {{ "%.3f" % value }} |
+{% endfor %}{% else %}Nothing was held out.
+{% endif %}"""
+"""A Jinja template, which huggingface_hub fills in; `card_data` is the part for the Hub, in YAML."""
 
 
 def write_cards(config: TuneConfig, run: RunDir, summary: dict[str, Any]) -> None:
     """README.md beside the weights and beside the adapter."""
-    measured = summary["held_out"][-1] if summary["held_out"] else {}
-    held = f"whole prompts, never trained on; run.yaml in the run `{config.name}` has the hashes of all inputs"
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(measured.items()) if name != "step")
-    metrics = f"On held-out prompts:\n\n| | |\n|---|---|\n{table}" if table else "Nothing was held out."
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = config.policy.model
+    is_on_hub = not Path(config.policy.path).exists() and HUB_NAME.fullmatch(base)
     own = f"table `pairs` of the run `{config.name}`, from the rubrics {', '.join(getattr(config, 'rubrics', ()))}"
-    is_on_hub = not Path(config.policy.path).exists() and HUB_NAME.fullmatch(config.policy.model)
+    purpose = "A short system prompt, a *directive*, sets how it answers." if isinstance(config, RunConfig) else ""
+    last = summary["held_out"][-1] if summary["held_out"] else {}
     fields = {
-        "base": config.policy.model,
-        "base_line": f"base_model: {config.policy.model}\n" if is_on_hub else "",
-        "name": config.name,
-        "identity": config.policy.identity,
+        "config": config,
         "source": f"`{config.preferences.source}`" if isinstance(config, PreferenceRunConfig) else own,
-        "held_out": held if measured else "nothing",
         "settings": json.dumps(config.train.model_dump(mode="json", exclude_none=True)),
-        "seed": config.seed,
-        "software": ", ".join(f"{one} {version(one)}" for one in ("ray", "torch", "transformers", "trl", "peft")),
-        "metrics": metrics,
+        "software": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "measured": sorted((name, value) for name, value in last.items() if name != "step"),
         **{name: summary[name] for name in ("pairs", "steps", "first_loss", "last_loss")},
     }
-    purpose = "A short system prompt, a *directive*, sets how it answers." if isinstance(config, RunConfig) else ""
-    what = f"A language model tuned to preferences. {purpose}".strip()
-    run.write_text("model/README.md", CARD.format(**fields, what=what, library="transformers"))
+    cards = {"model": ("transformers", "A language model tuned to preferences.")}
     if run.adapter.exists():
-        note = f"A LoRA adapter for `{config.policy.model}`. {purpose}".strip()
-        run.write_text("adapter/README.md", CARD.format(**fields, what=note, library="peft"))
+        cards["adapter"] = ("peft", f"A LoRA adapter for `{base}`.")
+    for folder, (library, what) in cards.items():
+        data = ModelCardData(
+            base_model=base if is_on_hub else None, library_name=library, pipeline_tag="text-generation", tags=TAGS
+        )
+        card = ModelCard.from_template(data, template_str=CARD, **fields, what=f"{what} {purpose}".strip())
+        run.write_text(f"{folder}/README.md", str(card))
 
 
-def _refused(error: HfHubHTTPError | OSError) -> str:
-    """What the Hub said, and what to do if it is about who asks."""
+def _refusal(error: Exception) -> str:
+    """What the Hub answered, and what to do if it is about who asks."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = getattr(error, "server_message", None) or first_line(error)
+    answer = getattr(error, "server_message", None) or first_line(error)
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
-        return f"the Hub said no ({said}); log in with `hf auth login` as somebody who may write there"
-    return f"not pushed ({said}); the same command tries again" if status is None else f"the Hub said no: {said}"
+        return f"the Hub said no ({answer}); log in with `hf auth login` as somebody who may write there"
+    return f"not pushed ({answer}); the same command tries again" if status is None else f"the Hub said no: {answer}"
 
 
 def push(run: RunDir, target: str) -> None:
     """The tuned model, its card, and its adapter in `adapter/`, to a folder or to hf://OWNER/NAME (made private)."""
     parts = {"": run.model} | ({"adapter": run.adapter} if run.adapter.exists() else {})
     if not (run.path / MARK).exists():
-        found = "the tuned model is not complete" if run.model.exists() else "there is no tuned model"
-        raise UserError(f"{run.model}: {found}; run `cpt train` with this run file first")
+        state = "the tuned model is not complete" if run.model.exists() else "there is no tuned model"
+        raise UserError(f"{run.model}: {state}; run `cpt train` with this run file first")
     if not target.startswith(HUB):
         folder = Path(target)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -114,5 +118,5 @@ def push(run: RunDir, target: str) -> None:
     except HFValidationError as error:
         raise UserError(f"{target}: no name for a repository ({first_line(error)}); give {HUB}OWNER/NAME") from None
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{target}: {_refused(error)}") from None
+        raise UserError(f"{target}: {_refusal(error)}") from None
     say(f"pushed       {target}")

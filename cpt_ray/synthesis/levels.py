@@ -31,7 +31,7 @@ def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generatio
         counts[f"{APART}grids/{rubric}"] = shifts.grids
         counts |= {f"{APART}drawn/{rubric}/{other}": total for other, total in shifts.drawn.items()}
         counts |= {f"{APART}offered/{rubric}/{other}": total for other, total in shifts.offered.items()}
-    return {**counts, "kept_answers": paired.num_kept}
+    return {**counts, "kept_answers": len(paired.used)}
 
 
 class LevelCounts:

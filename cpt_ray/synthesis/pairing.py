@@ -45,6 +45,8 @@ class Paired:
     """Those that were asked to be there."""
     kept: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Those that are in a pair of the rubric."""
+    used: set[str] = field(default_factory=set)
+    """unit_ids of the answers that are in a pair."""
     shifts: dict[str, Shifts] = field(default_factory=dict)
     """By rubric id, joined by "+"."""
 
@@ -53,12 +55,8 @@ class Paired:
         pairs, apart = cell.pair(grid)
         self.pairs += pairs
         self.rejects += apart
+        self.used |= cell.used
         self.kept.update({(pair.rubric_id, pair.level) for pair in pairs})
-
-    @property
-    def num_kept(self) -> int:
-        """Different answers in pairs."""
-        return len({message.content for pair in self.pairs for message in pair.chosen})
 
 
 def pair_answers(
@@ -97,9 +95,8 @@ def pair_answers(
             cell = _Cell(group, cell_id_of(_joined(group), prompt_id, number), grades, usable, settings)
             control = pools[prompt_id].control_of(_joined(group)) if number == 0 else None
             paired.add(cell, grid | ({CONTROL: control} if control else {}))
-            pools[prompt_id].used |= cell.used
     for pool in pools.values():
-        paired.rejects += pool.rejects + pool.unused(asked, settings.margin, maker.given_up)
+        paired.rejects += pool.rejects + pool.unused(asked, settings.margin, paired.used, maker.given_up)
         _count_levels(paired, rubrics, pool.answers, settings.margin)
     return paired
 
@@ -135,7 +132,6 @@ class _Pool:
     ):
         self.prompt_id = generations[0].prompt_id
         self.answers: list[Answer] = []
-        self.used: set[str] = set()
         self.rejects: list[Reject] = []
         self._controls: dict[str, Generation] = {}
         for generation in generations:
@@ -174,16 +170,18 @@ class _Pool:
             return "near duplicate", f"of {original}"
         return None
 
-    def unused(self, asked: Sequence[Sequence[Rubric]], margin: float, given_up: Set[str]) -> list[Reject]:
+    def unused(
+        self, asked: Sequence[Sequence[Rubric]], margin: float, used: Set[str], given_up: Set[str]
+    ) -> list[Reject]:
         """A reject for each answer that could have been in a grid and is in no pair."""
         rejects = []
         for answer in self.answers:
             generation = answer.generation
-            if generation.unit_id not in self.used:
+            if generation.unit_id not in used:
                 reason = self._why_unused(answer, asked, margin, generation.unit_id in given_up)
                 rejects.append(Reject.of("pair", generation, generation.unit_id, *reason))
         for control in self._controls.values():
-            if control.unit_id not in self.used:
+            if control.unit_id not in used:
                 rejects.append(
                     Reject.of("pair", control, control.unit_id, "no partner", "its prompt has no grid to add it to")
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,21 @@ def test_steps_that_share_an_engine_are_done_by_one_line_after_line(tmp_path: Pa
     LocalRunner(engines.open)(run, lines)
     assert engines.log == ["open m", "a", "a+", "b", "b+", "d", "open n", "a++", "b++", "c"]
     assert run.names("units") == {"a+", "a++", "a+++", "b+", "b++", "b+++", "c+", "d+"}
+
+
+def test_a_step_that_failed_takes_no_time_from_later_ones(tmp_path: Path) -> None:
+    def reply(request: Request) -> Completion:
+        if request.messages[0]["content"] == "stopped":
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        return Completion(text="x", num_tokens=1)
+
+    run, runner = RunDir(tmp_path), with_engine(reply)
+    with pytest.raises(KeyboardInterrupt) as held:  # and with it all that the step had in hand
+        runner(run, [Line(["stopped"], [step("m")])])
+    runner(run, [Line(["a"], [step("m")])])
+    assert held.value.__traceback__
+    assert run.counts("units", "a+")["engine_seconds"] >= 0.2
 
 
 def test_an_engine_that_died_is_opened_anew_and_only_its_shard_is_tried_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from cpt_ray.config import ModelConfig, PriceConfig
 from cpt_ray.engines.engine import Completion
@@ -25,7 +25,8 @@ class Tally:
     """What one shard's work took: kept with the shard, summed into the ledger."""
 
     _lock = threading.Lock()
-    _open: ClassVar[WeakSet[Tally]] = WeakSet()
+    _open: ClassVar[WeakKeyDictionary[Tally, int]] = WeakKeyDictionary()
+    """To each the thread that opened it."""
     _shared_at = 0.0
 
     def __init__(self, rows_in: int):
@@ -33,14 +34,14 @@ class Tally:
         self._seconds = 0.0
         with Tally._lock:
             Tally._share_time()
-            Tally._open.add(self)
+            Tally._open[self] = threading.get_ident()
 
     @classmethod
     def _share_time(cls) -> None:
         """Time that several shards of this process spend together is split evenly between them."""
         now = time.monotonic()
-        for one in cls._open:
-            one._seconds += (now - cls._shared_at) / len(cls._open)
+        for tally in list(cls._open):
+            tally._seconds += (now - cls._shared_at) / len(cls._open)
         cls._shared_at = now
 
     def add(self, completions: Sequence[Completion]) -> None:
@@ -61,8 +62,17 @@ class Tally:
         """The counts to write with the shard."""
         with Tally._lock:
             Tally._share_time()
-            Tally._open.discard(self)
+            Tally._open.pop(self, None)
         return {**self.counts, "rows_out": rows_out, "engine_seconds": round(self._seconds, 3)}
+
+    @classmethod
+    def abandon(cls) -> None:
+        """Closes those that this thread has left open, since a step failed: whoever holds its error keeps them alive,
+        and they would go on taking their share of the time."""
+        with cls._lock:
+            cls._share_time()
+            for tally in [tally for tally, thread in cls._open.items() if thread == threading.get_ident()]:
+                del cls._open[tally]
 
 
 class Live:

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from cpt_ray.config import JudgeConfig, ModelConfig
 from cpt_ray.engines.engine import Engine, EngineDiedError, check_schema_is_enforced
-from cpt_ray.engines.ledger import Meters
+from cpt_ray.engines.ledger import Meters, Tally
 from cpt_ray.engines.step import Counts, OpenEngine, Step
 from cpt_ray.engines.vllm import VllmEngine
 from cpt_ray.errors import UserError, first_line
@@ -91,6 +91,8 @@ class Worker:
             raise
         except Exception as failed:
             return _told(failed, f" ({step.stage} of shard {shard})")
+        finally:
+            Tally.abandon()
         return ""
 
     @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.config import load_config
@@ -71,6 +71,7 @@ def score(rubric: Rubric, text: str) -> float:
     return found
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=40, max_size=200))
 def test_a_score_is_the_share_of_answers_below_and_thirds_become_levels(lengths: list[int]) -> None:
     answers = texts(lengths)

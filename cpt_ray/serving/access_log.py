@@ -49,13 +49,15 @@ class Call:
     seconds: float = 0.0
     adapter: Adapter | None = None
     """With which the engine answers; not logged. Held here, since the adapter's folder goes once nothing holds it."""
+    work: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
+    """Tasks that wait for the engine; not logged."""
 
     def to_json(self) -> dict[str, Any]:
         """A line of the access log."""
         return {name: getattr(self, name) for name in LOGGED}
 
 
-LOGGED = [field.name for field in dataclasses.fields(Call) if field.name != "adapter"]
+LOGGED = [field.name for field in dataclasses.fields(Call) if field.name not in ("adapter", "work")]
 CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 """The request that the running task works for: vLLM's code is between the middleware that makes a `Call` and the
 engine that adds to it."""

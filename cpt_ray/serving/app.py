@@ -6,6 +6,7 @@ everything else reaches vLLM as it came, and streams pass unbuffered.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -140,6 +141,12 @@ class Frontend:
                 await send_refusal(send, key)
             else:
                 await self._routed(call, key, method, scope, receive, send)
+        except asyncio.CancelledError:
+            # Serve cancels this when the client leaves; vLLM 0.32 then waits no more for the task that makes an answer
+            # which comes whole, but leaves it running (`with_cancellation`)
+            for task in call.work:
+                task.cancel()
+            raise
         finally:
             CALL.reset(token)
             call.seconds = time.perf_counter() - start

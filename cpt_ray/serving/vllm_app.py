@@ -86,6 +86,7 @@ class VllmServer:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
         _blame_bodies(app)
+        app.middleware_stack = app.build_middleware_stack()  # handlers are in it, and vLLM has built it before
         await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
         app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
@@ -179,6 +180,8 @@ def counting(
             sampling_params.include_stop_str_in_output |= sampling.include_stop
         if sampling_params.prompt_logprobs is not None and not scores:
             raise ValueError("log-probabilities of the prompt are not given here")
+        if call is not None and (task := asyncio.current_task()):
+            call.work.add(task)
         if call is not None and call.adapter is not None:
             options["lora_request"] = call.adapter.lora_request
         async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:

@@ -260,7 +260,7 @@ def make_frontend(folder: Path) -> Frontend:
         Keyring(folder / KEYS_FILE, keys),
         Meter(folder / SPENT_FILE, lambda: 0.0),
         listing={"model": "m", "base": None},
-        preferences=PreferenceStore(folder, candidates(), KnownPolicy(), (question,), "m"),
+        preferences=PreferenceStore(folder, candidates(), KnownPolicy(), (question,)),
         control=re.compile(r"<\|im_end\|>"),
     )
 

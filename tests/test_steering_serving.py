@@ -43,7 +43,7 @@ def talk(
 ) -> None:
     """One server's life; every request is made with the key "one" unless `key` names another."""
     known = candidates(policy=policy)
-    store = PreferenceStore(folder, known, scorer or KnownPolicy(), questions, "m", conditioner)
+    store = PreferenceStore(folder, known, scorer or KnownPolicy(), questions, conditioner)
     keys = tuple(Key(name=name, hash=key_hash(name), created=0.0) for name in ("one", "other"))
     nowhere = Path("/nonexistent")
     keyring = Keyring(nowhere / "keys.json", keys)
@@ -248,7 +248,7 @@ def test_a_choice_sent_again_counts_once_and_its_opposite_speaks_against_it(tmp_
 
 
 def test_every_request_about_preferences_counts_against_a_key(tmp_path: Path) -> None:
-    store = PreferenceStore(tmp_path, candidates(), KnownPolicy(), (QUESTION,), "m")
+    store = PreferenceStore(tmp_path, candidates(), KnownPolicy(), (QUESTION,))
     nowhere = Path("/nonexistent")
     key = Key(name="one", hash=key_hash("one"), created=0.0, requests_per_minute=4)
     meter = Meter(nowhere / SPENT_FILE, lambda: 0.0)

@@ -53,7 +53,7 @@ Result = TypeVar("Result")
 
 
 class EngineScorer:
-    """The `Scorer` of a server: its own engine, asked from other threads than the one that runs its event loop."""
+    """The `Scorer` of a server: its own engine, called from other threads than that of the event loop."""
 
     def __init__(self, engine: Any, model: ModelConfig):
         from transformers import AutoTokenizer
@@ -70,21 +70,21 @@ class EngineScorer:
         return asyncio.run_coroutine_threadsafe(self._score(sequences), self._loop).result()
 
     async def _score(self, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
-        return await asyncio.gather(*(self._one(ids, start) for ids, start in sequences))
+        return await asyncio.gather(*(self._score_one(ids, start) for ids, start in sequences))
 
-    async def _one(self, ids: list[int], start: int) -> float:
+    async def _score_one(self, ids: list[int], start: int) -> float:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(**SCORING, output_kind=RequestOutputKind.FINAL_ONLY)
         async with self._room:
             name = f"preferences-{secrets.token_hex(12)}"
-            outputs = [one async for one in self._engine.generate({"prompt_token_ids": ids}, params, name)]
+            outputs = [output async for output in self._engine.generate({"prompt_token_ids": ids}, params, name)]
         return logprob_from(outputs[-1], start)
 
 
 class PreferenceStore:
-    """What the front asks about preferences; every key (`owner`) knows of its own only."""
+    """The states of all keys; each (`owner`) has access to its own only."""
 
     def __init__(
         self,
@@ -92,15 +92,11 @@ class PreferenceStore:
         candidates: Candidates,
         scorer: Scorer,
         questions: Sequence[Question],
-        model: str,
         conditioner: Conditioner | None = None,
     ):
-        """`model`: name of the served model that they are for.
-
-        `conditioner`: steers in the place of directives, and choices are then kept without being scored.
-        """
+        """`conditioner`: makes adapters, in the place of directives; choices are then kept without being scored."""
         self._store, self._candidates, self._scorer, self._questions = JsonStore(folder), candidates, scorer, questions
-        self._model, self._conditioner = model, conditioner
+        self._conditioner = conditioner
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
 
     async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
@@ -114,15 +110,18 @@ class PreferenceStore:
             async with self._scoring:
                 return await self._in_thread(self._add if name else self._make, owner, choices, name)
         if method == "GET" and name:
-            state = await self._known(owner, name)
-            return UNKNOWN if state is None else await self._in_thread(self._shown, name, state)
+            state = await self.find(owner, name)
+            return state if isinstance(state, Refusal) else await self._in_thread(self._shown, name, state)
         if method == "GET":
             return await self._in_thread(self._list, owner, name)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
     async def find(self, owner: str, name: str) -> Preferences | Refusal:
-        """The state that a chat names, scored by the policy that is served."""
-        state = await self._known(owner, name) if ID.fullmatch(name) else None
+        """The state of an id, scored by the policy that is served."""
+        state = await self._in_thread(self._read, owner, name) if ID.fullmatch(name) else None
+        if state is not None and not self._is_scored(state):
+            async with self._scoring:
+                state = await self._in_thread(self._current, owner, name, ())
         return UNKNOWN if state is None else state
 
     async def steer(self, state: Preferences, path: str) -> tuple[dict[str, str], str, Adapter | None]:
@@ -133,14 +132,6 @@ class PreferenceStore:
         async with self._scoring:
             adapter = await self._in_thread(self._conditioner.adapter, state.choices)
         return configuration, f"preferences, by {self._conditioner.form}", adapter
-
-    async def _known(self, owner: str, name: str) -> Preferences | None:
-        """The state, scored by the policy that is served; None if there is none."""
-        state = await self._in_thread(self._read, owner, name)
-        if state is None or self._is_scored(state):
-            return state
-        async with self._scoring:
-            return await self._in_thread(self._current, owner, name, ())
 
     def _is_scored(self, state: Preferences) -> bool:
         return state.key == self._candidates.key or self._conditioner is not None
@@ -160,14 +151,14 @@ class PreferenceStore:
                 return FULL
             name = f"preferences-{secrets.token_hex(12)}"
             self._write(owner, name, state)
-        return self._said(name, state)
+        return self._described(name, state)
 
     def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
         state = self._current(owner, name, choices)
-        return UNKNOWN if state is None else self._said(name, state)
+        return UNKNOWN if state is None else self._described(name, state)
 
     def _shown(self, name: str, state: Preferences) -> dict[str, Any]:
-        return self._said(name, state) | {"choices": state.to_json()["choices"]}
+        return self._described(name, state) | {"choices": state.to_json()["choices"]}
 
     def _list(self, owner: str, _: str) -> dict[str, Any]:
         data = [{"id": name, "object": "preferences"} for name in self._store.names(owner)]
@@ -196,19 +187,19 @@ class PreferenceStore:
         kept = [*state.choices, *state.new(choices)]
         if len(kept) > MAX_KEPT:
             raise UserError(f"choices: {len(kept)} with those that are known; one state has at most {MAX_KEPT}")
-        if (size := sum(len(one.prompt) + len(one.chosen) + len(one.rejected) for one in kept)) > MAX_KEPT_CHARS:
+        if (size := sum(len(choice.prompt + choice.chosen + choice.rejected) for choice in kept)) > MAX_KEPT_CHARS:
             raise UserError(f"choices: {size} characters in all; one state has at most {MAX_KEPT_CHARS}")
         if self._conditioner is None:
             self._candidates.add(state, choices, self._scorer, self._questions)
         else:
             state.add_unscored(choices)
 
-    def _said(self, name: str, state: Preferences) -> dict[str, Any]:
+    def _described(self, name: str, state: Preferences) -> dict[str, Any]:
         belief = self._belief(state).to_json()
         return {"id": name, "object": "preferences", **belief, "question": self._question(state)}
 
     def _belief(self, state: Preferences) -> Belief:
-        """What is known in words: nothing where a conditioner says what the choices come to."""
+        """What the choices say in directives: nothing where a conditioner makes adapters of them."""
         if self._conditioner is None:
             return self._candidates.belief(state.margins)
         return Belief(num_choices=len(state.choices))
@@ -216,8 +207,8 @@ class PreferenceStore:
     def _question(self, state: Preferences) -> dict[str, str] | None:
         if self._conditioner is not None:  # by the prior alone
             state = Preferences(choices=state.choices)
-        found = self._candidates.next_question(state, self._questions)
-        return None if found is None else found.to_json()
+        question = self._candidates.next_question(state, self._questions)
+        return None if question is None else question.to_json()
 
     def _read(self, owner: str, name: str) -> Preferences | None:
         try:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch, which it imports, takes seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """All that a replica is told."""
+    """All that a replica is given."""
 
     model: ModelConfig
     name: str
@@ -49,47 +49,55 @@ class Served:
 
 def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
     """What is served, checked as far as can be without starting it."""
-    serve, policy, name = config.serve, config.policy, config.name
-    if serve.adapters:
-        name, folders = f"{config.name}-base", {one: local_copy(where) for one, where in serve.adapters.items()}
-        ranks = [_rank(one, folder) for one, folder in folders.items()]
-        rank = next((one for one in LORA_RANKS if one >= max(ranks)), max(ranks))
-        lora = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
-        policy = policy.model_copy(update={"engine": lora | policy.engine})
-        catalogs = {one: _read_json(folder / CATALOG_FILE, _of_adapter(one)) for one, folder in folders.items()}
-    else:
-        if not (model / "config.json").exists():
-            raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
-        policy = policy.model_copy(update={"model": str(model)})
-        catalogs = {name: _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")}
-    conditioning = None
-    if serve.preferences != "directive":
-        from cpt_ray.serving.conditioning import FORM, Conditioning
-        from cpt_ray.steering.saved import SavedForm
-
-        if serve.adapters:
-            raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
-        embedder = config.steer.embedder or policy
-        saved = SavedForm.read(run, FORM, policy, embedder)
-        conditioning = Conditioning(saved=saved, embedder=embedder)
+    serve = config.serve
+    name = f"{config.name}-base" if serve.adapters else config.name
+    policy, data = _over_base(config) if serve.adapters else _tuned(config, run, model)
+    conditioning = None if serve.preferences == "directive" else _plan_conditioning(config, run, policy)
     if template := serve.frontend.get("chat_template"):  # the model's own is one that it was tuned with
         check_template(policy, str(template))
-    offers = {one: Catalog.from_json(data).with_saved(serve.configurations) for one, data in catalogs.items()}
+    catalogs = {key: Catalog.from_json(entries).with_saved(serve.configurations) for key, entries in data.items()}
     base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
     base = {"path": "", "model": name} if serve.adapters else base
-    listing = {"model": next(iter(offers)), "base": base}
     return Served(
         model=policy.model_copy(update={"engine": _evaluated_sampling(policy) | policy.engine}),
         name=name,
-        catalogs=offers,
+        catalogs=catalogs,
         adapters=dict(serve.adapters),
         frontend=dict(serve.frontend),
         run=run,
         fixed_keys=None,
-        listing=listing,
-        candidates=None if serve.adapters else make_candidates(config, offers[name], policy),
+        listing={"model": next(iter(catalogs)), "base": base},
+        candidates=None if serve.adapters else make_candidates(config, catalogs[name], policy),
         conditioning=conditioning,
     )
+
+
+def _tuned(config: RunConfig, run: RunDir, model: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The tuned model and its catalog, by name."""
+    if not (model / "config.json").exists():
+        raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
+    catalog = _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")
+    return config.policy.model_copy(update={"model": str(model)}), {config.name: catalog}
+
+
+def _over_base(config: RunConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model under `serve.adapters`, and the catalog of each."""
+    folders = {name: local_copy(where) for name, where in config.serve.adapters.items()}
+    highest = max(_rank(name, folder) for name, folder in folders.items())
+    rank = next((rank for rank in LORA_RANKS if rank >= highest), highest)
+    lora = {"enable_lora": True, "max_loras": len(folders), "max_lora_rank": rank}
+    catalogs = {name: _read_json(folder / CATALOG_FILE, _of_adapter(name)) for name, folder in folders.items()}
+    return config.policy.model_copy(update={"engine": lora | config.policy.engine}), catalogs
+
+
+def _plan_conditioning(config: RunConfig, run: RunDir, policy: ModelConfig) -> Conditioning:
+    from cpt_ray.serving.conditioning import FORM, Conditioning
+    from cpt_ray.steering.saved import SavedForm
+
+    if config.serve.adapters:
+        raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
+    embedder = config.steer.embedder or policy
+    return Conditioning(saved=SavedForm.read(run, FORM, policy, embedder), embedder=embedder)
 
 
 def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:

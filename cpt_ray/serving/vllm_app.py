@@ -9,6 +9,7 @@ import os
 import re
 import traceback
 import types
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from cpt_ray.chat.templates import control_tokens
 from cpt_ray.config import SamplingConfig
 from cpt_ray.engines.vllm import engine_arguments
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.serving.access_log import CALL, AccessLog
+from cpt_ray.serving.access_log import CALL, AccessLog, Call
 from cpt_ray.serving.app import Frontend, Steerer
 from cpt_ray.serving.asgi import AsgiApp, open_to_pages
 from cpt_ray.serving.keys import KEYS_FILE, Key, Keyring, Refusal
@@ -38,63 +39,30 @@ class VllmServer:
     def __init__(self, served: Served, meter: Any):
         self._served, self._meter = served, meter
         self._engine: Any = None
-        self._record: AccessLog | None = None
+        self._log: AccessLog | None = None
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
-        from vllm import AsyncEngineArgs, SamplingParams
-        from vllm.config import StructuredOutputsConfig
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import FrontendArgs
-        from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        from cpt_ray.serving.conditioning import ENGINE_ARGUMENTS
-
+        """Ray Serve asks a replica's class for its ASGI app by this name (Ray 2.60; no public way is asynchronous)."""
         served = self._served
-        arguments = {
-            "default_chat_template_kwargs": served.model.chat_template_kwargs or None,
-            "lora_modules": [LoRAModulePath(name, str(local_copy(at))) for name, at in served.adapters.items()],
-            **served.frontend,
-            "api_key": [""],  # none of vLLM's own, not even from VLLM_API_KEY: it would leave most paths open
-            "allowed_origins": [],  # `open_to_pages` is around all of it, in front of the keys
-            "allow_credentials": False,
-        }
-        known = [one.name for one in fields(FrontendArgs)]
-        for name in arguments:
-            if name not in known:
-                raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
-        frontend = FrontendArgs(**arguments)
-        engine = dict(ENGINE_ARGUMENTS) if served.conditioning else {}
-        engine |= engine_arguments(served.model)
-        if isinstance(outputs := engine.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
-            engine["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
-        engine_args = AsyncEngineArgs(**engine, served_model_name=[served.name])
-        args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
-        try:
-            self._engine = AsyncLLM.from_engine_args(engine_args)
-            one_token = SamplingParams(max_tokens=1)  # some engines start well and die of their first request
-            async for _ in self._engine.generate({"prompt_token_ids": [0]}, one_token, "first"):
-                pass
-        except (RuntimeError, EngineDeadError) as error:  # "See root cause above."
-            await asyncio.sleep(1)  # the engine's process reports that it dies before it prints why
-            raise UserError(_last_error_on_stderr() or str(error)) from None
+        frontend, engine = _frontend_arguments(served), _engine_arguments(served)
+        self._engine = await _start(engine)
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
-        scores = served.model.num_gpus > 0 or not engine.get("enable_lora")
-        self._engine.generate = counting(self._engine.generate, scores, served.model.sampling)
-        tasks = await self._engine.get_supported_tasks()
-        app = build_app(args, supported_tasks=tasks, model_config=self._engine.model_config)
-        _blame_bodies(app)
-        app.middleware_stack = app.build_middleware_stack()  # handlers are in it, and vLLM has built it before
-        await init_app_state(self._engine, app.state, args, supported_tasks=tasks)
-        app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
+        can_score = served.model.num_gpus > 0 or not engine.enable_lora
+        # all of vLLM's routes come to this one method, which no setting or middleware is in front of
+        self._engine.generate = counting(self._engine.generate, can_score, served.model.sampling)
+        app = await _openai_app(self._engine, argparse.Namespace(**(vars(frontend) | vars(engine))))
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
-        meter, self._record = _Shared(self._meter), AccessLog(served.run)
-        control = control_tokens(self._engine.renderer.tokenizer)
-        preferences, fields_of_vllm = self._preferences(), _fields_of(app)
+        self._log = AccessLog(served.run)
         front = Frontend(
-            app, served.catalogs, keyring, meter, self._record, served.listing, preferences, fields_of_vllm, control
+            app,
+            served.catalogs,
+            keyring,
+            _SharedMeter(self._meter),
+            self._log,
+            served.listing,
+            self._preferences(),
+            _fields_of(app),
+            control_tokens(self._engine.renderer.tokenizer),
         )
         return open_to_pages(front, served.frontend)
 
@@ -107,8 +75,8 @@ class VllmServer:
             return None
         scorer = EngineScorer(self._engine, served.model)
         questions = read_questions(served.run, served.candidates)
-        by = Conditioner(served.run, served.model, served.conditioning) if served.conditioning else None
-        return PreferenceStore(served.run.path / FOLDER, served.candidates, scorer, questions, served.name, by)
+        conditioner = Conditioner(served.run, served.model, served.conditioning) if served.conditioning else None
+        return PreferenceStore(served.run.path / FOLDER, served.candidates, scorer, questions, conditioner)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""
@@ -116,22 +84,87 @@ class VllmServer:
             await self._engine.check_health()
 
     def __del__(self) -> None:
-        if self._record is not None:
-            self._record.write()
+        if self._log is not None:
+            self._log.write()
         if self._engine is not None:
             self._engine.shutdown()
+
+
+def _frontend_arguments(served: Served) -> Any:
+    """vLLM's `FrontendArgs`; UserError for one that it has not."""
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    arguments = {
+        "default_chat_template_kwargs": served.model.chat_template_kwargs or None,
+        "lora_modules": [LoRAModulePath(name, str(local_copy(where))) for name, where in served.adapters.items()],
+        **served.frontend,
+        "api_key": [""],  # none of vLLM's own, not even from VLLM_API_KEY: it would leave most paths open
+        "allowed_origins": [],  # `open_to_pages` does this in front of the keys, where a preflight gets an answer
+        "allow_credentials": False,
+    }
+    known = [field.name for field in fields(FrontendArgs)]
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"serve.frontend.{name}: vLLM has no such argument{did_you_mean(name, known)}")
+    return FrontendArgs(**arguments)
+
+
+def _engine_arguments(served: Served) -> Any:
+    """vLLM's `AsyncEngineArgs`."""
+    from vllm import AsyncEngineArgs
+    from vllm.config import StructuredOutputsConfig
+
+    from cpt_ray.serving.conditioning import ENGINE_ARGUMENTS
+
+    arguments = (ENGINE_ARGUMENTS if served.conditioning else {}) | engine_arguments(served.model)
+    if isinstance(outputs := arguments.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
+        arguments["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
+    return AsyncEngineArgs(**arguments, served_model_name=[served.name])
+
+
+async def _start(arguments: Any) -> Any:
+    """An engine that has answered once; UserError with the reason why it cannot."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        engine = AsyncLLM.from_engine_args(arguments)
+        one_token = SamplingParams(max_tokens=1)  # some engines start well and die of their first request
+        async for _ in engine.generate({"prompt_token_ids": [0]}, one_token, "first"):
+            pass
+    except (RuntimeError, EngineDeadError) as error:  # "See root cause above."
+        await asyncio.sleep(1)  # the engine's process reports that it dies before it prints why
+        raise UserError(_last_error_on_stderr() or str(error)) from None
+    return engine
+
+
+async def _openai_app(engine: Any, arguments: argparse.Namespace) -> Any:
+    """vLLM 0.32's own app, as its `run_server` makes it, without the uvicorn that it would run in."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    tasks = await engine.get_supported_tasks()
+    app = build_app(arguments, supported_tasks=tasks, model_config=engine.model_config)
+    _blame_bodies(app)
+    app.middleware_stack = app.build_middleware_stack()  # handlers are in it, and vLLM has built it before
+    await init_app_state(engine, app.state, arguments, supported_tasks=tasks)
+    app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
+    return app
 
 
 def _fields_of(app: Any) -> frozenset[str]:
     """The names of all fields that vLLM's routes know."""
     schemas = app.openapi().get("components", {}).get("schemas", {}).values()
-    return frozenset(name for one in schemas for name in one.get("properties", ()))
+    return frozenset(name for schema in schemas for name in schema.get("properties", ()))
 
 
 def _blame_bodies(app: Any) -> None:
     """Answers 400, not vLLM's 500, where its validators stumble over a body (`"structured_outputs": 1`).
 
-    What an endpoint itself raises, with a body that was read, stays a server error.
+    What an endpoint itself raises, with a body that was read, stays a server error. FastAPI has no other mark of which
+    of the two it is than the function that calls endpoints.
     """
     from fastapi.responses import JSONResponse
 
@@ -145,8 +178,8 @@ def _blame_bodies(app: Any) -> None:
         app.add_exception_handler(kind, handle)
 
 
-class _Shared:
-    """The one `Meter`, an actor, as a replica's front sees it."""
+class _SharedMeter:
+    """The one `Meter`, an actor, as a replica asks it."""
 
     def __init__(self, meter: Any):
         self._meter = meter
@@ -160,44 +193,57 @@ class _Shared:
 
 
 def counting(
-    generate: Callable[..., Any], scores: bool = True, sampling: SamplingConfig | None = None
+    generate: Callable[..., Any], can_score: bool = True, sampling: SamplingConfig | None = None
 ) -> Callable[..., AsyncIterator[Any]]:
-    """vLLM's `generate`, noting prompt and answer tokens in the request's `Call`; with the call's adapter.
+    """vLLM's `generate`, with the adapter of the request's `Call`, noting prompt and answer tokens in it.
 
     ValueError, which vLLM answers with 400, for what could end the engine.
 
     Args:
-        scores: it can score prompts.
+        can_score: whether the engine can give log-probabilities of prompts.
         sampling: the stop texts of requests for text that name none. vLLM's defaults for requests have no such field.
     """
 
     async def counted(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
-        call, before = CALL.get(), [0] * (sampling_params.n or 1)
-        is_delta = sampling_params.output_kind.name == "DELTA"
         is_text = sampling_params.detokenize and sampling_params.structured_outputs is None
         if sampling is not None and is_text and not sampling_params.stop:
             sampling_params.stop = list(sampling.stop)
             sampling_params.include_stop_str_in_output |= sampling.include_stop
-        if sampling_params.prompt_logprobs is not None and not scores:
+        if sampling_params.prompt_logprobs is not None and not can_score:
             raise ValueError("log-probabilities of the prompt are not given here")
+        call = CALL.get()
         if call is not None and (task := asyncio.current_task()):
             call.work.add(task)
         if call is not None and call.adapter is not None:
             options["lora_request"] = call.adapter.lora_request
+        count = _counter(call, sampling_params)
         async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:
-            first = True
             async for output in outputs:
-                if call is not None:
-                    if first:
-                        call.prompt_tokens += len(output.prompt_token_ids or ())
-                    for one in output.outputs:
-                        known = 0 if is_delta else before[one.index]
-                        before[one.index] = len(one.token_ids)
-                        call.tokens += len(one.token_ids) - known
-                first = False
+                count(output)
                 yield output
 
     return counted
+
+
+def _counter(call: Call | None, sampling_params: Any) -> Callable[[Any], None]:
+    """Adds the tokens of each output of one request to the engine."""
+    seen: Counter[int] = Counter()  # tokens of each answer so far, where outputs have all and not the new ones
+    is_delta = sampling_params.output_kind.name == "DELTA"
+    is_first = True
+
+    def count(output: Any) -> None:
+        nonlocal is_first
+        if call is None:
+            return
+        if is_first:
+            call.prompt_tokens += len(output.prompt_token_ids or ())
+            is_first = False
+        for answer in output.outputs:
+            call.tokens += len(answer.token_ids) - seen[answer.index]
+            if not is_delta:
+                seen[answer.index] = len(answer.token_ids)
+
+    return count
 
 
 def _last_error_on_stderr() -> str:
@@ -212,7 +258,7 @@ def _last_error_on_stderr() -> str:
 def last_error(text: str, but: str = "\0") -> str:
     """`Kind: message`, in one line, of the last traceback in `text` whose message does not start with `but`."""
     prefix = r"^(?:\([^)]*\) |ERROR \S+ \S+ \[[^]]*\] |[^\w\n])*"
-    found = re.findall(prefix + r"((?:[\w.]*\.)?\w*(?:Error|Exception): .+(?:\n[ \t]+\S.*)*)", text, re.MULTILINE)
-    found = [" ".join(one.split()) for one in found if but not in one]
-    last = re.sub(r"^(?:[\w.]+\.)?(?:(?:User|Runtime)Error: )?", "", found[-1]) if found else ""
+    errors = re.findall(prefix + r"((?:[\w.]*\.)?\w*(?:Error|Exception): .+(?:\n[ \t]+\S.*)*)", text, re.MULTILINE)
+    errors = [" ".join(error.split()) for error in errors if but not in error]
+    last = re.sub(r"^(?:[\w.]+\.)?(?:(?:User|Runtime)Error: )?", "", errors[-1]) if errors else ""
     return last.partition(" [type=")[0][:MAX_CAUSE]  # pydantic repeats the whole input there

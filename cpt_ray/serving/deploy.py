@@ -63,12 +63,12 @@ def serve_model(
     it. UserError, naming the cause, for whatever keeps it from starting.
     """
     served = plan_serving(config, run, model or run.model)
-    fixed, made = choose_keys(config.serve.host, run, api_key, insecure)
+    fixed, new_key = choose_keys(config.serve.host, run, api_key, insecure)
     served = replace(served, fixed_keys=fixed)
     if connecting is not None and starts_own_cluster():
         free_port(config.serve.host, config.serve.port)
     with connecting or contextlib.nullcontext():
-        return _serve(config, run, served, made, block)
+        return _serve(config, run, served, new_key, block)
 
 
 def _serve(config: RunConfig, run: RunDir, served: Served, new_key: str | None, block: bool) -> str:
@@ -85,7 +85,7 @@ def _serve(config: RunConfig, run: RunDir, served: Served, new_key: str | None, 
         try:
             targets = _targets(config, served)
             _start(config, targets, port)
-            for name in set(before.applications) - {one.name for one in targets}:
+            for name in set(before.applications) - {target.name for target in targets}:
                 serve.delete(name)  # an untuned model that is no longer asked for
             asleep = config.serve.replicas.least == 0
             on_head(wait_until_healthy, url, PROXY_PATH if asleep else OPEN_PATH)
@@ -107,9 +107,9 @@ def _block(run: RunDir) -> None:
     try:
         while True:
             time.sleep(LOOK_SECONDS)
-            found = serve.status().applications.get(APPLICATION)
-            if found is None or found.last_deployed_time_s != deployed:
-                say("the server was stopped" if found is None else "another `cpt serve` has taken over")
+            application = serve.status().applications.get(APPLICATION)
+            if application is None or application.last_deployed_time_s != deployed:
+                say("the server was stopped" if application is None else "another `cpt serve` has taken over")
                 return
     except KeyboardInterrupt:
         say("stopping")
@@ -125,7 +125,7 @@ def _stop(run: RunDir) -> None:
     import ray
     from ray import serve
 
-    with contextlib.redirect_stdout(io.StringIO()):  # where Ray reports that the controller, told to end, has ended
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray reports there that the controller has ended, as it was to
         serve.shutdown()
     with contextlib.suppress(ValueError):  # it never started
         ray.kill(ray.get_actor(_meter_name(run), namespace=APPLICATION))
@@ -229,16 +229,17 @@ def _start(config: RunConfig, targets: list[Any], port: int) -> None:
         serve.run_many(targets, wait_for_applications_running=False)
         running = 0
         while True:
-            applications = serve.status().applications
-            found = [applications[one.name] for one in targets]
-            parts = [part for one in found for part in one.deployments.values()]
-            why = "\n".join([one.message for one in (*found, *parts)])
-            before, running = running, sum(one.replica_states.get("RUNNING", 0) for one in parts)
-            if all(one.status == "RUNNING" for one in found):
+            status = serve.status().applications
+            applications = [status[target.name] for target in targets]
+            deployments = [part for application in applications for part in application.deployments.values()]
+            why = "\n".join(part.message for part in (*applications, *deployments))
+            before, running = running, sum(part.replica_states.get("RUNNING", 0) for part in deployments)
+            if all(application.status == "RUNNING" for application in applications):
                 advance(running - before, "")
                 return
+            # a replica that no node has room for is only told from others by Serve's text (Ray 2.60)
             advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
-            if any(one.status == "DEPLOY_FAILED" for one in found):
+            if any(application.status == "DEPLOY_FAILED" for application in applications):
                 raise UserError(f"the model cannot be served: {last_error(why) or _end_of(why)}")
             if time.monotonic() > deadline:
                 raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_end_of(why)}")

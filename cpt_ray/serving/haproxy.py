@@ -68,18 +68,20 @@ def on_head(work: Callable[..., Result], *arguments: Any) -> Result:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # Ray has no public name for the head node; it gives it this resource (Ray 2.60)
     heads = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     if not heads or ray.get_runtime_context().get_node_id() in heads:
         return work(*arguments)
     there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
     try:
-        done: Result = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(work).remote(*arguments))
+        result: Result = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(work).remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return done
+    return result
 
 
 def running_port() -> int:
+    """Where Serve listens already; its client alone knows the HTTP options that it was started with (Ray 2.60)."""
     from ray.serve.context import _get_global_client
 
     return int(_get_global_client().http_config.port)
@@ -107,18 +109,19 @@ def reachable(host: str) -> str:
 
 
 def wait_until_healthy(url: str, path: str) -> None:
+    """UserError if it does not answer 200 in time."""
     deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
     while True:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=HEALTH_TIMEOUT_SECONDS)
         try:
             connection.request("GET", path)
-            found = f"status {connection.getresponse().status}"
+            answer = f"status {connection.getresponse().status}"
         except OSError as error:
-            found = str(error)
+            answer = str(error)
         finally:
             connection.close()
-        if found == "status 200":
+        if answer == "status 200":
             return
         if time.monotonic() > deadline:
-            raise UserError(f"{url}{path} does not answer after {HEALTH_TIMEOUT_SECONDS:.0f} s ({found})")
+            raise UserError(f"{url}{path} does not answer after {HEALTH_TIMEOUT_SECONDS:.0f} s ({answer})")
         time.sleep(0.1)

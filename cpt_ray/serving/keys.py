@@ -133,15 +133,15 @@ class Keyring:
         """The key in an Authorization header; compares with every known one, so that the time tells nothing."""
         scheme, _, given = authorization.partition(b" ")
         hashed = hashlib.sha256(given.strip()).hexdigest()
-        found = None
+        match = None
         for key in self.keys:
             if hmac.compare_digest(hashed, key.hash):
-                found = key
-        if found is None or scheme.lower() != b"bearer":
+                match = key
+        if match is None or scheme.lower() != b"bearer":
             return UNKNOWN_KEY
-        if (state := found.state()) != "open":
+        if (state := match.state()) != "open":
             return Refusal(status=403, code=f"key_{state}", text=f"This API key {STATES[state]}.")
-        return found
+        return match
 
     def add(self, key: Key) -> None:
         """Writes one more key; UserError if the name is taken, or cannot be read in a list."""
@@ -153,18 +153,18 @@ class Keyring:
                 "characters, without spaces around it: it is a line of `cpt keys list`"
             )
         with self._newest():
-            if any(one.name == key.name for one in self.keys):
+            if any(other.name == key.name for other in self.keys):
                 raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
             self._write((*self._keys, key))
 
     def revoke(self, name: str) -> None:
         """Marks a key as revoked; UserError if there is none of that name."""
-        if name not in (known := [one.name for one in self.keys]):
+        if name not in (known := [key.name for key in self.keys]):
             raise UserError(
                 f"{self._path}: no key named {name[: MAX_NAME + 1]!a}{did_you_mean(name[:MAX_NAME], known)}"
             )
         with self._newest():
-            self._write(tuple(dataclasses.replace(one, revoked=one.revoked or one.name == name) for one in self._keys))
+            self._write(tuple(dataclasses.replace(key, revoked=key.revoked or key.name == name) for key in self._keys))
 
     @contextmanager
     def _newest(self) -> Iterator[None]:
@@ -191,7 +191,7 @@ def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, 
 
 
 class Counts(Protocol):
-    """What the front asks of the meter, wherever that runs."""
+    """What a replica asks of the meter, wherever that runs."""
 
     async def admit(self, key: Key) -> Refusal | None: ...
 
@@ -227,10 +227,10 @@ class Meter:
         self._spent: dict[str, int] = self._store.read(self._name) or {}
 
     def _bucket(self, key: Key, unit: str, per_minute: int) -> _Bucket:
-        found = self._buckets.get((key.name, unit))
-        if found is None or found.per_minute != per_minute:
-            found = self._buckets[key.name, unit] = _Bucket(per_minute, self._clock())
-        return found
+        bucket = self._buckets.get((key.name, unit))
+        if bucket is None or bucket.per_minute != per_minute:
+            bucket = self._buckets[key.name, unit] = _Bucket(per_minute, self._clock())
+        return bucket
 
     async def admit(self, key: Key) -> Refusal | None:
         """None, and one request counted, if the key's limits leave room for it."""
@@ -256,7 +256,7 @@ class Meter:
 def choose_keys(
     host: str, run: RunDir, api_key: str | None, insecure: bool
 ) -> tuple[tuple[Key, ...] | None, str | None]:
-    """(keys beside the run's own, the one that was made here); UserError if nothing would guard an open network."""
+    """(keys beside the run's own, the text of one made here); UserError if nothing would guard an open network."""
     if insecure:
         return None, None
     given = api_key or os.environ.get(KEY_VARIABLE)

@@ -494,6 +494,19 @@ class LoraConfig(_Section):
 Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
 
 
+TRAIN_PLACES = {
+    "num_workers",
+    "use_gpu",
+    "resources_per_worker",
+    "sharding",
+    "save_steps",
+    "max_failures",
+    "checkpoints",
+    "report_to",
+}
+"""Keys of `train` that change no weights (but for the order of sums): another value trains nothing anew."""
+
+
 class TrainConfig(_Section):
     """DPO."""
 
@@ -538,6 +551,11 @@ class TrainConfig(_Section):
     """How often a died worker group is started again from the last checkpoint."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where loss and metrics go; TensorBoard's files are in the run directory."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that change what is learned: not where it is done, nor where it is kept."""
+        return self.model_dump(exclude=TRAIN_PLACES)
 
     @property
     def precision(self) -> Literal["float32", "bfloat16"]:

@@ -140,8 +140,8 @@ def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
     """What stands in for Ray, vLLM and training, by its place in the package."""
     return {
         "engines.pool._run_pool": functools.partial(run_pool, engine),
-        "cli.connected": lambda *_, **__: contextlib.nullcontext(),
-        "cli._check_room": lambda *_: None,
+        "pipeline.connected": lambda *_, **__: contextlib.nullcontext(),
+        "pipeline._check_room": lambda *_: None,
         "training.stage.train": _train,
         "logprobs.reference.ReferenceModel": KnownModel,
         "steering.tables.VllmEngine": lambda model: engine,

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 RANKS = [
     ("__main__",),
     ("cli",),
+    ("pipeline",),
     ("serving",),
     ("steering", "synthesis", "evaluation", "training"),
     ("judging",),

@@ -1,0 +1,341 @@
+"""What each command does, and what each product of a run depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cpt_ray.cluster import check_room, connected
+from cpt_ray.config import (
+    ModelConfig,
+    PreferenceRunConfig,
+    RunConfig,
+    TuneConfig,
+    load_any_config,
+    load_config,
+    local_path,
+)
+from cpt_ray.console import say, status_lines
+from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
+from cpt_ray.engines.vllm import engine_env
+from cpt_ray.engines.worker import endpoint_key
+from cpt_ray.errors import UserError
+from cpt_ray.plan import Plan, Shards, make_plan, plan_units, run_info
+from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
+from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
+from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.synthesis.stage import name_shards, resolved, synthesize
+from cpt_ray.tables.records import Directive, content_id
+from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.training.publishing import HUB, push
+from cpt_ray.yaml_file import read_yaml
+
+TRAIN_FORMAT = 2
+"""Goes up when the same settings and pairs train another model than before."""
+
+
+# ---------------------------------------------------------------- check, status
+
+
+def check(paths: Sequence[Path]) -> None:
+    """Checks rubric and run files without starting anything; UserError with a line per problem."""
+    files = rubric_files(list(paths))
+    run_files = [path for path in files if _is_run_file(path)]
+    files = [path for path in files if path not in run_files]
+    load_rubrics(files)
+    for path in run_files:
+        _check_run_file(path)
+    for path in files:
+        rubric = load_rubric(path)
+        measured = f", {len(rubric.measured)} measured" if rubric.measured else ""
+        say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {len(rubric.criteria)} criteria{measured})")
+
+
+def _is_run_file(path: Path) -> bool:
+    return not {"policy", "writer", "preferences"}.isdisjoint(read_yaml(path))
+
+
+def _check_run_file(path: Path) -> None:
+    config = load_any_config(path)
+    if not isinstance(config, RunConfig):
+        say(f"{path}: ok (a training on {config.preferences.source})")
+        return
+    plan = make_plan(config)
+    answers = sum(len(list(units)) for units in plan_units(plan).values())
+    train, held_out = (len(plan.prompts_of(split)) for split in ("train", "held_out"))
+    say(
+        f"{path}: ok ({len(plan.rubrics)} rubrics, {train} prompts and {held_out} held out, {answers} answers in the "
+        f"first pass; run directory {config.run_dir})"
+    )
+
+
+def status(run: Path) -> None:
+    """What a run has done and what it cost, read from its directory alone."""
+    folder = RunDir(run)
+    info, ledger = folder.read_yaml("run.yaml"), folder.read_json("ledger.json") or {}
+    if not isinstance(info, dict) or "name" not in info:
+        raise UserError(f"{run}: no run.yaml there that names a run; give the directory of a run (runs/NAME)")
+    say(f"{info['name']}: {'a process is at work on it' if folder.busy else 'no process is at work on it'}")
+    say("\n".join(status_lines(ledger)) or "nothing is done yet")
+
+
+# ---------------------------------------------------------------- the stages of a run
+
+
+def train_key(config: TuneConfig, *data: object) -> str:
+    """Hash of all that the tuned model depends on; where it is trained is not part of it.
+
+    Args:
+        data: the shards of pairs, or what identifies a preference set.
+    """
+    settings = {**config.train.settings, "format": TRAIN_FORMAT}
+    return content_id(*data, settings, config.policy.policy_key, config.seed)
+
+
+def finished_synthesis(plan: Plan, run: RunDir) -> tuple[Plan, Shards]:
+    """The plan with its levels, and the names of the synthesis tables; UserError if they are not complete."""
+    units = plan_units(plan)
+    shards = name_shards(plan, units)
+    plan = resolved(plan, run, units)
+    if not all(run.has("pairs", name) for name in shards.pairs):
+        raise UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
+    return plan, shards
+
+
+def _train(plan: Plan, run: RunDir) -> None:
+    from cpt_ray.training.stage import train
+
+    plan, shards = finished_synthesis(plan, run)
+    train(plan.config, run, shards.pairs, train_key(plan.config, shards.pairs), rubrics=plan.rubrics)
+    catalog = Catalog.build(plan.rubrics, run.read("directives", shards.directives, Directive))
+    run.write_json(CATALOG_FILE, catalog.to_json())
+    if run.adapter.exists():  # an adapter is served from its folder alone
+        run.write_json(f"{run.adapter.name}/{CATALOG_FILE}", catalog.to_json())
+
+
+def _evaluate(plan: Plan, run: RunDir) -> None:
+    from cpt_ray.evaluation.stage import evaluate
+
+    plan, shards = finished_synthesis(plan, run)
+    mark = run.read_json(MARK)
+    if not mark or mark["key"] != train_key(plan.config, shards.pairs):
+        problem = "was trained with other settings or pairs" if mark else "is not there"
+        raise UserError(f"{run.model}: the tuned model {problem}; run `cpt train` with this run file first")
+    evaluate(plan, run, shards)
+
+
+def _run(plan: Plan, run: RunDir) -> None:
+    start = time.monotonic()
+    synthesize(plan, run)
+    _train(plan, run)
+    _evaluate(plan, run)
+    say(f"total        {time.monotonic() - start:.0f} s")
+
+
+STAGES: dict[str, Callable[[Plan, RunDir], object]] = {
+    "run": _run,
+    "synthesize": synthesize,
+    "train": _train,
+    "evaluate": _evaluate,
+}
+"""Commands that go on where they were stopped."""
+
+
+def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: bool) -> None:
+    """One stage of a run (or, for "run", all of them), on the cluster this process belongs to."""
+    if command == "train" and isinstance(alone := load_any_config(run_file, overrides), PreferenceRunConfig):
+        _train_alone(alone, verbose)
+        return
+    config = load_config(run_file, overrides)
+    run = RunDir(Path(config.run_dir).absolute())
+    config, dtype = with_dtype(config, run)
+    plan = make_plan(config)
+    convert_models(roles_of(config))
+    for role in _called(command, plan).values():
+        endpoint_key(role)
+    if command == "run":  # hours before it is trained
+        from cpt_ray.training.checks import open_policy
+
+        open_policy(config)[0].check()
+    if command in ("train", "evaluate") and not run.path.exists():
+        raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
+    with run.locked():
+        run.check_format()
+        _write_run(run, config, dtype, **run_info(plan))
+        with connected(verbose, run.path / "ray.log"):
+            _check_room(command, plan)
+            STAGES[command](plan, run)
+            if command == "run":
+                _say_next(run_file, config, overrides)
+
+
+def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
+    """A model from a preference set, without a synthesis."""
+    from cpt_ray.training.stage import train
+
+    source, run = config.preferences.source, RunDir(Path(config.run_dir).absolute())
+    path = Path(source)
+    config, dtype = with_dtype(config, run)
+    convert_models(roles_of(config))
+    data = _file_hash(path) if path.is_file() else source
+    with run.locked():
+        _write_run(run, config, dtype, name=config.name, preferences=data)
+        key = train_key(config, data, config.preferences.data_split)
+        train(config, run, (), key, connected(verbose, run.path / "ray.log"))
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_run(run: RunDir, config: TuneConfig, dtype: str | None, **info: object) -> None:
+    run.write_run({"config": config.model_dump(mode="json"), **({CPU_DTYPE: dtype} if dtype else {}), **info})
+
+
+def _called(command: str, plan: Plan) -> dict[str, ModelConfig]:
+    """The models that a command asks, by their names in the run file; no judge where everything is measured."""
+    config, is_judged = plan.config, any(rubric.judged for rubric in plan.rubrics)
+    roles: dict[str, ModelConfig] = {}
+    if command in ("run", "synthesize"):
+        roles = {"writer": config.writer, "director": config.director}
+        roles |= {f"judges[{at}]": judge for at, judge in enumerate(config.judges)}
+        roles |= {"policy": config.policy} if config.synthesis.control else {}
+    if command in ("run", "evaluate"):
+        roles |= {"policy": config.policy}
+        is_judged = is_judged or config.evaluate.judge_check is not None
+    return roles | ({"judge": config.judge} if is_judged and command != "train" else {})
+
+
+def _check_room(command: str, plan: Plan) -> None:
+    """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
+    from cpt_ray.training.checks import check_workers
+
+    for name, role in _called(command, plan).items():
+        if role.endpoint is None:
+            each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
+            remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
+            check_room(name, each, role.num_actors.least, remedy)
+    if command in ("run", "train"):
+        check_workers(plan.config.train)
+
+
+def _say_next(run_file: Path, config: RunConfig, overrides: Sequence[str]) -> None:
+    program = "cpt" if shutil.which("cpt") or not sys.argv[0].endswith("cpt") else os.path.relpath(sys.argv[0])
+    command = shlex.join([program, "serve", str(run_file), *overrides])
+    rubric = load_rubrics(config.rubric_paths)[0]
+    say(f"\nServe it:    {command}")
+    say(
+        f"Talk to it:  curl http://{config.serve.host}:{config.serve.port}/v1/chat/completions "
+        "-H 'Content-Type: application/json' \\\n"
+        '               -H "Authorization: Bearer $CPT_API_KEY" -d '
+        f'\'{{"model": "{config.name}", "configuration": {{"{rubric.id}": "{rubric.levels[-1].name}"}}, '
+        f'"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}\''
+    )
+
+
+# ---------------------------------------------------------------- push, steer, serve
+
+
+def push_model(run_file: Path, target: str, overrides: Sequence[str]) -> None:
+    """The run's model to a folder or to the Hugging Face Hub."""
+    run = RunDir(Path(load_any_config(run_file, overrides).run_dir))
+    push(run, target if target.startswith(HUB) else str(_given_path("TARGET", target)))
+
+
+def _given_path(name: str, text: str) -> Path:
+    """A path among the arguments, with its ~ replaced; UserError for an address."""
+    try:
+        return Path(local_path(text))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def steer(
+    action: str, run_file: Path, overrides: Sequence[str], choices: str | None, dry_run: bool, verbose: bool
+) -> None:
+    """One action of few-shot steering ("fit", "infer" or "evaluate"), on the cluster this process belongs to."""
+    config = load_config(run_file, overrides)
+    run = RunDir(Path(config.run_dir).absolute())
+    config, _ = with_dtype(config, run, tell=lambda _: None)  # a result is all that is printed
+    plan = make_plan(config)
+    convert_models(roles_of(config))
+    os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
+    from cpt_ray.evaluation.stage import update_report
+    from cpt_ray.steering import comparison, stage
+
+    shards = None
+    if action != "infer" and not config.steer.answers:
+        plan, shards = finished_synthesis(plan, run)
+    steering = stage.Steering(plan, run, shards)
+    if action == "infer" and dry_run:
+        raise UserError("steer infer: nothing is learned there, so --dry-run says nothing; leave it out")
+    if action == "infer" and not choices:
+        raise UserError("steer infer: give the user's choices: --choices FILE.jsonl")
+    if action != "fit" and config.steer.answers:
+        raise UserError(f"steer {action}: needs a tuned policy; with steer.answers there is only `steer fit`")
+    if dry_run:
+        stage.describe(steering)
+        return
+    choices_made = stage.read_choices(_given_path("--choices", choices)) if action == "infer" and choices else []
+    with run.locked(), connected(verbose, run.path / "ray.log"):
+        if choices_made:
+            say(json.dumps(stage.infer(steering, choices_made), indent=2, ensure_ascii=False))
+        elif action == "fit":
+            comparison.compare_rewards(steering)
+        else:
+            comparison.evaluate(steering)
+            if shards:
+                update_report(plan, run, shards)
+
+
+def serve(run_file: Path, overrides: Sequence[str], insecure: bool, verbose: bool) -> None:
+    """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
+    from cpt_ray.serving.deploy import serve_model
+    from cpt_ray.serving.haproxy import serve_env
+
+    config = load_config(run_file, overrides)
+    run, connecting = RunDir(Path(config.run_dir).absolute()), connected(verbose, more_env=serve_env())
+    config, _ = with_dtype(config, run)
+    needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}
+    convert_models({name: role for name, role in roles_of(config).items() if name in needed})
+    serve_model(config, run, api_key=None, insecure=insecure, connecting=connecting)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def _keyring(run_file: Path, overrides: Sequence[str]) -> tuple[RunDir, Keyring]:
+    run = RunDir(Path(load_config(run_file, overrides).run_dir).absolute())
+    return run, Keyring(run.path / KEYS_FILE)
+
+
+def add_key(run_file: Path, name: str, overrides: Sequence[str], **limits: float | None) -> None:
+    """Makes an API key of a run and prints it, once."""
+    run, keyring = _keyring(run_file, overrides)
+    key, secret = make_key(name, **limits)
+    keyring.add(key)
+    say(f"{secret}\n(the key of {key.name}, shown only here; kept as a hash in {run.path / KEYS_FILE})")
+
+
+def list_keys(run_file: Path, overrides: Sequence[str]) -> None:
+    """Prints the keys of a run, their limits and what was used of them."""
+    run, keyring = _keyring(run_file, overrides)
+    spent = run.read_json(SPENT_FILE) or {}
+    for key in keyring.keys:
+        name = key.name if key.name.isprintable() else ascii(key.name)  # of an earlier version
+        say(f"{name:<20} {key.describe(spent.get(key.name, 0))}")
+
+
+def revoke_key(run_file: Path, name: str, overrides: Sequence[str]) -> None:
+    """Closes a key for good."""
+    _, keyring = _keyring(run_file, overrides)
+    keyring.revoke(name)
+    say(f"{name} is revoked; a running server refuses it within a second")

@@ -163,7 +163,7 @@ def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: b
     if command == "run":  # hours before it is trained
         from cpt_ray.training.checks import open_policy
 
-        open_policy(config)[0].check()
+        open_policy(config).tokeniser.check()
     if command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
     with run.locked():

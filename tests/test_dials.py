@@ -74,7 +74,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 9))
 
 
 @given(sizes, sizes, sizes, sizes)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_slope_and_crosstalk_are_what_moved_over_what_was_asked(
     short: tuple[int, int], long: tuple[int, int], simple: tuple[int, int], learned: tuple[int, int]
 ) -> None:

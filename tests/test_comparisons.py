@@ -14,7 +14,8 @@ from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_rows
 from cpt_ray.texts import half_character, is_blank
-from cpt_ray.training.comparisons import is_empty_answer, read_comparisons, same_answers, unread_fields
+from cpt_ray.training.comparisons import read_comparisons, unread_fields
+from cpt_ray.training.messages import is_empty_answer, same_answers
 
 Row = dict[str, Any]
 ASK = {"role": "user", "content": "What is 2+2?"}

@@ -13,16 +13,15 @@ A row that could be read in two ways, or whose context is in a column that is no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cpt_ray.chat.conversations import ChatMessage
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.texts import common_length, half_character, is_blank, messages_in, refuse_messages_in, same_text, squashed
+from cpt_ray.texts import common_length, half_character, is_blank, refuse_messages_in, squashed
+from cpt_ray.training.messages import Turns, from_json, is_empty, read_turns, without_nulls
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERS = ("chosen", "rejected")
 QUESTIONS = ("question", "input")
 """Columns that hold the user's message in the layout of Orca's pairs."""
@@ -39,12 +38,6 @@ FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_co
 """Of a message, those that chat templates know."""
 OURS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "messages", "conversation"}
 """Arguments of chat templates that are not a row's to give."""
-EXPECTED = (
-    "expected TRL's preference format: chosen and rejected, and mostly prompt, all of them text or all of them lists "
-    "of {role, content}"
-)
-
-Turns = str | list[ChatMessage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +75,12 @@ def read_comparisons(rows: Sequence[Mapping[str, Any]], source: str) -> list[Com
 
 def unread_fields(comparisons: Iterable[Comparison]) -> list[str]:
     """Names of the messages' fields that no chat template is known to read, such as `weight`."""
-    turns = (one for comparison in comparisons for one in (comparison.prompt, comparison.chosen, comparison.rejected))
-    return sorted({name for some in turns if isinstance(some, list) for message in some for name in message} - FIELDS)
+    turns = (part for each in comparisons for part in (each.prompt, each.chosen, each.rejected))
+    return sorted({name for part in turns if isinstance(part, list) for message in part for name in message} - FIELDS)
 
 
 def unread_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the columns that say nothing here, such as ratings."""
+    """Names of the columns that are not read here, such as ratings."""
     names = dict.fromkeys(str(name) for row in rows for name, value in row.items() if value is not None)
     return [name for name in names if name and name not in READ]
 
@@ -99,26 +92,31 @@ def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
             raise UserError(f"column {name!r}: only text can be trained on; leave the row or the column out")
         if name in READ:
             _refuse_half_characters(columns[name], name)
-    chosen, rejected = (_turns(row, name) for name in ANSWERS)
-    prompt = _turns(columns, "prompt") if "prompt" in columns else None
+    chosen, rejected = (read_turns(row, name) for name in ANSWERS)
+    prompt = read_turns(columns, "prompt") if "prompt" in columns else None
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("chosen and rejected: one is text, the other is messages; give both in the same form")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if empty := [name for name in ("prompt", *QUESTIONS) if name in row and name not in columns]:
             raise UserError(f"{empty[0]} is empty; fill it in, leave the row out, or the column if no row has one")
-        made = _of_texts(columns, prompt, chosen, rejected, has_system)
+        comparison = _of_texts(columns, prompt, chosen, rejected, has_system)
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list)
-        made = _of_messages(columns, prompt, chosen, rejected)
-    if is_blank(made.prompt) if isinstance(made.prompt, str) else not made.prompt or _is_empty(made.prompt[-1]):
+        comparison = _of_messages(columns, prompt, chosen, rejected)
+    _check(comparison)
+    return comparison
+
+
+def _check(comparison: Comparison) -> None:
+    prompt, template = comparison.prompt, comparison.template
+    if is_blank(prompt) if isinstance(prompt, str) else not prompt or is_empty(prompt[-1]):
         raise UserError("an empty prompt; give one, or leave the row out")
     for name in ("prompt", *ANSWERS, "template"):  # once more, for what stood in a text as JSON
-        _refuse_half_characters(getattr(made, name), name)
-    if isinstance(made.prompt, list):
-        _check_turns(made)
-    elif made.template:
-        raise UserError(f"{', '.join(made.template)}: only messages are rendered with it; give messages, not text")
-    return made
+        _refuse_half_characters(getattr(comparison, name), name)
+    if isinstance(prompt, list):
+        _check_turns(comparison)
+    elif template:
+        raise UserError(f"{', '.join(template)}: only messages are rendered with it; give messages, not text")
 
 
 def _refuse_half_characters(value: Any, name: str) -> None:
@@ -214,7 +212,7 @@ def _of_messages(
     shared = _shared_turns(chosen, rejected)
     lead, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if lead and prompt is not None and not _is_about(prompt, lead):
-        begins = next((one["content"] for one in lead if one["role"] == "user"), lead[0]["content"])
+        begins = next((turn["content"] for turn in lead if turn["role"] == "user"), lead[0]["content"])
         raise UserError(
             f"prompt is {prompt[:60]!r}, but chosen and rejected begin with {begins[:60]!r}; leave out one of them"
         )
@@ -229,7 +227,7 @@ def _of_messages(
 def _shared_turns(chosen: Sequence[ChatMessage], rejected: Sequence[ChatMessage]) -> int:
     """How many messages two conversations begin with alike, less a last answer that is the same in both."""
     pairs = zip(chosen, rejected, strict=False)
-    shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
+    shared = next((at for at, (turn, other) in enumerate(pairs) if turn != other), min(len(chosen), len(rejected)))
     while 0 < shared == min(len(chosen), len(rejected)) and chosen[shared - 1]["role"] == "assistant":
         shared -= 1
     return shared
@@ -237,8 +235,8 @@ def _shared_turns(chosen: Sequence[ChatMessage], rejected: Sequence[ChatMessage]
 
 def _is_about(prompt: str, lead: Sequence[ChatMessage]) -> bool:
     """Whether a prompt's text is that of a conversation's beginning (some sets have all of it there, some one turn)."""
-    said, whole = squashed(prompt), squashed("".join(one["content"] for one in lead))
-    return said in whole or any(squashed(one["content"]) in said for one in lead if one["role"] == "user")
+    text, whole = squashed(prompt), squashed("".join(turn["content"] for turn in lead))
+    return text in whole or any(squashed(turn["content"]) in text for turn in lead if turn["role"] == "user")
 
 
 def _explicit(columns: Mapping[str, Any], prompt: Turns, chosen: Turns, rejected: Turns) -> Comparison:
@@ -277,34 +275,18 @@ def _template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     """`tools`, JSON schemas as such or in a text, and the row's `chat_template_kwargs`."""
     arguments: dict[str, Any] = {}
     if "tools" in columns:
-        tools = _without_nulls(_parsed(columns["tools"], "tools"))
+        tools = without_nulls(from_json(columns["tools"], "tools"))
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise UserError(f"tools: {kind_of(tools)}; expected a list of JSON schemas")
         arguments["tools"] = tools
     if "chat_template_kwargs" in columns:
-        more = _without_nulls(_parsed(columns["chat_template_kwargs"], "chat_template_kwargs"))
+        more = without_nulls(from_json(columns["chat_template_kwargs"], "chat_template_kwargs"))
         if not isinstance(more, dict):
             raise UserError(f"chat_template_kwargs: {kind_of(more)}; expected an object")
         if wrong := sorted(OURS & {*more}):
             raise UserError(f"chat_template_kwargs: {wrong[0]} is not for a row to set; leave it out")
         arguments |= more
     return arguments
-
-
-def _parsed(value: Any, name: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise UserError(f"{name}: a text that is not JSON ({value[:40]!r}); give JSON") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    """A copy without fields that are null: parquet gives each object in a column the fields of all of them."""
-    if isinstance(value, Mapping):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _is_prose(value: Any) -> bool:
@@ -316,87 +298,6 @@ def _is_prose(value: Any) -> bool:
     except ValueError:
         return True
     return False
-
-
-# ---------------------------------------------------------------- messages
-
-
-def _turns(row: Mapping[str, Any], name: str) -> Turns:
-    """A column as text or as messages; UserError if it is neither."""
-    if row.get(name) is None:
-        if name in row:
-            raise UserError(f"{name}: nothing is there (null); give an answer, or leave the row out")
-        near = [column for column in row if str(column).strip().lower() == name]
-        hint = f" (is it {near[0]!r}? rename that column)" if near else ""
-        raise UserError(f"no column {name!r}{hint} among {', '.join(map(repr, row)) or 'none'}; {EXPECTED}")
-    value = row[name]
-    if isinstance(value, str):
-        value = messages_in(value, name)
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{name}: found {kind_of(value)}; {EXPECTED}")
-    return [_message(message, f"{name}[{at}]") for at, message in enumerate(value)]
-
-
-def _message(value: Any, where: str) -> ChatMessage:
-    """A message as the chat template takes it, whole; its content one text."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}: found {kind_of(value)}; expected a message: role and content")
-    calls = value.get("tool_calls")
-    if "role" not in value or ("content" not in value and not calls):
-        raise UserError(f"{where}: found {', '.join(map(str, value))}; expected a message: role and content")
-    if value["role"] not in ROLES:
-        raise UserError(f"{where}.role: found {value['role']!r:.40}; expected {', '.join(ROLES)}")
-    message: ChatMessage = _without_nulls(value)
-    message["content"] = _content(value.get("content"), bool(calls), f"{where}.content")
-    if calls:
-        message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in message["tool_calls"]]
-    return message
-
-
-def _content(value: Any, has_calls: bool, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None and has_calls:
-        return ""
-    if value is None:
-        raise UserError(f"{where}: nothing is there (null); give a text, or leave the row out")
-    parts = value if isinstance(value, list | tuple) else [value]
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: found {kind_of(value)}; expected a text, or a list of text parts")
-    return "\n".join(map(str, texts))  # as the server joins them
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which is what chat templates expect."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise UserError(f"{where}: expected {{function: {{name, arguments}}}}")
-    if not isinstance(function.get("arguments"), str):
-        return dict(call)
-    parsed = {**function, "arguments": _parsed(function["arguments"], f"{where}.arguments")}
-    return {**call, "function": parsed} if "function" in call else parsed
-
-
-def _is_empty(message: ChatMessage) -> bool:
-    return is_blank(message["content"]) and not message.get("tool_calls")
-
-
-def is_empty_answer(answer: Turns) -> bool:
-    """Whether an answer says nothing and calls nothing."""
-    return is_blank(answer) if isinstance(answer, str) else all(map(_is_empty, answer))
-
-
-def same_answers(answer: Turns, other: Turns) -> bool:
-    """Whether a reader sees the same in two answers."""
-    if isinstance(answer, str) or isinstance(other, str):
-        return same_text(str(answer), str(other))
-    return len(answer) == len(other) and all(
-        same_text(message["content"], theirs["content"]) and {**message, "content": ""} == {**theirs, "content": ""}
-        for message, theirs in zip(answer, other, strict=True)
-    )
 
 
 def _check_turns(comparison: Comparison) -> None:

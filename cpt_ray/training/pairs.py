@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -20,12 +20,11 @@ from cpt_ray.training.comparisons import (
     ANSWERS,
     HUMAN_MARK,
     Comparison,
-    is_empty_answer,
     read_comparisons,
-    same_answers,
     unread_columns,
     unread_fields,
 )
+from cpt_ray.training.messages import is_empty_answer, same_answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +65,11 @@ class TokenPairs(list[TokenPair]):
 def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
     """The run's pairs, tokenised; one that cannot be goes with its twin."""
     pairs = list(pairs)
-    made: dict[str, TokenPair] = {}
+    tokenised: dict[str, TokenPair] = {}
     problems: dict[str, Unfit] = {}
     for pair in pairs:
         try:
-            made[pair.pair_id] = _own_pair(pair, tokeniser)
+            tokenised[pair.pair_id] = _own_pair(pair, tokeniser)
         except Unfit as unfit:
             problems[pair.pair_id] = unfit
     rejects = []
@@ -80,7 +79,7 @@ def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
             detail = problem.detail if pair.pair_id in problems else f"its twin: {problem.detail}"
             rejects.append(Reject.of("train", pair, pair.pair_id, problem.reason, detail))
     lost = {reject.subject_id for reject in rejects}
-    return TokenPairs((pair for name, pair in made.items() if name not in lost), rejects)
+    return TokenPairs((pair for name, pair in tokenised.items() if name not in lost), rejects)
 
 
 def end_pairs(pairs: Sequence[Pair], rubrics: Sequence[Rubric]) -> tuple[list[Pair], list[Reject]]:
@@ -133,7 +132,7 @@ def _distinct(prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[
 
 
 def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> TokenPairs:
-    """Any preference set (comparisons.py has the layouts), tokenised; what is in no pair is a reject, and said.
+    """Any preference set (comparisons.py has the layouts), tokenised; rows that become no pair are rejects, and named.
 
     UserError names a row that cannot be read, or that the policy's template cannot render. Ids are hashes of messages,
     so that they stay the same whatever a template makes of them.
@@ -143,7 +142,7 @@ def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> TokenPa
     if not isinstance(comparisons[0].prompt, str):  # plain text needs no template
         for note in tokeniser.check(has_system=False):  # each row's own roles are looked at below
             say(f"note: {note}")
-    found = TokenPairs()
+    pairs = TokenPairs()
     first: dict[str, int] = {}
     for number, comparison in enumerate(comparisons, start=1):
         name = content_id(comparison.prompt, comparison.chosen, comparison.rejected, comparison.template)
@@ -151,13 +150,13 @@ def preference_pairs(config: PreferencesConfig, tokeniser: Tokeniser) -> TokenPa
             if name in first:
                 raise Unfit("repeats another", f"row {first[name]} has the same prompt and answers")
             first[name] = number
-            found.append(_compared_pair(name, comparison, tokeniser))
+            pairs.append(_compared_pair(name, comparison, tokeniser))
         except Unfit as unfit:
-            found.rejects.append(Reject.of_row("train", name, unfit.reason, f"row {number}: {unfit.detail}"))
+            pairs.rejects.append(Reject.of_row("train", name, unfit.reason, f"row {number}: {unfit.detail}"))
         except UserError as error:
             raise UserError(f"{config.source}: row {number}: {error}") from None
-    _say_what_was_read(config.source, rows, comparisons, found.rejects)
-    return found
+    _say_notes(config.source, rows, comparisons, pairs.rejects)
+    return pairs
 
 
 def _compared_pair(name: str, comparison: Comparison, tokeniser: Tokeniser) -> TokenPair:
@@ -179,9 +178,10 @@ def _compared_pair(name: str, comparison: Comparison, tokeniser: Tokeniser) -> T
     return TokenPair(pair_id=name, twin_id=name, prompt_id=content_id(comparison.dialogue), **ids)
 
 
-def _say_what_was_read(
+def _say_notes(
     source: str, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison], rejects: Sequence[Reject]
 ) -> None:
+    """What of the set is read otherwise than its owner may expect, or not at all."""
     if isinstance(comparisons[0].prompt, str):
         say(f"note: {source} is plain text: the chat template is not used")
     if fields := unread_fields(comparisons):
@@ -196,7 +196,7 @@ def _say_what_was_read(
 
 
 def counted(rejects: Iterable[Reject]) -> str:
-    """The same in words, with an example of each."""
+    """How many rejects there are of each reason, in words and with an example of each."""
     groups: dict[str, list[Reject]] = defaultdict(list)
     for reject in rejects:
         groups[reject.reason].append(reject)
@@ -216,27 +216,18 @@ def select_pairs(
         max_pairs: train on at most this many.
         held_out: at most this many, of whole prompts, and no more than a tenth of all.
     """
-    twins: dict[str, list[TokenPair]] = defaultdict(list)
-    for one in pairs:
-        twins[min(one.pair_id, one.twin_id)].append(one)
     rejects: list[Reject] = []
-    fitting: dict[str, list[TokenPair]] = {}
-    for name, group in twins.items():
-        longest = max(one.longest for one in group)
-        if longest <= max_length:
-            fitting[name] = group
-            continue
-        for one in group:
-            answer = one.longest - len(one.prompt_ids)
-            detail = f"{len(one.prompt_ids)} prompt + {answer} answer tokens, {max_length} fit"
-            if one.longest <= max_length:
-                detail += f"; its twin has {longest}"
-            rejects.append(Reject.of("train", one, one.pair_id, "too long", detail))
-    aside = _held_out_prompts([one for group in fitting.values() for one in group], held_out, seed)
+    groups: dict[str, list[TokenPair]] = defaultdict(list)  # a pair and its twin
+    for pair in pairs:
+        groups[_group(pair)].append(pair)
+    for name, group in list(groups.items()):
+        if max(pair.longest for pair in group) > max_length:
+            rejects += _too_long(groups.pop(name), max_length)
+    aside = _held_out_prompts([pair for group in groups.values() for pair in group], held_out, seed)
     kept: set[str] = set()
     left = len(pairs) if max_pairs is None else max_pairs
-    for name in shuffled(fitting, lambda name: (name, seed)):
-        group = fitting[name]
+    for name in shuffled(groups, lambda name: (name, seed)):
+        group = groups[name]
         if group[0].prompt_id in aside:
             continue
         if len(group) <= left:
@@ -244,20 +235,33 @@ def select_pairs(
             left -= len(group)
         else:
             why = f"train.max_pairs is {max_pairs}"
-            rejects += [Reject.of("train", one, one.pair_id, "over max_pairs", why) for one in group]
-    names = [(min(one.pair_id, one.twin_id), one) for one in pairs]
-    held = [one for name, one in names if name in fitting and one.prompt_id in aside]
-    return [one for name, one in names if name in kept], held, rejects
+            rejects += [Reject.of("train", pair, pair.pair_id, "over max_pairs", why) for pair in group]
+    held = [pair for pair in pairs if _group(pair) in groups and pair.prompt_id in aside]
+    return [pair for pair in pairs if _group(pair) in kept], held, rejects
+
+
+def _group(pair: TokenPair) -> str:
+    """Names a pair and its twin."""
+    return min(pair.pair_id, pair.twin_id)
+
+
+def _too_long(group: Sequence[TokenPair], max_length: int) -> Iterator[Reject]:
+    longest = max(pair.longest for pair in group)
+    for pair in group:
+        answer = pair.longest - len(pair.prompt_ids)
+        detail = f"{len(pair.prompt_ids)} prompt + {answer} answer tokens, {max_length} fit"
+        if pair.longest <= max_length:
+            detail += f"; its twin has {longest}"
+        yield Reject.of("train", pair, pair.pair_id, "too long", detail)
 
 
 def _held_out_prompts(pairs: Sequence[TokenPair], held_out: int, seed: int) -> set[str]:
-    counts: dict[str, int] = defaultdict(int)
-    for one in pairs:
-        counts[one.prompt_id] += 1
-    found: set[str] = set()
+    """Prompts, chosen by hash, of at most `held_out` pairs and a tenth of all."""
+    counts = Counter(pair.prompt_id for pair in pairs)
+    prompts: set[str] = set()
     left = min(held_out, len(pairs) // 10)
     for name in shuffled(counts, lambda name: (name, "held out", seed)):
         if counts[name] <= left:
-            found.add(name)
+            prompts.add(name)
             left -= counts[name]
-    return found
+    return prompts

@@ -18,8 +18,8 @@ from cpt_ray.training.pairs import TokenPair
 def make_rows(pairs: Iterable[TokenPair], max_pairs: int) -> list[Row]:
     """Pairs grouped by cell and prompt, in order; what has more than `max_pairs` pairs becomes several rows."""
     groups: dict[tuple[str, tuple[int, ...]], list[TokenPair]] = defaultdict(list)
-    for one in pairs:
-        groups[one.cell_id, one.prompt_ids].append(one)
+    for pair in pairs:
+        groups[pair.cell_id, pair.prompt_ids].append(pair)
     return [
         _make_row(group[start : start + max_pairs])
         for group in groups.values()
@@ -34,14 +34,14 @@ def _make_row(pairs: Sequence[TokenPair]) -> Row:
         return answers.setdefault(ids, (len(answers), level))[0]
 
     first = pairs[0]
-    chosen = [index(one.chosen_ids, one.level) for one in pairs]
-    rejected = [index(one.rejected_ids, one.rejected_level) for one in pairs]
+    chosen = [index(pair.chosen_ids, pair.level) for pair in pairs]
+    rejected = [index(pair.rejected_ids, pair.rejected_level) for pair in pairs]
     return Row(
         cell_id=first.cell_id,
         rubric_id=first.rubric_id,
         level=first.level,
         prompt=list(first.prompt_ids),
-        answers=[list(one) for one in answers],
+        answers=[list(ids) for ids in answers],
         levels=[level for _, level in answers.values()],
         chosen=chosen,
         rejected=rejected,
@@ -57,8 +57,8 @@ def steps_per_epoch(num_pairs: int, step_pairs: int) -> int:
 # ---------------------------------------------------------------- metrics of twins
 
 
-def held_out_metrics(rows: Sequence[Row], logps: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What tells whether the policy reads its directive, from log-probabilities (nats) of each row's answers.
+def held_out_metrics(rows: Sequence[Row], logps_of_rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Measures of whether the policy reads its directive, from log-probabilities (nats) of each row's answers.
 
     A pair is right if the policy raised its chosen answer above its rejected one, against the reference.
 
@@ -75,9 +75,9 @@ def held_out_metrics(rows: Sequence[Row], logps: Sequence[Sequence[float]]) -> d
     own: dict[tuple[str, str], tuple[float, int]] = {}
     longer: list[float] = []
     lost, tokens = 0.0, 0
-    for row, found in zip(rows, logps, strict=True):
-        lengths = [len(one) for one in row["answers"]]
-        gains = [new - old for new, old in zip(found, row["ref_logps"], strict=True)]
+    for row, logps in zip(rows, logps_of_rows, strict=True):
+        lengths = [len(answer) for answer in row["answers"]]
+        gains = [new - old for new, old in zip(logps, row["ref_logps"], strict=True)]
         lost, tokens = lost - sum(gains), tokens + sum(lengths)
         for chosen, rejected in zip(row["chosen"], row["rejected"], strict=True):
             is_right = gains[chosen] > gains[rejected]
@@ -87,8 +87,8 @@ def held_out_metrics(rows: Sequence[Row], logps: Sequence[Sequence[float]]) -> d
                 longer.append((chosen_is_longer == is_right) - chosen_is_longer)
             if row["rubric_id"]:
                 right[f"accuracy/{row['rubric_id']}/{row['level']}"].append(is_right)
-                swaps[row["cell_id"], row["level"], row["levels"][rejected]] = (found[rejected], is_right)
-                own[row["cell_id"], row["level"]] = (found[chosen], lengths[chosen])
+                swaps[row["cell_id"], row["level"], row["levels"][rejected]] = (logps[rejected], is_right)
+                own[row["cell_id"], row["level"]] = (logps[chosen], lengths[chosen])
     gaps = []
     for (cell, level, other), (_, is_right) in swaps.items():
         if twin := swaps.get((cell, other, level)):

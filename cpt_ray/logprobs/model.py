@@ -38,9 +38,9 @@ def load_policy(path: str, **settings: Any) -> Any:
 class FrozenHeadLogProbs(torch.autograd.Function):
     """log softmax(W h)[y] of each token, for weights W [V, H] that are not trained.
 
-    d/dh = W[y] - softmax(W h) W does not depend on what comes later, so it is made in the forward pass from the same
-    tile of logits (as Liger's fused cross-entropy does): two matrix products per tile instead of TRL's three, and
-    [N, H] kept instead of [N, V].
+    d/dh = W[y] - softmax(W h) W does not depend on what comes later, so the forward pass computes it from the same tile
+    of logits (as Liger's fused cross-entropy does): two matrix products per tile instead of TRL's three, and [N, H]
+    kept instead of [N, V].
     """
 
     @staticmethod

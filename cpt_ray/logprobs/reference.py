@@ -63,19 +63,19 @@ def weights_dtype(settings: TrainConfig) -> str:
 
 
 def loading(settings: TrainConfig) -> dict[str, Any]:
-    """How transformers is told to load the policy: its dtype and, for QLoRA, in how many bits."""
-    found: dict[str, Any] = {"dtype": weights_dtype(settings)}
+    """Arguments with which transformers loads the policy: its dtype and, for QLoRA, its quantisation."""
+    arguments: dict[str, Any] = {"dtype": weights_dtype(settings)}
     if settings.lora and settings.lora.quantize:
         import torch
         from transformers import BitsAndBytesConfig
 
-        found["quantization_config"] = BitsAndBytesConfig(
+        arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=settings.lora.quantize,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, settings.precision),
         )
-    return found
+    return arguments
 
 
 def is_autocast(settings: TrainConfig) -> bool:
@@ -102,12 +102,12 @@ class ReferenceStep(Step):
         logps_of_rows = engine.run(rows)
         if not all(math.isfinite(logp) for logps in logps_of_rows for logp in logps):
             raise UserError("the policy gives an answer no finite probability; its weights or train.dtype are broken")
-        found = {
+        table = {
             name: ReferenceLogProb(sequence_id=name, log_prob=logp)
             for row, logps in zip(rows, logps_of_rows, strict=True)
             for name, logp in zip(sequence_ids(row), logps, strict=True)
         }
-        run.write(self.table, shard, found.values(), tally.close(len(found)))
+        run.write(self.table, shard, table.values(), tally.close(len(table)))
 
 
 def add_reference(
@@ -136,7 +136,7 @@ def add_reference(
         runner(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
         run.add_to_ledger(stage, ledger_entry(run, TABLE, names, config.policy.price))
         known = _read(run, key)
-    return [row | {"ref_logps": [known[one] for one in names]} for row, names in zip(rows, ids, strict=True)]
+    return [row | {"ref_logps": [known[name] for name in names]} for row, names in zip(rows, ids, strict=True)]
 
 
 def rows_path(run: RunDir, name: str) -> Path:
@@ -153,7 +153,7 @@ def read_rows_file(path: Path) -> list[Row]:
 def write_rows(run: RunDir, name: str, rows: Sequence[Row], group_size: int = SHARD_ROWS) -> str:
     """Rows as a parquet file that every node sees, in row groups; its path."""
     path = rows_path(run, name)
-    table = pa.Table.from_pylist([dict(one) for one in rows], schema=SCHEMA)
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     with replacing(path) as file:
         pq.write_table(table, file, row_group_size=group_size)
     return str(path)
@@ -168,8 +168,8 @@ SCHEMA = pa.schema(
 
 
 def _read(run: RunDir, key: str) -> dict[str, float]:
-    found = run.read(TABLE, sorted(run.names(TABLE, key)), ReferenceLogProb)
-    return {one.sequence_id: one.log_prob for one in found}
+    table = run.read(TABLE, sorted(run.names(TABLE, key)), ReferenceLogProb)
+    return {record.sequence_id: record.log_prob for record in table}
 
 
 def _role(config: TuneConfig) -> ModelConfig:

@@ -123,16 +123,16 @@ class Tokeniser:
             )
         return prompt_ids, whole[len(prompt_ids) :]
 
-    def _refuse_control_tokens(self, said: Any) -> None:
-        if token := self._template.special_token(said):
+    def _refuse_control_tokens(self, texts: Any) -> None:
+        if token := self._template.special_token(texts):
             raise Unfit("control token", f"{token!r} is a special token of the policy and would not be read as text")
 
 
 def sequence_ids(row: Row) -> list[str]:
     """For each answer, the hash of its and its prompt's token ids: the key in the reference table."""
-    return [content_id(row["prompt"], one) for one in row["answers"]]
+    return [content_id(row["prompt"], answer) for answer in row["answers"]]
 
 
 def num_tokens(row: Row) -> int:
     """Tokens that are run: the prompt's last one is run in front of every answer instead."""
-    return len(row["prompt"]) - 1 + sum(len(one) for one in row["answers"])
+    return len(row["prompt"]) - 1 + sum(len(answer) for answer in row["answers"])

@@ -15,9 +15,9 @@ from cpt_ray.tables.rundir import MARK, RunDir
 
 PROBE_TOKENS = 64
 MOST_GROWTH = 10
-"""How far weights may move, in units of their own size; a model that moved further is no model any more."""
+"""How far weights may move, in units of their own size; a model whose weights moved further gives nonsense."""
 LEAST_KEPT = 0.1
-"""Of the learned change: with less of it in its weights, a model is its base by another name."""
+"""Of the learned change: a model with less of it in its weights is no other model than its base."""
 
 
 @dataclass
@@ -80,16 +80,11 @@ def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoin
         _replace_folder(adapter, run.adapter)
     else:
         shutil.rmtree(run.adapter, ignore_errors=True)
-    made = empty_folder(run.path / ".model.tmp")
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(policy).save_pretrained(made)
-    _replace_folder(made, run.model)
-    return {
-        "dtype": dtype,
-        "kept_share": change.share,
-        "trained": change.trained,
-        "unchanged": change.unchanged,
-    }
+    folder = empty_folder(run.path / ".model.tmp")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    _replace_folder(folder, run.model)
+    return {"dtype": dtype, "kept_share": change.share, "trained": change.trained, "unchanged": change.unchanged}
 
 
 def _merged(policy: str, checkpoint: Path, change: _Change) -> Any:
@@ -106,7 +101,7 @@ def _merged(policy: str, checkpoint: Path, change: _Change) -> Any:
             intended = layer.get_delta_weight(layer.active_adapters[0]).detach().float()
             try:
                 layer.merge(safe_merge=True)
-            except ValueError as error:  # PEFT's way to say that they are not finite
+            except ValueError as error:  # raised by PEFT if they are not finite
                 raise UserError(f"the merged weights are not finite ({first_line(error)}); {DIVERGED}") from None
             change.add(before, layer.get_base_layer().weight.detach(), intended)
     return model.unload()
@@ -153,10 +148,11 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
-def _replace_folder(made: Path, final: Path) -> None:
+def _replace_folder(new: Path, final: Path) -> None:
+    """By renaming, so that a folder of that name is whole at any time."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    made.rename(final)
+    new.rename(final)
     shutil.rmtree(old, ignore_errors=True)

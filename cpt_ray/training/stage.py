@@ -33,7 +33,7 @@ from cpt_ray.training.rows import make_rows, steps_per_epoch
 from cpt_ray.training.worker import PROGRESS, Job, work
 
 FAR_NATS = 2.0
-"""Of `kl` or `drift` per token, from which on a policy is said to be far from its reference."""
+"""Of `kl` or `drift` per token: beyond this, a note says that the policy is far from its reference."""
 LOSS_RISE = 0.1
 KEPT_SHARE = 0.9
 """Of the learned change, that merged weights should keep."""
@@ -51,7 +51,7 @@ def train(
 
     Args:
         pair_shards: of the pairs table; not read if the run file names a preference set.
-        key: hash of all that the model depends on; the model that has it is not made again.
+        key: hash of all that the model depends on; a model of the same key is not trained again.
         connecting: connects to Ray, once the pairs are read and checked; without one, Ray is connected already.
         rubrics: of the pairs; read for `train.contrast`.
     """
@@ -114,7 +114,7 @@ def _tokenised(
     settings = config.train
     policy = open_policy(config)
     tokeniser = policy.tokeniser
-    unwanted: list[Reject] = []  # by the run file's choice, so nothing that has to be said
+    unwanted: list[Reject] = []  # by the run file's choice, so not worth a note
     if isinstance(config, PreferenceRunConfig):
         pairs = preference_pairs(config.preferences, tokeniser)
     else:
@@ -128,14 +128,14 @@ def _tokenised(
     kept, held_out, rejects = select_pairs(pairs, policy.max_length, settings.max_pairs, settings.held_out, config.seed)
     lost = pairs.rejects + unwanted + rejects
     run.write("rejects", f"train-{key}", lost)
-    unsaid = rejects if isinstance(config, PreferenceRunConfig) else pairs.rejects + rejects
+    noted = rejects if isinstance(config, PreferenceRunConfig) else pairs.rejects + rejects
     if not kept:
         remedy = "; raise train.max_length" if any(reject.reason == "too long" for reject in lost) else ""
         why = f"none of {len(lost)} is left: {counted(lost)}{remedy}" if lost else "see the rejects table for why"
         run.add_to_ledger("train", {"rows_in": len(lost), "rows_out": 0, "rejected": reasons(lost)})
         raise UserError(f"train: there are no pairs; {why}")
-    if unsaid:
-        say(f"note: {len(unsaid)} pairs are not trained on: {counted(unsaid)}")
+    if noted:
+        say(f"note: {len(noted)} pairs are not trained on: {counted(noted)}")
     check_vocabulary(kept, policy.vocabulary)
     rows, held_rows = (make_rows(selected, settings.micro_batch_size) for selected in (kept, held_out))
     return _Data(rows, held_rows, lost)
@@ -204,7 +204,7 @@ def _fit(job: Job, num_steps: int) -> dict[str, Any]:
 
 
 def training_notes(summary: dict[str, Any]) -> list[str]:
-    """What somebody should know of a training that ended well but may not have gone well."""
+    """Warnings about a training that ended without an error but may have learned little, or too much."""
     notes: list[str] = []
     last = summary["held_out"][-1] if summary["held_out"] else {}
     gone = {name: last[name] for name in ("kl", "drift") if last.get(name, 0) > FAR_NATS}

@@ -39,6 +39,8 @@ LIGHT = [
     *("serving.app", "serving.keys", "synthesis.pairing", "judging.spread", "engines.losses", "engines.roles"),
     *("cluster", "prompts", "config", "grids", "gguf_model", "yaml_file", "texts", "console", "errors"),
 ]
+HEAVY = ("ray", "torch", "vllm", "transformers", "matplotlib")
+"""matplotlib is wanted only where a report is rendered."""
 
 
 def name_of(path: Path) -> str:
@@ -78,10 +80,10 @@ def test_imports_run_down_the_list_and_none_between_folders_of_one_rank() -> Non
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_what_needs_no_engine_loads_without_ray_torch_or_vllm(name: str) -> None:
+def test_what_needs_no_engine_loads_without_what_is_heavy(name: str) -> None:
     folder = PACKAGE / name
     names = [f"{name}.{path.stem}" for path in folder.glob("*.py")] if folder.is_dir() else [name]
     imports = ", ".join(f"cpt_ray.{each}" for each in names).replace(".__init__", "")
-    code = f"import sys, {imports}; print([x for x in ('ray', 'torch', 'vllm', 'transformers') if x in sys.modules])"
+    code = f"import sys, {imports}; print([x for x in {HEAVY} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

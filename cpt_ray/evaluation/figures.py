@@ -1,13 +1,20 @@
-"""The page's figures as SVG."""
+"""The page's figures, drawn by matplotlib as SVG that takes colours and font from the page's style sheet."""
 
 from __future__ import annotations
 
 import html
+import io
 import itertools
+import math
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from cpt_ray.evaluation.summary import shortened
 from cpt_ray.rubrics.rubric import Rubric
@@ -15,58 +22,90 @@ from cpt_ray.tables.records import Trial, content_id
 
 MAX_POINTS_PER_LEVEL = 60
 """Dots drawn per level and panel, first by hash; means are over all answers."""
+MAX_NAME_CHARS = 13
+"""Of a level's name below a panel."""
+CHARACTER_WIDTH = 6.6
+"""In points, of a level's name: where names need more than there is, they are turned."""
+QUIET, RULE, CARD, BIN, BASE, TUNED = "#59636e", "#d5dae0", "#f5f7f9", "#dfe5ec", "#b34a00", "#005fa3"
+VARIABLES = {QUIET: "quiet", RULE: "rule", CARD: "card", BIN: "bin", BASE: "base", TUNED: "tuned"}
+"""What each colour is called in the style sheet, which has another one for dark pages."""
 COLORS = ("#2f6db5", "#c2571a", "#3d8b4f", "#8b4fa0", "#a03c3c", "#6b7280", "#b08a1e", "#1b8a8f")
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 44, 34
-_WIDTH, _LEFT, _TOP, _PLOT_HEIGHT = 270, 30, 8, 180
+LINES: list[dict[str, Any]] = [{"color": color, "linestyle": style} for style in ("-", "--") for color in COLORS]
+"""Of steering's methods, on light and dark pages."""
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # as text, in the reader's own font
+    "svg.hashsalt": "cpt_ray",  # else ids differ from one rendering to the next
+    "font.size": 12,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": QUIET,
+    "text.color": QUIET,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    "legend.frameon": False,
+}
 
 
-def score_panel(rubric: Rubric, trials: Sequence[Trial], model: str) -> Markup:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many points, with one plot that fills it."""
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    return figure, axes
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure to put into a page: without a prolog, metadata, its own font and its own colours."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<[^>]+>", _plainer, re.sub(r">\s+<", "><", svg))
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def _plainer(match: re.Match[str]) -> str:
+    """A tag with the page's font and colours, and a tenth of a point for the most precise."""
+    tag = re.sub(r"font-family: [^;]*; ?", "", match[0])
+    tag = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", tag)
+    tag = re.sub(r' id="[\w.]+_\d+"', "", tag)  # matplotlib's own, the same in every figure of the page
+    for color, variable in VARIABLES.items():
+        tag = tag.replace(color, f"var(--{variable})")
+    return tag
+
+
+def score_panel(rubric: Rubric, trials: Sequence[Trial], model: str) -> str:
     """Requested level (x) against score (y, 0-100): every answer, the mean per level, and what is asked."""
-    names = [level.name for level in rubric.levels]
-    slot = (_WIDTH - _LEFT - 6) / len(names)
-    turned = max(map(len, names)) * 6.6 > slot
-    height = _TOP + _PLOT_HEIGHT + (82 if turned else 24)
-
-    def x(at: float) -> float:
-        return _LEFT + (at + 0.5) * slot
-
-    def y(score: float) -> float:
-        return _TOP + _PLOT_HEIGHT * (1 - min(max(score, 0), 100) / 100)  # what lies beyond is drawn at the edge
-
-    parts = [
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 6}" y1="{y(at):.1f}" y2="{y(at):.1f}"/>'
-        f'<text class="tick" x="{_LEFT - 5}" y="{y(at) + 4:.1f}">{at}</text>'
-        for at in (0, 25, 50, 75, 100)
-    ]
-    means = []
-    for at, (level, (low, high)) in enumerate(zip(rubric.levels, _bins(rubric), strict=True)):
-        top, bottom = y(high), y(low)
-        own = [(one, one.score) for one in trials if one.level == level.name and one.score is not None]
-        parts.append(
-            f'<rect class="bin" x="{x(at) - 0.44 * slot:.1f}" y="{top:.1f}" width="{0.88 * slot:.1f}"'
-            f' height="{bottom - top:.1f}"/>'
-        )
-        parts += [
-            f'<circle class="dot" cx="{x(at) + 0.66 * slot * (_jitter(one) - 0.5):.1f}" cy="{y(score):.1f}" r="2.2"/>'
-            for one, score in sorted(own, key=lambda pair: pair[0].trial_id)[:MAX_POINTS_PER_LEVEL]
-        ]
-        if own:
-            means.append((x(at), y(sum(score for _, score in own) / len(own))))
-        place = f"{x(at):.1f}" if not turned else f"{x(at) + 4:.1f}"
-        turn = f' transform="rotate(-55 {place} {y(0) + 14:.1f})" class="turned"' if turned else ' class="name"'
-        parts.append(f'<text x="{place}" y="{y(0) + 16:.1f}"{turn}>{html.escape(shortened(level.name, 13))}</text>')
-    parts.append(_line("ideal", [(x(at), y(level.score)) for at, level in enumerate(rubric.levels)]))
-    parts.append(_line("mean", means))
-    parts += [f'<circle class="mark" cx="{cx:.1f}" cy="{cy:.1f}" r="4"/>' for cx, cy in means]
-    label = html.escape(f"{rubric.title}, {model} model: score by requested level")
-    return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {height}" class="panel {model}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>"
-    )
+    width, color, names = 270, {"base": BASE, "tuned": TUNED}[model], [level.name for level in rubric.levels]
+    is_turned = max(map(len, names)) * CHARACTER_WIDTH > (width - 36) / len(names)
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure, axes = _figure(width, 270 if is_turned else 212)
+        means = []
+        for at, (name, (low, high)) in enumerate(zip(names, _bins(rubric), strict=True)):
+            axes.bar(at, high - low, 0.88, low, color=BIN)
+            scored = [(trial, trial.score) for trial in trials if trial.level == name and trial.score is not None]
+            _draw_dots(axes, at, scored, color=color, gid=f"dots-{rubric.id}-{model}-{at}")
+            means.append(statistics.fmean(score for _, score in scored) if scored else math.nan)
+        axes.plot([level.score for level in rubric.levels], "--", color=QUIET, linewidth=1.2)
+        axes.plot(np.clip(means, 0, 100), "o-", color=color, linewidth=2.2, markersize=8, mec=CARD, clip_on=False)
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, 100), yticks=(0, 25, 50, 75, 100))
+        axes.set_xticks(range(len(names)), [shortened(name, MAX_NAME_CHARS) for name in names])
+        for label in axes.get_xticklabels() if is_turned else ():
+            label.set(rotation=55, rotation_mode="anchor", ha="right", va="center")
+        return _svg(figure, f"{rubric.title}, {model} model: score by requested level")
 
 
-def _line(name: str, points: Sequence[tuple[float, float]]) -> str:
-    return f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+def _draw_dots(axes: Axes, at: int, scored: Sequence[tuple[Trial, float]], **style: Any) -> None:
+    """The answers under one level, first by hash, at random sideways."""
+    shown = sorted(scored, key=lambda pair: pair[0].trial_id)[:MAX_POINTS_PER_LEVEL]
+    places = [at + 0.66 * (_jitter(trial) - 0.5) for trial, _ in shown]
+    heights = np.clip([score for _, score in shown], 0, 100)  # what lies beyond is drawn at the edge
+    axes.plot(places, heights, "o", alpha=0.4, markersize=4.4, markeredgewidth=0, clip_on=False, **style)
 
 
 def _bins(rubric: Rubric) -> list[tuple[float, float]]:
@@ -81,36 +120,17 @@ def _jitter(trial: Trial) -> float:
     return int(content_id(trial.trial_id, trial.model)[:6], 16) / 0xFFFFFF
 
 
-def steering_figure(metric: str, results: Mapping[str, Any]) -> Markup:
+def steering_figure(metric: str, results: Mapping[str, Any]) -> str:
+    """Each method's means by number of choices, with their intervals, a little apart."""
     counts, entries = results["counts"], results[metric]
-    known = [one for entry in entries.values() for one in entry["mean"] if one is not None]
-    known += [end for entry in entries.values() for ends in entry["ci"] for end in ends or ()]
-    low, high = min(known) - 0.03, max(known) + 0.03
-
-    def x(at: float) -> float:
-        return LEFT + at / max(1, len(counts) - 1) * (WIDTH - LEFT - 190)
-
-    def y(value: float) -> float:
-        return 10 + float((high - value) / (high - low)) * (HEIGHT - 10 - BOTTOM)
-
-    parts = [
-        f'<text x="{x(at)}" y="{HEIGHT - 12}" text-anchor="middle">{count}</text>' for at, count in enumerate(counts)
-    ]
-    for value in (low + 0.03, (low + high) / 2, high - 0.03):
-        parts.append(f'<text x="4" y="{y(value):.1f}">{value:.2f}</text>')
-    for number, (name, entry) in enumerate(entries.items()):
-        color = COLORS[number % len(COLORS)]
-        shown = [(x(at), one, entry["ci"][at]) for at, one in enumerate(entry["mean"]) if one is not None]
-        line = " ".join(f"{at:.1f},{y(one):.1f}" for at, one, _ in shown)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        for at, _, ends in shown:
-            if ends:
-                parts.append(
-                    f'<line x1="{at + number}" x2="{at + number}" y1="{y(ends[0]):.1f}" y2="{y(ends[1]):.1f}" '
-                    f'stroke="{color}" stroke-opacity="0.5"/>'
-                )
-        top = 18 + 18 * number
-        parts.append(f'<rect x="{WIDTH - 176}" y="{top - 9}" width="10" height="10" fill="{color}"/>')
-        parts.append(f'<text x="{WIDTH - 160}" y="{top}">{html.escape(name)}</text>')
-    label = f"{metric} against number of choices"
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure, axes = _figure(520, 260 + 10 * len(entries))
+        for number, ((name, entry), styles) in enumerate(zip(entries.items(), itertools.cycle(LINES))):
+            places = np.arange(len(counts)) + 0.02 * (number - len(entries) / 2)
+            means = np.array(entry["mean"], dtype=float)
+            ends = np.array([ends or (mean, mean) for ends, mean in zip(entry["ci"], means, strict=True)])
+            axes.errorbar(places, means, np.abs(ends.T - means), label=name, lw=2, elinewidth=1, **styles)
+        axes.set_xticks(range(len(counts)), list(map(str, counts)))
+        axes.set_xlabel("choices")
+        figure.legend(loc="outside lower left", ncols=2)
+        return _svg(figure, f"{metric} against number of choices")

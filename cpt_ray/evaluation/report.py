@@ -16,19 +16,22 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cpt_ray.console import flat, status_lines
-from cpt_ray.evaluation import page_tables
 from cpt_ray.evaluation.dials import Dial
 from cpt_ray.evaluation.resampling import MODELS
 from cpt_ray.evaluation.summary import (
     LOST,
     UNKNOWN,
+    brief,
     chance_of_accuracy,
     decimal,
+    dial_rows,
+    interval,
     judge_check_line,
     lost_counts,
     measure_title,
     opposites,
     percent,
+    result_groups,
     shortened,
     undefined_values,
 )
@@ -89,7 +92,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"decimal": decimal, "percent": percent, "shortened": shortened}
+    filters = {"brief": brief, "decimal": decimal, "interval": interval, "percent": percent, "shortened": shortened}
+    environment.filters |= filters | {"grouped": "{:,}".format}
     return environment
 
 
@@ -109,32 +113,31 @@ def render_report(
         run_info: whatever is known about the run; nested mappings are flattened.
         steering: the content of report/steering.json.
     """
-    from cpt_ray.evaluation import figures
+    from cpt_ray.evaluation import figures  # of matplotlib, which only this needs
 
     prompt, blocks = _opposite_blocks(trials, rubrics)
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            name=run_info.get("name", "run"),
-            headline=_headline(results),
-            context=_context(results, trials, rubrics),
-            prompt=prompt,
-            opposites=blocks,
-            dials=_dials(results, rubrics),
-            figures=[_figure(rubric, trials, results) for rubric in rubrics],
-            max_points=figures.MAX_POINTS_PER_LEVEL,
-            result_table=page_tables.result_table(results),
-            lost={text: lost_counts(results, kind) for kind, text in LOST.items()},
-            agreement=results["judge_agreement"],
-            agreement_table=page_tables.agreement_table(results, rubrics),
-            judge_check=judge_check_line(results.get("judge_check")),
-            examples=[example for rubric in rubrics if (example := _example(rubric, trials))],
-            max_answer_chars=MAX_ANSWER_CHARS,
-            steering=_steering(steering) if steering else None,
-            ledger=status_lines(ledger),
-            facts=list(flat(run_info)),
-        )
+    page = _environment().get_template("report.html")
+    return page.render(
+        models=MODELS,
+        rubrics=rubrics,
+        results=results,
+        steering=steering,
+        name=run_info.get("name", "run"),
+        headline=_headline(results),
+        context=_context(results, trials, rubrics),
+        prompt=prompt,
+        opposites=blocks,
+        **_dials(results, rubrics),
+        score_panel=lambda rubric, model: figures.score_panel(rubric, _directed(trials, rubric, model), model),
+        steering_figure=figures.steering_figure,
+        max_points=figures.MAX_POINTS_PER_LEVEL,
+        result_groups=list(result_groups(results)),
+        lost={text: lost_counts(results, kind) for kind, text in LOST.items()},
+        judge_check=judge_check_line(results.get("judge_check")),
+        examples=[example for rubric in rubrics if (example := _example(rubric, trials))],
+        max_answer_chars=MAX_ANSWER_CHARS,
+        ledger=status_lines(ledger),
+        facts=flat(run_info),
     )
 
 
@@ -202,31 +205,38 @@ def _dial_value(rubric: Rubric, trial: Trial) -> str:
 
 
 def _dials(results: Results, rubrics: Sequence[Rubric]) -> dict[str, Any]:
+    """What the section of the dials needs beside results.json."""
+    titles = {rubric.id: rubric.title for rubric in rubrics}
+    perplexity = results["perplexity"] or {"per_rubric": {}}
+    per_rubric = {title: perplexity["per_rubric"].get(name) for name, title in titles.items()}
     return {
-        "overview": page_tables.dial_table(results, rubrics),
+        "titles": titles,
+        "moved_titles": [f"{title} moves" for title in titles.values()],
+        "dial_rows": dial_rows(results),
+        "measure": lambda entry: measure_title(entry["measure"]),
         "chance": chance_of_accuracy(results),
-        "undefined": undefined_values(results),
-        "levels": page_tables.level_tables(results, rubrics),
-        "crosstalk": page_tables.crosstalk_table(results, rubrics),
-        "gap": page_tables.gap_table(results, rubrics),
-        "perplexity": page_tables.perplexity_table(results, rubrics),
+        "undefined_values": undefined_values(results),
+        "moved": lambda turned, moved, model: _moved(results, turned, moved, model),
+        "perplexities": {"all dials": perplexity, **per_rubric},
     }
 
 
-def _directed(trials: Sequence[Trial], rubric: Rubric) -> list[Trial]:
-    return [trial for trial in trials if trial.rubric_id == rubric.id and trial.directive is not None]
+def _moved(results: Results, turned: str, moved: str, model: str) -> float | None:
+    """The slope of one dial when another, or the same, is turned; None if it is not known."""
+    if turned == moved:
+        entry = results["slope"].get(moved, {}).get(model)
+    else:
+        entry = results["crosstalk"][model][turned].get(moved)
+    return entry["slope"] if entry else None
 
 
-def _figure(rubric: Rubric, trials: Sequence[Trial], results: Results) -> dict[str, Any]:
-    """Base and tuned beside each other."""
-    from cpt_ray.evaluation.figures import score_panel
-
-    panels = []
-    for model in MODELS:
-        rows = [trial for trial in _directed(trials, rubric) if trial.model == model]
-        accuracy = percent(results[model]["per_rubric"][rubric.id]["accuracy"])
-        panels.append({"model": model, "accuracy": accuracy, "svg": score_panel(rubric, rows, model)})
-    return {"title": rubric.title, "panels": panels}
+def _directed(trials: Sequence[Trial], rubric: Rubric, *models: str) -> list[Trial]:
+    """A rubric's trials under a directive."""
+    return [
+        trial
+        for trial in trials
+        if trial.rubric_id == rubric.id and trial.directive is not None and trial.model in (models or MODELS)
+    ]
 
 
 def _example(rubric: Rubric, trials: Sequence[Trial]) -> Example | None:
@@ -253,19 +263,3 @@ def _score_and_level(rubric: Rubric, trial: Trial) -> str:
         return f"{'ungraded' if trial.text else 'no answer'}: {trial.reason}"
     is_hit = confirms(rubric, trial.level, trial.score)
     return f"{trial.score:.0f}, {rubric.nearest_level(trial.score).name}{': as asked' * is_hit}"
-
-
-def _steering(results: Results) -> dict[str, Any]:
-    from cpt_ray.evaluation.figures import steering_figure
-
-    metrics = [
-        {
-            "name": metric,
-            "svg": steering_figure(metric, results),
-            "table": page_tables.steering_table(results, metric),
-        }
-        for metric in page_tables.STEERING_METRICS
-        if results[metric]
-    ]
-    costs = page_tables.cost_table(results) if results["costs"] else None
-    return {"num_users": results["num_users"], "metrics": metrics, "costs": costs}

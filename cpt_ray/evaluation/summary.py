@@ -11,7 +11,6 @@ from cpt_ray.tables.records import Trial
 
 UNKNOWN = "n/a"
 LOST = {"ungraded": "ungraded answers, left out", "unanswered": "requests without an answer, misses"}
-METRIC_TITLES = {"accuracy": "Accuracy", "kendall_tau": "Kendall's tau", "spearman_rho": "Spearman's rho"}
 
 # ---------------------------------------------------------------- numbers as text
 
@@ -19,6 +18,11 @@ METRIC_TITLES = {"accuracy": "Accuracy", "kendall_tau": "Kendall's tau", "spearm
 def decimal(value: float | None, sign: str = "") -> str:
     """`0.76`, or `+0.76` with the sign "+"."""
     return UNKNOWN if value is None else f"{value:{sign}.2f}"
+
+
+def brief(value: float | None) -> str:
+    """`13.7` or `0.729`: three digits."""
+    return UNKNOWN if value is None else f"{value:.3g}"
 
 
 def percent(value: float | None, sign: str = "") -> str:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.config import EvaluateConfig, RunConfig
 from cpt_ray.engines.pool import LocalRunner
-from cpt_ray.evaluation.stage import bare_rows, base_log_probs, in_turn, likely_trials, trials_of
+from cpt_ray.evaluation.likelihood import bare_rows, base_log_probs, likely_trials
+from cpt_ray.evaluation.stage import in_turn, trials_of
 from cpt_ray.synthesis.pair import no_engine
 from cpt_ray.tables.records import Prompt, Trial
 from cpt_ray.tables.rundir import RunDir
@@ -96,7 +97,7 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
 
 
 def test_likelihoods_are_of_the_same_requests_in_both_models_and_of_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpt_ray.evaluation.stage.MAX_LIKELIHOODS", 2)
+    monkeypatch.setattr("cpt_ray.evaluation.likelihood.MAX_LIKELIHOODS", 2)
     trials = [answered(model, prompt, "Rain.") for model in ("base", "tuned") for prompt in (3, 2, 1)]
     others = [answered("base", 0, ""), dataclasses.replace(trials[0], trial_id="t00", is_trained=True)]
     others.append(dataclasses.replace(trials[0], trial_id="t01", directive=None))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.chat.layout import layout_hash
-from cpt_ray.config import EvaluateConfig, TuneConfig
+from cpt_ray.config import EvaluateConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampled
 from cpt_ray.engines.ledger import Tally, ledger_entry, thoughts_note
@@ -19,7 +19,7 @@ from cpt_ray.engines.losses import cut_note
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.dials import LogProbs
+from cpt_ray.evaluation.likelihood import base_log_probs, likely_trials
 from cpt_ray.evaluation.report import write_report
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.summary import judge_check_line
@@ -27,8 +27,6 @@ from cpt_ray.evaluation.terminal import dial_lines, opposites_lines, table_lines
 from cpt_ray.judging.check import check_judge
 from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
 from cpt_ray.judging.spread import Spread, pool_spread
-from cpt_ray.logprobs.reference import add_reference
-from cpt_ray.logprobs.rows import Row, Tokeniser, Unfit
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
@@ -36,9 +34,6 @@ from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
 from cpt_ray.tables.rundir import REPORT, RESULTS, RunDir
 from cpt_ray.tables.shard import ShardName
 
-Ids = tuple[int, ...]
-MAX_LIKELIHOODS = 512
-"""Answers of a model whose likelihood is computed, first by hash: enough for a mean over tokens, in bounded time."""
 TRIAL_FORMAT = 2
 """Changes when the rows' columns do: answers in another form are then made anew under other names."""
 
@@ -124,19 +119,20 @@ class AnswerStep(Step):
         """Answers one shard."""
         rows, sampling = self.planned[shard], self.model.sampling
         tally = Tally(len(rows))
-        asked = [sampled(policy_messages(row.directive, row.prompt), sampling, row.trial_id, self.seed) for row in rows]
-        completions = engine.run(asked)
+        completions = engine.run(
+            [sampled(policy_messages(row.directive, row.prompt), sampling, row.trial_id, self.seed) for row in rows]
+        )
         tally.add(completions)
-        done = [self._answered(row, one, tally) for row, one in zip(rows, completions, strict=True)]
-        run.write(self.table, self.output(shard), done, tally.close(sum(not row.reason for row in done)))
+        answered = [self._answered(row, answer, tally) for row, answer in zip(rows, completions, strict=True)]
+        run.write(self.table, self.output(shard), answered, tally.close(sum(not row.reason for row in answered)))
 
-    def _answered(self, row: Trial, one: Completion, tally: Tally) -> Trial:
-        row = dataclasses.replace(row, model=self.name, num_tokens=one.num_tokens, is_cut=one.error == CUT_OFF)
-        if one.error and not (row.is_cut and one.text):  # the whole sentences of a cut answer are graded
-            tally.reject(one.error)
-            return dataclasses.replace(row, reason=f"{one.error}: {one.detail}")
-        text = whole_sentences(one.text) if row.is_cut else ""
-        return dataclasses.replace(row, text=text or one.text, reason="")
+    def _answered(self, row: Trial, answer: Completion, tally: Tally) -> Trial:
+        row = dataclasses.replace(row, model=self.name, num_tokens=answer.num_tokens, is_cut=answer.error == CUT_OFF)
+        if answer.error and not (row.is_cut and answer.text):  # the whole sentences of a cut answer are graded
+            tally.reject(answer.error)
+            return dataclasses.replace(row, reason=f"{answer.error}: {answer.detail}")
+        text = whole_sentences(answer.text) if row.is_cut else ""
+        return dataclasses.replace(row, text=text or answer.text, reason="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,63 +161,6 @@ class GradeTrialsStep(JudgeStep):
             done.append(row)
         graded = sum(row.score is not None for row in done)
         run.write(self.table, self.output(shard), done, tally.close(graded))
-
-
-# ---------------------------------------------------------------- likelihood under the base policy
-
-
-def likely_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """The answers under held-out directives whose likelihood is computed: the same requests for both models."""
-    said = [trial for trial in trials if trial.directive is not None and not trial.is_trained and trial.text]
-    chosen = set(sorted({trial.trial_id for trial in said})[:MAX_LIKELIHOODS])
-    return [trial for trial in said if trial.trial_id in chosen]
-
-
-def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial], runner: Runner = run_lines) -> LogProbs:
-    """What the base policy gives to the answers after their bare prompts, without an end mark.
-
-    Kept in the table that training keeps its reference in. A note says how many hold control tokens, which would not be
-    read as text; they are left out.
-    """
-    from transformers import AutoTokenizer
-
-    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(config.policy.path), config.policy.chat_template_kwargs)
-    ids: dict[tuple[str, str], tuple[Ids, Ids]] = {}
-    lost = 0
-    for trial in trials:
-        try:
-            answer = tokeniser.text_ids(trial.text)
-            if answer:
-                prompt = tokeniser.prompt(policy_messages(None, trial.prompt))
-                ids[trial.model, trial.trial_id] = (prompt, answer)
-        except Unfit:
-            lost += 1
-    if lost:
-        say(f"note: perplexity: {lost} of {len(trials)} answers hold a control token and are left out")
-    rows = bare_rows(ids.values(), 2 * config.train.micro_batch_size)
-    known = {
-        (tuple(row["prompt"]), tuple(answer)): log_prob
-        for row in add_reference(config, run, rows, "perplexity", runner)
-        for answer, log_prob in zip(row["answers"], row["ref_logps"], strict=True)
-    }
-    return {key: (known[pair], len(pair[1])) for key, pair in ids.items()}
-
-
-def bare_rows(pairs: Iterable[tuple[Ids, Ids]], num_answers: int) -> list[Row]:
-    """Rows without pairs that hold each distinct (prompt, answer) once, up to `num_answers` of one prompt together."""
-    by_prompt: dict[Ids, set[Ids]] = defaultdict(set)
-    for prompt, answer in pairs:
-        by_prompt[prompt].add(answer)
-    rows: list[Row] = []
-    for prompt, distinct in by_prompt.items():
-        answers = sorted(distinct, key=lambda ids: (len(ids), ids))  # of like lengths: less padding in attention
-        for start in range(0, len(answers), num_answers):
-            some = [list(ids) for ids in answers[start : start + num_answers]]
-            rows.append(
-                Row(cell_id="", rubric_id="", level="", prompt=list(prompt), answers=some, levels=[""] * len(some),
-                    chosen=[], rejected=[], ref_logps=[])
-            )  # fmt: skip
-    return rows
 
 
 # ---------------------------------------------------------------- the stage
@@ -277,7 +216,6 @@ def update_report(plan: Plan, run: RunDir, shards: Shards) -> None:
 def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines) -> dict[str, Any]:
     """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
     start = time.monotonic()
-    config = plan.config
     lines = _lines(plan, run, shards)
     runner(run, lines)
     answered, graded = _outputs(lines)
@@ -288,27 +226,33 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
         _say_of_answers(run, step, names, entry)
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
-    results = score_trials(
-        trials,
-        plan.rubrics,
-        config.evaluate.bootstrap,
-        config.seed,
-        pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).known(run)),
-        base_log_probs(config, run, likely_trials(trials), runner),
-    )
+    results = _results(plan, run, shards, trials, runner)
+    run.write_json(RESULTS, results)
+    written = write_report(plan, run, trials)
+    _say_results(results, trials, plan.rubrics)
+    say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
+    return results
+
+
+def _results(plan: Plan, run: RunDir, shards: Shards, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
+    """The content of results.json."""
+    config = plan.config
+    spread = pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).known(run))
+    log_probs = base_log_probs(config, run, likely_trials(trials), runner)
+    results = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed, spread, log_probs)
     try:
         results["judge_check"] = check_judge(plan, run, shards, runner)
     except UserError as error:  # what else was measured is worth a report without it
         results["judge_check"] = None
         say(f"note: evaluate.judge_check: {error}")
-    run.write_json(RESULTS, results)
-    written = write_report(plan, run, trials)
-    for block in (opposites_lines(trials, plan.rubrics), dial_lines(results), table_lines(results)):
+    return results
+
+
+def _say_results(results: Mapping[str, Any], trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> None:
+    for block in (opposites_lines(trials, rubrics), dial_lines(results), table_lines(results)):
         say("\n".join(["", *block]))
     if line := judge_check_line(results["judge_check"]):
         say(line)
     least = [(results["difference"][f"{name}_ci"] or [0.0])[0] for name in ("accuracy", "spearman_rho")]
     if max(least) <= 0:
         say("note: no gain over the base is shown; see how many answers became pairs, and the loss (`cpt status`)")
-    say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
-    return results

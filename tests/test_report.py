@@ -116,7 +116,7 @@ def test_a_hostile_answer_prompt_or_directive_is_only_text(field: str) -> None:
 
 
 def test_hostile_reasons_stages_and_run_info_are_only_text() -> None:
-    trials = [*make_trials(), make_trial("tuned", "a-first", "low", None, reason=HOSTILE)]
+    trials = [dataclasses.replace(trial, score=None, reason=HOSTILE) for trial in make_trials()]
     ledger = {HOSTILE: {"rejected": {HOSTILE: 1}, HOSTILE: HOSTILE}}
     page = page_of(trials, ledger=ledger, run_info={"name": HOSTILE, HOSTILE: [HOSTILE]})
     assert not parsed(page).tags & {"script", "img"}

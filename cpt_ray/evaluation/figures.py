@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from cpt_ray.evaluation.summary import shortened
 from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.tables.choice import fraction
 from cpt_ray.tables.records import Trial, content_id
 
 MAX_POINTS_PER_LEVEL = 60
@@ -117,7 +118,7 @@ def _bins(rubric: Rubric) -> list[tuple[float, float]]:
 
 def _jitter(trial: Trial) -> float:
     """0 to 1, the same on every rendering."""
-    return int(content_id(trial.trial_id, trial.model)[:6], 16) / 0xFFFFFF
+    return fraction(content_id(trial.trial_id, trial.model))
 
 
 def steering_figure(metric: str, results: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -27,6 +27,7 @@ from cpt_ray.evaluation.summary import (
     dial_rows,
     interval,
     judge_check_line,
+    levels_of_one_prompt,
     lost_counts,
     measure_title,
     opposites,
@@ -43,30 +44,6 @@ from cpt_ray.tables.rundir import LEDGER, REPORT, RESULTS, STEERING_RESULTS, Run
 
 Results = Mapping[str, Any]
 MAX_ANSWER_CHARS = 900
-
-
-class Answer(NamedTuple):
-    """One model's answer, and the dial's value, score or level in it."""
-
-    model: str
-    verdict: str
-    text: str
-
-
-class Block(NamedTuple):
-    """The answers under one directive."""
-
-    title: str
-    directive: str
-    answers: Sequence[Answer]
-
-
-class Example(NamedTuple):
-    """A rubric's levels, all of one prompt."""
-
-    title: str
-    prompt: str
-    blocks: Sequence[Block]
 
 
 def write_report(plan: Plan, run: RunDir, trials: Sequence[Trial]) -> Path:
@@ -113,9 +90,12 @@ def render_report(
         run_info: whatever is known about the run; nested mappings are flattened.
         steering: the content of report/steering.json.
     """
-    from cpt_ray.evaluation import figures  # of matplotlib, which only this needs
+    from cpt_ray.evaluation import figures  # here, since nothing else needs matplotlib
 
-    prompt, blocks = _opposite_blocks(trials, rubrics)
+    directed = defaultdict[tuple[str, str], list[Trial]](list)
+    for trial in trials:
+        if trial.directive is not None:
+            directed[trial.rubric_id, trial.model].append(trial)
     page = _environment().get_template("report.html")
     return page.render(
         models=MODELS,
@@ -125,16 +105,17 @@ def render_report(
         name=run_info.get("name", "run"),
         headline=_headline(results),
         context=_context(results, trials, rubrics),
-        prompt=prompt,
-        opposites=blocks,
+        opposites=opposites(trials, rubrics),
+        examples={rubric.title: levels_of_one_prompt(trials, rubric) for rubric in rubrics},
+        dial_value=_dial_value,
+        score_and_level=_score_and_level,
         **_dials(results, rubrics),
-        score_panel=lambda rubric, model: figures.score_panel(rubric, _directed(trials, rubric, model), model),
+        score_panel=lambda rubric, model: figures.score_panel(rubric, directed[rubric.id, model], model),
         steering_figure=figures.steering_figure,
         max_points=figures.MAX_POINTS_PER_LEVEL,
         result_groups=list(result_groups(results)),
         lost={text: lost_counts(results, kind) for kind, text in LOST.items()},
         judge_check=judge_check_line(results.get("judge_check")),
-        examples=[example for rubric in rubrics if (example := _example(rubric, trials))],
         max_answer_chars=MAX_ANSWER_CHARS,
         ledger=status_lines(ledger),
         facts=flat(run_info),
@@ -185,23 +166,13 @@ def _context(results: Results, trials: Sequence[Trial], rubrics: Sequence[Rubric
 # ---------------------------------------------------------------- sections
 
 
-def _opposite_blocks(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> tuple[str, list[Block]]:
-    """One prompt, and a block for each rubric's lowest and highest level."""
-    prompt, shown = opposites(trials, rubrics)
-    blocks = []
-    for end in shown:
-        answers = [Answer(trial.model, _dial_value(end.rubric, trial), trial.text) for trial in end.answers.values()]
-        blocks.append(Block(f"{end.rubric.title}: {end.level}", end.directive, answers))
-    return prompt, blocks
-
-
 def _dial_value(rubric: Rubric, trial: Trial) -> str:
     """The dial's value in an answer, or why there is none."""
     if not trial.text:
         return f"no answer: {trial.reason}"
     dial = Dial(rubric, {})
     value = dial.value(trial)
-    return f"{measure_title(dial.measure)} {f'{value:.3g}' if math.isfinite(value) else 'unknown'}"
+    return f"{measure_title(dial.measure)} {brief(value) if math.isfinite(value) else 'unknown'}"
 
 
 def _dials(results: Results, rubrics: Sequence[Rubric]) -> dict[str, Any]:
@@ -230,35 +201,8 @@ def _moved(results: Results, turned: str, moved: str, model: str) -> float | Non
     return entry["slope"] if entry else None
 
 
-def _directed(trials: Sequence[Trial], rubric: Rubric, *models: str) -> list[Trial]:
-    """A rubric's trials under a directive."""
-    return [
-        trial
-        for trial in trials
-        if trial.rubric_id == rubric.id and trial.directive is not None and trial.model in (models or MODELS)
-    ]
-
-
-def _example(rubric: Rubric, trials: Sequence[Trial]) -> Example | None:
-    """All levels of the rubric's first prompt by hash."""
-    directed = _directed(trials, rubric)
-    if not directed:
-        return None
-    prompt_id = min(trial.prompt_id for trial in directed)
-    rows = sorted((trial for trial in directed if trial.prompt_id == prompt_id), key=lambda trial: trial.trial_id)
-    cells: dict[str, dict[str, Trial]] = defaultdict(dict)
-    for trial in rows:
-        cells[trial.level].setdefault(trial.model, trial)
-    blocks = []
-    for level in rubric.levels:
-        shown = [cells[level.name][model] for model in MODELS if model in cells[level.name]]
-        if shown:
-            answers = [Answer(trial.model, _score_and_level(rubric, trial), trial.text) for trial in shown]
-            blocks.append(Block(level.name, str(shown[0].directive), answers))
-    return Example(rubric.title, rows[0].prompt, blocks)
-
-
 def _score_and_level(rubric: Rubric, trial: Trial) -> str:
+    """The level that an answer is at, or why it has none."""
     if trial.score is None:
         return f"{'ungraded' if trial.text else 'no answer'}: {trial.reason}"
     is_hit = confirms(rubric, trial.level, trial.score)

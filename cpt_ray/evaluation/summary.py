@@ -135,11 +135,11 @@ def dial_rows(results: Mapping[str, Any]) -> list[DialRow]:
     return rows
 
 
-# ---------------------------------------------------------------- one prompt under opposite directives
+# ---------------------------------------------------------------- one prompt under several directives
 
 
-class Opposite(NamedTuple):
-    """A directive of one end of a dial, and what each model answers under it."""
+class DirectedAnswers(NamedTuple):
+    """A directive of a rubric's level, and what each model answers under it."""
 
     rubric: Rubric
     level: str
@@ -147,24 +147,38 @@ class Opposite(NamedTuple):
     answers: Mapping[str, Trial]
 
 
-def opposites(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> tuple[str, list[Opposite]]:
-    """One prompt's text, and its answers at each rubric's ends: the first prompt by hash that has (almost) all.
+def opposites(trials: Sequence[Trial], rubrics: Sequence[Rubric]) -> tuple[str, list[DirectedAnswers]]:
+    """One prompt's text, and its answers at each rubric's lowest and highest level."""
+    return _of_one_prompt(trials, {(rubric.id, rubric.levels[at].name): rubric for rubric in rubrics for at in (0, -1)})
 
-    Nothing in `trials` gives "" and no answers.
+
+def levels_of_one_prompt(trials: Sequence[Trial], rubric: Rubric) -> tuple[str, list[DirectedAnswers]]:
+    """One prompt's text, and its answers at all levels of a rubric."""
+    return _of_one_prompt(trials, {(rubric.id, level.name): rubric for level in rubric.levels})
+
+
+def _of_one_prompt(
+    trials: Sequence[Trial], levels: Mapping[tuple[str, str], Rubric]
+) -> tuple[str, list[DirectedAnswers]]:
+    """The first prompt by hash that has answers at (almost) all levels, each under a held-out directive.
+
+    "" and no answers if there are none.
+
+    Args:
+        levels: (rubric id, level) to the rubric.
     """
-    ends = {(rubric.id, rubric.levels[at].name): rubric for rubric in rubrics for at in (0, -1)}
     by_prompt: dict[str, dict[tuple[str, str, str], Trial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.trial_id):
-        if trial.directive is not None and not trial.is_trained and (trial.rubric_id, trial.level) in ends:
+        if trial.directive is not None and not trial.is_trained and (trial.rubric_id, trial.level) in levels:
             cells = by_prompt.setdefault(trial.prompt_id, {})
             cells.setdefault((trial.rubric_id, trial.level, trial.model), trial)
     if not by_prompt:
         return "", []
     cells = by_prompt[min(by_prompt, key=lambda name: (-len(by_prompt[name]), name))]
     shown = []
-    for (rubric_id, level), rubric in ends.items():
+    for (rubric_id, level), rubric in levels.items():
         answers = {model: cells[rubric_id, level, model] for model in MODELS if (rubric_id, level, model) in cells}
         if answers:
             directive = str(next(iter(answers.values())).directive)
-            shown.append(Opposite(rubric, level, directive, answers))
+            shown.append(DirectedAnswers(rubric, level, directive, answers))
     return next(iter(cells.values())).prompt, shown

@@ -31,8 +31,9 @@ BALANCED = 0.1
 PUSH = 0.3
 """How strongly a difference summed over the grids so far counts against adding to it, in costs per sd."""
 
-Grid = dict[str, Generation]
-"""By level; in a grid of several rubrics a level is one of each, joined by "+"."""
+Level = tuple[str, ...]
+"""One level's name of each rubric that a grid is of."""
+Grid = dict[Level, Generation]
 
 
 def is_of_length(rubric: Rubric) -> bool:
@@ -48,8 +49,8 @@ class Answer:
     scores: Mapping[str, float]
     """By rubric id; ungraded: not in it."""
 
-    def level(self, rubrics: Sequence[Rubric], margin: float) -> str | None:
-        """The level that it is at, one of each rubric joined by "+"; None if it is between two, or not graded."""
+    def level(self, rubrics: Sequence[Rubric], margin: float) -> Level | None:
+        """The level that it is at, by each rubric; None if it is between two, or not graded."""
         levels = []
         for rubric in rubrics:
             score = self.scores.get(rubric.id)
@@ -59,7 +60,7 @@ class Answer:
             if level is None:
                 return None
             levels.append(level)
-        return "+".join(levels)
+        return tuple(levels)
 
 
 def answers_of(
@@ -79,7 +80,7 @@ def missing_levels(rubric: Rubric, answers: Iterable[Answer], wanted: int, margi
     count = dict.fromkeys((level.name for level in rubric.levels), wanted)
     for answer in answers:
         if level := answer.level([rubric], margin):
-            count[level] -= 1
+            count[level[0]] -= 1
     return {level: number for level, number in count.items() if number > 0}
 
 
@@ -99,7 +100,7 @@ class _Drawn:
     """A grid and what it adds to the sums of `Shifts`."""
 
     prompt_id: str
-    answers: dict[str, Answer]
+    answers: dict[Level, Answer]
     drawn: dict[str, float]
     offered: dict[str, float]
 
@@ -146,29 +147,29 @@ class GridMaker:
             grids[one.prompt_id].append({level: answer.generation for level, answer in one.answers.items()})
         return grids, shifts
 
-    def _joint(self, free: Sequence[tuple[Answer, str]]) -> dict[str, Answer]:
+    def _joint(self, free: Sequence[tuple[Answer, Level]]) -> dict[Level, Answer]:
         """Answers of which no two have the same level of any of the rubrics."""
-        grid: dict[str, Answer] = {}
+        grid: dict[Level, Answer] = {}
         used: set[tuple[int, str]] = set()
         for answer, level in shuffled(free, lambda pair: ("joint", pair[0].generation.unit_id)):
-            parts = set(enumerate(level.split("+")))
+            parts = set(enumerate(level))
             if not parts & used:
                 used |= parts
                 grid[level] = answer
         return grid
 
     def _single(
-        self, rubric: Rubric, free: Sequence[tuple[Answer, str]], pool: Sequence[Answer], shifts: Shifts
-    ) -> dict[str, Answer]:
+        self, rubric: Rubric, free: Sequence[tuple[Answer, Level]], pool: Sequence[Answer], shifts: Shifts
+    ) -> dict[Level, Answer]:
         middle = {name: _median(pool, name) for name in self._names}
-        grid: dict[str, Answer] = {}
+        grid: dict[Level, Answer] = {}
         for level in rubric.levels:
-            some = [answer for answer, name in free if name == level.name]
+            some = [answer for answer, at in free if at == (level.name,)]
             if some and self._is_balanced:
                 costs = [self._cost(rubric, answer, _side(rubric, level.name), middle, shifts) for answer in some]
-                grid[level.name] = some[costs.index(min(costs))]
+                grid[level.name,] = some[costs.index(min(costs))]
             elif some:
-                grid[level.name] = shuffled(some, lambda answer: ("grid", answer.generation.unit_id))[0]
+                grid[level.name,] = shuffled(some, lambda answer: ("grid", answer.generation.unit_id))[0]
         return grid
 
     def _cost(self, rubric: Rubric, answer: Answer, side: float, middle: Mapping[str, float], shifts: Shifts) -> float:
@@ -190,7 +191,7 @@ class GridMaker:
         return [name for name in self._names if name not in own and self._sd[name]]
 
     def _differences(
-        self, rubrics: Sequence[Rubric], grid: Mapping[str, Answer], free: Sequence[tuple[Answer, str]]
+        self, rubrics: Sequence[Rubric], grid: Mapping[Level, Answer], free: Sequence[tuple[Answer, Level]]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """The highest level's answer less the lowest's, in what they should not differ; and so of all at the levels."""
         if len(rubrics) > 1:

@@ -17,12 +17,11 @@ from cpt_ray.chat.layout import PROBES, layout_hash
 from cpt_ray.config import RunConfig, SynthesisConfig
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.grids import Answer, missing_levels
-from cpt_ray.prompts import read_prompts
-from cpt_ray.rubrics.measures import terms_of
+from cpt_ray.grids import Answer, Level, missing_levels
+from cpt_ray.prompts import check_leakage, read_prompts
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
 from cpt_ray.tables.choice import fraction, shuffled
-from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id
+from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id, joined
 from cpt_ray.tables.shard import ShardName, rejects_of
 
 Rubrics = dict[str, Rubric]
@@ -71,21 +70,6 @@ def read_judge_check(config: RunConfig) -> Rubric | None:
     if not (rubric.measured and rubric.judged):
         raise UserError(f"{path}: nothing to hold the judge against; give it a judged and a measured criterion")
     return rubric
-
-
-def check_leakage(prompts: Sequence[Prompt]) -> None:
-    """UserError if a held-out prompt is a train prompt but for case, width, normal form, spaces and punctuation."""
-    train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
-    for one in prompts:
-        if one.split == "held_out" and (same := train.get(_plain(one.text))):
-            raise UserError(
-                f"prompts: {one.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
-                "remove one of them"
-            )
-
-
-def _plain(text: str) -> str:
-    return " ".join(terms_of(text))
 
 
 def run_info(plan: Plan) -> dict[str, Any]:
@@ -143,7 +127,7 @@ class Asking:
             return
         for rubric, prompt in itertools.product(self.rubrics, prompts):
             for level, sample in itertools.product(rubric.levels, samples):
-                yield self.unit(prompt.prompt_id, prompt.text, (rubric,), level.name, sample)
+                yield self.unit(prompt.prompt_id, prompt.text, (rubric,), (level.name,), sample)
         by_id = {rubric.id: rubric for rubric in self.rubrics}
         for names, prompt, sample in itertools.product(self.combine, prompts, samples):
             rubrics = tuple(by_id[name] for name in names)
@@ -167,34 +151,34 @@ class Asking:
             for level, count in levels.items():
                 before = sum((unit.rubric_id, unit.level) == (rubric.id, level) for unit in asked)
                 samples = range(before, min(settings.samples, before + count))
-                units += [self.unit(*prompt, (rubric,), level, sample) for sample in samples]
+                units += [self.unit(*prompt, (rubric,), (level,), sample) for sample in samples]
         return units
 
     def unit(
-        self, prompt_id: str, prompt: str, rubrics: tuple[Rubric, ...] = (), level: str = "", sample: int = 0
+        self, prompt_id: str, prompt: str, rubrics: tuple[Rubric, ...] = (), level: Level = (), sample: int = 0
     ) -> Unit:
         """One answer to be written, under these rubrics' levels or, without any, under nothing."""
         hashes = [rubric.content_hash for rubric in rubrics]
         layout = self.layouts[min(len(rubrics), 2)]
         return Unit(
-            unit_id=content_id(hashes, level, prompt, sample, layout, self.writer_key, self.seed),
+            unit_id=content_id(hashes, joined(level), prompt, sample, layout, self.writer_key, self.seed),
             prompt_id=prompt_id,
             prompt=prompt,
-            rubric_id="+".join(rubric.id for rubric in rubrics),
-            level=level,
-            score=rubrics[0].level(level).score if len(rubrics) == 1 else None,
+            rubric_id=joined(rubric.id for rubric in rubrics),
+            level=joined(level),
+            score=rubrics[0].level(level[0]).score if len(rubrics) == 1 else None,
             sample=sample,
         )
 
 
-def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[str]:
+def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[Level]:
     """As many levels as the shorter scale has, no level of either rubric twice."""
 
     def order(rubric: Rubric) -> list[str]:
         names = [level.name for level in rubric.levels]
         return shuffled(names, lambda name: (prompt_id, sample, rubric.id, name))
 
-    return ["+".join(names) for names in zip(*map(order, rubrics), strict=False)]
+    return list(zip(*map(order, rubrics), strict=False))
 
 
 @dataclass(frozen=True)
@@ -216,7 +200,7 @@ class Controls:
     def _asked(self) -> tuple[str, int, str]:
         return self.policy_key, self.seed, layout_hash("policy")
 
-    def units(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
+    def first(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
         """One unit for a share of all (prompt, rubric)."""
         for rubric_id in self.rubric_ids:
             for prompt in prompts:
@@ -249,7 +233,7 @@ class Units(Iterable[Unit]):
         return content_id(self.source.key, [prompt.prompt_id for prompt in self.prompts])
 
     def __iter__(self) -> Iterator[Unit]:
-        return self.source.first(self.prompts) if isinstance(self.source, Asking) else self.source.units(self.prompts)
+        return self.source.first(self.prompts)
 
 
 def asking_of(plan: Plan) -> Asking:
@@ -266,8 +250,7 @@ def plan_units(plan: Plan) -> dict[str, Units]:
     """
     config, chosen = plan.config, plan.config.synthesis
     prompts, asking = plan.prompts_of("train"), asking_of(plan)
-    joined = ["+".join(names) for names in chosen.combine]
-    rubric_ids = (*(rubric.id for rubric in plan.rubrics), *joined)
+    rubric_ids = (*(rubric.id for rubric in plan.rubrics), *map(joined, chosen.combine))
     controls = Controls(rubric_ids, chosen.control, chosen.neutral_directives, config.policy.answer_key, config.seed)
     rows = chosen.shard_rows // SHARDS_IN_FLIGHT  # of a file
     per_shard = max(1, rows // max(1, sum(1 for _ in asking.first(prompts[:1]))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line, shown
-from cpt_ray.rubrics.measures import folded
+from cpt_ray.rubrics.measures import folded, terms_of
 from cpt_ray.tables.choice import fraction
 from cpt_ray.tables.records import Prompt, Reject, content_id
 from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
@@ -176,3 +176,18 @@ def _read_hub(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, A
         raise UserError(
             f"{config.source}: neither a file here nor a data set that can be loaded ({type(error).__name__}: {text})"
         ) from error
+
+
+def check_leakage(prompts: Sequence[Prompt]) -> None:
+    """UserError if a held-out prompt is a train prompt but for case, width, normal form, spaces and punctuation."""
+    train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
+    for one in prompts:
+        if one.split == "held_out" and (same := train.get(_plain(one.text))):
+            raise UserError(
+                f"prompts: {one.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
+                "remove one of them"
+            )
+
+
+def _plain(text: str) -> str:
+    return " ".join(terms_of(text))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from cpt_ray.errors import UserError
-from cpt_ray.plan import check_leakage
+from cpt_ray.prompts import check_leakage
 from cpt_ray.tables.records import Prompt
 
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.config import PromptsConfig
 from cpt_ray.errors import UserError
-from cpt_ray.plan import check_leakage
-from cpt_ray.prompts import Prompts, read_prompts
+from cpt_ray.prompts import Prompts, check_leakage, read_prompts
 from cpt_ray.rubrics.rubric import load_rubrics
 
 EVERYDAY = Path(__file__).parent.parent / "rubrics" / "everyday"

@@ -22,7 +22,7 @@ from cpt_ray.judging.spread import Spread
 from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.grading import aggregate, grade_answer, judged_criterion, ungraded, voted_criteria
 from cpt_ray.rubrics.rubric import Criterion, Rubric
-from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade
+from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade, parts_of
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName
 
@@ -171,7 +171,7 @@ class JudgeStep(Step):
             if not rubric.judged:
                 grades += self._grade(engine, rubric, rows, tally)
                 continue
-            own = [row for row in rows if rubric.id in row.rubric_id.split("+")]
+            own = [row for row in rows if rubric.id in parts_of(row.rubric_id)]
             asked = self._grade(engine, rubric, own, tally)
             lacking = self._lacking(rubric, [*old_rows, *own], [*old_grades, *asked])
             others = [

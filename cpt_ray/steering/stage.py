@@ -59,7 +59,7 @@ from cpt_ray.steering.users import (
     grade_by_measures,
     make_answer,
 )
-from cpt_ray.tables.records import Generation, Grade, Trial, content_id
+from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
 from cpt_ray.tables.rundir import TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
 
@@ -121,7 +121,7 @@ class Steering:
         rows = self.run.read("generations", self.shards.generations, Generation)
         answers = []
         for one in rows:
-            found = {name: grades.get((one.unit_id, name)) for name in one.rubric_id.split("+")}
+            found = {name: grades.get((one.unit_id, name)) for name in parts_of(one.rubric_id)}
             scores = {name: grade.score if grade else None for name, grade in found.items()}
             answers.append(self.answer(one.prompt_id, one.prompt, one.text, scores))
         return self._crowd(answers, rubrics)

@@ -17,7 +17,7 @@ from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.levels import LevelCounts
 from cpt_ray.synthesis.pairing import targets_of
-from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id
+from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id, parts_of
 from cpt_ray.tables.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class _Survey:
             for rubric_id, found in verdicts[one.unit_id].items():
                 self._compare(self.rubrics[rubric_id], found)
             if one.rubric_id and one.level != CONTROL:
-                for rubric, level in targets_of([self.rubrics[name] for name in one.rubric_id.split("+")], one.level):
+                rubrics = [self.rubrics[name] for name in parts_of(one.rubric_id)]
+                for rubric, level in targets_of(rubrics, parts_of(one.level)):
                     if grades_by_rubric := verdicts[one.unit_id][rubric.id]:
                         score = aggregate(rubric, grades_by_rubric, self._how).score
                         found_level = "ungraded" if score is None else rubric.nearest_level(score).name

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import ModelConfig, Range, SynthesisConfig
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.judging.judge import combine_judges
-from cpt_ray.plan import PairInputs, Plan, Rubrics, Shards
+from cpt_ray.plan import PairInputs, Pass, Plan, Rubrics, Shards, Units
 from cpt_ray.synthesis.duplicates import NearDuplicates
 from cpt_ray.synthesis.levels import level_counts
 from cpt_ray.synthesis.pairing import pair_answers
@@ -45,6 +47,11 @@ class RepeatStep(Step):
     stage: str = "repeats"
     table: str = "repeats"
 
+    @staticmethod
+    def name_of(generations: Sequence[str], threshold: float) -> str:
+        """The one output shard's name: depends on all that is compared."""
+        return ShardName("answers").made_of("repeats", REPEATS_FORMAT, threshold, generations)
+
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
         """Compares a run's answers."""
         seen: dict[tuple[str, str], NearDuplicates] = defaultdict(lambda: NearDuplicates(self.threshold))
@@ -68,6 +75,13 @@ class PairStep(Step):
     model: ModelConfig = PAIRING
     stage: str = "pair"
     table: str = "pairs"
+
+    @staticmethod
+    def name_of(inputs: PairInputs, settings: SynthesisConfig) -> str:
+        """An output shard's name: depends on what is paired, by which rules, and on how the policy is asked."""
+        rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT, "layout": layout_hash("policy")}
+        made_of = (inputs.generations, inputs.grades, inputs.directives, inputs.repeats, rules)
+        return ShardName.parse(inputs.generations[0]).made_of("pair", *made_of)
 
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
         """Pairs the answers of one shard."""
@@ -93,3 +107,21 @@ def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
         RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0),
         PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings),
     )
+
+
+def paired_together(
+    units: Mapping[str, Units], passes: Mapping[str, Sequence[Pass]], controls: Sequence[str]
+) -> Iterator[list[str]]:
+    """Shards of answers whose prompts are paired as one: enough of them that differences can cancel each other out."""
+    beside = {ShardName.parse(name).number: name for name in controls}  # of the same prompts
+    together, num_prompts = list[str](), 0
+    for name, some in passes.items():
+        together += [one.generations for one in some]
+        number = ShardName.parse(name).number
+        together += [beside[number]] if number in beside else []
+        num_prompts += len(units[name].prompts)
+        if num_prompts >= PAIRED_PROMPTS:
+            yield together
+            together, num_prompts = [], 0
+    if together:
+        yield together

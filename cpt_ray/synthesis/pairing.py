@@ -15,22 +15,34 @@ from dataclasses import dataclass, field
 
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
-from cpt_ray.grids import Answer, Grid, GridMaker, Shifts, is_of_length
+from cpt_ray.grids import Answer, Grid, GridMaker, Level, Shifts, is_of_length
 from cpt_ray.plan import cell_id_of, control_directive
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.choice import picked
-from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Message, Pair, Reject, content_id
+from cpt_ray.tables.records import (
+    CONTROL,
+    Directive,
+    Generation,
+    Grade,
+    Message,
+    Pair,
+    Reject,
+    content_id,
+    joined,
+    parts_of,
+)
 from cpt_ray.texts import same_text
 
+CONTROL_LEVEL: Level = (CONTROL,)
 Grades = Mapping[tuple[str, str], Grade]
 """By (unit_id, rubric_id)."""
 
 
-def targets_of(rubrics: Sequence[Rubric], level: str) -> list[tuple[Rubric, str]]:
-    """(rubric, level) of each rubric in a grid, from a level's name."""
-    return list(zip(rubrics, level.split("+"), strict=True))
+def targets_of(rubrics: Sequence[Rubric], level: Level) -> list[tuple[Rubric, str]]:
+    """(rubric, level) of each rubric in a grid."""
+    return list(zip(rubrics, level, strict=True))
 
 
 @dataclass
@@ -48,7 +60,7 @@ class Paired:
     used: set[str] = field(default_factory=set)
     """unit_ids of the answers that are in a pair."""
     shifts: dict[str, Shifts] = field(default_factory=dict)
-    """By rubric id, joined by "+"."""
+    """By rubric id (`joined`)."""
 
     def add(self, cell: _Cell, grid: Grid) -> None:
         """The pairs of one grid."""
@@ -94,7 +106,7 @@ def pair_answers(
         for prompt_id, number, grid in _numbered(grids):
             cell = _Cell(group, cell_id_of(_joined(group), prompt_id, number), grades, usable, settings)
             control = pools[prompt_id].control_of(_joined(group)) if number == 0 else None
-            paired.add(cell, grid | ({CONTROL: control} if control else {}))
+            paired.add(cell, grid | ({CONTROL_LEVEL: control} if control else {}))
     for pool in pools.values():
         paired.rejects += pool.rejects + pool.unused(asked, settings.margin, paired.used, maker.given_up)
         _count_levels(paired, rubrics, pool.answers, settings.margin)
@@ -108,16 +120,16 @@ def _numbered(grids: Mapping[str, Sequence[Grid]]) -> Iterator[tuple[str, int, G
 
 
 def _joined(rubrics: Sequence[Rubric]) -> str:
-    return "+".join(rubric.id for rubric in rubrics)
+    return joined(rubric.id for rubric in rubrics)
 
 
 def _count_levels(paired: Paired, rubrics: Sequence[Rubric], answers: Sequence[Answer], margin: float) -> None:
     for answer in answers:
-        targets = dict(zip(answer.generation.rubric_id.split("+"), answer.generation.level.split("+"), strict=True))
+        targets = dict(zip(parts_of(answer.generation.rubric_id), parts_of(answer.generation.level), strict=True))
         for rubric in rubrics:
             if level := answer.level([rubric], margin):
-                paired.at_level[rubric.id, level] += 1
-                paired.hit[rubric.id, level] += targets.get(rubric.id) == level
+                paired.at_level[rubric.id, level[0]] += 1
+                paired.hit[rubric.id, level[0]] += targets.get(rubric.id) == level[0]
 
 
 class _Pool:
@@ -139,7 +151,7 @@ class _Pool:
             scores = {verdict.rubric_id: verdict.score for verdict in verdicts if verdict.score is not None}
             problem = self._problem(generation, verdicts, scores, repeats)
             if generation.level == CONTROL and not problem:
-                own = [rubric for rubric in rubrics if rubric.id in generation.rubric_id.split("+")]
+                own = [rubric for rubric in rubrics if rubric.id in parts_of(generation.rubric_id)]
                 problem = _problem_of_control(own, generation, verdicts, scores)
             if problem:
                 self.rejects.append(Reject.of("pair", generation, generation.unit_id, *problem))
@@ -199,8 +211,8 @@ class _Pool:
         for group in asked:
             at = levels[_joined(group)]
             if at and any(other.level(group, margin) not in (None, at) for other in self.answers):
-                return "not needed", f"other answers to this prompt were taken ({_joined(group)} {at})"
-        shown = ", ".join(f"{name} {level}" for name, level in levels.items() if level)
+                return "not needed", f"other answers to this prompt were taken ({_joined(group)} {joined(at)})"
+        shown = ", ".join(f"{name} {joined(level)}" for name, level in levels.items() if level)
         return "no partner", f"all answers to this prompt are at the same level ({shown})"
 
 
@@ -239,21 +251,21 @@ class _Cell:
             else:
                 pairs += [self._make(level, answer, other_level, other), self._make(other_level, other, level, answer)]
                 self.used |= {answer.unit_id, other.unit_id}
-        order = {level: at for at, level in enumerate(grid)}
+        order = {joined(level): at for at, level in enumerate(grid)}
         return sorted(pairs, key=lambda pair: (order[pair.level], order[pair.rejected_level])), rejects
 
-    def _has_directive(self, level: str) -> bool:
-        return level == CONTROL or all(
+    def _has_directive(self, level: Level) -> bool:
+        return level == CONTROL_LEVEL or all(
             self.usable.get((rubric.id, part)) for rubric, part in targets_of(self.rubrics, level)
         )
 
-    def _apart(self, level: str, answer: Generation, other_level: str, other: Generation) -> tuple[str, str] | None:
+    def _apart(self, level: Level, answer: Generation, other_level: Level, other: Generation) -> tuple[str, str] | None:
         """(reason, detail) why two answers of a grid do not make a pair, or None."""
         for control, name, asked in ((answer, level, other_level), (other, other_level, level)):
-            if name == CONTROL and all(
+            if name == CONTROL_LEVEL and all(
                 confirms(rubric, part, self._score(control, rubric)) for rubric, part in targets_of(self.rubrics, asked)
             ):
-                return "control has the level", f"the policy's own answer is {asked} already"
+                return "control has the level", f"the policy's own answer is {joined(asked)} already"
         limit, (short, long) = self.settings.max_length_ratio, sorted((answer.num_tokens, other.num_tokens))
         if limit and long > limit * short:
             return "length ratio", f"{long} against {short} tokens"
@@ -267,17 +279,17 @@ class _Cell:
     def _mean_score(self, answer: Generation) -> float:
         return sum(self._score(answer, rubric) for rubric in self.rubrics) / len(self.rubrics)
 
-    def _directive(self, level: str) -> tuple[str, str | None]:
+    def _directive(self, level: Level) -> tuple[str, str | None]:
         """(id, text) of what the policy is told for a level: one paraphrase, spread evenly over cells by hash."""
-        if level == CONTROL:
+        if level == CONTROL_LEVEL:
             return "", control_directive(self.settings.neutral_directives, self.cell_id)
         directives = [
             picked(self.usable[rubric.id, part], self.cell_id, part) for rubric, part in targets_of(self.rubrics, level)
         ]
         texts = [directive.text for directive in directives]
-        return "+".join(directive.directive_id for directive in directives), compose_directives(texts)
+        return joined(directive.directive_id for directive in directives), compose_directives(texts)
 
-    def _make(self, level: str, winner: Generation, other_level: str, loser: Generation) -> Pair:
+    def _make(self, level: Level, winner: Generation, other_level: Level, loser: Generation) -> Pair:
         directive_id, text = self._directive(level)
         prompt = policy_messages(text, winner.prompt)
         return Pair(
@@ -286,8 +298,8 @@ class _Cell:
             cell_id=self.cell_id,
             prompt_id=winner.prompt_id,
             rubric_id=_joined(self.rubrics),
-            level=level,
-            rejected_level=other_level,
+            level=joined(level),
+            rejected_level=joined(other_level),
             directive_id=directive_id,
             prompt=[Message(role=one["role"], content=one["content"]) for one in prompt],
             chosen=[Message(role="assistant", content=winner.text)],

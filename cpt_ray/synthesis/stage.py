@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import ModelConfig, PriceConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF
@@ -28,7 +27,7 @@ from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, asking_of, plan_
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
 from cpt_ray.synthesis.levels import level_lines
-from cpt_ray.synthesis.pair import PAIR_FORMAT, PAIR_SETTINGS, PAIRED_PROMPTS, REPEATS_FORMAT, no_engine, pairing_steps
+from cpt_ray.synthesis.pair import PairStep, RepeatStep, no_engine, paired_together, pairing_steps
 from cpt_ray.synthesis.write import NextPassStep, WriteStep
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import RunDir
@@ -49,13 +48,11 @@ def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
     directives = [steps.direct.output(rubric.id) for rubric in plan.rubrics]
     repeats: dict[str, list[str]] = {}
     if settings.near_duplicates:
-        repeats = {ShardName("answers").made_of("repeats", REPEATS_FORMAT, settings.near_duplicates, written): written}
-    rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT, "layout": layout_hash("policy")}
+        repeats = {RepeatStep.name_of(written, settings.near_duplicates): written}
     groups = {}
-    for some in _paired_together(units, passes, controls):
+    for some in paired_together(units, passes, controls):
         inputs = PairInputs(some, [grade for name in some for grade in grades[name]], directives, list(repeats))
-        made_of = (some, inputs.grades, inputs.directives, inputs.repeats, rules)
-        groups[ShardName.parse(some[0]).made_of("pair", *made_of)] = inputs
+        groups[PairStep.name_of(inputs, settings)] = inputs
     return Shards(
         directives=directives,
         passes=passes,
@@ -76,24 +73,6 @@ def _passes(steps: Steps, units: str) -> list[Pass]:
         name = step.output(passes[-1].grades)
         passes.append(Pass(name, judge.output(name)))
     return passes
-
-
-def _paired_together(
-    units: Mapping[str, Units], passes: Mapping[str, Sequence[Pass]], controls: Sequence[str]
-) -> Iterator[list[str]]:
-    """Shards of answers whose prompts are paired as one: enough of them that differences can cancel each other out."""
-    beside = {ShardName.parse(name).number: name for name in controls}  # of the same prompts
-    together, num_prompts = list[str](), 0
-    for name, some in passes.items():
-        together += [one.generations for one in some]
-        number = ShardName.parse(name).number
-        together += [beside[number]] if number in beside else []
-        num_prompts += len(units[name].prompts)
-        if num_prompts >= PAIRED_PROMPTS:
-            yield together
-            together, num_prompts = [], 0
-    if together:
-        yield together
 
 
 @dataclass(frozen=True)

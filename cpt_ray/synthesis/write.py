@@ -15,7 +15,7 @@ from cpt_ray.judging.spread import Spread
 from cpt_ray.plan import Asking, Pass, Rubrics, cell_id_of, control_directive
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.synthesis.pairing import targets_of
-from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit
+from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit, parts_of
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
 
@@ -60,8 +60,8 @@ class WriteStep(Step):
             return policy_messages(told, unit.prompt)
         if not unit.rubric_id:
             return policy_messages(None, unit.prompt)
-        rubrics = [self.rubrics[name] for name in unit.rubric_id.split("+")]
-        targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, unit.level)]
+        rubrics = [self.rubrics[name] for name in parts_of(unit.rubric_id)]
+        targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, parts_of(unit.level))]
         if len(targets) == 1:
             return writer_messages(*targets[0], unit.prompt)
         return joint_writer_messages(targets, unit.prompt)

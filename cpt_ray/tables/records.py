@@ -26,6 +26,16 @@ CONTROL = "control"
 """In place of a level: the policy's own answer, without a rubric's directive."""
 
 
+def joined(names: Iterable[str]) -> str:
+    """Rubrics' ids, levels' names or directives' ids as one column holds them."""
+    return "+".join(names)
+
+
+def parts_of(names: str) -> tuple[str, ...]:
+    """What `joined` has joined."""
+    return tuple(names.split("+"))
+
+
 def content_id(*parts: Any) -> str:
     """20 hex digits (80 bits) of the SHA-256 of the parts' canonical JSON."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

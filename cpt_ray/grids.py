@@ -69,8 +69,8 @@ def answers_of(
     """Prompt id to its graded answers; `grades` by (unit_id, rubric_id)."""
     answers: dict[str, list[Answer]] = defaultdict(list)
     for generation in generations:
-        found = {rubric.id: grades.get((generation.unit_id, rubric.id)) for rubric in rubrics}
-        scores = {name: grade.score for name, grade in found.items() if grade and grade.score is not None}
+        given = {rubric.id: grades.get((generation.unit_id, rubric.id)) for rubric in rubrics}
+        scores = {name: grade.score for name, grade in given.items() if grade and grade.score is not None}
         answers[generation.prompt_id].append(Answer(generation, scores))
     return answers
 
@@ -124,27 +124,27 @@ class GridMaker:
         Args:
             rubrics: one, or several whose levels are combined; only grids of one are balanced.
         """
-        shifts, found = Shifts(), list[_Drawn]()
+        shifts, drawn = Shifts(), list[_Drawn]()
         for prompt_id, pool in self._pools.items():
             free = [(answer, level) for answer in pool if (level := answer.level(rubrics, self._margin))]
             for _ in range(most):
                 grid = self._joint(free) if len(rubrics) > 1 else self._single(rubrics[0], free, pool, shifts)
                 if len(grid) < 2:
                     break
-                found.append(_Drawn(prompt_id, grid, *self._differences(rubrics, grid, free)))
-                _add(shifts, found[-1])
+                drawn.append(_Drawn(prompt_id, grid, *self._differences(rubrics, grid, free)))
+                _add(shifts, drawn[-1])
                 taken = {answer.generation.unit_id for answer in grid.values()}
                 free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
         if self._is_balanced:
-            kept = _balanced(found)
+            kept = _balanced(drawn)
             is_kept = set(map(id, kept))
-            left_out = (answer for grid in found if id(grid) not in is_kept for answer in grid.answers.values())
+            left_out = (answer for grid in drawn if id(grid) not in is_kept for answer in grid.answers.values())
             self.given_up |= {answer.generation.unit_id for answer in left_out}
-            found = kept
+            drawn = kept
         shifts, grids = Shifts(), defaultdict(list)
-        for one in found:
-            _add(shifts, one)
-            grids[one.prompt_id].append({level: answer.generation for level, answer in one.answers.items()})
+        for left in drawn:
+            _add(shifts, left)
+            grids[left.prompt_id].append({level: answer.generation for level, answer in left.answers.items()})
         return grids, shifts
 
     def _joint(self, free: Sequence[tuple[Answer, Level]]) -> dict[Level, Answer]:

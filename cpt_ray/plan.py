@@ -208,9 +208,9 @@ class Controls:
                     yield self._unit(rubric_id, prompt)
 
     def _unit(self, rubric_id: str, prompt: Prompt) -> Unit:
-        told = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, 0))
+        directive = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, 0))
         return Unit(
-            unit_id=content_id(CONTROL, rubric_id, told, prompt.text, *self._asked),
+            unit_id=content_id(CONTROL, rubric_id, directive, prompt.text, *self._asked),
             prompt_id=prompt.prompt_id,
             prompt=prompt.text,
             rubric_id=rubric_id,
@@ -319,7 +319,7 @@ class Shards:
     @property
     def written(self) -> list[str]:
         """Every shard of the writer's answers."""
-        return [one.generations for passes in self.passes.values() for one in passes]
+        return [each.generations for passes in self.passes.values() for each in passes]
 
     @property
     def generations(self) -> list[str]:

@@ -40,7 +40,7 @@ RATIONALE_TAIL = (
 @functools.lru_cache
 def rubric_text(rubric: Rubric) -> str:
     """The whole rubric as the writer, director and judge read it."""
-    lines = [f"# {rubric.title}", rubric.objective, "", *(f"- {one}" for one in rubric.principles)]
+    lines = [f"# {rubric.title}", rubric.objective, "", *(f"- {principle}" for principle in rubric.principles)]
     for criterion in rubric.criteria:
         lines += ["", f"## {criterion.name} ({criterion.weight:g}%)"]
         lines += [
@@ -55,7 +55,7 @@ def _level_fields(rubric: Rubric, level: Level) -> dict[str, Any]:
 
 
 def _level_descriptors(rubric: Rubric, level: Level) -> str:
-    return "\n".join(f"- {one.name}: {one.descriptors[level.name]}" for one in rubric.criteria)
+    return "\n".join(f"- {criterion.name}: {criterion.descriptors[level.name]}" for criterion in rubric.criteria)
 
 
 @functools.lru_cache
@@ -93,7 +93,7 @@ def judge_messages(rubric: Rubric, criterion: Criterion, prompt: str, answer: st
 
 def rationale_messages(rubric: Rubric, prompt: str, answer: str) -> list[ChatMessage]:
     """Asks for a reason and a level for every judged criterion, in JSON of `rationale_schema`."""
-    criteria = ", ".join(one.name for one in rubric.judged)
+    criteria = ", ".join(criterion.name for criterion in rubric.judged)
     tail = RATIONALE_TAIL.format(criteria=criteria, count=len(rubric.levels))
     return _chat(f"{JUDGE_HEAD}\n\n{rubric_text(rubric)}", f"Prompt:\n{prompt}\n\nAnswer:\n{answer}\n\n{tail}")
 
@@ -107,7 +107,7 @@ def rationale_schema(rubric: Rubric) -> dict[str, Any]:
         "required": ["reason", "level"],
         "additionalProperties": False,
     }
-    names = [one.name for one in rubric.judged]
+    names = [criterion.name for criterion in rubric.judged]
     properties = dict.fromkeys(names, verdict)
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
@@ -117,7 +117,7 @@ def policy_messages(directive: str | None, messages: str | Sequence[Mapping[str,
 
     `messages`: a conversation, or the one prompt of which it consists.
     """
-    rest = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(one) for one in messages]
+    rest = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(map(dict, messages))
     if not directive:
         return rest
     if rest and rest[0].get("role") == "system":
@@ -155,8 +155,8 @@ class PromptTokens:
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any]):
         self._tokenizer, self._kwargs, self._compared = tokenizer, template_kwargs, 0
         added = getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(tokenizer, "is_fast", False) else ()
-        plain = [one for one in added if one.special and not (one.lstrip or one.normalized or one.single_word)]
-        marks = sorted((one.content for one in plain), key=len, reverse=True)
+        plain = [mark for mark in added if mark.special and not (mark.lstrip or mark.normalized or mark.single_word)]
+        marks = sorted((token.content for token in plain), key=len, reverse=True)
         self._starts = re.compile("|".join(map(re.escape, marks))) if marks else None
         if self._starts:  # not later: several threads encode, and none may change it meanwhile
             tokenizer.backend_tokenizer.no_truncation()
@@ -167,29 +167,30 @@ class PromptTokens:
         """The prompts' token ids."""
         marks, known = self._starts, self._known  # another thread may put others there
         if marks is None:
-            return [token_ids(self._tokenizer, one, self._kwargs) for one in conversations]
+            return [token_ids(self._tokenizer, messages, self._kwargs) for messages in conversations]
         render = self._tokenizer.apply_chat_template  # of one at a time: vLLM has tokenizers that take no more
-        texts = [render(one, tokenize=False, add_generation_prompt=True, **self._kwargs) for one in conversations]
+        options = {"tokenize": False, "add_generation_prompt": True, **self._kwargs}
+        texts = [render(messages, **options) for messages in conversations]
         parts = []
         for text in texts:
-            starts = [0, *(found.start() for found in marks.finditer(text) if found.start()), len(text)]
+            starts = [0, *(mark.start() for mark in marks.finditer(text) if mark.start()), len(text)]
             parts.append([text[start:end] for start, end in itertools.pairwise(starts)])
         uses = Counter(itertools.chain.from_iterable(parts))
         new = [part for part in uses if part not in known]
         ids = {**known, **dict(zip(new, self._encode(new), strict=True))}
-        found = [[one for part in some for one in ids[part]] for some in parts]
-        for messages, own in zip(conversations[: max(0, self._COMPARED - self._compared)], found, strict=False):
+        whole = [[token for part in conversation for token in ids[part]] for conversation in parts]
+        for messages, own in zip(conversations[: max(0, self._COMPARED - self._compared)], whole, strict=False):
             self._compared += 1
             if own != token_ids(self._tokenizer, messages, self._kwargs):
                 self._starts = None
                 return self(conversations)
         self._known = {part: ids[part] for part, count in uses.most_common(self._KEPT) if count > 1 or part in known}
-        return found
+        return whole
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Past the tokenizer's own call, which makes lists of much that is not asked for while it holds the GIL."""
-        found = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [one.ids for one in found]
+        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
 
 def level_labels(rubric: Rubric) -> list[str]:

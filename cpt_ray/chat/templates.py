@@ -99,7 +99,7 @@ class ChatTemplate:
         ]
         pieces += [("tool", tool.get("function", tool).get("name", "")) for tool in tools]
         # the longest first, and each found place is used up: a short text is not found inside another one
-        for where, piece in sorted(pieces, key=lambda one: -len(one[1])):
+        for where, piece in sorted(pieces, key=lambda named: -len(named[1])):
             forms = (squashed(piece), squashed(json.dumps(piece, ensure_ascii=False)[1:-1]))
             form = next((form for form in forms if form in rendered), None)
             if form is None:

@@ -80,10 +80,10 @@ def without_thoughts(text: str, begun: bool = False) -> Parted:
     rest, had_thoughts = text.strip(), False
     end = _END if begun else _end_of_begun(rest)
     while end:
-        found = end.search(rest)
-        if not found:
+        mark = end.search(rest)
+        if not mark:
             return Parted("", True, NOT_ENDED)
-        rest, had_thoughts = rest[found.end() :].strip(), True
+        rest, had_thoughts = rest[mark.end() :].strip(), True
         end = _end_of_begun(rest)
     lone = None if had_thoughts else _END.search(rest)
     if lone and _BEGIN.search(rest[: lone.start()]):  # a part of the answer is in front of the thoughts

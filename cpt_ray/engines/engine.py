@@ -104,10 +104,10 @@ def check_schema_is_enforced(engine: Engine, where: str, max_tokens: int = 64) -
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     answer = engine.run([Request(messages=asked, max_tokens=max_tokens, temperature=0, json_schema=schema)])[0]
     try:
-        found = json.loads(answer.text)
+        written = json.loads(answer.text)
     except json.JSONDecodeError:
-        found = None
-    if found != {"answer": word}:
+        written = None
+    if written != {"answer": word}:
         raise UserError(
             f"{where}: asked for JSON of a given schema, it wrote {answer.text[:60]!r}{_in_brackets(answer)}; "
             "rationales need a server that enforces schemas (or set judge.mode: logprobs)"
@@ -120,7 +120,7 @@ def _in_brackets(answer: Completion) -> str:
 
 def log_sum(logprobs: Iterable[float]) -> float:
     """Logarithm of the sum of probabilities; never above 0, whatever rounding makes of it."""
-    total = math.fsum(math.exp(min(one, 0.0)) for one in logprobs)
+    total = math.fsum(math.exp(min(logprob, 0.0)) for logprob in logprobs)
     return min(math.log(total), 0.0) if total else -math.inf
 
 
@@ -132,7 +132,7 @@ _UNFINISHED = {"length": CUT_OFF, "content_filter": "filtered", "tool_calls": "t
 def unfinished(finish_reason: str | None) -> str:
     """Why an answer that ended so is not a finished one, as a short phrase; "" if it is."""
     name = (finish_reason or "").lower()
-    plain = "".join(one if one.isalnum() or one in "_-" else " " for one in name[:40])
+    plain = "".join(letter if letter.isalnum() or letter in "_-" else " " for letter in name[:40])
     return "" if name in _FINISHED else _UNFINISHED.get(name, f"ended by {plain}")
 
 

@@ -46,13 +46,13 @@ class Tally:
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Counts the tokens of what came back."""
-        for one in completions:
-            self.counts["prompt_tokens"] += one.num_prompt_tokens
-            self.counts["cached_tokens"] += one.num_cached_tokens
-            self.counts["generated_tokens"] += one.num_tokens
-            if one.had_thoughts:
+        for completion in completions:
+            self.counts["prompt_tokens"] += completion.num_prompt_tokens
+            self.counts["cached_tokens"] += completion.num_cached_tokens
+            self.counts["generated_tokens"] += completion.num_tokens
+            if completion.had_thoughts:
                 self.counts["with_thoughts"] += 1
-                self.counts["thought_tokens"] += one.thought_tokens
+                self.counts["thought_tokens"] += completion.thought_tokens
 
     def reject(self, reason: str) -> None:
         """Counts one row that is dropped."""

@@ -89,10 +89,10 @@ def cut_note(role: str, finished: Sequence[int], num_cut: int, max_tokens: int) 
     if not total or num_cut / total <= MOST_CUT:
         return ""
     enough = tokens_to_hold(finished, num_cut, max_tokens)
-    told = "more would be needed, how many cannot be estimated from so few that ended"
+    advice = "more would be needed, how many cannot be estimated from so few that ended"
     if enough is not None:
-        told = f"nine of ten would need at least {enough} (extrapolated)"
-    return f"{num_cut / total:.0%} are cut at {max_tokens} tokens; {told}: raise {role}.sampling.max_tokens"
+        advice = f"nine of ten would need at least {enough} (extrapolated)"
+    return f"{num_cut / total:.0%} are cut at {max_tokens} tokens; {advice}: raise {role}.sampling.max_tokens"
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,17 @@ class Stage:
 
     def losses(self, run: RunDir, entry: Mapping[str, Any], total: int, most: int = 2) -> list[str]:
         """The largest reasons of its ledger entry, with their number, of `total` answers, and what to change."""
-        rejected = Counter({one: count for one, count in entry["rejected"].items() if one not in NO_LOSS})
+        rejected = Counter({reason: count for reason, count in entry["rejected"].items() if reason not in NO_LOSS})
         largest = rejected.most_common(most)
-        return [self._told(run, *one, total) for one in largest if one[1] >= LEAST_SHARE * total]
+        return [self._text(run, reason, count, total) for reason, count in largest if count >= LEAST_SHARE * total]
 
-    def _told(self, run: RunDir, reason: str, count: int, total: int) -> str:
+    def _text(self, run: RunDir, reason: str, count: int, total: int) -> str:
         detail = self._detail(run, reason)
         change = _CHANGES.get(reason, f"were lost: {reason} ({{detail}})")
         if reason == "cut off" and DETAILS[NOT_ENDED] in detail:
             change += f", or {_THINK_LESS}"
-        told = change.format(role=self.role, max_tokens=self.model.sampling.max_tokens, detail=detail)
-        return f"{count} pairs {told}" if reason in OF_PAIRS else f"{count} of {total} answers {told}"
+        text = change.format(role=self.role, max_tokens=self.model.sampling.max_tokens, detail=detail)
+        return f"{count} pairs {text}" if reason in OF_PAIRS else f"{count} of {total} answers {text}"
 
     def _detail(self, run: RunDir, reason: str) -> str:
         """The most frequent one of this reason in the first shard that has any."""

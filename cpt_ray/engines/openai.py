@@ -156,7 +156,7 @@ class OpenAIEngine:
 
     async def _asked(self, request: Request, kind: _Kind) -> list[Completion]:
         try:
-            made = await self._create(request)
+            answer = await self._create(request)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return [self._refusal(error, kind)] * request.samples
         except openai.AuthenticationError as error:
@@ -171,7 +171,7 @@ class OpenAIEngine:
             text = self._hidden(" ".join(str(error).split())[:200])
             raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
         kind.answered()
-        return self._completions(request, made)
+        return self._completions(request, answer)
 
     def _refusal(self, error: openai.APIStatusError, kind: _Kind) -> Completion:
         """What a refused request comes to; UserError if it was not refused for its own sake."""
@@ -206,12 +206,12 @@ class OpenAIEngine:
             if tried:
                 await asyncio.sleep(random.uniform(0.5, 1) * min(2**tried, 60))
             try:
-                made = await self._client.chat.completions.create(**body)
+                answer = await self._client.chat.completions.create(**body)
             except (openai.APIResponseValidationError, json.JSONDecodeError):
                 continue
-            whole = [one for one in getattr(made, "choices", None) or () if getattr(one, "message", None)]
-            if isinstance(made, ChatCompletion) and len(whole) == request.samples:
-                return made
+            whole = [choice for choice in getattr(answer, "choices", None) or () if getattr(choice, "message", None)]
+            if isinstance(answer, ChatCompletion) and len(whole) == request.samples:
+                return answer
         raise UserError(f"{self._where}: what it sends is no chat completion with {request.samples} choice(s)")
 
     @property
@@ -241,8 +241,8 @@ class OpenAIEngine:
             body["response_format"] = {"type": "json_schema", "json_schema": wanted}
         return body | ({"extra_body": more} if more else {})
 
-    def _completions(self, request: Request, made: ChatCompletion) -> list[Completion]:
-        usage = made.usage
+    def _completions(self, request: Request, answer: ChatCompletion) -> list[Completion]:
+        usage = answer.usage
         cached = usage and usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens
         thought = usage and usage.completion_tokens_details and usage.completion_tokens_details.reasoning_tokens
         counts = Completion(
@@ -252,7 +252,7 @@ class OpenAIEngine:
             thought_tokens=thought or 0,
         )
         done = []
-        for choice in made.choices:
+        for choice in answer.choices:
             done.append((_verdict if request.labels else _written)(request, choice, counts))
             counts = Completion()  # the server counts all of a request's samples together
         return done
@@ -269,7 +269,7 @@ def _verdict(request: Request, choice: Choice, counts: Completion) -> Completion
         detail = "the server sends no logprobs; use another judge, or judge.mode: rationale"
         return replace(counts, error="no probabilities", detail=detail)
     top = choice.logprobs.content[0].top_logprobs
-    masses = [[one.logprob for one in top if one.token.strip() == label] for label in request.labels]
+    masses = [[token.logprob for token in top if token.token.strip() == label] for label in request.labels]
     return replace(counts, label_logprobs=tuple(map(log_sum, masses)))
 
 

@@ -113,8 +113,8 @@ def _is_open(role: ModelConfig) -> bool:
 
 
 def _kept(run: RunDir) -> CpuDtype | None:
-    made = run.read_yaml("run.yaml")
-    kept = made.get(CPU_DTYPE) if isinstance(made, dict) else None
+    run_file = run.read_yaml("run.yaml")
+    kept = run_file.get(CPU_DTYPE) if isinstance(run_file, dict) else None
     if kept is not None and kept not in get_args(CpuDtype):
         raise UserError(f"{run.path}/run.yaml: {CPU_DTYPE}: found {shown(kept)}; expected bfloat16 or float32")
     return kept

@@ -141,11 +141,11 @@ class VllmEngine:
         prompts = self._token_ids([request.messages for request in requests])
         both = list(enumerate(zip(requests, prompts, strict=True)))
         room = self._max_model_len
-        marked = {at: token for at, one in enumerate(requests) if (token := self._control_token(one))}
+        marked = {at: token for at, request in enumerate(requests) if (token := self._control_token(request))}
         fits = {
-            at: (ids, self._params(one))
-            for at, (one, ids) in both
-            if len(ids) + one.max_tokens <= room and at not in marked
+            at: (ids, self._params(request))
+            for at, (request, ids) in both
+            if len(ids) + request.max_tokens <= room and at not in marked
         }
         batch = _Batch(fits)
         if batch.asked:
@@ -204,7 +204,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        label_ids = list(dict.fromkeys(one for ids in self._ids_of_labels(request.labels) for one in ids))
+        label_ids = list(dict.fromkeys(token_id for ids in self._ids_of_labels(request.labels) for token_id in ids))
         schema = request.json_schema
         # `logprob_token_ids` and `MAX_LOGPROB_TOKEN_IDS` (below) are in 0.32.0 and in no documentation: all labels'
         # probabilities by one token, where `logprobs` has only those of the likeliest tokens.
@@ -233,7 +233,7 @@ class VllmEngine:
         if self._decoder is None:  # then vLLM has done it
             return
         answers = [answer for output in outputs for answer in output.outputs]
-        ids = [list(one.token_ids)[: -1 if _ended_by_token(one) else None] for one in answers]
+        ids = [list(answer.token_ids)[: -1 if _ended_by_token(answer) else None] for answer in answers]
         for answer, text in zip(answers, self._decode(ids), strict=True):
             answer.text = text.rstrip("\N{REPLACEMENT CHARACTER}")
 
@@ -294,8 +294,9 @@ class VllmEngine:
     def _verdict(self, request: Request, answer: CompletionOutput, counts: Completion) -> Completion:
         if (error := unfinished(answer.finish_reason)) not in ("", CUT_OFF):
             return replace(counts, error=error, detail=f"finish_reason {answer.finish_reason}")
-        found = answer.logprobs[0] if answer.logprobs else {}
-        forms = [[found[one].logprob for one in ids if one in found] for ids in self._ids_of_labels(request.labels)]
+        logprobs = answer.logprobs[0] if answer.logprobs else {}
+        ids_of_labels = self._ids_of_labels(request.labels)
+        forms = [[logprobs[token_id].logprob for token_id in ids if token_id in logprobs] for ids in ids_of_labels]
         return replace(counts, label_logprobs=tuple(map(log_sum, forms)))
 
 

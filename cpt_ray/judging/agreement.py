@@ -43,18 +43,18 @@ def agreement(rubric: Rubric, scores: Sequence[tuple[float, float]]) -> dict[str
     """Of two graders' scores (0-100) of the same answers: same level, kappa, rho; and the first's mean per level of the
     second, where a calibrated grader has about the level's own score."""
     names = [level.name for level in rubric.levels]
-    first = [names.index(rubric.nearest_level(one).name) for one, _ in scores]
+    first = [names.index(rubric.nearest_level(score).name) for score, _ in scores]
     second = [names.index(rubric.nearest_level(other).name) for _, other in scores]
     by_level: dict[str, float] = {}
     for at, name in enumerate(names):
-        own = [one for (one, _), level in zip(scores, second, strict=True) if level == at]
+        own = [score for (score, _), level in zip(scores, second, strict=True) if level == at]
         if own:
             by_level[name] = round(math.fsum(own) / len(own), 1)
-    same = [one == other for one, other in zip(first, second, strict=True)]
+    same = [score == other for score, other in zip(first, second, strict=True)]
     return {
         "n": len(scores),
         "same_level": sum(same) / len(same) if same else None,
         "weighted_kappa": weighted_kappa(first, second, len(names)),
-        "spearman_rho": spearman([one for one, _ in scores], [other for _, other in scores]),
+        "spearman_rho": spearman([score for score, _ in scores], [other for _, other in scores]),
         "mean_score_per_level": by_level,
     }

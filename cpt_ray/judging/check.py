@@ -56,6 +56,7 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> dict
     names = [step.output(name) for name in first]
     run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
     grades = run.read(step.table, names, Grade)
-    both = [(one.judged, one.measured) for one in grades if one.judged is not None and one.measured is not None]
+    scores = [(grade.judged, grade.measured) for grade in grades]
+    both = [(judged, measured) for judged, measured in scores if judged is not None and measured is not None]
     named = {"rubric": rubric.title, "judge": plan.config.judge.model, "asked": len(grades)}
     return named | agreement(rubric, both)

@@ -56,10 +56,10 @@ def _probabilities(
     tally.add(completions)
     at = iter(completions)
 
-    def verdict(criterion: Criterion, one: Completion) -> CriterionGrade:
-        if one.error:
-            return ungraded(criterion, f"{one.error}: {one.detail}")
-        return judged_criterion(rubric, criterion, dict(enumerate(one.label_logprobs, start=1)))
+    def verdict(criterion: Criterion, completion: Completion) -> CriterionGrade:
+        if completion.error:
+            return ungraded(criterion, f"{completion.error}: {completion.detail}")
+        return judged_criterion(rubric, criterion, dict(enumerate(completion.label_logprobs, start=1)))
 
     return [[verdict(criterion, next(at)) for criterion in rubric.judged] for _ in answers]
 
@@ -86,16 +86,16 @@ def _rationales(
     )
     tally.add(completions)
     votes = [completions[at : at + judge.votes] for at in range(0, len(completions), judge.votes)]
-    return [_voted(rubric, one) for one in votes] if votes else [[] for _ in answers]
+    return [_voted(rubric, cast) for cast in votes] if votes else [[] for _ in answers]
 
 
 def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
-    if all(one.error for one in votes):
-        return [ungraded(one, f"{votes[0].error}: {votes[0].detail}") for one in rubric.judged]
-    lost = ", ".join(f"{count} {error}" for error, count in Counter(one.error for one in votes if one.error).items())
+    if all(vote.error for vote in votes):
+        return [ungraded(criterion, f"{votes[0].error}: {votes[0].detail}") for criterion in rubric.judged]
+    lost = ", ".join(f"{count} {error}" for error, count in Counter(vote.error for vote in votes if vote.error).items())
     return [
-        replace(one, reason=f"{one.reason}: {lost}") if lost and one.score is None else one
-        for one in voted_criteria(rubric, [one.text for one in votes])
+        replace(grade, reason=f"{grade.reason}: {lost}") if lost and grade.score is None else grade
+        for grade in voted_criteria(rubric, [vote.text for vote in votes])
     ]
 
 
@@ -200,4 +200,4 @@ def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str)
     for grade in grades:
         by_answer[grade.unit_id, grade.rubric_id].append(grade)
     by_id = {rubric.id: rubric for rubric in rubrics}
-    return {key: aggregate(by_id[key[1]], found, how) for key, found in by_answer.items()}
+    return {key: aggregate(by_id[key[1]], some, how) for key, some in by_answer.items()}

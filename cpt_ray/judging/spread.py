@@ -39,7 +39,7 @@ MOST_SHARDS = 100
 
 def is_spread(rubric: Rubric) -> bool:
     """Whether any of its values are the writer's spread."""
-    return any(_is_spread(one) for one in rubric.measured)
+    return any(_is_spread(criterion) for criterion in rubric.measured)
 
 
 def _is_spread(criterion: Criterion) -> bool:
@@ -53,13 +53,13 @@ def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str
     """
     whole = [answer.text for answer in answers if not answer.is_cut]
     every = [answer.text for answer in answers]
-    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for rubric in rubrics:
         texts = whole if is_of_length(rubric) else every
-        specs: dict[str, CheckSpec] = {one.name: one.measure for one in rubric.measured if one.measure}
+        specs: dict[str, CheckSpec] = {each.name: each.measure for each in rubric.measured if each.measure}
         specs |= {CHECK: rubric.check} if rubric.check else {}
-        found[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}
-    return found
+        known[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}
+    return known
 
 
 def _entry(spec: CheckSpec, texts: Sequence[str]) -> dict[str, Any] | None:
@@ -91,9 +91,8 @@ def pool_spread(rubrics: Sequence[Rubric], known: Mapping[str, Mapping[str, Any]
 
 def with_points(rubric: Rubric, entries: Mapping[str, Mapping[str, Any]]) -> Rubric:
     """The rubric with the values that the survey found; UserError if the writer has no spread on it."""
-    return rubric.model_copy(
-        update={"criteria": tuple(_resolved(rubric, one, entries.get(one.name)) for one in rubric.criteria)}
-    )
+    criteria = tuple(_resolved(rubric, criterion, entries.get(criterion.name)) for criterion in rubric.criteria)
+    return rubric.model_copy(update={"criteria": criteria})
 
 
 def _resolved(rubric: Rubric, criterion: Criterion, entry: Mapping[str, Any] | None) -> Criterion:

@@ -60,40 +60,40 @@ class _Survey:
         verdicts: dict[str, dict[str, list[Grade]]] = defaultdict(lambda: defaultdict(list))
         for grade in grades:
             verdicts[grade.unit_id][grade.rubric_id].append(grade)
-        for one in generations:
-            self.written[one.rubric_id, one.level] += 1
-            self.tokens[one.rubric_id, one.level].append(one.num_tokens)
-            for rubric_id, found in verdicts[one.unit_id].items():
-                self._compare(self.rubrics[rubric_id], found)
-            if one.rubric_id and one.level != CONTROL:
-                rubrics = [self.rubrics[name] for name in parts_of(one.rubric_id)]
-                for rubric, level in targets_of(rubrics, parts_of(one.level)):
-                    if grades_by_rubric := verdicts[one.unit_id][rubric.id]:
+        for generation in generations:
+            self.written[generation.rubric_id, generation.level] += 1
+            self.tokens[generation.rubric_id, generation.level].append(generation.num_tokens)
+            for rubric_id, grades_of_answer in verdicts[generation.unit_id].items():
+                self._compare(self.rubrics[rubric_id], grades_of_answer)
+            if generation.rubric_id and generation.level != CONTROL:
+                rubrics = [self.rubrics[name] for name in parts_of(generation.rubric_id)]
+                for rubric, level in targets_of(rubrics, parts_of(generation.level)):
+                    if grades_by_rubric := verdicts[generation.unit_id][rubric.id]:
                         score = aggregate(rubric, grades_by_rubric, self._how).score
                         found_level = "ungraded" if score is None else rubric.nearest_level(score).name
                         self.confusion[rubric.id, level, found_level] += 1
 
     def _compare(self, rubric: Rubric, grades: Sequence[Grade]) -> None:
-        for one, other in itertools.combinations(grades, 2):
-            if one.judged is not None and other.judged is not None:
-                self.graders[one.judge, other.judge][rubric.id].append((one.judged, other.judged))
-        for one in grades:
-            if one.judged is not None and one.measured is not None:
-                self.graders[one.judge, "measured"][rubric.id].append((one.judged, one.measured))
+        for first, second in itertools.combinations(grades, 2):
+            if first.judged is not None and second.judged is not None:
+                self.graders[first.judge, second.judge][rubric.id].append((first.judged, second.judged))
+        for grade in grades:
+            if grade.judged is not None and grade.measured is not None:
+                self.graders[grade.judge, "measured"][rubric.id].append((grade.judged, grade.measured))
 
     def _pairs(self, pairs: Iterable[Pair]) -> None:
-        for one in pairs:
-            self.pairs[one.rubric_id, one.level] += 1
-            self.examples.setdefault(one.rubric_id, one)
-            chosen, rejected = (len(text[0].content.split()) for text in (one.chosen, one.rejected))
-            before = self.words.get(one.rubric_id, (0, 0))
-            self.words[one.rubric_id] = before[0] + chosen, before[1] + rejected
+        for pair in pairs:
+            self.pairs[pair.rubric_id, pair.level] += 1
+            self.examples.setdefault(pair.rubric_id, pair)
+            chosen, rejected = (len(text[0].content.split()) for text in (pair.chosen, pair.rejected))
+            before = self.words.get(pair.rubric_id, (0, 0))
+            self.words[pair.rubric_id] = before[0] + chosen, before[1] + rejected
 
     def judges(self) -> list[dict[str, Any]]:
         """How far the judges agree with each other and with what is measured, per rubric."""
         return [
-            {"judge": one, "against": other, "rubric": name, **agreement(self.rubrics[name], scores)}
-            for (one, other), by_rubric in self.graders.items()
+            {"judge": judge, "against": other, "rubric": name, **agreement(self.rubrics[name], scores)}
+            for (judge, other), by_rubric in self.graders.items()
             for name, scores in by_rubric.items()
         ]
 
@@ -120,7 +120,7 @@ def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
 
 
 def _head(info: Mapping[str, Any], files: Mapping[str, list[str] | str]) -> str:
-    configs: list[dict[str, Any]] = [{"config_name": name, "data_files": found} for name, found in files.items()]
+    configs: list[dict[str, Any]] = [{"config_name": name, "data_files": names} for name, names in files.items()]
     configs[0]["default"] = True
     head = yaml.safe_dump({"pretty_name": info["name"], "configs": configs}, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n"
@@ -175,10 +175,10 @@ def _card(
         "## Judges\n\nEach judge's mean score per level, to calibrate it by, is in `judges.json`.\n",
         _table(
             ("judge", "against", "rubric", *agreed),
-            [(one["judge"], one["against"], one["rubric"], *(one[key] for key in agreed)) for one in judges],
+            [(row["judge"], row["against"], row["rubric"], *(row[key] for key in agreed)) for row in judges],
         ),
         "## Examples\n",
-        *(_example(one) for one in survey.examples.values()),
+        *(_example(pair) for pair in survey.examples.values()),
         "## Lineage\n",
         _table(("what", "hash or name"), lineage),
     ]
@@ -186,31 +186,31 @@ def _card(
 
 
 def _quantiles(tokens: Sequence[int]) -> list[int]:
-    return [int(one) for one in np.percentile(tokens, [10, 50, 90])]
+    return [int(quantile) for quantile in np.percentile(tokens, [10, 50, 90])]
 
 
 def _confusion(survey: _Survey, rubric: Rubric) -> str:
     names = [level.name for level in rubric.levels]
-    found = [*names, "ungraded"]
-    rows = [(name, *(survey.confusion[rubric.id, name, one] for one in found)) for name in names]
-    return _table((rubric.id, *found), rows)
+    columns = [*names, "ungraded"]
+    rows = [(name, *(survey.confusion[rubric.id, name, column] for column in columns)) for name in names]
+    return _table((rubric.id, *columns), rows)
 
 
-def _example(one: Pair) -> str:
-    blocks = [(f"{message.role}", message.content) for message in one.prompt]
+def _example(pair: Pair) -> str:
+    blocks = [(f"{message.role}", message.content) for message in pair.prompt]
     blocks += [
-        (f"chosen ({one.level})", one.chosen[0].content),
-        (f"rejected ({one.rejected_level})", one.rejected[0].content),
+        (f"chosen ({pair.level})", pair.chosen[0].content),
+        (f"rejected ({pair.rejected_level})", pair.rejected[0].content),
     ]
     quoted = (
         f"**{name}**\n\n" + "\n".join(f"> {line}" for line in text[:EXAMPLE_CHARACTERS].splitlines())
         for name, text in blocks
     )
-    return f"### {one.rubric_id}\n\n" + "\n\n".join(quoted) + "\n"
+    return f"### {pair.rubric_id}\n\n" + "\n\n".join(quoted) + "\n"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([_cell(one) for one in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -70,9 +70,9 @@ class DirectStep(Step):
         texts: dict[str, list[str]] = {level.name: list(level.directives) for level in rubric.levels}
         owner = {wording_of(text): name for name, given in texts.items() for text in given}
         rejects = []
-        for level, one in zip(levels, completions, strict=True):
-            text = " ".join(one.text.split())
-            error, detail = one.error, one.detail
+        for level, completion in zip(levels, completions, strict=True):
+            text = " ".join(completion.text.split())
+            error, detail = completion.error, completion.detail
             if not error and (leak := directive_leak(text, rubric)):
                 error, detail = "leak", leak
             elif not error and (wording := wording_of(text)) in owner:
@@ -95,8 +95,9 @@ class DirectStep(Step):
                 texts[level].append(text)
         for asked in rubric.levels:
             if len(texts[asked.name]) < 2:
-                lost = [one for one in rejects if one.level == asked.name]
-                why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in lost).items())
+                lost = [reject for reject in rejects if reject.level == asked.name]
+                counts = Counter(reject.reason for reject in lost)
+                why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
                 example = f"; the director's were: {why}, for example {lost[0].detail!r}" if lost else ""
                 raise UserError(
                     f"rubric {rubric.id}, level {asked.name}: {len(texts[asked.name])} usable directive(s), at least 2 "

@@ -29,12 +29,12 @@ class NearDuplicates:
         """The name of the first earlier text that this one nearly repeats, or "": then it is remembered."""
         from rensa import RMinHash
 
-        made = RMinHash(num_perm=NUM_PERMUTATIONS, seed=0)
-        made.update(_shingles(text))
-        for at in sorted(self._index.query(made)):
-            if made.jaccard(self._hashes[at]) >= self._threshold:
+        sketch = RMinHash(num_perm=NUM_PERMUTATIONS, seed=0)
+        sketch.update(_shingles(text))
+        for at in sorted(self._index.query(sketch)):
+            if sketch.jaccard(self._hashes[at]) >= self._threshold:
                 return str(self._names[at])
-        self._index.insert(len(self._names), made)
+        self._index.insert(len(self._names), sketch)
         self._names.append(name)
-        self._hashes.append(made)
+        self._hashes.append(sketch)
         return ""

@@ -116,7 +116,7 @@ def paired_together(
     beside = {ShardName.parse(name).number: name for name in controls}  # of the same prompts
     together, num_prompts = list[str](), 0
     for name, some in passes.items():
-        together += [one.generations for one in some]
+        together += [each.generations for each in some]
         number = ShardName.parse(name).number
         together += [beside[number]] if number in beside else []
         num_prompts += len(units[name].prompts)

@@ -301,7 +301,7 @@ class _Cell:
             level=joined(level),
             rejected_level=joined(other_level),
             directive_id=directive_id,
-            prompt=[Message(role=one["role"], content=one["content"]) for one in prompt],
+            prompt=[Message(role=message["role"], content=message["content"]) for message in prompt],
             chosen=[Message(role="assistant", content=winner.text)],
             rejected=[Message(role="assistant", content=loser.text)],
             chosen_score=self._mean_score(winner),

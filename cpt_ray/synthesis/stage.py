@@ -43,7 +43,7 @@ def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
     steps, settings = Steps.of(plan, units), plan.config.synthesis
     controls = [name for name in units if ShardName.parse(name).is_control]
     passes = {name: _passes(steps, name) for name in units if name not in controls}
-    written = [one.generations for some in passes.values() for one in some]
+    written = [each.generations for some in passes.values() for each in some]
     grades = {name: [judge.output(name) for judge in steps.judges] for name in (*written, *controls)}
     directives = [steps.direct.output(rubric.id) for rubric in plan.rubrics]
     repeats: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ class Steps:
         for at, step in enumerate(self.later, start=1):
             before = {passes[at - 1].grades: passes[:at] for passes in shards.passes.values()}
             earlier = {
-                passes[at].generations: [(one.generations, one.grades) for one in passes[:at]]
+                passes[at].generations: [(each.generations, each.grades) for each in passes[:at]]
                 for passes in shards.passes.values()
             }
             steps += [replace(step, before=before), replace(self.judges[0], earlier=earlier)]
@@ -272,12 +272,12 @@ def _say_cut(run: RunDir, shards: Shards, entry: Mapping[str, Any], writer: Mode
 
 def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]]) -> None:
     """A note if over half of the answers could not be used; UserError if there is no pair."""
-    total = int(sum(entries[one.name].get("rows_in", 0) for one in stages if one.name != "pair"))
-    rejected = [one for stage in stages for one in entries[stage.name]["rejected"].items()]
-    lost = sum(count for reason, count in rejected if reason not in (*OF_PAIRS, *NO_LOSS))
+    total = int(sum(entries[stage.name].get("rows_in", 0) for stage in stages if stage.name != "pair"))
+    rejected = [entries[stage.name]["rejected"] for stage in stages]
+    lost = sum(n for reasons in rejected for reason, n in reasons.items() if reason not in (*OF_PAIRS, *NO_LOSS))
     if entries["pair"].get("rows_out") and lost <= total / 2:
         return
-    why = "; ".join(text for one in stages for text in one.losses(run, entries[one.name], total))
+    why = "; ".join(text for stage in stages for text in stage.losses(run, entries[stage.name], total))
     if not entries["pair"].get("rows_out"):
         raise UserError(f"no pair was made: {why or 'there are no answers'}; see {run.path / 'rejects'}")
     say(f"note: {lost} of {total} answers are of no use: {why}; see {run.path / 'rejects'} and judges.json")

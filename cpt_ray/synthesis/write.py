@@ -56,8 +56,9 @@ class WriteStep(Step):
 
     def _messages(self, unit: Unit) -> list[ChatMessage]:
         if unit.level == CONTROL:
-            told = control_directive(self.neutral_directives, cell_id_of(unit.rubric_id, unit.prompt_id, unit.sample))
-            return policy_messages(told, unit.prompt)
+            cell_id = cell_id_of(unit.rubric_id, unit.prompt_id, unit.sample)
+            directive = control_directive(self.neutral_directives, cell_id)
+            return policy_messages(directive, unit.prompt)
         if not unit.rubric_id:
             return policy_messages(None, unit.prompt)
         rubrics = [self.rubrics[name] for name in parts_of(unit.rubric_id)]
@@ -112,11 +113,11 @@ class NextPassStep(WriteStep):
         self.write(engine, run, name, run.read("units", [name], Unit))
 
     def _plan(self, run: RunDir, passes: Sequence[Pass]) -> Iterator[Unit]:
-        names = [one.generations for one in passes]
+        names = [each.generations for each in passes]
         asked: dict[str, list[Unit]] = defaultdict(list)
         for unit in run.read("units", names, Unit):
             asked[unit.prompt_id].append(unit)
-        grades = run.read("grades", [one.grades for one in passes], Grade)
+        grades = run.read("grades", [each.grades for each in passes], Grade)
         rubrics = self.spread.resolve(run) if self.spread else list(self.rubrics.values())
         by_key = {(grade.unit_id, grade.rubric_id): grade for grade in grades}
         answers = answers_of(run.read("generations", names, Generation), by_key, rubrics)

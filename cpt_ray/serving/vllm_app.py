@@ -42,7 +42,7 @@ class VllmServer:
         self._log: AccessLog | None = None
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
-        """Ray Serve asks a replica's class for its ASGI app by this name (Ray 2.60; no public way is asynchronous)."""
+        """What `serve.ingress()` without an app asks a replica for: only there is an engine, and its event loop."""
         served = self._served
         frontend, engine = _frontend_arguments(served), _engine_arguments(served)
         self._engine = await _start(engine)

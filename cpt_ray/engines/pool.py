@@ -22,7 +22,7 @@ from cpt_ray.engines.engine import EngineDiedError
 from cpt_ray.engines.ledger import Live
 from cpt_ray.engines.step import Counts, Line, OpenEngine, Step
 from cpt_ray.engines.vllm import engine_env
-from cpt_ray.engines.worker import StepActor, Worker, endpoint_key, make_engine, one_line
+from cpt_ray.engines.worker import Job, StepActor, Worker, endpoint_key, make_engine, one_line
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
 
@@ -62,9 +62,9 @@ def _run_pools(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | Non
         now = [Line(line.shards, _leading(line.steps, key)) for line in left]
         _run_pool(run, now, open_engine, map_shards)
         left = [
-            Line([_final_name(done.steps, shard) for shard in line.shards], line.steps[len(done.steps) :])
+            Line([[shard, *(name for _, name in done.outputs(shard))][-1] for shard in line.shards], steps)
             for line, done in zip(left, now, strict=True)
-            if len(done.steps) < len(line.steps)
+            if (steps := line.steps[len(done.steps) :])
         ]
 
 
@@ -72,41 +72,27 @@ def _leading(steps: Sequence[Step], engine_key: str) -> Sequence[Step]:
     return list(itertools.takewhile(lambda step: step.model.engine_key == engine_key, steps))
 
 
-def _final_name(steps: Sequence[Step], shard: str) -> str:
-    for step in steps:
-        shard = step.output(shard)
-    return shard
-
-
 def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None, map_shards: MapShards) -> None:
-    steps = [line.steps for line in lines]
-    flat = {step.stage: step for line in steps for step in line}
-    complete = {step.table: run.names(step.table) for step in flat.values()}
+    steps = {step.stage: step for line in lines for step in line.steps}
+    complete = {step.table: run.names(step.table) for step in steps.values()}
     todo = [
         {"line": at, "shard": shard}
         for at, line in enumerate(lines)
         for shard in line.shards
-        if not _complete(complete, line.steps, shard)
+        if not all(name in complete[step.table] for step, name in line.outputs(shard))
     ]
     if not todo:
         return
     shutil.rmtree(run.attempts, ignore_errors=True)
-    model = steps[0][0].model
+    model = lines[0].steps[0].model
     open_engine = open_engine or functools.partial(make_engine, key=endpoint_key(model))
-    live = Live(run, {stage: step.model for stage, step in flat.items()})
-    with progress("+".join(flat), len(todo), "shards") as advance:
+    job = Job(run, model, [line.steps for line in lines], open_engine)
+    live = Live(run, {stage: step.model for stage, step in steps.items()})
+    with progress("+".join(steps), len(todo), "shards") as advance:
         advance(0, f"starting {model.num_actors} x {model.model}")
-        for counts in map_shards(run, model, steps, todo, open_engine):
+        for counts in map_shards(job, todo):
             advance(1, live.add(counts))
     shutil.rmtree(run.attempts, ignore_errors=True)
-
-
-def _complete(done: dict[str, set[str]], steps: Sequence[Step], name: str) -> bool:
-    for step in steps:
-        name = step.output(name)
-        if name not in done[step.table]:
-            return False
-    return True
 
 
 @contextmanager
@@ -124,9 +110,7 @@ def _ended(rows: Any) -> Iterator[Any]:
                 thread.join(READER_SECONDS)
 
 
-MapShards = Callable[
-    [RunDir, ModelConfig, Sequence[Sequence[Step]], list[dict[str, Any]], OpenEngine], Iterator[Mapping[str, Counts]]
-]
+MapShards = Callable[[Job, list[dict[str, Any]]], Iterator[Mapping[str, Counts]]]
 """Brings the shards of one pool, {line, shard} each, through the steps of their lines.
 
 Yields what each stage did, once per finished shard, in any order; UserError with the cause if one fails.
@@ -140,40 +124,29 @@ def _raise_failure(model: ModelConfig, error: str) -> None:
         raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)
 
 
-def _map_here(
-    run: RunDir,
-    model: ModelConfig,
-    steps: Sequence[Sequence[Step]],
-    todo: list[dict[str, Any]],
-    open_engine: OpenEngine,
-) -> Iterator[Mapping[str, Counts]]:
+def _map_here(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Counts]]:
     worker: Worker | None = None
     for item in todo:
         result: tuple[str, Mapping[str, Counts]] | None = None
         while result is None:
-            worker = worker or Worker(run, model, steps, open_engine)
+            worker = worker or Worker(job)
             try:
                 result = worker.bring(**item)
             except EngineDiedError:
                 worker = None
         error, counts = result
-        _raise_failure(model, error)
+        _raise_failure(job.model, error)
         yield counts
 
 
-def _map_on_ray(
-    run: RunDir,
-    model: ModelConfig,
-    steps: Sequence[Sequence[Step]],
-    todo: list[dict[str, Any]],
-    open_engine: OpenEngine,
-) -> Iterator[Mapping[str, Counts]]:
+def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Counts]]:
     import ray.data
     from ray.exceptions import RayError
 
+    model = job.model
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
-        fn_constructor_args=(run, model, steps, open_engine),
+        fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=min(model.num_actors.least, len(todo)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,12 @@ class Line:
 
     shards: Sequence[str]
     steps: Sequence[Step]
+
+    def outputs(self, shard: str) -> Iterator[tuple[Step, str]]:
+        """Each step, with the name of the shard that it makes of this one."""
+        for step in self.steps:
+            shard = step.output(shard)
+            yield step, shard
 
 
 class Runner(Protocol):

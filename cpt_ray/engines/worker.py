@@ -9,6 +9,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +27,37 @@ MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a pool is given."""
+
+    run: RunDir
+    model: ModelConfig
+    steps: Sequence[Sequence[Step]]
+    """By line."""
+    open_engine: OpenEngine
+
+
 class Worker:
     """An engine and the steps it can do; called by several threads."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        model: ModelConfig,
-        steps: Sequence[Sequence[Step]],
-        open_engine: OpenEngine,
-        name: str = "here",
-        meter: Callable[[str, Counts], None] = lambda stage, counts: None,
-    ):
+    def __init__(self, job: Job, name: str = "here", meter: Callable[[str, Counts], None] = lambda stage, counts: None):
         """Opens the engine; if that fails, the first shard that needs it has the error.
 
         Args:
-            steps: by line.
             name: kept by the worker that takes the place of one whose process died.
             meter: called with the stage and the counts of each finished step.
         """
-        self._steps, self._run, self._meter = steps, run, meter
-        self._attempts = Attempts(run.attempts)
+        self._steps, self._run, self._meter = job.steps, job.run, meter
+        self._attempts = Attempts(job.run.attempts)
         self._turns, self._now, self._is_alone = threading.Condition(), 0, False
         start = f"start-{name}"
         self._error = ""
         try:
             self._attempts.begin(start, "while it started")
-            self._engine = open_engine(model)
-            if judges := [step.model for line in steps for step in line if needs_schema(step.model)]:
-                check_schema_is_enforced(self._engine, f"judge {model.model}", judges[0].sampling.max_tokens)
+            self._engine = job.open_engine(job.model)
+            if judges := [step.model for line in job.steps for step in line if needs_schema(step.model)]:
+                check_schema_is_enforced(self._engine, f"judge {job.model.model}", judges[0].sampling.max_tokens)
             self._attempts.end(start)
         except Exception as error:
             self._error = _told(error)
@@ -116,11 +119,11 @@ class StepActor:
     answers with a new one without end, is counted in files.
     """
 
-    def __init__(self, run: RunDir, model: ModelConfig, steps: Sequence[Sequence[Step]], open_engine: OpenEngine):
+    def __init__(self, job: Job):
         import ray
 
         name = ray.get_runtime_context().get_actor_id()
-        self._worker = Worker(run, model, steps, open_engine, name, Meters().add)
+        self._worker = Worker(job, name, Meters().add)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -11,7 +11,7 @@ from cpt_ray.config import ModelConfig, Range, SynthesisConfig
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.judging.judge import combine_judges
-from cpt_ray.plan import PairInputs, Pass, Plan, Rubrics, Shards, Units
+from cpt_ray.plan import PairInputs, Pass, Rubrics, Units
 from cpt_ray.synthesis.duplicates import NearDuplicates
 from cpt_ray.synthesis.levels import level_counts
 from cpt_ray.synthesis.pairing import pair_answers
@@ -98,15 +98,6 @@ class PairStep(Step):
         tally.counts.update(level_counts(paired, units, rows))
         run.write("rejects", rejects_of(self.stage, shard), paired.rejects)
         run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
-
-
-def pairing_steps(plan: Plan, shards: Shards) -> tuple[RepeatStep, PairStep]:
-    """The steps that call no model."""
-    settings = plan.config.synthesis
-    return (
-        RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0),
-        PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings),
-    )
 
 
 def paired_together(

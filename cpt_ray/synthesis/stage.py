@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpt_ray.config import ModelConfig, PriceConfig
+from cpt_ray.config import ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF
 from cpt_ray.engines.ledger import ledger_entry, thoughts_note
@@ -27,7 +27,7 @@ from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, asking_of, plan_
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
 from cpt_ray.synthesis.levels import level_lines
-from cpt_ray.synthesis.pair import PairStep, RepeatStep, no_engine, paired_together, pairing_steps
+from cpt_ray.synthesis.pair import PAIRING, PairStep, RepeatStep, no_engine, paired_together
 from cpt_ray.synthesis.write import NextPassStep, WriteStep
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import RunDir
@@ -89,41 +89,25 @@ class Steps:
     def of(cls, plan: Plan, units: Iterable[str]) -> Steps:
         """Those of a run; which shards they read is not known to them yet (`passes`, `further`)."""
         config, settings, spread = plan.config, plan.config.synthesis, spread_of(plan, units)
-        write = WriteStep(rubrics=plan.by_id, model=config.writer, seed=config.seed)
-        asking = asking_of(plan)
-        numbers = range(2, settings.num_passes + 1)
+        own: dict[str, Any] = {"rubrics": plan.by_id, "seed": config.seed}
+        levels: dict[str, Any] = {"grids": settings.grids, "margin": settings.margin, "spread": spread}
+        judges = (grader(plan.rubrics, config.judge, config.writer), *config.judges)
         return cls(
             direct=DirectStep(
-                rubrics=plan.by_id,
+                **own,
                 model=config.director,
                 paraphrases=settings.paraphrases,
                 held_out=settings.held_out_directives,
-                seed=config.seed,
             ),
-            write=write,
+            write=WriteStep(**own, model=config.writer),
             later=[
-                NextPassStep(
-                    rubrics=plan.by_id,
-                    model=config.writer,
-                    seed=config.seed,
-                    asking=asking,
-                    spread=spread,
-                    number=number,
-                    before={},
-                )
-                for number in numbers
+                NextPassStep(**own, model=config.writer, asking=asking_of(plan), spread=spread, number=number)
+                for number in range(2, settings.num_passes + 1)
             ],
             control=WriteStep(
-                rubrics=plan.by_id,
-                model=config.policy,
-                seed=config.seed,
-                neutral_directives=settings.neutral_directives,
-                stage="control",
+                **own, model=config.policy, neutral_directives=settings.neutral_directives, stage="control"
             ),
-            judges=[
-                JudgeStep(rubrics=plan.by_id, model=model, grids=settings.grids, margin=settings.margin, spread=spread)
-                for model in (grader(plan.rubrics, config.judge, config.writer), *config.judges)
-            ],
+            judges=[JudgeStep(rubrics=plan.by_id, model=model, **levels) for model in judges],
         )
 
     def passes(self, shards: Shards) -> list[Line]:
@@ -224,23 +208,18 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
         if not run.has("rejects", name):
             run.write("rejects", name, plan.rejects)
     run.prune("rejects", shards.planned, prefix="plan-")
-    stages: list[tuple[str, str, Sequence[str], PriceConfig | None]] = [
-        ("direct", "directives", shards.directives, steps.direct.model.price),
-        ("write", "generations", shards.written, steps.write.model.price),
-        *([("control", "generations", shards.controls, steps.control.model.price)] if shards.controls else []),
-        *(
-            (
-                f"judge-{at}" if at > 1 else "judge",
-                "grades",
-                [judge.output(name) for name in shards.generations],
-                judge.model.price,
-            )
-            for at, judge in enumerate(steps.judges, start=1)
-        ),
-        *([("repeats", "repeats", list(shards.repeats), None)] if shards.repeats else []),
-        ("pair", "pairs", shards.pairs, None),
+    stages = [
+        Stage("direct", "directives", shards.directives, "director", steps.direct.model),
+        Stage("write", "generations", shards.written, "writer", steps.write.model),
+        Stage("control", "generations", shards.controls, "policy", steps.control.model),
     ]
-    entries = {stage: ledger_entry(run, table, names, price) for stage, table, names, price in stages}
+    for at, judge in enumerate(steps.judges, start=1):
+        names = [judge.output(name) for name in shards.generations]
+        stages.append(Stage(f"judge-{at}" if at > 1 else "judge", "grades", names, "judge", judge.model))
+    stages.append(Stage("repeats", "repeats", list(shards.repeats), "writer", PAIRING))
+    stages.append(Stage("pair", "pairs", shards.pairs, "writer", PAIRING))
+    stages = [stage for stage in stages if stage.shards]
+    entries = {stage.name: ledger_entry(run, stage.table, stage.shards, stage.model.price) for stage in stages}
     costs = [entry["cost"] for entry in entries.values() if "cost" in entry]
     num_pairs = entries["pair"].get("rows_out", 0)
     if costs and num_pairs:
@@ -248,11 +227,7 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     for stage, entry in entries.items():
         run.add_to_ledger(stage, entry)
         say(f"{stage:<12} {_summary(entry)}")
-    losing = [Stage("write", "generations", shards.written, "writer", steps.write.model)]
-    losing += (
-        [Stage("control", "generations", shards.controls, "policy", steps.control.model)] if shards.controls else []
-    )
-    _say_losses(run, [*losing, Stage("pair", "pairs", shards.pairs, "writer", steps.write.model)], entries)
+    _say_losses(run, [stage for stage in stages if stage.name in ("write", "control", "pair")], entries)
     _say_cut(run, shards, entries["write"], steps.write.model)
     for line in level_lines(plan, run, shards, entries["write"].get("generated_tokens", 0)):
         say(line)
@@ -291,9 +266,12 @@ def _summary(entry: dict[str, Any]) -> str:
 
 def pair(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> None:
     """generations + grades + directives -> pairs (+ rejects); shards that no longer belong to the run are removed."""
-    repeats, paired = pairing_steps(plan, shards)
+    settings = plan.config.synthesis
+    repeats = RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0)
     runner(run, [Line(list(shards.repeats), [repeats])], no_engine)
-    runner(run, [Line(shards.pairs, [paired])], no_engine)
+    runner(
+        run, [Line(shards.pairs, [PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings)])], no_engine
+    )
     run.prune("pairs", shards.pairs)
     run.prune("repeats", shards.repeats)
     run.prune("rejects", [rejects_of("pair", name) for name in shards.pairs], prefix="pair-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, policy_messages, writer_messages
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
@@ -96,7 +96,7 @@ class NextPassStep(WriteStep):
     """Where the rubrics' levels come from."""
     number: int
     """From 2."""
-    before: Mapping[str, Sequence[Pass]]
+    before: Mapping[str, Sequence[Pass]] = field(default_factory=dict)
     """By the last pass's shard of grades: all passes so far."""
 
     def output(self, shard: str) -> str:

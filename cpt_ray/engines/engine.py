@@ -85,11 +85,11 @@ class Engine(Protocol):
 
 
 class EngineDiedError(RuntimeError):
-    """The engine came to an end of itself, or one of its processes did; a new one may do better."""
+    """The engine, or one of its processes, ended by itself; a new engine may succeed."""
 
 
 def check_schema_is_enforced(engine: Engine, where: str, max_tokens: int = 64) -> None:
-    """UserError unless the engine makes a model write JSON of a schema that no model would write of itself.
+    """UserError unless the engine enforces a JSON schema: no model would write this JSON by itself.
 
     Args:
         max_tokens: enough for the thoughts that a model may have before it.

@@ -38,7 +38,7 @@ class Tally:
 
     @classmethod
     def _share_time(cls) -> None:
-        """Time that several shards of this process spend together is split evenly between them."""
+        """Splits the time since the last call evenly between the shards that this process works on."""
         now = time.monotonic()
         for tally in list(cls._open):
             tally._seconds += (now - cls._shared_at) / len(cls._open)
@@ -67,8 +67,10 @@ class Tally:
 
     @classmethod
     def abandon(cls) -> None:
-        """Closes those that this thread has left open, since a step failed: whoever holds its error keeps them alive,
-        and they would go on taking their share of the time."""
+        """Closes what a failed step of this thread left open.
+
+        As long as somebody holds the error, it would take a share of the time of later steps.
+        """
         with cls._lock:
             cls._share_time()
             for tally in [tally for tally, thread in cls._open.items() if thread == threading.get_ident()]:
@@ -76,9 +78,9 @@ class Tally:
 
 
 class Live:
-    """What this command has done so far: into ledger.json every few seconds, for `cpt status`, and beside the bar.
+    """Counts of the running command: written to ledger.json every few seconds, for `cpt status`, and shown as a speed.
 
-    The stage replaces it at its end by the sum over all its shards, whoever made them.
+    At its end the stage replaces them by the sum over all its shards, whichever process made them.
     """
 
     def __init__(self, run: RunDir, models: dict[str, ModelConfig]):

@@ -1,4 +1,4 @@
-"""What answers were lost to, in words that say what to change."""
+"""Why answers were lost, and what to change."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ OF_PAIRS = ("control has the level", "length ratio")
 NO_LOSS = ("not needed",)
 """Reasons that ask for no change."""
 LEAST_SHARE = 0.05
-"""What fewer answers than this were lost to is not worth a word."""
+"""Share of the answers below which a reason is not mentioned."""
 
 MOST_CUT = 0.2
-"""Share of answers that may be cut at max_tokens without a word."""
+"""Share of answers that may be cut at max_tokens without a note."""
 LEAST_ENDS = 10
 """Answers that must have ended in the upper half of the tokens for an extrapolation from them."""
 FARTHEST = 4

@@ -1,8 +1,8 @@
-"""An engine that is somebody else's server: any OpenAI-compatible endpoint as writer, director or judge.
+"""An engine behind a server: any OpenAI-compatible endpoint as writer, director or judge.
 
-What a request can be at fault for (too long, refused) is a completion with its reason. What only the server can be at
-fault for is tried again by the client, then ends the run: a server that is down must not turn into rejected rows. Nor
-must one that refuses all requests alike, for what they have in common.
+A request's own fault (too long, refused) becomes a completion with a reason. After a fault of the server the client
+tries again, then the run ends: a server that is down must not turn into rejected rows, nor must a server that refuses
+all requests for something they have in common.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Pace:
 
 
 def _kind_of(body: dict[str, Any]) -> str:
-    """All of a request that others have as well; whatever the schema, that there is one."""
+    """The parameters that a request shares with others: all but its texts and seed; of a schema, whether it has one."""
     own = {"messages", "seed", "response_format"}
     return json.dumps(
         [{name: value for name, value in body.items() if name not in own}, "response_format" in body], default=str
@@ -74,7 +74,7 @@ def _kind_of(body: dict[str, Any]) -> str:
 
 
 class _Kind:
-    """Requests with the same parameters: the first few go ahead, the others wait for what comes of them."""
+    """Requests with the same parameters: the first few are sent, the others wait until one of those is answered."""
 
     def __init__(self) -> None:
         self._sent = self._back = 0
@@ -118,7 +118,7 @@ class OpenAIEngine:
         self._slots = asyncio.Semaphore(max(1, self._endpoint.concurrency // share))
         self._kinds: defaultdict[str, _Kind] = defaultdict(_Kind)
         self._ended: UserError | None = None
-        """What ended the run: other shards' requests, in other threads, are then not sent either."""
+        """The error that ended the run; requests of other threads are then not sent."""
         self._client = openai.AsyncOpenAI(
             base_url=self._endpoint.base_url,
             api_key=key.get_secret_value(),

@@ -1,7 +1,7 @@
 """Steps over shards: Ray Data maps engine actors over the shards that are not done yet, or this process does them.
 
-What travels through Ray Data is the *name* of a shard, one per block. The actor reads the shard, calls its
-engine, writes the output shard and renames it into place, so whatever dies, only shards in flight are lost.
+Ray Data carries only the *names* of shards, one per block. The actor reads the shard, calls its engine, writes the
+output shard and renames it into place, so that a crash loses only the shards in flight.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None
 
 @contextmanager
 def _ended(rows: Any) -> Iterator[Any]:
-    """Rows of Ray Data, whose threads are gone afterwards also where not all were read.
+    """Rows of Ray Data, whose reader threads have ended afterwards, even if not all rows were read.
 
-    One that meets a Ray which was shut down meanwhile ends the process, before it could say what was wrong.
+    A reader thread that outlives `ray.shutdown` aborts the process before the error is shown.
     """
     try:
         yield rows
@@ -118,7 +118,7 @@ Yields what each stage did, once per finished shard, in any order; UserError wit
 
 
 def _raise_failure(model: ModelConfig, error: str) -> None:
-    """UserError of what a worker says went wrong, if anything did."""
+    """UserError with a worker's description of its failure, if it has one."""
     line, _, trace = error.partition("\n")
     if line:
         raise UserError(f"{model.model}: {line}; what is finished is kept") from RuntimeError(trace)

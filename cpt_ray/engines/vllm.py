@@ -69,7 +69,7 @@ def check_template(config: ModelConfig, other: str = "") -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or config.path)
-    except (ImportError, OSError, ValueError):  # vLLM says what is wrong with it, or has a tokenizer of its own for it
+    except (ImportError, OSError, ValueError):  # vLLM reports what is wrong, or brings its own tokenizer
         return
     if other and "{" not in other and not Path(other).is_file():
         raise UserError(f"serve.frontend.chat_template: {other}: no such file")
@@ -96,7 +96,7 @@ def vllm_sampling(sampling: SamplingConfig) -> dict[str, Any]:
 
 
 class _Batch:
-    """What one call of `run` asks for, on its way to the thread that steps the engine and back."""
+    """The requests of one call of `run`, and what the thread that steps the engine returns for them."""
 
     def __init__(self, asked: dict[int, tuple[list[int], SamplingParams]]):
         self.asked = asked
@@ -106,7 +106,7 @@ class _Batch:
 
 
 class VllmEngine:
-    """A vLLM engine in this process, kept full: what several threads ask for is worked on together.
+    """A vLLM engine in this process, kept full: requests of several threads share its batches.
 
     UserError if the model's chat template drops what a system message or a user says.
     """
@@ -177,7 +177,7 @@ class VllmEngine:
                     raise self._dead from None
 
     def _work(self) -> None:
-        """Adds what is asked for and steps the engine, for ever; alone in touching it."""
+        """Adds requests and steps the engine, for ever; the only thread that touches it."""
         waiting: dict[str, tuple[_Batch, int]] = {}
         for number in itertools.count():  # the engine wants an id of its own for every request
             try:

@@ -60,10 +60,10 @@ class Worker:
                 check_schema_is_enforced(self._engine, f"judge {job.model.model}", judges[0].sampling.max_tokens)
             self._attempts.end(start)
         except Exception as error:
-            self._error = _told(error)
+            self._error = _described(error)
 
     def bring(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
-        """Takes one shard through its line's steps; "" or what went wrong (`_told`), and what each stage did.
+        """Takes one shard through its line's steps; "" or what went wrong (`_described`), and what each stage did.
 
         Raises:
             EngineDiedError: counted; a new worker may try again.
@@ -93,14 +93,14 @@ class Worker:
             self._attempts.note(name, one_line(died))
             raise
         except Exception as failed:
-            return _told(failed, f" ({step.stage} of shard {shard})")
+            return _described(failed, f" ({step.stage} of shard {shard})")
         finally:
             Tally.abandon()
         return ""
 
     @contextmanager
     def _turn(self, alone: bool) -> Iterator[None]:
-        """Shards side by side, but one on which an engine died before by itself: so no other is taken for the cause."""
+        """Runs shards side by side, but a shard on which an engine died alone, so that the cause is certain."""
         with self._turns:
             self._turns.wait_for(lambda: not self._now or not (alone or self._is_alone))
             self._now, self._is_alone = self._now + 1, alone
@@ -115,8 +115,8 @@ class Worker:
 class StepActor:
     """A worker made remote by Ray Data.
 
-    A failure travels as a row: Ray Data would keep only the text of a stack trace. The death of a process, which Ray
-    answers with a new one without end, is counted in files.
+    A failure is returned as a row, because Ray Data would keep only the text of a stack trace. Deaths of the process
+    are counted in files, because Ray would start a new one each time, without end.
     """
 
     def __init__(self, job: Job):
@@ -137,7 +137,10 @@ class StepActor:
 
 
 class Attempts:
-    """How often something was begun without an end: in files, since what it counts kills whoever could remember."""
+    """Counts attempts that did not finish.
+
+    Kept in files, because the crash being counted also kills the process that could remember it.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -150,16 +153,16 @@ class Attempts:
         self._keep(name, [*causes, "killed, perhaps out of memory"])
 
     def causes(self, name: str) -> list[str]:
-        """What each attempt so far died of."""
+        """The cause of death of each attempt so far."""
         path = self._folder / name
         return path.read_text().splitlines() if path.exists() else []
 
     def note(self, name: str, cause: str) -> None:
-        """Puts a better-known cause on the present attempt."""
+        """Replaces the assumed cause of the present attempt by a known one."""
         self._keep(name, [*self.causes(name)[:-1], cause])
 
     def end(self, name: str) -> None:
-        """It came to an end, good or bad."""
+        """Forgets the attempts: the work was finished."""
         (self._folder / name).unlink(missing_ok=True)
 
     def _keep(self, name: str, causes: Sequence[str]) -> None:
@@ -182,7 +185,7 @@ def endpoint_key(model: ModelConfig) -> SecretStr | None:
     if model.endpoint is None:
         return None
     name = model.endpoint.api_key_env
-    key = os.environ.get(name, "").strip()  # of a file's last newline, most often
+    key = os.environ.get(name, "").strip()  # a key read from a file often ends with a newline
     if not key:
         raise UserError(f"{model.model}: no key for {model.endpoint.base_url}; set the environment variable {name}")
     if not (key.isascii() and key.isprintable() and " " not in key):
@@ -194,7 +197,7 @@ def endpoint_key(model: ModelConfig) -> SecretStr | None:
 
 
 def needs_schema(model: ModelConfig) -> bool:
-    """Whether a role's engine must be able to force JSON of a schema."""
+    """Whether a role needs an engine that enforces a JSON schema."""
     return isinstance(model, JudgeConfig) and model.mode == "rationale"
 
 
@@ -203,6 +206,6 @@ def one_line(error: BaseException) -> str:
     return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _told(error: Exception, place: str = "") -> str:
-    """The error in one line, with its place unless it is one of ours, which say what is wrong; then its trace."""
+def _described(error: Exception, place: str = "") -> str:
+    """One line, then the stack trace; the place is added to errors that are not ours, which do not name it."""
     return f"{one_line(error)}{'' if isinstance(error, UserError) else place}\n{traceback.format_exc()}"

@@ -1,4 +1,4 @@
-"""What the judge is worth: it grades some written answers by a rubric that is not trained on, beside a measure."""
+"""How good the judge is: it grades some answers by a rubric that is not trained on, and is compared with a measure."""
 
 from __future__ import annotations
 

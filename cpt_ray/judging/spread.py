@@ -1,6 +1,6 @@
 """How a writer's own answers are spread over a measure, and the rubrics whose levels are set by it.
 
-Nobody knows by heart how long a model's words are. A measured criterion with `values: spread` takes its values from
+Nobody can say in advance how long a model's words are. A measured criterion with `values: spread` takes its values from
 the first pass of the run: a score of 0 to 100 is the percentage of those answers that measure less. It is looked at
 once and kept in the run directory, so that the levels of a run never move.
 """
@@ -30,7 +30,7 @@ SPREAD = "spread.json"
 CHECK = "check measure"
 """What a rubric's second measure is called among its criteria, none of which has a space in its name."""
 LEAST_ANSWERS = 20
-"""That a spread can be told from."""
+"""The fewest answers from which a spread is computed."""
 MOST_SECONDS = 3600.0
 """Between two shards of the first pass."""
 MOST_SHARDS = 100

@@ -19,7 +19,7 @@ from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
 
 DIRECTOR_OVERSAMPLING = 4
-"""Directives sampled per one wanted: some leak, some repeat each other."""
+"""Directives sampled for each one wanted, because some leak and some repeat each other."""
 
 
 @dataclass(frozen=True, kw_only=True)

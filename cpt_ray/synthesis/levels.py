@@ -1,4 +1,4 @@
-"""What writing came to at each level: asked, hit, in pairs, at what cost; and how alike the grids' answers are else."""
+"""Answers per level: asked for, reached, in pairs, at what cost; and how grids' answers differ in other rubrics."""
 
 from __future__ import annotations
 

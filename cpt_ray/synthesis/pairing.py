@@ -280,7 +280,7 @@ class _Cell:
         return sum(self._score(answer, rubric) for rubric in self.rubrics) / len(self.rubrics)
 
     def _directive(self, level: Level) -> tuple[str, str | None]:
-        """(id, text) of what the policy is told for a level: one paraphrase, spread evenly over cells by hash."""
+        """(id, text) of the directive for a level: one paraphrase, spread evenly over cells by hash."""
         if level == CONTROL_LEVEL:
             return "", control_directive(self.settings.neutral_directives, self.cell_id)
         directives = [

@@ -2,7 +2,7 @@
 
 Writing goes in passes. A shard of prompts goes through all of them by itself: what its next pass asks for is planned
 from the answers and grades that it has. Every shard's name is a function of the plan, so that stages and jobs agree
-without talking; only the levels that the writer's own spread sets are known after the first pass (`spread.py`).
+without communicating; only the levels that the writer's own spread sets are known after the first pass (`spread.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cpt_ray.tables.shard import ShardName, rejects_of
 
 
 def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
-    """Every shard name of the run: a function of the plan, so stages and jobs agree without talking.
+    """Every shard name of the run: a function of the plan, so that stages and jobs agree without communicating.
 
     Args:
         plan: as it was made, without the levels that are found later.

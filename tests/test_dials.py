@@ -180,7 +180,7 @@ def noisy(num_prompts: int, num_directives: int) -> list[Trial]:
 
 def test_a_slopes_interval_is_that_of_slopes_of_copied_rows() -> None:
     trials = noisy(4, 3)
-    found = results_of(trials, LENGTH, resamples=70)["slope"]["length"]
+    entry = results_of(trials, LENGTH, resamples=70)["slope"]["length"]
     draw = np.random.default_rng(0)
     prompts = draw.multinomial(4, [1 / 4] * 4, size=70)
     directives = {level: draw.multinomial(3, [1 / 3] * 3, size=70) for level in sorted(LEVELS)}
@@ -199,14 +199,14 @@ def test_a_slopes_interval_is_that_of_slopes_of_copied_rows() -> None:
                 ends.append(sum(copies) / len(copies))
             values.append((ends[1] - ends[0]) / 20)
     for model, values in slopes.items():
-        assert found[model]["slope_ci"] == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
+        assert entry[model]["slope_ci"] == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
     change = [tuned - base for base, tuned in zip(slopes["base"], slopes["tuned"], strict=True)]
-    assert found["change"]["slope_ci"] == pytest.approx(list(np.percentile(change, [2.5, 97.5])))
+    assert entry["change"]["slope_ci"] == pytest.approx(list(np.percentile(change, [2.5, 97.5])))
 
 
 def test_row_order_changes_nothing() -> None:
     trials = noisy(5, 2)
-    log_probs = {(one.model, one.trial_id): (-0.1 * at, at % 7 + 1) for at, one in enumerate(trials)}
+    log_probs = {(trial.model, trial.trial_id): (-0.1 * at, at % 7 + 1) for at, trial in enumerate(trials)}
     before = results_of(trials, LENGTH, PLAIN, log_probs=log_probs)
     random.Random(0).shuffle(trials)
     assert results_of(trials, LENGTH, PLAIN, log_probs=log_probs) == before
@@ -226,11 +226,11 @@ def test_perplexity_is_over_all_tokens_of_a_models_answers() -> None:
     trials = [make_trial(LENGTH, "low", "a", prompt, model=model) for model in ("base", "tuned") for prompt in range(3)]
     log_probs = {("base", trials[0].trial_id): (-6.0, 2), ("base", trials[1].trial_id): (-2.0, 6)}
     log_probs |= {("tuned", trials[0].trial_id): (-16.0, 8)}
-    found = results_of(trials, LENGTH, log_probs=log_probs)["perplexity"]
-    assert found["base"]["perplexity"] == pytest.approx(math.exp(8 / 8))
-    assert (found["base"]["n"], found["base"]["tokens"]) == (2, 8)
-    assert found["ratio"] == pytest.approx(math.exp(2 - 1))
-    assert found["per_rubric"]["length"]["ratio"] == found["ratio"]
+    entry = results_of(trials, LENGTH, log_probs=log_probs)["perplexity"]
+    assert entry["base"]["perplexity"] == pytest.approx(math.exp(8 / 8))
+    assert (entry["base"]["n"], entry["base"]["tokens"]) == (2, 8)
+    assert entry["ratio"] == pytest.approx(math.exp(2 - 1))
+    assert entry["per_rubric"]["length"]["ratio"] == entry["ratio"]
     assert results_of(trials, LENGTH)["perplexity"] is None
     assert (
         results_of([*trials, make_trial(PLAIN, "low", "a")], LENGTH, PLAIN, log_probs=log_probs)["perplexity"][
@@ -251,6 +251,6 @@ def test_a_judged_rubric_without_measures_is_held_against_its_second_measure() -
     assert check_score(rubric, pool["plain"], "aaaaa") == pytest.approx(50)
     assert check_score(rubric, pool["plain"], "aa") == 0
     trials = [make_trial(rubric, "low", text_of(4, 3 + at), at, judged=(10.0, 50.0, 90.0)[at // 2]) for at in range(5)]
-    found = results_of(trials, rubric, spread=pool)["judge_agreement"]["per_rubric"]["plain"]
-    assert (found["n"], found["same_level"]) == (5, 0.8)
+    entry = results_of(trials, rubric, spread=pool)["judge_agreement"]["per_rubric"]["plain"]
+    assert (entry["n"], entry["same_level"]) == (5, 0.8)
     assert results_of(trials, rubric)["judge_agreement"]["n"] == 0

@@ -62,9 +62,9 @@ def page_of(trials: list[Trial], **changes: Any) -> str:
 
 
 def headline(page: str) -> str:
-    found = re.search("<h1>(.*)</h1>", page)
-    assert found is not None
-    return found.group(1)
+    match = re.search("<h1>(.*)</h1>", page)
+    assert match is not None
+    return match.group(1)
 
 
 class Checker(HTMLParser):
@@ -109,7 +109,7 @@ def test_the_page_stands_alone() -> None:
 @pytest.mark.parametrize("field", ["text", "prompt", "directive"])
 def test_a_hostile_answer_prompt_or_directive_is_only_text(field: str) -> None:
     hostile: dict[str, Any] = {field: HOSTILE}
-    page = page_of([dataclasses.replace(one, **hostile) for one in make_trials()])
+    page = page_of([dataclasses.replace(trial, **hostile) for trial in make_trials()])
     checker = parsed(page)
     assert not checker.tags & {"script", "img"}
     assert "&lt;script&gt;alert(1)" in page
@@ -125,10 +125,10 @@ def test_hostile_reasons_stages_and_run_info_are_only_text() -> None:
 
 def test_rubric_titles_and_level_directives_at_the_pages_beginning_are_only_text() -> None:
     rubric = make_rubric(title=HOSTILE, check={"name": "word_count"})
-    trials = [dataclasses.replace(one, directive=HOSTILE, text=HOSTILE, prompt=HOSTILE) for one in make_trials()]
-    trials += [dataclasses.replace(one, is_trained=True, trial_id=f"{one.trial_id}/t") for one in trials]
+    trials = [dataclasses.replace(trial, directive=HOSTILE, text=HOSTILE, prompt=HOSTILE) for trial in make_trials()]
+    trials += [dataclasses.replace(trial, is_trained=True, trial_id=f"{trial.trial_id}/t") for trial in trials]
     pool = {"ornament": {"check": [float(at) for at in range(101)]}}
-    log_probs = {(one.model, one.trial_id): (-3.0, 2) for one in trials}
+    log_probs = {(trial.model, trial.trial_id): (-3.0, 2) for trial in trials}
     results = score_trials(trials, [rubric], 50, 0, pool, log_probs)
     checker = parsed(render_report(results, trials, [rubric], LEDGER, INFO))
     assert not checker.tags & {"script", "img"}
@@ -137,20 +137,20 @@ def test_rubric_titles_and_level_directives_at_the_pages_beginning_are_only_text
 def test_one_prompt_is_shown_under_the_lowest_and_the_highest_directive_of_each_rubric_chosen_by_hash() -> None:
     mood = make_rubric(id="mood", title="Mood")
     trials = make_trials() + [
-        dataclasses.replace(one, rubric_id="mood", trial_id=f"{one.trial_id}/m", text=f"{one.text} Mood.")
-        for one in make_trials()
-        if one.prompt_id != "p0"  # so that not all of it is there for the first prompt
+        dataclasses.replace(trial, rubric_id="mood", trial_id=f"{trial.trial_id}/m", text=f"{trial.text} Mood.")
+        for trial in make_trials()
+        if trial.prompt_id != "p0"  # so that not all of it is there for the first prompt
     ]
-    trained = [dataclasses.replace(one, is_trained=True, text="Trained.", trial_id="0") for one in trials]
+    trained = [dataclasses.replace(trial, is_trained=True, text="Trained.", trial_id="0") for trial in trials]
     prompt, shown = opposites(trained + trials[::-1], [RUBRIC, mood])
     assert prompt == "Write p1."
-    assert [(one.rubric.id, one.level, one.directive) for one in shown] == [
+    assert [(end.rubric.id, end.level, end.directive) for end in shown] == [
         ("ornament", "low", "Be low."), ("ornament", "high", "Be high."),
         ("mood", "low", "Be low."), ("mood", "high", "Be high."),
     ]  # fmt: skip
     assert shown[3].answers["tuned"].text == "tuned says high to p1. Mood."
     assert opposites([], [RUBRIC]) == ("", []) and opposites_lines([], [RUBRIC]) == []
-    lines = opposites_lines([dataclasses.replace(one, text="word " * 99) for one in trials], [RUBRIC, mood])
+    lines = opposites_lines([dataclasses.replace(trial, text="word " * 99) for trial in trials], [RUBRIC, mood])
     assert max(map(len, lines)) <= COLUMNS
     assert lines[0] == '"Write p1."' and lines[1] == 'ornament, low: "Be low."'
     assert lines[2].startswith("  base   word word")
@@ -158,7 +158,7 @@ def test_one_prompt_is_shown_under_the_lowest_and_the_highest_directive_of_each_
 
 
 def test_an_empty_answer_says_why_it_is_empty_in_the_terminal_and_on_the_page() -> None:
-    trials = [dataclasses.replace(one, text="", score=None, reason="empty: no text") for one in make_trials()]
+    trials = [dataclasses.replace(trial, text="", score=None, reason="empty: no text") for trial in make_trials()]
     assert "  base   (empty: no text)" in opposites_lines(trials, [RUBRIC])
     assert "no answer: empty: no text" in page_of(trials)
 
@@ -167,10 +167,10 @@ def test_the_dials_table_fits_and_has_what_is_known() -> None:
     rubric = make_rubric(id="a-rubric-with-a-long-name", check={"name": "word_count"})
     other = make_rubric(id="another", title="Another")
     trials = [
-        dataclasses.replace(one, rubric_id=name) for name in (rubric.id, other.id) for one in make_trials(1, -0.5)
+        dataclasses.replace(trial, rubric_id=name) for name in (rubric.id, other.id) for trial in make_trials(1, -0.5)
     ]
-    trained = [dataclasses.replace(one, is_trained=True) for one in trials]
-    log_probs = {(one.model, one.trial_id): (-3.0 - (one.model == "tuned"), 2) for one in trials}
+    trained = [dataclasses.replace(trial, is_trained=True) for trial in trials]
+    log_probs = {(trial.model, trial.trial_id): (-3.0 - (trial.model == "tuned"), 2) for trial in trials}
     pool = {rubric.id: {"check": [float(at) for at in range(101)]}}
     lines = dial_lines(score_trials(trials + trained, [rubric, other], 50, 0, pool, log_probs))
     assert max(map(len, lines)) <= COLUMNS
@@ -206,12 +206,12 @@ def test_the_headline_says_what_was_measured() -> None:
 
 def test_the_control_is_mentioned_only_where_it_shows_something() -> None:
     trials = make_trials()
-    plain = [dataclasses.replace(one, directive=None, score=50.0, trial_id=f"{one.trial_id}/-") for one in trials]
-    hitting = [dataclasses.replace(one, directive=None, trial_id=f"{one.trial_id}/-") for one in trials]
-    said = "not knowing what is asked for, the tuned model hits the same requests"
-    assert f"{said} 33% of the time" in page_of(trials + plain)
-    assert said not in page_of(trials + hitting)
-    assert said not in page_of(trials)
+    plain = [dataclasses.replace(trial, directive=None, score=50.0, trial_id=f"{trial.trial_id}/-") for trial in trials]
+    hitting = [dataclasses.replace(trial, directive=None, trial_id=f"{trial.trial_id}/-") for trial in trials]
+    sentence = "not knowing what is asked for, the tuned model hits the same requests"
+    assert f"{sentence} 33% of the time" in page_of(trials + plain)
+    assert sentence not in page_of(trials + hitting)
+    assert sentence not in page_of(trials)
 
 
 def test_every_graded_answer_is_a_dot_up_to_the_limit() -> None:
@@ -230,7 +230,7 @@ def test_examples_show_the_first_prompt_by_hash_at_every_level_of_both_models() 
 
 
 def test_a_long_answer_is_cut_and_says_so() -> None:
-    page = page_of([dataclasses.replace(one, text="x" * (MAX_ANSWER_CHARS + 50)) for one in make_trials()])
+    page = page_of([dataclasses.replace(trial, text="x" * (MAX_ANSWER_CHARS + 50)) for trial in make_trials()])
     assert "[50 more characters]" in page
     assert "x" * (MAX_ANSWER_CHARS + 1) not in page
 
@@ -246,7 +246,7 @@ def test_a_rubric_without_measures_leaves_the_judge_unchecked_and_says_so() -> N
     plain = make_rubric(
         criteria=[{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in ANCHORS}}]
     )
-    trials = [dataclasses.replace(one, measured=None) for one in make_trials()]
+    trials = [dataclasses.replace(trial, measured=None) for trial in make_trials()]
     results = score_trials(trials, [plain], 50, 0)
     assert "nothing checks the judge" in render_report(results, trials, [plain], LEDGER, INFO)
     assert not any("measured" in line for line in table_lines(results))

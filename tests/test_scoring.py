@@ -79,7 +79,7 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Pearson's correlation of average ranks, by its definition."""
 
     def ranks(values: list[float]) -> list[float]:
-        return [sum(other < one for other in values) + (values.count(one) + 1) / 2 for one in values]
+        return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
     xs, ys = (ranks([pair[side] for pair in pairs]) for side in (0, 1))
     middle = (len(pairs) + 1) / 2
@@ -104,13 +104,15 @@ trial_lists = st.lists(rows, max_size=25)
 @given(trial_lists)
 @settings(max_examples=100, deadline=None)
 def test_metrics_are_what_their_definitions_say_ties_included(trials: list[Trial]) -> None:
-    found = scored(trials)["tuned"]
+    entry = scored(trials)["tuned"]
     pairs = [
-        (one.target, one.score) for one in trials if one.model == "tuned" and one.directive and one.score is not None
+        (trial.target, trial.score)
+        for trial in trials
+        if trial.model == "tuned" and trial.directive and trial.score is not None
     ]
-    assert found["n"] == len(pairs)
-    assert found["kendall_tau"] == pytest.approx(tau_b(pairs))
-    assert found["spearman_rho"] == pytest.approx(spearman(pairs))
+    assert entry["n"] == len(pairs)
+    assert entry["kendall_tau"] == pytest.approx(tau_b(pairs))
+    assert entry["spearman_rho"] == pytest.approx(spearman(pairs))
 
 
 @given(trial_lists, st.randoms(use_true_random=False))
@@ -126,23 +128,23 @@ def test_row_order_changes_nothing_not_even_the_intervals(trials: list[Trial], s
 @settings(max_examples=50, deadline=None)
 def test_ungraded_rows_count_as_ungraded_and_as_nothing_else(trials: list[Trial]) -> None:
     with_all = scored(trials)["tuned"]
-    graded = scored([one for one in trials if one.score is not None])["tuned"]
+    graded = scored([trial for trial in trials if trial.score is not None])["tuned"]
     assert all(with_all[name] == graded[name] for name in METRICS)
-    rows_asked = [one for one in trials if one.model == "tuned" and one.directive]
+    rows_asked = [trial for trial in trials if trial.model == "tuned" and trial.directive]
     assert with_all["n"] + with_all["ungraded"] == len(rows_asked)
     assert graded["ungraded"] == 0
 
 
 def test_an_empty_answer_that_was_graded_is_neither_ungraded_nor_missed() -> None:
     rows = [make_trial("low", 10.0), make_trial("low", 10.0, prompt="p1", text=""), make_trial("high", None)]
-    found = scored(rows)["tuned"]
-    assert (found["accuracy"], found["n"], found["ungraded"], found["unanswered"]) == (1.0, 2, 1, 0)
+    entry = scored(rows)["tuned"]
+    assert (entry["accuracy"], entry["n"], entry["ungraded"], entry["unanswered"]) == (1.0, 2, 1, 0)
 
 
 def test_a_model_that_gives_no_answer_has_missed() -> None:
     trials = [make_trial("low", 10.0, prompt=f"p{at}") for at in range(3)]
-    found = scored([*trials, make_trial("high", None, text="")])["tuned"]
-    assert (found["accuracy"], found["n"], found["ungraded"], found["unanswered"]) == (0.75, 3, 0, 1)
+    entry = scored([*trials, make_trial("high", None, text="")])["tuned"]
+    assert (entry["accuracy"], entry["n"], entry["ungraded"], entry["unanswered"]) == (0.75, 3, 0, 1)
 
 
 @given(trial_lists)
@@ -159,31 +161,31 @@ def test_every_number_is_in_range_and_the_results_are_strict_json(trials: list[T
 @given(st.lists(st.tuples(st.sampled_from(LEVELS), st.sampled_from(["p0", "p1", "p2"])), min_size=1, max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_perfect_scores_give_exactly_one(asked: list[tuple[str, str]]) -> None:
-    found = scored([make_trial(level, ANCHORS[level], prompt) for level, prompt in asked])["tuned"]
-    assert found["accuracy"] == 1.0
+    entry = scored([make_trial(level, ANCHORS[level], prompt) for level, prompt in asked])["tuned"]
+    assert entry["accuracy"] == 1.0
     for metric in ("kendall_tau", "spearman_rho"):
-        assert found[metric] == (1.0 if len({level for level, _ in asked}) > 1 else None)
+        assert entry[metric] == (1.0 if len({level for level, _ in asked}) > 1 else None)
 
 
 def test_tau_and_rho_are_scipys() -> None:
     # scipy 1.17.1: kendalltau(x, y).statistic and spearmanr(x, y).statistic
     levels = ["low", "low", "mid", "mid", "mid", "high", "high", "high"]
     values = [12.0, 40.0, 40.0, 55.0, 33.0, 55.0, 90.0, 71.0]
-    found = scored([make_trial(*pair) for pair in zip(levels, values, strict=True)])["tuned"]
-    assert found["kendall_tau"] == pytest.approx(0.7275328372685521, abs=1e-12)
-    assert found["spearman_rho"] == pytest.approx(0.8224739598517063, abs=1e-12)
-    assert found["accuracy"] == 6 / 8
+    entry = scored([make_trial(*pair) for pair in zip(levels, values, strict=True)])["tuned"]
+    assert entry["kendall_tau"] == pytest.approx(0.7275328372685521, abs=1e-12)
+    assert entry["spearman_rho"] == pytest.approx(0.8224739598517063, abs=1e-12)
+    assert entry["accuracy"] == 6 / 8
 
 
 def test_a_resample_is_worth_what_copied_rows_are_worth() -> None:
     # Two prompts, so that a resample is {p0 twice}, {p1 twice} or both: the interval's ends are the first two.
     first = [make_trial(level, score, "p0") for level, score in (("low", 20.0), ("mid", 60.0), ("high", 55.0))]
     second = [make_trial(level, score, "p1") for level, score in (("low", 20.0), ("mid", 40.0), ("high", 95.0))]
-    found = scored(first + second, resamples=200)["tuned"]
-    pairs = [(one.target, one.score) for one in first if one.score is not None]
-    assert found["kendall_tau_ci"] == [pytest.approx(tau_b(pairs * 2)), 1.0]
-    assert found["spearman_rho_ci"] == [pytest.approx(spearman(pairs * 2)), 1.0]
-    assert found["accuracy_ci"] == [pytest.approx(2 / 3), 1.0]
+    entry = scored(first + second, resamples=200)["tuned"]
+    pairs = [(trial.target, trial.score) for trial in first if trial.score is not None]
+    assert entry["kendall_tau_ci"] == [pytest.approx(tau_b(pairs * 2)), 1.0]
+    assert entry["spearman_rho_ci"] == [pytest.approx(spearman(pairs * 2)), 1.0]
+    assert entry["accuracy_ci"] == [pytest.approx(2 / 3), 1.0]
 
 
 def crossed_trials(num_prompts: int, num_directives: int, seed: int = 0) -> list[Trial]:
@@ -224,10 +226,10 @@ def test_a_two_way_resample_is_worth_what_rows_copied_by_prompt_and_directive_ar
         expected["accuracy"].append(sum(confirms(RUBRIC, row.level, row.score or 0.0) for row in copies) / len(copies))
         expected["kendall_tau"].append(tau_b(pairs))
         expected["spearman_rho"].append(spearman(pairs))
-    found = scored(trials[::-1], resamples=70)["tuned"]
+    entry = scored(trials[::-1], resamples=70)["tuned"]
     for name, (sample, *resampled) in expected.items():
-        assert found[name] == pytest.approx(sample)
-        assert found[f"{name}_ci"] == pytest.approx(list(np.percentile(resampled, [2.5, 97.5])))
+        assert entry[name] == pytest.approx(sample)
+        assert entry[f"{name}_ci"] == pytest.approx(list(np.percentile(resampled, [2.5, 97.5])))
 
 
 def test_intervals_widen_where_directives_differ_and_are_few() -> None:
@@ -236,35 +238,35 @@ def test_intervals_widen_where_directives_differ_and_are_few() -> None:
         return float(high - low)
 
     trials = crossed_trials(30, 3)
-    assert width(trials) > 1.5 * width([dataclasses.replace(one, directive_id="") for one in trials])
+    assert width(trials) > 1.5 * width([dataclasses.replace(trial, directive_id="") for trial in trials])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_intervals_contain_the_estimate_and_narrow_with_more_prompts(seed: int) -> None:
     few, many = (scored(noisy_trials(size, 0.6, seed=seed), resamples=400)["tuned"] for size in (10, 90))
     for metric in METRICS:
-        for found in (few, many):
-            low, high = found[f"{metric}_ci"]
-            assert low <= found[metric] <= high
+        for entry in (few, many):
+            low, high = entry[f"{metric}_ci"]
+            assert low <= entry[metric] <= high
         assert many[f"{metric}_ci"][1] - many[f"{metric}_ci"][0] < few[f"{metric}_ci"][1] - few[f"{metric}_ci"][0]
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     many = noisy_trials(4000, 0.5, seed=99)
-    truth = sum(confirms(RUBRIC, one.level, one.score or 0.0) for one in many) / len(many)
+    truth = sum(confirms(RUBRIC, trial.level, trial.score or 0.0) for trial in many) / len(many)
     intervals = [scored(noisy_trials(30, 0.5, seed=seed), resamples=300)["tuned"]["accuracy_ci"] for seed in range(60)]
     assert sum(low <= truth <= high for low, high in intervals) >= 52
 
 
 def test_one_prompt_gives_an_estimate_but_no_interval() -> None:
-    found = scored(noisy_trials(1, 1.0), resamples=50)
-    assert found["tuned"]["accuracy"] is not None
-    assert found["tuned"]["accuracy_ci"] is None
+    entry = scored(noisy_trials(1, 1.0), resamples=50)["tuned"]
+    assert entry["accuracy"] is not None
+    assert entry["accuracy_ci"] is None
 
 
 def test_the_difference_is_paired_over_the_same_prompts() -> None:
     base = noisy_trials(30, 0.4, "base")
-    same = [dataclasses.replace(one, model="tuned") for one in base]
+    same = [dataclasses.replace(trial, model="tuned") for trial in base]
     shifted = score_trials(base + same, [RUBRIC], 200, 0)["difference"]
     assert [shifted[f"{metric}_ci"] for metric in METRICS] == [[0.0, 0.0]] * 3
     results = score_trials(base + noisy_trials(30, 1.0), [RUBRIC], 200, 0)
@@ -277,35 +279,35 @@ def test_the_difference_is_paired_over_the_same_prompts() -> None:
 
 def test_rows_under_trained_directives_are_kept_apart() -> None:
     held_out = noisy_trials(5, 1.0)
-    trained = [dataclasses.replace(one, is_trained=True, score=50.0) for one in held_out]
+    trained = [dataclasses.replace(trial, is_trained=True, score=50.0) for trial in held_out]
     assert scored(held_out + trained)["tuned"] == scored(held_out)["tuned"]
 
 
 def test_rows_without_a_directive_are_kept_apart() -> None:
     plain = [make_trial(level, 50.0, directive=None) for level in LEVELS]
-    found = scored([*noisy_trials(5, 1.0), *plain])["tuned"]
-    assert found["n"] == 15
-    assert found["without_directive"]["n"] == 3
-    assert found["without_directive"]["accuracy"] == pytest.approx(1 / 3)
-    assert found["without_directive"]["kendall_tau"] is None
+    entry = scored([*noisy_trials(5, 1.0), *plain])["tuned"]
+    assert entry["n"] == 15
+    assert entry["without_directive"]["n"] == 3
+    assert entry["without_directive"]["accuracy"] == pytest.approx(1 / 3)
+    assert entry["without_directive"]["kendall_tau"] is None
 
 
 def test_per_rubric_splits_what_overall_pools() -> None:
     good = [make_trial(level, ANCHORS[level]) for level in LEVELS]
     bad = [make_trial(level, 50.0, rubric_id="mood", measured=None) for level in LEVELS]
-    found = scored(good + bad, rubrics=(RUBRIC, JUDGED_ONLY))["tuned"]
-    assert found["accuracy"] == pytest.approx(4 / 6)
-    assert found["per_rubric"]["ornament"]["accuracy"] == 1.0
-    assert found["per_rubric"]["mood"]["accuracy"] == pytest.approx(1 / 3)
+    entry = scored(good + bad, rubrics=(RUBRIC, JUDGED_ONLY))["tuned"]
+    assert entry["accuracy"] == pytest.approx(4 / 6)
+    assert entry["per_rubric"]["ornament"]["accuracy"] == 1.0
+    assert entry["per_rubric"]["mood"]["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_measured_scores_replace_the_judges_where_a_rubric_has_measures() -> None:
     rows = [make_trial(level, 50.0, measured=ANCHORS[level]) for level in LEVELS]
     rows += [make_trial(level, 50.0, rubric_id="mood", measured=None) for level in LEVELS]
-    found = scored(rows, rubrics=(RUBRIC, JUDGED_ONLY))["tuned"]
-    assert found["measured"]["accuracy"] == 1.0
-    assert (found["measured"]["n"], found["measured"]["ungraded"]) == (3, 0)
-    assert set(found["measured"]["per_rubric"]) == {"ornament"}
+    entry = scored(rows, rubrics=(RUBRIC, JUDGED_ONLY))["tuned"]
+    assert entry["measured"]["accuracy"] == 1.0
+    assert (entry["measured"]["n"], entry["measured"]["ungraded"]) == (3, 0)
+    assert set(entry["measured"]["per_rubric"]) == {"ornament"}
     assert scored(rows[3:], rubrics=(JUDGED_ONLY,))["tuned"]["measured"] is None
 
 
@@ -315,13 +317,13 @@ def test_judge_agreement_counts_rows_with_both_opinions() -> None:
         make_trial("mid", None, f"p{at}", judged=judged, measured=measured)
         for at, (judged, measured) in enumerate(opinions)
     ]
-    found = scored(trials)["judge_agreement"]
-    assert found["n"] == 3
-    assert found["same_level"] == pytest.approx(2 / 3)
-    assert found["spearman_rho"] == pytest.approx(0.5)
-    of_rubric = found["per_rubric"]["ornament"]
+    entry = scored(trials)["judge_agreement"]
+    assert entry["n"] == 3
+    assert entry["same_level"] == pytest.approx(2 / 3)
+    assert entry["spearman_rho"] == pytest.approx(0.5)
+    of_rubric = entry["per_rubric"]["ornament"]
     assert {name: of_rubric[name] for name in ("n", "spearman_rho", "same_level")} == {
-        name: found[name] for name in ("n", "spearman_rho", "same_level")
+        name: entry[name] for name in ("n", "spearman_rho", "same_level")
     }
     # judged levels 0, 1, 2 against measured 0, 2, 2: squared distances of 1 in all, and of 15 over all nine pairings
     assert of_rubric["weighted_kappa"] == pytest.approx(1 - 1 / (15 / 3))

@@ -19,11 +19,11 @@ def results(tuned: float, ratio: float | None = 1.5, **crosstalk: float) -> dict
     """A results.json with what the table reads; the base is at 0.25 everywhere."""
     numbers = {"base": 0.25, "tuned": tuned}
     metrics = ("accuracy", "kendall_tau", "spearman_rho")
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         model: {"per_rubric": {"mood": dict.fromkeys(metrics, number)}} for model, number in numbers.items()
     }
     moved = {name: {"slope": number} for name, number in crosstalk.items()}
-    return found | {
+    return results | {
         "chance": {"mood": 0.2},
         "slope": {"mood": {model: {"slope": number} for model, number in numbers.items()}},
         "check": {},

@@ -27,11 +27,12 @@ PROMPTS = [Prompt(prompt_id=f"p{at}", text=f"Write {at}.", split="held_out") for
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40))
 def test_every_directive_is_used_equally_often_over_the_prompts(num_directives: int, count: int, prompts: int) -> None:
-    directives = [one for one in make_directives() if one.level == "low"][:num_directives]
-    asked = [[one.directive_id for one in in_turn(directives[::-1], count, turn)] for turn in range(prompts)]
-    uses = Counter(name for names in asked for name in names)
-    assert all(len(set(names)) == len(names) == min(count, num_directives) for names in asked)
-    assert max(uses.values()) - min(uses[one.directive_id] for one in directives) <= 1
+    directives = [directive for directive in make_directives() if directive.level == "low"][:num_directives]
+    turns = [in_turn(directives[::-1], count, turn) for turn in range(prompts)]
+    names_of_turns = [[directive.directive_id for directive in chosen] for chosen in turns]
+    uses = Counter(name for names in names_of_turns for name in names)
+    assert all(len(set(names)) == len(names) == min(count, num_directives) for names in names_of_turns)
+    assert max(uses.values()) - min(uses[directive.directive_id] for directive in directives) <= 1
 
 
 def test_a_prompt_is_asked_under_held_out_and_trained_directives_and_none_at_every_level() -> None:
@@ -78,7 +79,7 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
     config = RunConfig.model_validate(content)
     trials = [answered(model, prompt, text) for (model, prompt), text in TEXTS.items()]
     control = str(AutoTokenizer.from_pretrained(policy).eos_token)
-    found = base_log_probs(config, run, [*trials, answered("tuned", 2, f"Rain.{control}")], runner)
+    log_probs = base_log_probs(config, run, [*trials, answered("tuned", 2, f"Rain.{control}")], runner)
     assert "1 of 5 answers hold a control token" in capsys.readouterr().out
     tokenizer, model = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy)
     for trial in trials:
@@ -88,11 +89,11 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
         with torch.no_grad():
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         expected = logps[-len(answer) :].sum().item()
-        assert found[trial.model, trial.trial_id] == (pytest.approx(expected, abs=1e-4), len(answer))
-    assert len(found) == len(trials)
+        assert log_probs[trial.model, trial.trial_id] == (pytest.approx(expected, abs=1e-4), len(answer))
+    assert len(log_probs) == len(trials)
     assert run.read_json("ledger.json")["perplexity"]["rows_out"] == 3  # distinct (prompt, answer)
     shards = run.names("reference")
-    assert base_log_probs(config, run, trials, runner) == found
+    assert base_log_probs(config, run, trials, runner) == log_probs
     assert run.names("reference") == shards
 
 
@@ -101,8 +102,8 @@ def test_likelihoods_are_of_the_same_requests_in_both_models_and_of_so_many(monk
     trials = [answered(model, prompt, "Rain.") for model in ("base", "tuned") for prompt in (3, 2, 1)]
     others = [answered("base", 0, ""), dataclasses.replace(trials[0], trial_id="t00", is_trained=True)]
     others.append(dataclasses.replace(trials[0], trial_id="t01", directive=None))
-    found = likely_trials([*others, *trials])
-    assert [(one.model, one.trial_id) for one in found] == [
+    likely = likely_trials([*others, *trials])
+    assert [(trial.model, trial.trial_id) for trial in likely] == [
         ("base", "t2"), ("base", "t1"), ("tuned", "t2"), ("tuned", "t1")
     ]  # fmt: skip
 
@@ -112,6 +113,6 @@ def test_each_distinct_answer_is_in_one_row_of_its_prompt(
     pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], size: int
 ) -> None:
     rows = bare_rows(pairs, size)
-    found = [(tuple(row["prompt"]), tuple(answer)) for row in rows for answer in row["answers"]]
-    assert sorted(found) == sorted(set(pairs))
+    answers = [(tuple(row["prompt"]), tuple(answer)) for row in rows for answer in row["answers"]]
+    assert sorted(answers) == sorted(set(pairs))
     assert all(1 <= len(row["answers"]) <= size for row in rows)

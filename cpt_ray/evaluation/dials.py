@@ -64,13 +64,13 @@ class Dial:
     def value(self, trial: Trial) -> float:
         """NaN where it is undefined or not known."""
         if self._spec:
-            found = measures(trial.text, self._spec.words, self._spec.against)[self._spec.name]
+            value = measures(trial.text, self._spec.words, self._spec.against)[self._spec.name]
         elif self.rubric.judged:
-            found = trial.score if trial.rubric_id == self.rubric.id else None
+            value = trial.score if trial.rubric_id == self.rubric.id else None
         else:
             grades = [measured_criterion(self.rubric, criterion, trial.text) for criterion in self.rubric.measured]
-            found = weighted(self.rubric, grades)
-        return float("nan") if found is None else found
+            value = weighted(self.rubric, grades)
+        return float("nan") if value is None else value
 
 
 def _own_anchors(rubric: Rubric, spec: MeasureSpec | None) -> dict[str, float]:

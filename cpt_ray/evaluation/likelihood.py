@@ -29,10 +29,10 @@ def likely_trials(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial], runner: Runner = run_lines) -> LogProbs:
-    """What the base policy gives to the answers after their bare prompts, without an end mark.
+    """Log-probabilities of the answers after their bare prompts, without an end token, under the base policy.
 
-    Kept in the table that training keeps its reference in. A note says how many hold control tokens, which would not be
-    read as text; they are left out.
+    They are kept in the table of training's reference log-probabilities. Answers with control tokens are left out,
+    since those would not be read as text; a note says how many they are.
     """
     from transformers import AutoTokenizer
 
@@ -65,7 +65,7 @@ def bare_rows(pairs: Iterable[tuple[Ids, Ids]], num_answers: int) -> list[Row]:
         by_prompt[prompt].add(answer)
     rows: list[Row] = []
     for prompt, distinct in by_prompt.items():
-        answers = sorted(distinct, key=lambda ids: (len(ids), ids))  # of like lengths: less padding in attention
+        answers = sorted(distinct, key=lambda ids: (len(ids), ids))  # batches of similar lengths need less padding
         for start in range(0, len(answers), num_answers):
             chunk = [list(ids) for ids in answers[start : start + num_answers]]
             rows.append(

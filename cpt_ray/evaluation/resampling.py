@@ -73,7 +73,7 @@ class Resamples:
 
 
 def _draw_counts(draw: np.random.Generator, size: int, resamples: int) -> Floats:
-    """(size, 1 + resamples): how often each of `size` things is drawn; once each in column 0."""
+    """(size, 1 + resamples): how often each of `size` items is drawn; once each in column 0."""
     if not size:
         return np.ones((0, 1 + resamples))
     drawn = draw.multinomial(size, np.full(size, 1 / size), size=resamples)

@@ -151,7 +151,7 @@ class _Arm:
             counts = {"n": len(rows.score), "ungraded": rows.ungraded, "unanswered": rows.unanswered}
             return _summary(statistics) | counts
 
-        per_rubric = {name: entry(rows, found) for name, (rows, found) in self.per_rubric.items()}
+        per_rubric = {name: entry(rows, statistics) for name, (rows, statistics) in self.per_rubric.items()}
         return {**entry(self.rows, self.statistics), "per_rubric": per_rubric}
 
 

@@ -1,4 +1,4 @@
-"""Several trainings of one run that differ in their seed alone: what their evaluations have in common, as one table."""
+"""A table over the evaluations of several trainings that differ in their seed alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpt_ray.evaluation.summary import DialRow, dial_rows
 
 
 class Range(NamedTuple):
-    """Of the seeds in which a number is defined."""
+    """A number over the seeds in which it is defined."""
 
     mean: float
     low: float
@@ -39,12 +39,12 @@ Table = dict[str, dict[str, dict[str, Range | None]]]
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> Table:
     """Mean and range over several results.json; UserError if they are not of the same rubrics.
 
-    Crosstalk is the size of the largest, whichever dial that is; a number that is undefined in some is over the others.
+    Crosstalk is the size of the largest, whichever dial moves most. Seeds in which a number is undefined are left out.
     """
     names = [list(evaluation["chance"]) for evaluation in results]
     if not names or any(other != names[0] for other in names):
-        found = "; ".join(sorted({", ".join(ids) for ids in names})) or "nothing"
-        raise UserError(f"results of different rubrics cannot be one table (found {found}); give those of one run file")
+        sets = "; ".join(sorted({", ".join(ids) for ids in names})) or "nothing"
+        raise UserError(f"results of different rubrics cannot be one table (found {sets}); give those of one run file")
     rows = [row for evaluation in results for row in dial_rows(evaluation)]
     return {
         name: {
@@ -84,15 +84,15 @@ def _cell(ranges: Mapping[str, Range | None]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """One results.json; UserError if it is none, or one from before there were dials in it."""
+    """One results.json; UserError if it is another file, or of a version that did not measure slopes."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({first_line(error)}); give results.json files of evaluations"
         ) from None
-    if not isinstance(found, dict) or not {"chance", "slope", "crosstalk", "perplexity"} <= found.keys():
+    if not isinstance(results, dict) or not {"chance", "slope", "crosstalk", "perplexity"} <= results.keys():
         raise UserError(
             f"{path}: no results of an evaluation with slopes; run `cpt evaluate` again, then give its file"
         )
-    return found
+    return results

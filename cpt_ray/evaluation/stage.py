@@ -35,7 +35,7 @@ from cpt_ray.tables.rundir import REPORT, RESULTS, RunDir
 from cpt_ray.tables.shard import ShardName
 
 TRIAL_FORMAT = 2
-"""Changes when the rows' columns do: answers in another form are then made anew under other names."""
+"""Goes up when the columns of the rows change: answers are then written again, in shards of other names."""
 
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
@@ -72,9 +72,9 @@ def trials_of(
 
 
 def in_turn(directives: Sequence[Directive], count: int, turn: int) -> list[Directive]:
-    """`count` of a level's directives (or all) for prompt number `turn`: over all prompts each is used equally often.
+    """`count` of a level's directives (or all) for prompt number `turn`.
 
-    Equally but for one use, where the numbers do not divide.
+    Over all prompts each directive is used equally often, or once more where the numbers do not divide.
     """
     ordered = sorted(directives, key=lambda directive: directive.directive_id)
     count = min(count, len(ordered))

@@ -144,9 +144,9 @@ def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
         "pipeline._check_room": lambda *_: None,
         "training.stage.train": _train,
         "logprobs.reference.ReferenceModel": KnownModel,
-        "steering.tables.VllmEngine": lambda model: engine,
-        "steering.tables.PolicyScorer": KnownModel,
-        "steering.tables.Embedder": KnownModel,
+        "steering.actors.VllmEngine": lambda model: engine,
+        "steering.actors.PolicyScorer": KnownModel,
+        "steering.actors.Embedder": KnownModel,
         "steering.stage.fit_reward_models": functools.partial(_fit_reward_models, fits),
     }
 

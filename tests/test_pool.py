@@ -20,8 +20,8 @@ from cpt_ray.engines.worker import MAX_DEATHS
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.stage import evaluate
 from cpt_ray.plan import plan_units
+from cpt_ray.steering.answers import Answer, make_answer
 from cpt_ray.steering.stage import Steering
-from cpt_ray.steering.users import Answer, make_answer
 from cpt_ray.synthesis.stage import name_shards, synthesize
 from cpt_ray.tables.records import AnswerEmbedding, Unit
 from cpt_ray.tables.rundir import RunDir

@@ -48,10 +48,10 @@ from cpt_ray.serving.conditioning import FORM
 from cpt_ray.serving.deploy import serve_model
 from cpt_ray.serving.haproxy import serve_env
 from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.steering.actors import Embedder
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
-from cpt_ray.steering.policy import VERSION, ConditionalPolicy
-from cpt_ray.steering.saved import SavedForm
-from cpt_ray.steering.tables import Embedder, sequence
+from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm
+from cpt_ray.steering.scoring import sequence
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import make_directives, make_rubric
 from tests.local_cluster import ROOT

@@ -12,9 +12,11 @@ import pytest
 from cpt_ray.config import RunConfig
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.steering.inference import Candidates, Choice, Preferences, Question, make_candidates, parse_choices
+from cpt_ray.steering.answers import Answer, make_answer
+from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
+from cpt_ray.steering.inference import Candidates, make_candidates
 from cpt_ray.steering.stage import read_choices
-from cpt_ray.steering.users import KINDS, Answer, Population, draw_taste, make_answer
+from cpt_ray.steering.users import KINDS, Population, draw_taste
 from cpt_ray.tables.records import Directive
 from tests.builders import LEVELS, make_directives, make_rubric
 

@@ -20,7 +20,7 @@ from cpt_ray.rubrics.rubric import Rubric, load_rubrics
 from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import learn
-from cpt_ray.steering.tables import sequence
+from cpt_ray.steering.scoring import sequence
 from tests import toy
 from tests.tiny_model import make_tiny_model
 from tests.toy.world import level_text

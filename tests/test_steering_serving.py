@@ -19,7 +19,8 @@ from cpt_ray.serving.app import Frontend
 from cpt_ray.serving.asgi import MAX_BODY_BYTES
 from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
-from cpt_ray.steering.inference import Choice, Question, Scorer
+from cpt_ray.steering.choices import Choice, Question
+from cpt_ray.steering.inference import Scorer
 from tests.test_frontend import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose
 

@@ -18,7 +18,7 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import ModelConfig
 from cpt_ray.evaluation.figures import steering_figure
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
-from cpt_ray.steering.tables import sequence
+from cpt_ray.steering.scoring import sequence
 from cpt_ray.tables.rundir import RunDir
 from tests import toy
 from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
@@ -161,7 +161,7 @@ def test_choices_in_a_file_become_a_belief(tmp_path: Path, capsys: pytest.Captur
 def test_the_engine_and_transformers_agree_on_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    from cpt_ray.steering.tables import PolicyScorer
+    from cpt_ray.steering.scoring import PolicyScorer
 
     asked = [(directive, "Write about the harbor at dawn.", text) for directive in (None, "Use fancy words.")
              for text in ("The old harbor feels glad.", "A merry bell.")]  # fmt: skip

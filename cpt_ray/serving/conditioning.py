@@ -21,10 +21,9 @@ from torch import Tensor
 
 from cpt_ray.config import Form, ModelConfig
 from cpt_ray.serving.access_log import CALL
-from cpt_ray.steering.inference import Choice
-from cpt_ray.steering.policy import ConditionalPolicy
-from cpt_ray.steering.saved import SavedForm
-from cpt_ray.steering.tables import Embedder
+from cpt_ray.steering.actors import Embedder
+from cpt_ray.steering.choices import Choice
+from cpt_ray.steering.policy import ConditionalPolicy, SavedForm
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import RunDir
 

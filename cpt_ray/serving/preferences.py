@@ -30,8 +30,9 @@ from cpt_ray.serving.conditioning import Conditioner
 from cpt_ray.serving.keys import Refusal
 from cpt_ray.serving.request import CHAT_PATH, PREFERENCES_PREFIX
 from cpt_ray.serving.store import JsonStore
-from cpt_ray.steering.inference import Belief, Candidates, Choice, Preferences, Question, Scorer, parse_choices
-from cpt_ray.steering.tables import SCORING, logprob_from, scored_sequences
+from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
+from cpt_ray.steering.inference import Belief, Candidates, Scorer
+from cpt_ray.steering.scoring import SCORING, logprob_from, scored_sequences
 
 FOLDER = "preferences"
 """Where they are kept in the run directory."""

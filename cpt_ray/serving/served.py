@@ -92,7 +92,7 @@ def _over_base(config: RunConfig) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _plan_conditioning(config: RunConfig, run: RunDir, policy: ModelConfig) -> Conditioning:
     from cpt_ray.serving.conditioning import FORM, Conditioning
-    from cpt_ray.steering.saved import SavedForm
+    from cpt_ray.steering.policy import SavedForm
 
     if config.serve.adapters:
         raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")

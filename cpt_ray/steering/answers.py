@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cpt_ray.config import AnswersConfig, PromptsConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.prompts import read_rows
-from cpt_ray.rubrics.grading import interpolate
+from cpt_ray.rubrics.grading import interpolate, measured_criterion, weighted
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.steering.users import Answer, make_answer
-from cpt_ray.tables.records import Prompt
+from cpt_ray.tables.records import Prompt, content_id
 
 
 def read_answers(
@@ -72,3 +72,31 @@ def _grade(value: Any, config: AnswersConfig, where: str) -> float | None:
     if not config.scale[0] <= grade <= config.scale[1]:
         raise UserError(f"{where}: found the grade {grade:g}; steer.answers.scale is {list(config.scale)}")
     return grade
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A graded answer."""
+
+    answer_id: str
+    prompt_id: str
+    prompt: str
+    text: str
+    scores: Mapping[str, float]
+    """Rubric id to 0-100, of the rubrics that it is graded by."""
+
+
+def make_answer(prompt_id: str, prompt: str, text: str, scores: Mapping[str, float]) -> Answer:
+    """With the content's hash as its id."""
+    return Answer(
+        answer_id=content_id(prompt, text), prompt_id=prompt_id, prompt=prompt, text=text, scores=dict(scores)
+    )
+
+
+def grade_by_measures(rubrics: Iterable[Rubric], text: str) -> dict[str, float]:
+    """Scores by the measured criteria alone, of the rubrics that have them and are defined for this text."""
+    found = {
+        one.id: weighted(one, [measured_criterion(one, criterion, text) for criterion in one.measured])
+        for one in rubrics
+    }
+    return {name: score for name, score in found.items() if score is not None}

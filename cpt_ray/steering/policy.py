@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cpt_ray.config import Form
+from cpt_ray.config import Form, ModelConfig
+from cpt_ray.errors import UserError
 from cpt_ray.steering.reward import ContextEncoder, mlp
+from cpt_ray.tables.rundir import RunDir
 
 Sequences = Sequence[tuple[list[int], int]]
 """Token ids of (prompt, answer), and where the answer starts."""
@@ -207,3 +210,41 @@ class ConditionalPolicy(nn.Module):
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         return folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedForm:
+    """A conditional policy on the disk, as `steering/<form>.json` has it."""
+
+    weights: str
+    """Relative to the run directory."""
+    policy: str
+    """Identity of the model that it conditions."""
+    embedder: str
+    """Identity of the model that embeds choices."""
+    size: int
+    mean: list[float]
+    """Of the embeddings learned from, per dimension."""
+    deviation: list[float]
+    version: int = VERSION
+
+    @staticmethod
+    def file(form: str) -> str:
+        """Where it is in the run directory."""
+        return f"steering/{form}.json"
+
+    @classmethod
+    def read(cls, run: RunDir, form: str, policy: ModelConfig, embedder: ModelConfig) -> SavedForm:
+        """UserError unless one was fitted for these models."""
+        found = run.read_json(cls.file(form))
+        if not found:
+            raise UserError(
+                f"serve.preferences: no {form} in {run.path}; run `cpt steer fit` with steer.forms=[{form}]"
+            )
+        saved = cls(**{"version": 1} | found)
+        if saved.version != VERSION:
+            raise UserError(f"serve.preferences: the {form} is an earlier version's; run `cpt steer fit` again")
+        for what, mine, model in (("model", saved.policy, policy), ("steer.embedder", saved.embedder, embedder)):
+            if mine != model.identity:
+                raise UserError(f"serve.preferences: the {form} is for another {what}; run `cpt steer fit` again")
+        return saved

@@ -28,37 +28,15 @@ from cpt_ray.plan import Plan, Shards
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.steering.answers import read_answers
+from cpt_ray.steering.actors import EmbedActor, Fill, LogprobActor
+from cpt_ray.steering.answers import Answer, grade_by_measures, make_answer, read_answers
+from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
 from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
-from cpt_ray.steering.inference import (
-    QUESTIONS,
-    Candidates,
-    Choice,
-    Preferences,
-    Question,
-    make_candidates,
-    parse_choices,
-    read_questions,
-)
-from cpt_ray.steering.policy import VERSION, ConditionalPolicy, Sequences
+from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates, read_questions
+from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm, Sequences
 from cpt_ray.steering.reward import RewardModel
-from cpt_ray.steering.saved import SavedForm
-from cpt_ray.steering.tables import (
-    EmbedActor,
-    Fill,
-    LogprobActor,
-    PolicyScorer,
-    sequence,
-)
-from cpt_ray.steering.users import (
-    Answer,
-    Floats,
-    Population,
-    User,
-    draw_taste,
-    grade_by_measures,
-    make_answer,
-)
+from cpt_ray.steering.scoring import PolicyScorer, sequence
+from cpt_ray.steering.users import Floats, Population, User, draw_taste
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
 from cpt_ray.tables.rundir import TABLES, RunDir
 from cpt_ray.tables.shard import ShardName

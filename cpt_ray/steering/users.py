@@ -7,7 +7,7 @@ twin, who likes what the user dislikes and so makes every choice the other way.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import Kind
 from cpt_ray.errors import UserError
-from cpt_ray.rubrics.grading import measured_criterion, weighted
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.records import content_id
+from cpt_ray.steering.answers import Answer
 
 KINDS = get_args(Kind)
 NOISE = 0.2
@@ -33,34 +32,6 @@ JURY = 64
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A graded answer."""
-
-    answer_id: str
-    prompt_id: str
-    prompt: str
-    text: str
-    scores: Mapping[str, float]
-    """Rubric id to 0-100, of the rubrics that it is graded by."""
-
-
-def grade_by_measures(rubrics: Iterable[Rubric], text: str) -> dict[str, float]:
-    """Scores by the measured criteria alone, of the rubrics that have them and are defined for this text."""
-    found = {
-        one.id: weighted(one, [measured_criterion(one, criterion, text) for criterion in one.measured])
-        for one in rubrics
-    }
-    return {name: score for name, score in found.items() if score is not None}
-
-
-def make_answer(prompt_id: str, prompt: str, text: str, scores: Mapping[str, float]) -> Answer:
-    """With the content's hash as its id."""
-    return Answer(
-        answer_id=content_id(prompt, text), prompt_id=prompt_id, prompt=prompt, text=text, scores=dict(scores)
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

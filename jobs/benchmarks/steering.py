@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.rubrics.catalog import Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.steering.inference import Candidates, Choice, Preferences
+from cpt_ray.steering.choices import Choice, Preferences
+from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.policy import ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
 from cpt_ray.tables.records import SteeredAnswer
@@ -202,7 +203,7 @@ def beliefs(num_users: int, num_rubrics: int) -> None:
 
 def scoring(model: str, num_choices: int = 200) -> None:
     """Choices that no margins are known of, through an engine: two answers under every directive."""
-    from cpt_ray.steering.tables import PolicyScorer
+    from cpt_ray.steering.scoring import PolicyScorer
 
     engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 128}
     scorer, candidates = PolicyScorer(ModelConfig(model=model, engine=engine)), Candidates(catalog(2), beta=0.1)
@@ -246,7 +247,7 @@ def adapters(num_users: int, model: str, served: bool) -> None:
 
 def cache(folder: Path, path: str, rank: int) -> None:
     """Answers/s where users come back as popular ones do (Zipf), and where each comes once."""
-    from cpt_ray.steering.tables import AdapterActor
+    from cpt_ray.steering.actors import AdapterActor
 
     engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64}
     config = ModelConfig(

@@ -1,6 +1,6 @@
-"""What steering asks of models, as tables: log-probabilities, embeddings and answers, by Ray Data actors.
+"""What steering asks of models: log-probabilities, embeddings and answers, by Ray Data actors.
 
-A table is made shard by shard like every other one: a shard that is there is not made again.
+Tables are made of them shard by shard like every other one: a shard that is there is not made again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.chat.thoughts import opens_thoughts, without_thoughts
@@ -23,14 +25,14 @@ from cpt_ray.tables.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswe
 from cpt_ray.tables.rundir import RunDir
 
 _TURN = threading.Lock()
-"""A pool calls its actors by several threads; those of this module are for one at a time."""
+"""A pool calls its actors from several threads; those of this module take one call at a time."""
 
 
 class Embedder:
     """The mean of a transformer's states over the tokens of (prompt, answer), in this process.
 
-    Of a chat model the word embeddings and the middle layer are taken, side by side: its last layer is about the next
-    token. Of an encoder it is the last layer.
+    Of a chat model the word embeddings and the middle layer are taken, side by side, since its last layer is about the
+    next token. Of an encoder it is the last layer.
     """
 
     def __init__(self, model: ModelConfig):
@@ -43,13 +45,13 @@ class Embedder:
         self._model = AutoModel.from_pretrained(model.path, dtype=dtype).eval().to(self._device)
         self._layers = (0, self._model.config.num_hidden_layers // 2) if self._tokenizer.chat_template else (-1,)
         self.num_tokens = 0
-        """That it has read so far."""
+        """Read so far."""
 
     def embed(self, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> list[list[float]]:
         """One vector per (prompt, answer)."""
         import torch
 
-        found: list[list[float]] = []
+        vectors: list[list[float]] = []
         longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 8192))
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -62,8 +64,8 @@ class Embedder:
             self.num_tokens += int(mask.sum())
             weights = mask[..., None].float()
             means = [(states[at].float() * weights).sum(dim=1) / weights.sum(dim=1) for at in self._layers]
-            found += torch.cat(means, dim=1).cpu().tolist()
-        return found
+            vectors += torch.cat(means, dim=1).cpu().tolist()
+        return vectors
 
 
 # ---------------------------------------------------------------- actors
@@ -77,12 +79,9 @@ class LogprobActor:
 
     def __call__(self, rows: Sequence[Answer]) -> list[AnswerLogprobs]:
         """One row per answer."""
-        found = self._scorer.logprobs([(one, row.prompt, row.text) for row in rows for one in self._directives])
-        step = len(self._directives)
-        return [
-            AnswerLogprobs(answer_id=row.answer_id, logprobs=found[at * step : (at + 1) * step])
-            for at, row in enumerate(rows)
-        ]
+        asked = [(directive, row.prompt, row.text) for row in rows for directive in self._directives]
+        logprobs = np.reshape(self._scorer.logprobs(asked), (len(rows), -1)).tolist()
+        return [AnswerLogprobs(answer_id=row.answer_id, logprobs=own) for row, own in zip(rows, logprobs, strict=True)]
 
 
 class EmbedActor:
@@ -94,7 +93,7 @@ class EmbedActor:
     def __call__(self, rows: Sequence[Answer]) -> list[AnswerEmbedding]:
         """One row per answer."""
         vectors = self._embedder.embed([(row.prompt, row.text) for row in rows])
-        return [AnswerEmbedding(answer_id=row.answer_id, vector=one) for row, one in zip(rows, vectors, strict=True)]
+        return [AnswerEmbedding(answer_id=row.answer_id, vector=own) for row, own in zip(rows, vectors, strict=True)]
 
 
 class AnswerActor:
@@ -104,12 +103,13 @@ class AnswerActor:
         self._engine, self._sampling, self._seed = VllmEngine(model), model.sampling, seed
 
     def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
-        """The same rows with what the policy says; "" if that is nothing."""
+        """The same rows with the policy's texts; "" where there is none."""
         requests = [
             sampled(policy_messages(row.directive, row.prompt), self._sampling, _subject(row), self._seed)
             for row in rows
         ]
-        return [replace(row, text=one.text) for row, one in zip(rows, self._engine.run(requests), strict=True)]
+        completions = self._engine.run(requests)
+        return [replace(row, text=completion.text) for row, completion in zip(rows, completions, strict=True)]
 
 
 def _subject(row: SteeredAnswer) -> str:
@@ -117,39 +117,41 @@ def _subject(row: SteeredAnswer) -> str:
 
 
 class AdapterActor:
-    """Planned answers whose `directive` names a folded adapter -> answers of the policy under it."""
+    """Planned answers, whose `directive` is the name of a folded adapter -> answers of the policy under it."""
 
     def __init__(self, model: ModelConfig, folder: Path, rank: int, seed: int):
         from vllm import LLM
 
-        lora = {"enable_lora": True, "max_lora_rank": max(8, rank), "max_loras": 8}
+        lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 8}
         self._llm = LLM(**{"disable_log_stats": True, **engine_arguments(model), **lora})
+        self._tokenizer = self._llm.get_tokenizer()
         self._model, self._folder, self._seed = model, folder, seed
         self._numbers: dict[str, int] = {}
-        """Ids must be unique as long as the engine lives."""
+        """Of adapters; unique as long as the engine lives, since it caches adapters by them."""
 
     def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
-        """The same rows with what the policy says."""
+        """The same rows with the policy's texts."""
         from vllm import SamplingParams
+
+        kwargs, sampling = self._model.chat_template_kwargs, vllm_sampling(self._model.sampling)
+        ids = [token_ids(self._tokenizer, policy_messages(None, row.prompt), kwargs) for row in rows]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": own} for own in ids],
+            [SamplingParams(**sampling, seed=seed_of(_subject(row), self._seed)) for row in rows],
+            use_tqdm=False,
+            lora_request=[self._adapter(str(row.directive)) for row in rows],
+        )
+        return [replace(row, text=self._text(output)) for row, output in zip(rows, outputs, strict=True)]
+
+    def _adapter(self, name: str) -> Any:
         from vllm.lora.request import LoRARequest
 
-        prompts, params, adapters = [], [], []
-        for row in rows:
-            ids = token_ids(
-                self._llm.get_tokenizer(), policy_messages(None, row.prompt), self._model.chat_template_kwargs
-            )
-            prompts.append({"prompt_token_ids": ids})
-            seed = seed_of(_subject(row), self._seed)
-            params.append(SamplingParams(**vllm_sampling(self._model.sampling), seed=seed))
-            name = str(row.directive)
-            number = self._numbers.setdefault(name, len(self._numbers) + 1)
-            adapters.append(LoRARequest(name, number, str(self._folder / name)))
-        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
-        return [replace(row, text=self._text(one)) for row, one in zip(rows, outputs, strict=True)]
+        number = self._numbers.setdefault(name, len(self._numbers) + 1)
+        return LoRARequest(name, number, str(self._folder / name))
 
     def _text(self, output: Any) -> str:
-        begun = opens_thoughts(self._llm.get_tokenizer(), output.prompt_token_ids or ())
-        return without_thoughts(output.outputs[0].text, begun).answer
+        is_begun = opens_thoughts(self._tokenizer, output.prompt_token_ids or ())
+        return without_thoughts(output.outputs[0].text, is_begun).answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,5 +163,5 @@ class Fill(Step):
     def __call__(self, engine: Any, run: RunDir, shard: str) -> None:
         """Writes one shard."""
         with _TURN:
-            made = engine(self.shards[shard])
-        run.write(self.table, shard, made)
+            rows = engine(self.shards[shard])
+        run.write(self.table, shard, rows)

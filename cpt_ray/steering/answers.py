@@ -1,4 +1,4 @@
-"""Graded answers that come with the prompts' data, as UltraFeedback's do."""
+"""Graded answers, which simulated users choose between; those that come with the prompts' data are read here."""
 
 from __future__ import annotations
 
@@ -16,40 +16,73 @@ from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Prompt, content_id
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A graded answer."""
+
+    answer_id: str
+    prompt_id: str
+    prompt: str
+    text: str
+    scores: Mapping[str, float]
+    """Rubric id to 0-100, of the rubrics that it is graded by."""
+
+
+def make_answer(prompt_id: str, prompt: str, text: str, scores: Mapping[str, float]) -> Answer:
+    """With the content's hash as its id."""
+    answer_id = content_id(prompt, text)
+    return Answer(answer_id=answer_id, prompt_id=prompt_id, prompt=prompt, text=text, scores=dict(scores))
+
+
+def grade_by_measures(rubrics: Iterable[Rubric], text: str) -> dict[str, float]:
+    """Scores by the measured criteria alone, of the rubrics that have them and are defined for this text."""
+    scores = {
+        rubric.id: weighted(rubric, [measured_criterion(rubric, criterion, text) for criterion in rubric.measured])
+        for rubric in rubrics
+    }
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+# ---------------------------------------------------------------- answers in the prompts' data
+
+
 def read_answers(
     source: PromptsConfig, config: AnswersConfig, rubrics: Sequence[Rubric], prompts: Sequence[Prompt]
 ) -> dict[str, list[Answer]]:
     """Split to its prompts' answers; UserError that names the row and what is missing in it."""
-    by_text = {one.text: one for one in prompts}
-    known = {one.id: one for one in rubrics}
+    prompt_of = {prompt.text: prompt for prompt in prompts}
+    levels = {rubric.id: rubric.levels for rubric in rubrics}
     for name in config.scores:
-        if name not in known:
-            raise UserError(f"steer.answers.scores: no rubric {name!r}{did_you_mean(name, known)}")
-    points = {
-        name: [(config.scale[0], known[name].levels[0].score), (config.scale[1], known[name].levels[-1].score)]
-        for name in config.scores
-    }
-    found: dict[str, list[Answer]] = {"train": [], "held_out": []}
-    ungraded = 0
+        if name not in levels:
+            raise UserError(f"steer.answers.scores: no rubric {name!r}{did_you_mean(name, levels)}")
+    low, high = config.scale
+    points = {name: [(low, levels[name][0].score), (high, levels[name][-1].score)] for name in config.scores}
+    answers: dict[str, list[Answer]] = {"train": [], "held_out": []}
+    num_ungraded = 0
     for number, row in enumerate(read_rows(source), start=1):
-        prompt = by_text.get(str(row.get(source.column, "")).strip())
+        prompt = prompt_of.get(str(row.get(source.column, "")).strip())
         if prompt is None:
-            continue  # over prompts.limit
+            continue  # it is beyond prompts.limit
         where = f"{source.source}: row {number}"
-        answers = row.get(config.list)
-        if not isinstance(answers, list):
-            raise UserError(f"{where}: column {config.list!r} holds no list of answers (steer.answers.list)")
-        for one in answers:
-            if not isinstance(one, Mapping) or not isinstance(one.get(config.text), str):
-                raise UserError(f"{where}: an answer in {config.list!r} has no text {config.text!r}")
-            grades = {name: _grade(_field(one, path, where), config, where) for name, path in config.scores.items()}
-            ungraded += sum(grade is None for grade in grades.values())
+        for entry in _entries(row, config, where):
+            grades = {name: _grade(_field(entry, path, where), config, where) for name, path in config.scores.items()}
             scores = {name: interpolate(grade, points[name]) for name, grade in grades.items() if grade is not None}
-            found[prompt.split].append(make_answer(prompt.prompt_id, prompt.text, one[config.text], scores))
-    if ungraded:
-        total = sum(map(len, found.values())) * len(config.scores)
-        say(f"note: {ungraded} of {total} grades are no numbers; choices by those rubrics leave these answers out")
-    return found
+            num_ungraded += len(grades) - len(scores)
+            answers[prompt.split].append(make_answer(prompt.prompt_id, prompt.text, entry[config.text], scores))
+    if num_ungraded:
+        total = sum(map(len, answers.values())) * len(config.scores)
+        say(f"note: {num_ungraded} of {total} grades are no numbers; choices by those rubrics leave these answers out")
+    return answers
+
+
+def _entries(row: Mapping[str, Any], config: AnswersConfig, where: str) -> list[Mapping[str, Any]]:
+    entries = row.get(config.list)
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: column {config.list!r} holds no list of answers (steer.answers.list)")
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(config.text), str):
+            raise UserError(f"{where}: an answer in {config.list!r} has no text {config.text!r}")
+    return entries
 
 
 def _field(answer: Mapping[str, Any], path: str, where: str) -> Any:
@@ -72,31 +105,3 @@ def _grade(value: Any, config: AnswersConfig, where: str) -> float | None:
     if not config.scale[0] <= grade <= config.scale[1]:
         raise UserError(f"{where}: found the grade {grade:g}; steer.answers.scale is {list(config.scale)}")
     return grade
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A graded answer."""
-
-    answer_id: str
-    prompt_id: str
-    prompt: str
-    text: str
-    scores: Mapping[str, float]
-    """Rubric id to 0-100, of the rubrics that it is graded by."""
-
-
-def make_answer(prompt_id: str, prompt: str, text: str, scores: Mapping[str, float]) -> Answer:
-    """With the content's hash as its id."""
-    return Answer(
-        answer_id=content_id(prompt, text), prompt_id=prompt_id, prompt=prompt, text=text, scores=dict(scores)
-    )
-
-
-def grade_by_measures(rubrics: Iterable[Rubric], text: str) -> dict[str, float]:
-    """Scores by the measured criteria alone, of the rubrics that have them and are defined for this text."""
-    found = {
-        one.id: weighted(one, [measured_criterion(one, criterion, text) for criterion in one.measured])
-        for one in rubrics
-    }
-    return {name: score for name, score in found.items() if score is not None}

@@ -10,15 +10,14 @@ from cpt_ray.errors import UserError, kind_of
 from cpt_ray.texts import half_character
 
 MAX_CHOICES = 64
-"""Taken at once."""
-
-
+"""In one request or file."""
 MAX_CHARS = 20_000
+"""Of each text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One thing a user told: of two answers to a prompt, this one."""
+    """Of two answers to a prompt, the one that a user prefers."""
 
     prompt: str
     chosen: str
@@ -32,29 +31,28 @@ class Choice:
 def parse_choices(data: Any, where: str = "choices") -> list[Choice]:
     """A client's choices; UserError, in one line, for whatever is not 1 to MAX_CHOICES of them."""
     if not isinstance(data, list) or not 0 < len(data) <= MAX_CHOICES:
-        found = f"{len(data)} of them" if isinstance(data, list) else kind_of(data)
-        raise UserError(f"{where}: found {found}; give a list of 1 to {MAX_CHOICES} choices")
-    names = ("prompt", "chosen", "rejected")
-    choices = []
-    for at, one in enumerate(data):
-        if not isinstance(one, dict) or set(one) != set(names):
-            raise UserError(f'{where}[{at}]: expected {{"prompt": "...", "chosen": "...", "rejected": "..."}}')
-        for name in names:
-            text = one[name]
-            is_text = isinstance(text, str) and 0 < len(text.strip()) <= len(text) <= MAX_CHARS
-            if is_text and half_character(text):
-                raise UserError(f"{where}[{at}].{name}: holds half a character (a lone surrogate, like \\ud83d)")
-            if not is_text:
-                raise UserError(f"{where}[{at}].{name}: expected a text of 1 to {MAX_CHARS} characters")
-        if one["chosen"] == one["rejected"]:
-            raise UserError(f"{where}[{at}]: chosen and rejected are the same text; that is no choice")
-        choices.append(Choice(**one))
-    return choices
+        given = f"{len(data)} of them" if isinstance(data, list) else kind_of(data)
+        raise UserError(f"{where}: found {given}; give a list of 1 to {MAX_CHOICES} choices")
+    return [_parse_choice(entry, f"{where}[{at}]") for at, entry in enumerate(data)]
+
+
+def _parse_choice(entry: Any, where: str) -> Choice:
+    if not isinstance(entry, dict) or set(entry) != {"prompt", "chosen", "rejected"}:
+        raise UserError(f'{where}: expected {{"prompt": "...", "chosen": "...", "rejected": "..."}}')
+    for name, text in entry.items():
+        if not (isinstance(text, str) and text.strip() and len(text) <= MAX_CHARS):
+            raise UserError(f"{where}.{name}: expected a text of 1 to {MAX_CHARS} characters")
+        if half_character(text):
+            raise UserError(f"{where}.{name}: holds half a character (a lone surrogate, like \\ud83d)")
+    choice = Choice(**entry)
+    if choice.chosen == choice.rejected:
+        raise UserError(f"{where}: chosen and rejected are the same text; that is no choice")
+    return choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A pair worth asking, its margins known beforehand."""
+    """Two answers worth asking about, whose margins are computed beforehand so that a choice costs nothing."""
 
     prompt: str
     first: str
@@ -69,21 +67,21 @@ class Question:
 
 @dataclass
 class Preferences:
-    """One user's choices and what the policy made of them; what a server keeps."""
+    """One user's choices and their margins by the policy: the state that a server keeps."""
 
     choices: list[Choice] = field(default_factory=list)
     margins: list[tuple[float, ...]] = field(default_factory=list)
     """Per choice and directive."""
     key: str = ""
-    """The candidates (and the policy) that the margins belong to; "" if they are none's."""
+    """Names the candidates and the policy that computed the margins; "" if none are computed."""
 
     def new(self, choices: Sequence[Choice]) -> list[Choice]:
-        """Those that are not known yet, each once: a choice sent again says nothing new. Its opposite does."""
+        """Those that are not known yet, each once: a repeated choice says nothing new. Its opposite does."""
         known = set(self.choices)
-        return [one for one in dict.fromkeys(choices) if one not in known]
+        return [choice for choice in dict.fromkeys(choices) if choice not in known]
 
     def add_unscored(self, choices: Sequence[Choice]) -> None:
-        """Adds what is new of choices that no policy is asked about; one that needs the margins scores all anew."""
+        """Adds what is new of choices, without margins; where they are needed later, all are scored again."""
         self.choices += self.new(choices)
         self.margins, self.key = [() for _ in self.choices], ""
 
@@ -95,11 +93,10 @@ class Preferences:
     def from_json(cls, data: Any) -> Self:
         """What `to_json` gave; UserError if it is something else."""
         try:
-            choices = [Choice(**one) for one in data["choices"]]
-            margins = [tuple(map(float, one)) for one in data["margins"]]
-            if len(choices) == len(margins):
-                known = dict(zip(choices, margins, strict=True))  # once each, also in a state of an earlier version
-                return cls(choices=list(known), margins=list(known.values()), key=str(data["key"]))
+            choices = [Choice(**entry) for entry in data["choices"]]
+            margins = [tuple(map(float, row)) for row in data["margins"]]
+            # each choice once, which earlier versions did not see to
+            known = dict(zip(choices, margins, strict=True))
+            return cls(choices=list(known), margins=list(known.values()), key=str(data["key"]))
         except (KeyError, TypeError, ValueError):
-            pass
-        raise UserError("preferences: not a saved state; delete it and choose again")
+            raise UserError("preferences: not a saved state; delete it and choose again") from None

@@ -9,8 +9,8 @@ anchors a, since users like the neighbour of what they like best. (The rewards t
 and say little about which of two answers of other levels is nearer.)
 
 Configurations of several rubrics have the sum of their directives' values, so that the policy scores each answer once
-per directive and not once per configuration; "no taste" has value 0. `lapse` bounds what one choice can say: noisy,
-contradictory or hostile choices cannot make the belief certain.
+per directive and not once per configuration; to have no preference has value 0. `lapse` bounds what one choice can say:
+noisy, contradictory or hostile choices cannot make the belief certain.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ from cpt_ray.tables.rundir import RunDir
 
 QUESTIONS = "steering/questions.json"
 """Where `cpt steer fit` keeps pairs worth asking."""
-NO_TASTE_PRIOR = 0.1
-TWO_RUBRICS_PRIOR = 0.3
-"""Prior mass of the configurations of two rubrics; the rest is for one rubric."""
+PRIOR = (0.1, 0.6, 0.3)
+"""Prior mass of no preference, of all configurations of one rubric, and of all those of two."""
 NEAR = 0.25
-"""Share of a rubric's span within which levels count as one, when it is asked how sure the belief is."""
+"""Share of a rubric's span within which levels count as one in the confidence of a belief."""
 SHARPNESS = 8.0
 """How sure users choose between the two ends of a rubric: sigmoid(8) of them take the end they like."""
 MOST_RUBRICS = 2
@@ -66,7 +65,7 @@ class Belief:
     probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
     """Rubric id to level name to probability; what is missing to 1 is that the rubric does not matter."""
     num_choices: int
-    """How many count: the same one again does not."""
+    """How many count: a repeated choice does not."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -93,74 +92,66 @@ class Candidates:
             policy: names the weights; margins of another policy are not used.
         """
         self.catalog, self.beta, self.lapse, self.certainty = catalog, beta, lapse, certainty
-        entries = [(rubric.id, at, level) for rubric in catalog.rubrics for at, level in enumerate(rubric.levels)]
-        self.directives: list[str] = [level.directive for _, _, level in entries]
+        self.directives = [level.directive for rubric in catalog.rubrics for level in rubric.levels]
         self.key = content_id(self.directives, beta, policy)
-        index = {(name, at): place for place, (name, at, _) in enumerate(entries)}
         sizes = {rubric.id: len(rubric.levels) for rubric in catalog.rubrics}
-        self.configurations: list[dict[str, int]] = [{}]
+        ends = itertools.accumulate(sizes.values())
+        self._columns = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+        """Rubric id to its directives among all."""
+        self.configurations: list[dict[str, int]] = [
+            dict(zip(names, levels, strict=True))
+            for count in range(MOST_RUBRICS + 1)
+            for names in itertools.combinations(sizes, count)
+            for levels in itertools.product(*(range(sizes[name]) for name in names))
+        ]
         """Rubric id to level index."""
-        for count in range(1, MOST_RUBRICS + 1):
-            for names in itertools.combinations(sizes, count):
-                levels = itertools.product(*(range(sizes[name]) for name in names))
-                self.configurations += [dict(zip(names, one, strict=True)) for one in levels]
-        self._member: Floats = np.zeros((len(self.configurations), len(entries)))
-        for row, one in enumerate(self.configurations):
-            for item in one.items():
-                self._member[row, index[item]] = 1
+        self._member: Floats = np.zeros((len(self.configurations), len(self.directives)))
+        for row, configuration in enumerate(self.configurations):
+            self._member[row, [self._columns[name].start + level for name, level in configuration.items()]] = 1
         self._log_prior = np.log(self._prior(prior))
 
     def _prior(self, care: Mapping[str, float]) -> Floats:
-        counts = np.array([len(one) for one in self.configurations])
-        weight = np.array([np.prod([care.get(name, 1.0) for name in one]) for one in self.configurations])
-        mass = {0: NO_TASTE_PRIOR, 1: 1 - NO_TASTE_PRIOR - TWO_RUBRICS_PRIOR, 2: TWO_RUBRICS_PRIOR}
-        prior = np.zeros(len(counts))
-        for count, share in mass.items():
-            if (counts == count).any():
-                prior[counts == count] = share * weight[counts == count] / weight[counts == count].sum()
-        prior /= prior.sum()
-        return prior
+        counts = np.array([len(names) for names in self.configurations])
+        prior = np.array([np.prod([care.get(name, 1.0) for name in names]) for names in self.configurations])
+        for count in np.unique(counts):
+            prior[counts == count] *= PRIOR[count] / prior[counts == count].sum()
+        normalised: Floats = prior / prior.sum()  # there are none of two rubrics where there is one rubric
+        return normalised
 
     # ------------------------------------------------------------ what the policy says
 
     def values(self, logprobs: Floats) -> Floats:
         """v_d(y), [answers, directives], of the answers' log-probabilities under each directive."""
-        parts, start = [], 0
+        values = np.empty(logprobs.shape)
         for rubric in self.catalog.rubrics:
-            own = self.beta * logprobs[:, start : start + len(rubric.levels)]
-            start += len(rubric.levels)
-            chance = np.exp(own - own.max(axis=1, keepdims=True))
-            anchors = np.array([level.score for level in rubric.levels])
+            own, anchors = self._columns[rubric.id], np.array([level.score for level in rubric.levels])
+            rewards = self.beta * logprobs[:, own]
+            chance = np.exp(rewards - rewards.max(axis=1, keepdims=True))
             nearness = 1 - np.abs(anchors[:, None] - anchors) / np.ptp(anchors)
-            parts.append(SHARPNESS * chance / chance.sum(axis=1, keepdims=True) @ nearness)
-        found: Floats = np.concatenate(parts, axis=1)
-        return found
+            values[:, own] = SHARPNESS * chance / chance.sum(axis=1, keepdims=True) @ nearness
+        return values
 
     def score(self, scorer: Scorer, choices: Sequence[Choice]) -> Floats:
         """Margins of choices by the policy itself, [choices, directives]; one batch, each answer once."""
-        answers = list(dict.fromkeys((one.prompt, text) for one in choices for text in (one.chosen, one.rejected)))
-        asked = [(directive, *one) for one in answers for directive in self.directives]
+        answers = list(dict.fromkeys((each.prompt, text) for each in choices for text in (each.chosen, each.rejected)))
+        asked = [(directive, *answer) for answer in answers for directive in self.directives]
         logprobs = np.array(scorer.logprobs(asked), dtype=np.float64).reshape(len(answers), -1)
         values = dict(zip(answers, self.values(logprobs), strict=True))
-        return np.array([values[one.prompt, one.chosen] - values[one.prompt, one.rejected] for one in choices])
+        return np.array([values[each.prompt, each.chosen] - values[each.prompt, each.rejected] for each in choices])
 
     def add(
         self, state: Preferences, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
     ) -> None:
-        """Adds what is new of `choices` to a state. What was asked as one of `questions` costs nothing; the rest is
-        one batch.
-        """
-        known = {Choice(prompt=one.prompt, chosen=one.first, rejected=one.second): one.margins for one in questions}
-        known |= {one.swapped(): tuple(-value for value in margins) for one, margins in known.items()}
-        if state.key != self.key:  # what was known belongs to another policy
+        """Adds what is new of `choices` to a state. Answers to `questions` cost nothing; the rest is one batch."""
+        known = {Choice(prompt=ask.prompt, chosen=ask.first, rejected=ask.second): ask.margins for ask in questions}
+        known |= {choice.swapped(): tuple(-value for value in margins) for choice, margins in known.items()}
+        if state.key != self.key:  # its margins belong to another policy
             choices, state.choices, state.margins, state.key = [*state.choices, *choices], [], [], self.key
         choices = state.new(choices)
-        left = [one for one in choices if one not in known]
-        if left:
-            scored = self.score(scorer, left).tolist()
-            known |= {one: tuple(margins) for one, margins in zip(left, scored, strict=True)}
+        if unknown := [choice for choice in choices if choice not in known]:
+            known |= zip(unknown, map(tuple, self.score(scorer, unknown).tolist()), strict=True)
         state.choices += choices
-        state.margins += [known[one] for one in choices]
+        state.margins += [known[choice] for choice in choices]
 
     # ------------------------------------------------------------ what follows
 
@@ -173,27 +164,27 @@ class Candidates:
     def posterior(self, margins: Floats) -> Floats:
         """[configurations] of margins [choices, directives]."""
         logs = self._log_prior + np.log(self._chances(margins)).sum(axis=1)
-        found: Floats = np.exp(logs - logs.max())
-        found /= found.sum()
-        return found
+        weights = np.exp(logs - logs.max())
+        posterior: Floats = weights / weights.sum()
+        return posterior
 
     def predict(self, margins: Floats, others: Floats) -> Floats:
         """How much likelier than not each of the choices `others` is after the choices `margins`, -0.5 to 0.5."""
-        found: Floats = self.posterior(margins) @ self._chances(others) - 0.5
-        found[np.abs(found) < 1e-12] = 0.0
-        return found
+        excess: Floats = self.posterior(margins) @ self._chances(others) - 0.5
+        excess[np.abs(excess) < 1e-12] = 0.0  # rounding is no preference
+        return excess
 
     def belief(self, margins: Any) -> Belief:
-        """The posterior of margins [choices, directives], put into words."""
-        posterior = self.posterior(np.array(margins, dtype=np.float64))
-        per_directive = iter(posterior @ self._member)
+        """The posterior of margins [choices, directives] in terms of rubrics and levels."""
+        per_directive = self.posterior(np.array(margins, dtype=np.float64)) @ self._member
         probabilities, likeliest, confidence = {}, {}, {}
         for rubric in self.catalog.rubrics:
-            found = np.array([next(per_directive) for _ in rubric.levels])
-            probabilities[rubric.id] = {level.name: float(one) for level, one in zip(rubric.levels, found, strict=True)}
-            best, anchors = int(np.argmax(found)), np.array([level.score for level in rubric.levels])
-            likeliest[rubric.id] = rubric.levels[best].name
-            confidence[rubric.id] = float(found[np.abs(anchors - anchors[best]) <= NEAR * np.ptp(anchors)].sum())
+            chances = per_directive[self._columns[rubric.id]]
+            names, anchors = [level.name for level in rubric.levels], np.array([level.score for level in rubric.levels])
+            best = int(np.argmax(chances))
+            probabilities[rubric.id] = dict(zip(names, chances.tolist(), strict=True))
+            likeliest[rubric.id] = names[best]
+            confidence[rubric.id] = float(chances[np.abs(anchors - anchors[best]) <= NEAR * np.ptp(anchors)].sum())
         surest = sorted(confidence, key=lambda name: -confidence[name])[:MOST_RUBRICS]
         configuration = {name: likeliest[name] for name in surest if confidence[name] >= self.certainty}
         return Belief(
@@ -214,23 +205,23 @@ class Candidates:
         return gain
 
     def next_question(self, state: Preferences, questions: Sequence[Question]) -> Question | None:
-        """The question not asked yet that says most; None if there is none left."""
-        asked = {one.prompt for one in state.choices}
-        left = [one for one in questions if one.prompt not in asked]
+        """The most informative question about a prompt that has no choice yet; None if there is none left."""
+        asked = {choice.prompt for choice in state.choices}
+        left = [question for question in questions if question.prompt not in asked]
         if not left:
             return None
-        gains = self.information_gain(np.array(state.margins), np.array([one.margins for one in left]))
+        gains = self.information_gain(np.array(state.margins), np.array([question.margins for question in left]))
         return left[int(np.argmax(gains))]
 
 
 def _entropy(chance: Floats) -> Floats:
-    found: Floats = -(chance * np.log(chance) + (1 - chance) * np.log1p(-chance))
-    return found
+    entropy: Floats = -(chance * np.log(chance) + (1 - chance) * np.log1p(-chance))
+    return entropy
 
 
 def make_candidates(config: RunConfig, catalog: Catalog, policy: ModelConfig) -> Candidates:
     """What users of a run's policy may have in mind; UserError for a prior about an unknown rubric."""
-    steer, known = config.steer, [one.id for one in catalog.rubrics]
+    steer, known = config.steer, [rubric.id for rubric in catalog.rubrics]
     for name in steer.prior:
         if name not in known:
             raise UserError(f"steer.prior: no rubric {name}{did_you_mean(name, known)}")
@@ -239,7 +230,7 @@ def make_candidates(config: RunConfig, catalog: Catalog, policy: ModelConfig) ->
 
 def read_questions(run: RunDir, candidates: Candidates) -> list[Question]:
     """The questions that `cpt steer fit` wrote for this model; none if it wrote none."""
-    found = run.read_json(QUESTIONS)
-    if not found or found["key"] != candidates.key:
+    saved = run.read_json(QUESTIONS)
+    if not saved or saved["key"] != candidates.key:
         return []
-    return [Question(**{**one, "margins": tuple(one["margins"])}) for one in found["questions"]]
+    return [Question(**{**question, "margins": tuple(question["margins"])}) for question in saved["questions"]]

@@ -28,20 +28,20 @@ def sequence(
 def scored_sequences(
     tokenizer: Any, asked: Sequence[tuple[str | None, str, str]], template_kwargs: dict[str, Any], max_model_len: int
 ) -> list[tuple[list[int], int]]:
-    """`sequence` of each (directive, prompt, answer); UserError if one does not fit.
+    """`sequence` of each (directive, prompt, answer).
 
-    Fits is what is not too long for the model, and has no control token that would end its turn.
+    UserError if one is too long for the model, or has a control token, which would end its turn.
     """
     control = control_tokens(tokenizer)
     for _, prompt, answer in asked:
         if token := find_control_token(control, prompt) or find_control_token(control, answer):
             raise UserError(f"choices: a text holds the control token {token!r}; leave it out, or write it otherwise")
-    found = [sequence(tokenizer, *one, template_kwargs) for one in asked]
-    longest, at = max((len(ids), at) for at, (ids, _) in enumerate(found))
+    sequences = [sequence(tokenizer, *each, template_kwargs) for each in asked]
+    longest, at = max((len(ids), at) for at, (ids, _) in enumerate(sequences))
     if longest >= max_model_len:
         answer = asked[at][2][:40]
         raise UserError(f"too long: {answer!r} ... and its prompt have {longest} tokens, {max_model_len - 1} fit")
-    return found
+    return sequences
 
 
 def logprob_from(output: Any, start: int) -> float:
@@ -53,7 +53,7 @@ def logprob_from(output: Any, start: int) -> float:
 class PolicyScorer:
     """Log-probabilities of given answers by a vLLM engine in this process; the `Scorer` of batches and tests.
 
-    They are asked for as the log-probabilities of a prompt, for which vLLM reads nothing from its prefix cache.
+    vLLM reads nothing from its prefix cache for them.
     """
 
     def __init__(self, model: ModelConfig):
@@ -71,4 +71,4 @@ class PolicyScorer:
         sequences = scored_sequences(self._tokenizer, asked, self._template_kwargs, self._max_model_len)
         params = SamplingParams(**SCORING)
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids, _ in sequences], params, use_tqdm=False)
-        return [logprob_from(one, start) for (_, start), one in zip(sequences, outputs, strict=True)]
+        return [logprob_from(output, start) for (_, start), output in zip(sequences, outputs, strict=True)]

@@ -1,11 +1,12 @@
 """Simulated users: hidden tastes over the rubrics' scores, and the choices that follow from them.
 
-A taste is a preferred score per rubric, its utility 1 at that score and falling with the distance. Every user has a
-twin, who likes what the user dislikes and so makes every choice the other way.
+A taste prefers a score per rubric: its utility is 1 at that score and falls with the distance. Every user has a twin,
+who likes what the user dislikes and so makes every choice the other way.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from cpt_ray.steering.answers import Answer
 
 KINDS = get_args(Kind)
 NOISE = 0.2
-"""How often a noisy user takes the answer liked less."""
+"""How often a noisy user takes the answer that they like less."""
 MIN_DIFFERENCE = 0.05
 """Utilities closer than this are no choice."""
 MINORITY = 0.25
@@ -60,23 +61,23 @@ class Taste:
         """
         if any(name not in scores for name in self.targets):
             return float("nan")
-        found = sum(
+        utility = sum(
             self.weights[name] * max(0.0, 1 - abs(scores[name] - target) / spans[name])
             for name, target in self.targets.items()
         )
-        return 1 - found if self.flipped else found
+        return 1 - utility if self.flipped else utility
 
 
 def draw_taste(rng: np.random.Generator, rubrics: Sequence[Rubric], kind: str) -> Taste:
     """A taste of one kind: one rubric's end ("noisy" too), a score within its middle half, or a blend of two ends."""
     chosen = [rubrics[at] for at in rng.permutation(len(rubrics))[: 2 if kind == "mixture" else 1]]
     targets = {}
-    for one in chosen:
-        low, high = one.levels[0].score, one.levels[-1].score
+    for rubric in chosen:
+        low, high = rubric.levels[0].score, rubric.levels[-1].score
         end = {"high": high, "low": low}.get(kind, high if rng.random() < 0.5 else low)
-        targets[one.id] = end if kind != "middle" else low + (high - low) * float(rng.uniform(0.25, 0.75))
+        targets[rubric.id] = end if kind != "middle" else low + (high - low) * float(rng.uniform(0.25, 0.75))
     share = float(rng.uniform(0.35, 0.65)) if len(chosen) == 2 else 1.0
-    weights = {one.id: share if at == 0 else 1 - share for at, one in enumerate(chosen)}
+    weights = dict(zip(targets, (share, 1 - share), strict=False))
     return Taste(kind=kind, targets=targets, weights=weights, noise=NOISE if kind == "noisy" else 0.0)
 
 
@@ -101,35 +102,36 @@ class Population:
     def __init__(self, answers: Sequence[Answer], rubrics: Sequence[Rubric], seed: int, kinds: Sequence[str] = KINDS):
         """UserError if no two prompts have two answers each."""
         self.answers, self.rubrics, self.kinds = list(answers), list(rubrics), tuple(kinds)
-        self.spans = {one.id: one.levels[-1].score - one.levels[0].score for one in rubrics}
+        self.spans = {rubric.id: rubric.levels[-1].score - rubric.levels[0].score for rubric in rubrics}
         rng = np.random.default_rng(seed)
         groups: dict[str, list[int]] = defaultdict(list)
-        for at, one in enumerate(self.answers):
-            groups[one.prompt_id].append(at)
+        for place, answer in enumerate(self.answers):
+            groups[answer.prompt_id].append(place)
         self.prompts = {name: at for at, name in enumerate(sorted(groups))}
         pairs = [pair for name in self.prompts for pair in _pairs(groups[name], rng)]
         if not pairs or len(self.prompts) < 2:
             raise UserError("steer: no two prompts with two graded answers each; synthesize (and evaluate) more")
         self.pairs: Indices = np.array(pairs, dtype=np.int64)
-        self._prompt_of = np.array([self.prompts[self.answers[one].prompt_id] for one, _ in pairs])
+        self._prompt_of = np.array([self.prompts[self.answers[first].prompt_id] for first, _ in pairs])
         self.conflicting = self._find_conflicting(rng)
 
     def utilities(self, taste: Taste) -> Floats:
         """[answers], NaN where a score is missing."""
-        return np.array([taste.utility(one.scores, self.spans) for one in self.answers])
+        return np.array([taste.utility(answer.scores, self.spans) for answer in self.answers])
 
     def _find_conflicting(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        votes = []
-        for at in range(JURY):
-            difference = self._differences(draw_taste(rng, self.rubrics, self.kinds[at % len(self.kinds)]))
-            votes.append(np.where(np.abs(difference) > MIN_DIFFERENCE, np.sign(difference), 0.0))
-        for_first, for_second = (np.mean(np.array(votes) == sign, axis=0) for sign in (1, -1))
-        found: NDArray[np.bool_] = np.minimum(for_first, for_second) >= MINORITY
-        return found
+        tastes = [draw_taste(rng, self.rubrics, self.kinds[at % len(self.kinds)]) for at in range(JURY)]
+        differences = np.array([self._differences(taste) for taste in tastes])
+        for_first = (differences > MIN_DIFFERENCE).mean(axis=0)
+        for_second = (differences < -MIN_DIFFERENCE).mean(axis=0)
+        conflicting: NDArray[np.bool_] = np.minimum(for_first, for_second) >= MINORITY
+        return conflicting
 
     def _differences(self, taste: Taste) -> Floats:
-        found = self.utilities(taste)[self.pairs]
-        return np.nan_to_num(found[:, 0] - found[:, 1])
+        """Utility of each pair's first answer less that of its second; 0 where one of them has none."""
+        first, second = self.utilities(taste)[self.pairs].T
+        differences: Floats = np.nan_to_num(first - second)
+        return differences
 
     def user(
         self, rng: np.random.Generator, taste: Taste, num_choices: int, num_targets: int, conflicting: float
@@ -142,28 +144,32 @@ class Population:
         difference = self._differences(taste)
         usable = np.abs(difference) > MIN_DIFFERENCE
         side = rng.permutation(len(self.prompts))[self._prompt_of] % 2
-        found = []
-        for half, count in ((0, num_choices), (1, num_targets)):
-            pool = np.flatnonzero(usable & (side == half))
+
+        def choices(pool: Indices, count: int, noise: float | None) -> Indices:
             clashing = pool[self.conflicting[pool]]
-            num_clashing = int(np.ceil(conflicting * count))
-            if len(clashing) == 0 or len(pool) == 0:
+            if len(clashing) == 0:
                 raise UserError("steer: too few graded answers differ for simulated users; give more prompts")
+            num_clashing = int(np.ceil(conflicting * count))
             drawn = np.concatenate([_draw(rng, clashing, num_clashing), _draw(rng, pool, count - num_clashing)])
             drawn = rng.permutation(drawn)
             swap = difference[drawn] < 0
-            if half == 0:
-                swap ^= rng.random(count) < taste.noise
-            found.append(np.where(swap[:, None], self.pairs[drawn][:, ::-1], self.pairs[drawn]))
-        return User(taste=taste, context=found[0], targets=found[1])
+            if noise is not None:  # else nothing is drawn for it
+                swap ^= rng.random(count) < noise
+            return np.where(swap[:, None], self.pairs[drawn][:, ::-1], self.pairs[drawn])
+
+        context = choices(np.flatnonzero(usable & (side == 0)), num_choices, taste.noise)
+        targets = choices(np.flatnonzero(usable & (side == 1)), num_targets, None)
+        return User(taste=taste, context=context, targets=targets)
 
 
 def _pairs(group: Sequence[int], rng: np.random.Generator) -> list[tuple[int, int]]:
-    pairs = [(one, other) for at, one in enumerate(group) for other in group[at + 1 :]]
+    """All pairs of a prompt's answers, or PAIRS_PER_PROMPT of them."""
+    pairs = list(itertools.combinations(group, 2))
     if len(pairs) > PAIRS_PER_PROMPT:
         pairs = [pairs[at] for at in rng.choice(len(pairs), PAIRS_PER_PROMPT, replace=False)]
     return pairs
 
 
 def _draw(rng: np.random.Generator, pool: Indices, count: int) -> Indices:
+    """`count` of the pool, some of them again only where it has fewer."""
     return rng.choice(pool, count, replace=len(pool) < count)

@@ -262,9 +262,10 @@ class AnswerEmbedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteeredAnswer:
-    """What the tuned policy says under a directive."""
+    """What the tuned policy says under a directive, or under a user's adapter."""
 
     directive: str | None
+    """Or the adapter's name: the column keeps its name, so that tables of earlier versions can be read."""
     prompt_id: str
     prompt: str
     sample: int

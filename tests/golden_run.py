@@ -129,11 +129,14 @@ def _train(config: Any, run: RunDir, pairs: Any, key: str, **_: Any) -> None:
     run.write_json(MARK, {"key": key, "summary": {}})
 
 
-def _fit_reward_models(fits: list[Any], kinds: Sequence[Any], tensors: Any) -> list[list[RewardModel]]:
-    """Untrained ones; notes in `fits` what should have been trained."""
+def _train_rewards(fits: list[Any], kinds: Sequence[Any], data: Any) -> None:
+    """Trains nothing; notes in `fits` what should have been trained."""
     fits.extend(kinds)
     torch.manual_seed(0)
-    return [[RewardModel(tensors.embeddings.shape[1], one.config.size) for _ in range(one.seeds)] for one in kinds]
+
+
+def _untrained(fit: Any, embedding: int) -> list[RewardModel]:
+    return [RewardModel(embedding, fit.config.size) for _ in range(fit.seeds)]
 
 
 def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
@@ -147,7 +150,8 @@ def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
         "steering.actors.VllmEngine": lambda model: engine,
         "steering.actors.PolicyScorer": KnownModel,
         "steering.actors.Embedder": KnownModel,
-        "steering.stage.fit_reward_models": functools.partial(_fit_reward_models, fits),
+        "steering.stage.train": functools.partial(_train_rewards, fits),
+        "steering.stage.load_reward_models": _untrained,
     }
 
 

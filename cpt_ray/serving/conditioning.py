@@ -23,13 +23,13 @@ from cpt_ray.config import Form, ModelConfig
 from cpt_ray.serving.access_log import CALL
 from cpt_ray.steering.actors import Embedder
 from cpt_ray.steering.choices import Choice
-from cpt_ray.steering.policy import ConditionalPolicy, SavedForm
+from cpt_ray.steering.policy import RANK, ConditionalPolicy, SavedForm
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import RunDir
 
 FORM: Form = "gated_lora"
 """The one form of a conditional policy that becomes adapters, which vLLM can serve."""
-ENGINE_ARGUMENTS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 8, "max_cpu_loras": 64}
+ENGINE_ARGUMENTS = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 8, "max_cpu_loras": 64}
 """vLLM's, for the users' adapters."""
 REMOVE_SECONDS = 60.0
 """From the end of the last request with an adapter to the removal of its folder."""

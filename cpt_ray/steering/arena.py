@@ -1,25 +1,31 @@
-"""Held-out users, and the tuned policy's answers that they like more or less."""
+"""Held-out users, and the tuned policy's answers that they like more or less.
+
+Values are [users, counts, seeds], counts being the numbers of choices; NaN where a method was not tried.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.actors import AnswerActor
 from cpt_ray.steering.answers import Answer, grade_by_measures
-from cpt_ray.steering.fitting import Tensors
-from cpt_ray.steering.reward import Tasks, accuracy
+from cpt_ray.steering.reward import Tasks, Tensors, accuracy
 from cpt_ray.steering.stage import Fitted, Steering
-from cpt_ray.steering.users import Floats
+from cpt_ray.steering.users import Floats, Indices
 from cpt_ray.tables.records import Prompt, SteeredAnswer
 
 COUNTS = (0, 1, 3, 5, 10)
 """Numbers of choices that results are given for, up to steer.choices."""
 
-
+Cell = tuple[int, int]
+"""A user and a number of their choices."""
 Configuration = dict[str, str] | None
 
 
@@ -28,153 +34,163 @@ class Arena:
 
     def __init__(self, steering: Steering, fitted: Fitted):
         self.steering, self.fitted, self.users = steering, fitted, steering.test_users
-        self.counts = [one for one in COUNTS if one <= steering.config.choices]
-        self.tried = Tensors.of(fitted.vectors, self.users, list(steering.plan.by_id))
+        self.counts = [count for count in COUNTS if count <= steering.config.choices]
+        self.tensors = Tensors.of(fitted.vectors, self.users, list(steering.plan.by_id))
         self.others = torch.randperm(len(self.users), generator=torch.Generator().manual_seed(0))
         """A user for each user, by chance: whose choices should tell nothing."""
 
     def filled(self, value: Callable[[int, int], float], num_users: int | None = None) -> Floats:
         """[users, counts, 1] of `value(user, count)`; NaN from user `num_users` on."""
-        found = np.full((len(self.users), len(self.counts), 1), np.nan)
+        values = np.full((len(self.users), len(self.counts), 1), np.nan)
         for at in range(len(self.users))[:num_users]:
-            found[at, :, 0] = [value(at, count) for count in self.counts]
-        return found
+            values[at, :, 0] = [value(at, count) for count in self.counts]
+        return values
 
     def reward_accuracy(self) -> dict[str, Floats]:
         """Of the reward models."""
-        chosen = [self.tried.tasks(num_choices=count) for count in self.counts]
-        oracle, found = self.tried.tasks(told=True), {}
-        for name, models, tasks in (
-            ("static", self.fitted.static, [one.first(0) for one in chosen]),
-            ("NP-BTL", self.fitted.models, chosen),
-            ("NP-BTL, another's choices", self.fitted.models, [self._exchanged(one) for one in chosen]),
-            ("NP-BTL, oracle", self.fitted.oracle, [oracle for _ in chosen]),
-        ):
-            rows = [[accuracy(model, one).numpy() for one in tasks] for model in models]
-            found[name] = np.array(rows).transpose(2, 1, 0)
-        return found
-
-    def _exchanged(self, tasks: Tasks) -> Tasks:
-        """With another user's choices."""
-        return Tasks(tasks.context[self.others], tasks.targets)
+        chosen, oracle = [self.tensors.tasks(num_choices=count) for count in self.counts], self.tensors.oracle_tasks()
+        exchanged = [Tasks(tasks.context[self.others], tasks.targets) for tasks in chosen]
+        methods = {
+            "static": (self.fitted.static, [tasks.first(0) for tasks in chosen]),
+            "NP-BTL": (self.fitted.models, chosen),
+            "NP-BTL, another's choices": (self.fitted.models, exchanged),
+            "NP-BTL, oracle": (self.fitted.oracle, [oracle] * len(chosen)),
+        }
+        return {
+            name: np.array([[accuracy(model, tasks).numpy() for tasks in counts] for model in models]).T
+            for name, (models, counts) in methods.items()
+        }
 
     def liking(self, at: int, texts: Sequence[str]) -> float:
         """Mean utility of texts for a user; NaN if none has one."""
         rubrics, spans = self.steering.plan.rubrics, self.steering.held_out.spans
-        values = [self.users[at].taste.utility(grade_by_measures(rubrics, one), spans) for one in texts]
-        known = [one for one in values if not np.isnan(one)]
-        return float(np.mean(known)) if known else float("nan")
+        taste = self.users[at].taste
+        return float(np.nanmean([taste.utility(grade_by_measures(rubrics, text), spans) for text in texts]))
 
-    def answered(self, planned: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
+    def answered(
+        self, planned: Sequence[SteeredAnswer], actor: Any = AnswerActor, **made_of: Any
+    ) -> list[SteeredAnswer]:
         """The planned rows with the policy's answers."""
-        policy, seed = self.steering.policy, self.steering.plan.config.seed
-        return self.steering.table("steering_answers", planned, AnswerActor, policy, seed=seed)
+        made_of["seed"] = self.steering.plan.config.seed
+        return self.steering.table("steering_answers", planned, actor, self.steering.policy, **made_of)
+
+    def liking_of_cells(
+        self, planned: Mapping[Cell, Sequence[SteeredAnswer]], actor: Any = AnswerActor, **made_of: Any
+    ) -> Floats:
+        """How much users like the policy's answers to the rows of each user and number of choices.
+
+        NaN where there are none: "" is what comes of a prompt that does not fit.
+        """
+        rows = self.answered([row for cell in planned.values() for row in cell], actor, **made_of)
+        cells = [cell for cell, own in planned.items() for _ in own]
+        texts: dict[Cell, list[str]] = defaultdict(list)
+        for cell, row in zip(cells, rows, strict=True):
+            texts[cell] += [row.text] if row.text else []
+        num_users = 1 + max(at for at, _ in planned)
+        return self.filled(lambda at, count: self.liking(at, texts[at, count]), num_users)
 
 
 class Bank:
     """The policy's answers under every configuration, so that any number of users can be scored by looking up."""
 
     def __init__(self, arena: Arena):
-        self.arena, steering = arena, arena.steering
-        levels = {one.id: [level.name for level in one.levels] for one in steering.catalog.rubrics}
+        self.arena, steering, crowd, config = arena, arena.steering, arena.steering.held_out, arena.steering.config
+        levels = {rubric.id: [level.name for level in rubric.levels] for rubric in steering.catalog.rubrics}
         self.configurations = [
-            {name: levels[name][at] for name, at in one.items()} for one in steering.candidates.configurations
+            {name: levels[name][level] for name, level in configuration.items()}
+            for configuration in steering.candidates.configurations
         ]
-        texts = {one.prompt_id: one.prompt for one in steering.held_out.answers}
-        self.prompts = [Prompt(prompt_id=name, text=texts[name], split="held_out") for name in sorted(texts)]
-        directives = [steering.catalog.resolve(one).directive for one in self.configurations]
-        config = steering.config
+        """The first is none."""
+        prompt_of = {answer.prompt_id: answer.prompt for answer in crowd.answers}
+        self.prompts = [Prompt(prompt_id=name, text=prompt_of[name], split="held_out") for name in sorted(prompt_of)]
+        self._best_of = max(config.samples, config.best_of)
         planned = [
-            planned_answer(directive, prompt, sample)
-            for at, directive in enumerate(directives)
+            planned_answer(steering.catalog.resolve(configuration).directive, prompt, sample)
+            for configuration in self.configurations
             for prompt in self.prompts
-            for sample in range(config.samples if at else max(config.samples, config.best_of))
+            for sample in range(config.samples if configuration else self._best_of)
         ]
         rows = arena.answered(planned)
-        self.answers = [steering.answer(one.prompt_id, one.prompt, one.text, {}) for one in rows]
-        index = {directive: at for at, directive in enumerate(directives)}
-        numbers = {one.prompt_id: at for at, one in enumerate(self.prompts)}
-        self.configuration_of = np.array([index[one.directive] for one in rows])
-        self.prompt_of = np.array([numbers[one.prompt_id] for one in rows])
-        crowd = steering.held_out
-        prompt_at = np.array([numbers[one.prompt_id] for one in crowd.answers])
-        self.shown = [np.unique(prompt_at[one.context]) for one in arena.users]
-        """Per user, the prompts of its context."""
-        self.tested = [np.unique(prompt_at[one.targets]) for one in arena.users]
-        """And of its targets: satisfaction is on these."""
-        spans = crowd.spans
-        self.liked = [np.array([one.taste.utility(a.scores, spans) for a in self.answers]) for one in arena.users]
-        self.grids = [self._grid(one) for one in self.liked]
-        """Per user, mean utility [configurations, prompts]."""
+        answers = [steering.answer(row.prompt_id, row.prompt, row.text, {}) for row in rows]
+        liked = np.array([[user.taste.utility(one.scores, crowd.spans) for one in answers] for user in arena.users])
+        self._undirected = answers[: len(self.prompts) * self._best_of]
+        plain, directed = np.split(liked, [len(self._undirected)], axis=1)
+        self._plain = plain.reshape(len(liked), len(self.prompts), self._best_of)
+        directed = directed.reshape(len(liked), len(self.configurations) - 1, len(self.prompts), config.samples)
+        grids = np.concatenate([np.nanmean(self._plain, axis=2)[:, None], np.nanmean(directed, axis=3)], axis=1)
+        """[users, configurations, prompts], how much a user likes the answers."""
+        self.tested = self._asked([user.targets for user in arena.users])
+        """[users, prompts], those of the targets: satisfaction is on these."""
+        shown = self._asked([user.context for user in arena.users])
+        self._tested = np.where(self.tested[:, None], grids, np.nan)
+        self._shown = np.nanmean(np.where(shown[:, None], grids, np.nan), axis=2)
+        """[users, configurations], on the prompts of the context."""
 
-    def _grid(self, liked: Floats) -> Floats:
-        shape = (len(self.configurations), len(self.prompts))
-        cell, known = self.configuration_of * shape[1] + self.prompt_of, ~np.isnan(liked)
-        sums, counts = (
-            np.bincount(cell[known], weights, minlength=shape[0] * shape[1]) for weights in (liked[known], None)
-        )
-        found: Floats = np.where(counts, sums / np.maximum(counts, 1), np.nan).reshape(shape)
-        return found
+    def _asked(self, pairs: Sequence[Indices]) -> NDArray[np.bool_]:
+        """[users, prompts], whether a user's pairs are about a prompt."""
+        names = np.array([prompt.prompt_id for prompt in self.prompts])
+        asked = np.array([answer.prompt_id for answer in self.arena.steering.held_out.answers])
+        return np.array([np.isin(names, asked[own]) for own in pairs])
+
+    def tested_prompts(self, at: int) -> list[Prompt]:
+        """On which a user's satisfaction is."""
+        return [self.prompts[place] for place in np.flatnonzero(self.tested[at])]
 
     def under(self, configure: Callable[[int, int], Configuration]) -> Floats:
         """Satisfaction under the configuration for (user, number of choices)."""
+        satisfaction = np.nanmean(self._tested, axis=2)
         return self.arena.filled(
-            lambda at, count: float(
-                np.nanmean(self.grids[at][self.configurations.index(configure(at, count) or {}), self.tested[at]])
-            )
+            lambda at, count: satisfaction[at, self.configurations.index(configure(at, count) or {})]
         )
 
     def best(self, at: int) -> Configuration:
         """The configuration whose answers to the context's prompts the user likes most; none if none is measured."""
-        liked = np.nanmean(self.grids[at][:, self.shown[at]], axis=1)
+        liked = self._shown[at]
         return None if np.isnan(liked).all() else self.configurations[int(np.nanargmax(liked))]
 
     def nearest(self, at: int, count: int) -> Configuration:
         """The configuration whose scores are nearest to the mean of the chosen answers': what it leaves open is as in
         all answers. The simplest that reads choices at all."""
         crowd = self.arena.steering.held_out
-        chosen = [crowd.answers[one] for one in self.arena.users[at].context[:count, 0]]
-        usual, wanted = (_mean_scores(crowd.rubrics, some) for some in (crowd.answers, chosen))
-        scores = {one.id: {level.name: level.score for level in one.levels} for one in crowd.rubrics}
+        chosen = [crowd.answers[place] for place in self.arena.users[at].context[:count, 0]]
+        usual, wanted = (_mean_scores(crowd.rubrics, answers) for answers in (crowd.answers, chosen))
+        scores = {rubric.id: {level.name: level.score for level in rubric.levels} for rubric in crowd.rubrics}
 
         def distance(configuration: Mapping[str, str]) -> float:
-            told = {name: scores[name][level] for name, level in configuration.items() if name in scores}
-            gaps = [(told.get(name, usual[name]) - score) / crowd.spans[name] for name, score in wanted.items()]
+            asked = {name: scores[name][level] for name, level in configuration.items() if name in scores}
+            gaps = [(asked.get(name, usual[name]) - score) / crowd.spans[name] for name, score in wanted.items()]
             return float(np.linalg.norm(gaps))
 
         return min(self.configurations, key=distance)
 
     def everybodys(self) -> Configuration:
         """The configuration that all users together like most on what they were shown."""
-        liked = [np.nanmean(grid[:, shown], axis=1) for grid, shown in zip(self.grids, self.shown, strict=True)]
-        return self.configurations[int(np.nanargmax(np.nanmean(liked, axis=0)))]
+        return self.configurations[int(np.nanargmax(np.nanmean(self._shown, axis=0)))]
 
     def by_chance(self) -> Floats:
         """Mean satisfaction under a configuration drawn at random."""
-        return self.arena.filled(lambda at, count: float(np.nanmean(self.grids[at][:, self.tested[at]])))
+        satisfaction = np.nanmean(self._tested, axis=(1, 2))
+        return self.arena.filled(lambda at, count: satisfaction[at])
 
+    @torch.no_grad()
     def reranked(self) -> Floats:
         """Satisfaction with the best of n answers without a directive, by each seed's reward model."""
         arena, fitted = self.arena, self.arena.fitted
-        rows = np.flatnonzero(self.configuration_of == 0)
-        vectors = torch.tensor(fitted.embed(arena.steering.embeddings([self.answers[at] for at in rows])))
-        groups = [np.flatnonzero(self.prompt_of[rows] == at) for at in range(len(self.prompts))]
-        found = np.zeros((len(arena.users), len(arena.counts), len(fitted.models)))
+        vectors = torch.tensor(fitted.scale(arena.steering.embeddings(self._undirected)))
+        satisfaction = np.empty((len(arena.users), len(arena.counts), len(fitted.models)))
         for seed, model in enumerate(fitted.models):
-            for at_count, count in enumerate(arena.counts):
-                with torch.no_grad():
-                    z = model.encoder(arena.tried.tasks(num_choices=count).context)
-                    rewards = model.reward(z, vectors.expand(len(z), -1, -1)).numpy()
-                for at, own in enumerate(self.liked):
-                    best = [rows[groups[one][np.argmax(rewards[at, groups[one]])]] for one in self.tested[at]]
-                    found[at, at_count, seed] = np.nanmean(own[best])
-        return found
+            for at, count in enumerate(arena.counts):
+                z = model.encoder(arena.tensors.tasks(num_choices=count).context)
+                rewards = model.reward(z, vectors.expand(len(z), -1, -1)).numpy().reshape(self._plain.shape)
+                picked = np.take_along_axis(self._plain, rewards.argmax(axis=2)[..., None], axis=2)[..., 0]
+                satisfaction[:, at, seed] = np.nanmean(np.where(self.tested, picked, np.nan), axis=1)
+        return satisfaction
 
 
 def _mean_scores(rubrics: Sequence[Rubric], answers: Sequence[Answer]) -> dict[str, float]:
     """By rubric, over the answers that have a score; rubrics without any are left out."""
     scores = {rubric.id: [one.scores[rubric.id] for one in answers if rubric.id in one.scores] for rubric in rubrics}
-    return {name: float(np.mean(some)) for name, some in scores.items() if some}
+    return {name: float(np.mean(known)) for name, known in scores.items() if known}
 
 
 def planned_answer(directive: str | None, prompt: Prompt, sample: int) -> SteeredAnswer:

@@ -18,6 +18,7 @@ and are computed once per answer.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from cpt_ray.config import Form, ModelConfig
 from cpt_ray.errors import UserError
@@ -37,6 +39,8 @@ from cpt_ray.tables.rundir import RunDir
 Sequences = Sequence[tuple[list[int], int]]
 """Token ids of (prompt, answer), and where the answer starts."""
 
+RANK, SCALE = 8, 2.0
+"""Of every adapter: what B diag(g) A is multiplied by, which PEFT calls alpha / r."""
 VERSION = 3
 """Of the weights and of how they are learned; those of another one are not loaded but trained again."""
 
@@ -44,11 +48,11 @@ VERSION = 3
 class GatedLora(nn.Module):
     """A frozen linear layer plus B diag(g) A, whose gates g [batch, r] are set from outside; off without them."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float):
+    def __init__(self, base: nn.Linear):
         super().__init__()
-        self.base, self.scale = base, scale
-        self.a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.base = base
+        self.a = nn.Parameter(torch.randn(RANK, base.in_features) / base.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(base.out_features, RANK))
         self.gates: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,57 +60,56 @@ class GatedLora(nn.Module):
         out: Tensor = self.base(x)
         if self.gates is None:
             return out
-        added = self.scale * ((x.to(self.a.dtype) @ self.a.T) * self.gates[:, None]) @ self.b.T
+        added = SCALE * ((x.to(self.a.dtype) @ self.a.T) * self.gates[:, None]) @ self.b.T
         return out + added.to(out.dtype)
+
+
+def add_adapters(model: Any) -> dict[str, GatedLora]:
+    """Puts a `GatedLora` in the place of every linear layer in a model's blocks; they, by the layer's name.
+
+    PEFT's LoRA has no gates that differ from row to row of a batch, and a hook's parameters would not be in the model's
+    state, so the modules are replaced. It needs blocks in `model.model.layers`, as Llama, Qwen and their like have them
+    in transformers 5, and `nn.Linear` inside, so no quantized weights.
+    """
+    adapters = {}
+    for name, module in list(model.model.layers.named_modules(prefix="model.layers")):
+        if isinstance(module, nn.Linear):
+            parent, _, own = name.rpartition(".")
+            adapters[name] = GatedLora(module)
+            setattr(model.get_submodule(parent), own, adapters[name])
+    return adapters
 
 
 class ConditionalPolicy(nn.Module):
     """A frozen causal language model of transformers, and what makes it depend on z."""
 
-    def __init__(
-        self,
-        model: Any,
-        form: Form,
-        embedding: int,
-        size: int = 128,
-        rank: int = 8,
-        beta: float = 0.1,
-    ):
+    def __init__(self, model: Any, form: Form, embedding: int, size: int = 128, beta: float = 0.1):
         super().__init__()
-        self.model, self.form, self.rank, self.beta = model.requires_grad_(False), form, rank, beta
+        self.model, self.form, self.beta = model.requires_grad_(False), form, beta
         self.encoder = ContextEncoder(embedding, size)
+        self.adapters = add_adapters(model)
         width, blocks = model.config.hidden_size, model.model.layers
-        self.adapters: dict[str, GatedLora] = {}
-        """By the module's name in the model."""
-        for name, module in list(blocks.named_modules(prefix="model.layers")):
-            if isinstance(module, nn.Linear):
-                parent, _, own = name.rpartition(".")
-                self.adapters[name] = GatedLora(module, rank, scale=2.0)
-                setattr(model.get_submodule(parent), own, self.adapters[name])
-        self.head = mlp(size, len(blocks) * 2 * width if form == "film" else len(self.adapters) * rank)
-        last: nn.Linear = self.head[-1]  # type: ignore[assignment]
-        nn.init.zeros_(last.weight) if form == "film" else nn.init.normal_(last.weight, std=0.5 / last.in_features**0.5)
-        nn.init.zeros_(last.bias)
+        self.head = mlp(size, len(blocks) * 2 * width if form == "film" else len(self.adapters) * RANK)
+        layer: nn.Linear = self.head[0]  # type: ignore[assignment]
+        nn.init.zeros_(layer.weight) if form == "film" else nn.init.normal_(layer.weight, std=0.5 / size**0.5)
+        nn.init.zeros_(layer.bias)
         self.film: Tensor | None = None
+        """[batch, blocks, (gamma, delta), hidden]."""
         if form == "film":
             for at, block in enumerate(blocks):
-                block.register_forward_hook(self._modulate(at, width))
+                block.register_forward_hook(functools.partial(self._modulate, at))
 
-    def _modulate(self, at: int, width: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if self.film is None:
-                return None
-            gamma, delta = self.film.view(len(self.film), -1, 2, width)[:, at].unbind(1)
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden = (hidden * (1 + gamma[:, None]) + delta[:, None]).to(hidden.dtype)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return hook
+    def _modulate(self, at: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Forward hook of block `at`."""
+        if self.film is None:
+            return output
+        gamma, delta = self.film[:, at, :, None].unbind(1)
+        return (output * (1 + gamma) + delta).to(output.dtype)
 
     def own_state(self) -> dict[str, Tensor]:
         """What was learned, the encoder's weights among it: everything but those of the frozen model."""
-        own = {name for name, one in self.named_parameters() if one.requires_grad or name.startswith("encoder.")}
-        return {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items() if name in own}
+        own = {name for name, tensor in self.named_parameters() if tensor.requires_grad or name.startswith("encoder.")}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items() if name in own}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """The opposite; ValueError unless exactly what `own_state` gives is there."""
@@ -120,24 +123,24 @@ class ConditionalPolicy(nn.Module):
 
     def gates(self, z: Tensor) -> Tensor:
         """g of every adapted module, [users, modules, r]; 1 + what z says."""
-        found: Tensor = 1 + self.head(z).view(len(z), -1, self.rank)
-        return found
+        gates: Tensor = 1 + self.head(z).view(len(z), -1, RANK)
+        return gates
 
     @contextmanager
     def conditioned(self, z: Tensor | None) -> Iterator[None]:
         """The model depends on z [batch, size] in here; with None it is the reference."""
         if z is not None and self.form == "film":
-            self.film = self.head(z)
+            self.film = self.head(z).view(len(z), -1, 2, self.model.config.hidden_size)
         if z is not None:
-            gates = self.gates(z) if self.form == "gated_lora" else None
-            for at, one in enumerate(self.adapters.values()):
-                one.gates = gates[:, at] if gates is not None else z.new_ones(len(z), self.rank)
+            gates = self.gates(z) if self.form == "gated_lora" else z.new_ones(len(z), len(self.adapters), RANK)
+            for adapter, own in zip(self.adapters.values(), gates.unbind(1), strict=True):
+                adapter.gates = own
         try:
             yield
         finally:
             self.film = None
-            for one in self.adapters.values():
-                one.gates = None
+            for adapter in self.adapters.values():
+                adapter.gates = None
 
     def logps(self, sequences: Sequences, z: Tensor | None = None) -> Tensor:
         """log pi(answer | prompt, z) of each sequence, over its answer's tokens, [sequences].
@@ -145,20 +148,25 @@ class ConditionalPolicy(nn.Module):
         Args:
             z: [sequences, size], or None for the reference.
         """
-        longest = max(len(ids) for ids, _ in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        real, scored = torch.zeros_like(ids), torch.zeros(len(sequences), longest, dtype=torch.bool)
-        for at, (one, start) in enumerate(sequences):
-            ids[at, : len(one)], real[at, : len(one)], scored[at, start : len(one)] = torch.tensor(one), 1, True
         device = next(self.head.parameters()).device
-        ids, real, scored = ids.to(device), real.to(device), scored.to(device)
+        ids = pad_sequence([torch.tensor(tokens) for tokens, _ in sequences], batch_first=True).to(device)
+        starts, ends = torch.tensor([(start, len(tokens)) for tokens, start in sequences], device=device).T[..., None]
+        places = torch.arange(ids.shape[1], device=device)
+        scored = ((places >= starts) & (places < ends))[:, 1:]
         with self.conditioned(z):
-            hidden = self.model.model(input_ids=ids, attention_mask=real).last_hidden_state
-        before = hidden[:, :-1][scored[:, 1:]]  # the state in front of each answer token
-        logits = self.model.lm_head(before).float()
-        picked = logits.gather(1, ids[:, 1:][scored[:, 1:]][:, None])[:, 0] - logits.logsumexp(dim=1)
-        rows = scored[:, 1:].nonzero()[:, 0]
-        return torch.zeros(len(sequences), device=device).index_add(0, rows, picked)
+            hidden = self.model.model(input_ids=ids, attention_mask=(places < ends).long()).last_hidden_state
+        logits = self.model.lm_head(hidden[:, :-1][scored]).float()  # of the states in front of the answer's tokens
+        token_logps = -cross_entropy(logits, ids[:, 1:][scored], reduction="none")
+        return torch.zeros(len(ids), device=device).index_add(0, scored.nonzero()[:, 0], token_logps)
+
+    @torch.no_grad()
+    def reference(self, sequences: Sequences, batch_size: int = 64) -> Tensor:
+        """log ref(answer | prompt) of every sequence, [sequences], on the CPU; no z changes it, so once is enough."""
+        logps = torch.zeros(len(sequences))
+        order = sorted(range(len(sequences)), key=lambda at: len(sequences[at][0]))  # little padding
+        for part in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+            logps[part] = self.logps([sequences[at] for at in part]).cpu()
+        return logps
 
     def rewards(self, context: Tensor, answers: Sequence[Sequence[int]], texts: Sequences, reference: Tensor) -> Tensor:
         """The implicit rewards of each user's answers, [users, a].
@@ -169,9 +177,9 @@ class ConditionalPolicy(nn.Module):
             reference: log-probabilities of `texts` under the reference, [texts].
         """
         z = self.encoder(context)
-        flat = [at for some in answers for at in some]
-        found = self.logps([texts[at] for at in flat], z.repeat_interleave(len(flat) // len(z), dim=0))
-        return self.beta * (found - reference[torch.tensor(flat)].to(found.device)).view(len(z), -1)
+        flat = [at for group in answers for at in group]
+        logps = self.logps([texts[at] for at in flat], z.repeat_interleave(len(flat) // len(z), dim=0))
+        return self.beta * (logps - reference[flat].to(logps.device)).view(len(z), -1)
 
     def forward(self, batch: tuple[Tensor, Sequence[Sequence[int]], Sequences, Tensor, Tensor]) -> Tensor:
         """The loss of a batch: the arguments of `rewards`, and [users, a, a], how probably a user prefers i to j.
@@ -193,15 +201,15 @@ class ConditionalPolicy(nn.Module):
 
         assert self.form == "gated_lora"
         gates, weights = self.gates(z[None])[0], {}
-        for at, (name, one) in enumerate(self.adapters.items()):
-            weights[f"base_model.model.{name}.lora_A.weight"] = (gates[at][:, None] * one.a).contiguous().cpu()
-            weights[f"base_model.model.{name}.lora_B.weight"] = one.b.detach().contiguous().cpu()
+        for at, (name, adapter) in enumerate(self.adapters.items()):
+            weights[f"base_model.model.{name}.lora_A.weight"] = (gates[at][:, None] * adapter.a).contiguous().cpu()
+            weights[f"base_model.model.{name}.lora_B.weight"] = adapter.b.detach().contiguous().cpu()
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model,
-            "r": self.rank,
-            "lora_alpha": 2 * self.rank,
+            "r": RANK,
+            "lora_alpha": int(SCALE * RANK),
             "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": sorted({name.rpartition(".")[2] for name in self.adapters}),
@@ -236,12 +244,11 @@ class SavedForm:
     @classmethod
     def read(cls, run: RunDir, form: str, policy: ModelConfig, embedder: ModelConfig) -> SavedForm:
         """UserError unless one was fitted for these models."""
-        found = run.read_json(cls.file(form))
-        if not found:
-            raise UserError(
-                f"serve.preferences: no {form} in {run.path}; run `cpt steer fit` with steer.forms=[{form}]"
-            )
-        saved = cls(**{"version": 1} | found)
+        saved_json = run.read_json(cls.file(form))
+        if not saved_json:
+            advice = f"run `cpt steer fit` with steer.forms=[{form}]"
+            raise UserError(f"serve.preferences: no {form} in {run.path}; {advice}")
+        saved = cls(**{"version": 1} | saved_json)
         if saved.version != VERSION:
             raise UserError(f"serve.preferences: the {form} is an earlier version's; run `cpt steer fit` again")
         for what, mine, model in (("model", saved.policy, policy), ("steer.embedder", saved.embedder, embedder)):

@@ -10,16 +10,19 @@ swapped), without which z tends to be ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from cpt_ray.errors import UserError
+from cpt_ray.steering.users import User
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,42 @@ class Tasks:
     def first(self, num_choices: int) -> Tasks:
         """With only that many context choices."""
         return Tasks(self.context[:, :num_choices], self.targets)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Users' choices as indices of embedded answers; saved where every worker sees it."""
+
+    embeddings: Tensor
+    """[answers, E], standardised."""
+    context: Tensor
+    """[users, k, 2]."""
+    targets: Tensor
+    """[users, t, 2]."""
+    tastes: Tensor
+    """[users, 1, 2, E]: the hidden taste itself in the place of a choice, which an oracle is given."""
+
+    @classmethod
+    def of(cls, embeddings: NDArray[np.float32], users: Sequence[User], rubric_ids: Sequence[str]) -> Tensors:
+        """Of the users themselves; their twins are made in training."""
+        context = torch.tensor(np.array([user.context for user in users]))
+        targets = torch.tensor(np.array([user.targets for user in users]))
+        tastes = torch.zeros(len(users), 1, 2, embeddings.shape[1])
+        for at, user in enumerate(users):
+            for place, name in enumerate(rubric_ids):
+                weight = user.taste.weights.get(name, 0.0)
+                side = weight * (user.taste.targets.get(name, 50.0) - 50) / 20
+                tastes[at, 0, int(user.taste.flipped), 2 * place : 2 * place + 2] = torch.tensor([weight, side])
+        return cls(torch.tensor(embeddings), context, targets, tastes)
+
+    def tasks(self, users: Tensor | slice = slice(None), num_choices: int | None = None) -> Tasks:
+        """The embedded choices of some users, `num_choices` of their context."""
+        context = self.embeddings[self.context[users][:, :num_choices]]
+        return Tasks(context, self.embeddings[self.targets[users]])
+
+    def oracle_tasks(self, users: Tensor | slice = slice(None)) -> Tasks:
+        """The same with the users' taste in the place of their choices."""
+        return Tasks(self.tastes[users], self.embeddings[self.targets[users]])
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -84,8 +123,8 @@ class RewardModel(nn.Module):
     def reward(self, z: Tensor, answers: Tensor) -> Tensor:
         """[users, ...] of z [users, size] and answers' embeddings [users, ..., E]."""
         spread = z.view(len(z), *(1,) * (answers.dim() - 2), -1).expand(*answers.shape[:-1], -1)
-        found: Tensor = self.score(torch.cat([self.answer(answers), spread], dim=-1))
-        return found.squeeze(-1)
+        rewards: Tensor = self.score(torch.cat([self.answer(answers), spread], dim=-1))
+        return rewards.squeeze(-1)
 
     def margins(self, tasks: Tasks) -> Tensor:
         """r(chosen|z) - r(rejected|z) of the targets, [users, t], with z from the context."""
@@ -112,16 +151,15 @@ def learn(
         report: gets the number of every step, from 1, and its loss.
 
     Returns:
-        The loss of every step. UserError at the first one that is not finite, or if the last one spoilt the weights.
+        The loss of every step. UserError at the first one that is not finite, or if the last one broke the weights.
     """
 
     def check(step: int, *values: Tensor) -> None:
-        if not all(bool(one.isfinite().all()) for one in values):
-            raise UserError(
-                f"step {step} of {steps}: loss, gradient or weights are not finite numbers; lower {setting}"
-            )
+        if not all(bool(value.isfinite().all()) for value in values):
+            problem = "loss, gradient or weights are not finite numbers"
+            raise UserError(f"step {step} of {steps}: {problem}; lower {setting}")
 
-    trained = [one for one in module.parameters() if one.requires_grad]
+    trained = [weights for weights in module.parameters() if weights.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
@@ -131,7 +169,7 @@ def learn(
         loss = module(draw(step))
         optimizer.zero_grad()
         loss.backward()
-        # every rank has the same gradient, so that all of them stop here
+        # every rank has the same gradient, so all of them stop here
         check(step + 1, loss.detach(), nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()
         schedule.step()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
 from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import ModelConfig, SteerConfig
@@ -31,10 +32,10 @@ from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.actors import EmbedActor, Fill, LogprobActor
 from cpt_ray.steering.answers import Answer, grade_by_measures, make_answer, read_answers
 from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
-from cpt_ray.steering.fitting import Fit, Tensors, fit_policy, fit_reward_models
+from cpt_ray.steering.fitting import Fit, load_policy, load_reward_models, train
 from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates, read_questions
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm, Sequences
-from cpt_ray.steering.reward import RewardModel
+from cpt_ray.steering.reward import RewardModel, Tensors
 from cpt_ray.steering.scoring import PolicyScorer, sequence
 from cpt_ray.steering.users import Floats, Population, User, draw_taste
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
@@ -42,6 +43,7 @@ from cpt_ray.tables.rundir import TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
 
 NUM_QUESTIONS = 200
+"""That are kept for users, or offered to a held-out one."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Steering:
         """The run file's section."""
         return self.plan.config.steer
 
+    @property
+    def folder(self) -> Path:
+        """Of the trained models."""
+        return self.run.path.absolute() / "steering"
+
     @cached_property
     def policy(self) -> ModelConfig:
         """The tuned model."""
@@ -67,10 +74,10 @@ class Steering:
     @cached_property
     def catalog(self) -> Catalog:
         """What the tuned model can be asked for; UserError if there is none."""
-        found = self.run.read_json(CATALOG_FILE)
-        if not found:
+        catalog = self.run.read_json(CATALOG_FILE)
+        if not catalog:
             raise UserError(f"{self.run.path}: no tuned model; run `cpt train` with this run file first")
-        return Catalog.from_json(found)
+        return Catalog.from_json(catalog)
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -85,27 +92,25 @@ class Steering:
     @cached_property
     def learned_from(self) -> Population:
         """The writer's answers, to train prompts."""
-        known, held_out = [one.id for one in self.plan.rubrics], self.config.held_out_rubrics
-        for name in held_out:
-            if name not in known:
-                raise UserError(f"steer.held_out_rubrics: no rubric {name!r}{did_you_mean(name, known)}")
-        rubrics = [one for one in self.plan.rubrics if one.id not in held_out]
+        for name in self.config.held_out_rubrics:
+            if name not in self.plan.by_id:
+                raise UserError(f"steer.held_out_rubrics: no rubric {name!r}{did_you_mean(name, self.plan.by_id)}")
+        rubrics = [rubric for rubric in self.plan.rubrics if rubric.id not in self.config.held_out_rubrics]
         if not rubrics:
             raise UserError("steer.held_out_rubrics: names every rubric; leave one to learn from")
         if self.shards is None:
             return self._crowd(self._given["train"], rubrics)
         rows_of_judges = self.run.read("grades", self.shards.grades, Grade)
         grades = combine_judges(self.plan.rubrics, rows_of_judges, self.plan.config.synthesis.aggregate)
-        rows = self.run.read("generations", self.shards.generations, Generation)
         answers = []
-        for one in rows:
-            found = {name: grades.get((one.unit_id, name)) for name in parts_of(one.rubric_id)}
-            scores = {name: grade.score if grade else None for name, grade in found.items()}
-            answers.append(self.answer(one.prompt_id, one.prompt, one.text, scores))
+        for row in self.run.read("generations", self.shards.generations, Generation):
+            keys = {name: (row.unit_id, name) for name in parts_of(row.rubric_id)}
+            scores = {name: grades[key].score for name, key in keys.items() if key in grades}
+            answers.append(self.answer(row.prompt_id, row.prompt, row.text, scores))
         return self._crowd(answers, rubrics)
 
     def _crowd(self, answers: Sequence[Answer], rubrics: Sequence[Rubric]) -> Population:
-        distinct = list({one.answer_id: one for one in answers}.values())
+        distinct = list({answer.answer_id: answer for answer in answers}.values())
         return Population(distinct, rubrics, self.plan.config.seed, self.config.kinds)
 
     @cached_property
@@ -120,23 +125,21 @@ class Steering:
         if self.shards is None:
             return self._crowd(self._given["held_out"], self.plan.rubrics)
         names = sorted(path.stem for path in (self.run.path / "evaluation").glob("*.parquet"))
-        rows = [one for one in self.run.read("evaluation", names, Trial) if one.text]
+        rows = [row for row in self.run.read("evaluation", names, Trial) if row.text]
         if not rows:
             raise UserError(f"{self.run.path}: no evaluation; run `cpt evaluate` with this run file first")
-        answers = [self.answer(one.prompt_id, one.prompt, one.text, {one.rubric_id: one.score}) for one in rows]
+        answers = [self.answer(row.prompt_id, row.prompt, row.text, {row.rubric_id: row.score}) for row in rows]
         return self._crowd(answers, self.plan.rubrics)
 
     def users(
         self, crowd: Population, count: int, salt: int, advance: Advance = lambda amount, note: None
     ) -> list[User]:
         """Users of all kinds in turn; `advance` is called for each."""
-        rng = np.random.default_rng([self.plan.config.seed, salt])
-        kinds, settings = self.config.kinds, self.config
-        tastes = [draw_taste(rng, crowd.rubrics, kinds[at % len(kinds)]) for at in range(count)]
-        sizes = (settings.choices, settings.targets, settings.conflicting)
+        rng, config = np.random.default_rng([self.plan.config.seed, salt]), self.config
+        tastes = [draw_taste(rng, crowd.rubrics, config.kinds[at % len(config.kinds)]) for at in range(count)]
         users = []
         for taste in tastes:
-            users.append(crowd.user(rng, taste, *sizes))
+            users.append(crowd.user(rng, taste, config.choices, config.targets, config.conflicting))
             advance(1, "")
         return users
 
@@ -144,28 +147,33 @@ class Steering:
     def test_users(self) -> list[User]:
         """Held-out users, each followed by its twin."""
         drawn = self.users(self.held_out, max(1, self.config.test_users // 2), 1)
-        return [one for user in drawn for one in (user, user.twin())]
+        return [each for user in drawn for each in (user, user.twin())]
 
     def embeddings(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
         """[answers, E], from the table or made now."""
         model = self.config.embedder or self.policy
         rows = self.table("steering_embeddings", answers, EmbedActor, model)
-        return np.array([one.vector for one in rows], dtype=np.float32)
+        return np.array([row.vector for row in rows], dtype=np.float32)
 
     def logprobs(self, answers: Sequence[Answer]) -> Floats:
-        """[answers, 1 + directives], from the table or made now."""
+        """[answers, directives], from the table or made now."""
         directives = self.candidates.directives
         rows = self.table("steering_logprobs", answers, LogprobActor, self.policy, directives=directives)
-        return np.array([one.logprobs for one in rows])
+        return np.array([row.logprobs for row in rows])
+
+    def texts(self, answers: Sequence[Answer]) -> Sequences:
+        """Token ids of each (prompt, answer) without a directive, and where the answer starts."""
+        tokenizer, kwargs = AutoTokenizer.from_pretrained(self.policy.path), self.policy.chat_template_kwargs
+        return [sequence(tokenizer, None, answer.prompt, answer.text, kwargs) for answer in answers]
 
     def table(self, name: str, rows: Sequence[Any], actor: Any, model: ModelConfig, **made_of: Any) -> list[Any]:
         """The table's rows for `rows`, in order; shards that are not there yet are made by a pool of actors.
 
         Args:
-            actor: one of those in tables.py.
-            made_of: its arguments beside `model`; shards of other ones have other names.
+            actor: one of those in actors.py.
+            made_of: its arguments beside `model`, of which the shards' names are hashes.
         """
-        key = content_id(model.answer_key, [str(one) for one in made_of.values()], layout_hash("policy"))
+        key = content_id(model.answer_key, [str(argument) for argument in made_of.values()], layout_hash("policy"))
         label, size = name.removeprefix("steering_"), self.plan.config.synthesis.shard_rows
         shards: dict[str, Sequence[Any]] = {}
         for start in range(0, len(rows), size):
@@ -181,6 +189,18 @@ class Steering:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Of the raw embeddings learned from: with it, all have mean 0 and deviation 1 in each dimension."""
+
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+
+    def __call__(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[answers, E], standardised."""
+        return (vectors - self.mean) / self.deviation
+
+
+@dataclass(frozen=True)
 class Fitted:
     """The trained models, and the data they are tried on."""
 
@@ -189,113 +209,86 @@ class Fitted:
     static: list[RewardModel]
     """The same, trained without any choices."""
     oracle: list[RewardModel]
-    """The same, told the taste instead."""
+    """The same, given the taste instead."""
     policies: list[ConditionalPolicy]
     """One per form of NP-DPO."""
     vectors: NDArray[np.float32]
     """Standardised embeddings of the held-out answers."""
-    mean: NDArray[np.float32]
-    """[E], of the raw embeddings learned from, which set the standard."""
-    deviation: NDArray[np.float32]
-    """[E], theirs as well."""
-
-    def embed(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raw embeddings of other answers, standardised alike."""
-        return (vectors - self.mean) / self.deviation
+    scale: Scale
 
 
 def fit(steering: Steering) -> Fitted:
-    """Embeddings, reward models and the questions worth asking; only what is missing is made."""
-    with progress("steer users", steering.config.users, "users") as advance:
+    """Embeddings, models and the questions worth asking; only what is missing is made."""
+    config, seed = steering.config, steering.plan.config.seed
+    with progress("steer users", config.users, "users") as advance:
         advance(0, "reading the answers")
         crowd, held_out = steering.learned_from, steering.held_out
-        users = steering.users(crowd, steering.config.users, 0, advance)
+        users = steering.users(crowd, config.users, 0, advance)
     vectors = steering.embeddings([*crowd.answers, *held_out.answers])
     if broken := int((~np.isfinite(vectors).all(axis=1)).sum()):
-        raise UserError(
-            f"steer.embedder: {broken} of {len(vectors)} embeddings are not finite numbers; give another one"
-        )
-    learned = vectors[: len(crowd.answers)]
-    mean, deviation = learned.mean(axis=0), learned.std(axis=0) + 1e-6
-    scaled = (vectors - mean) / deviation
-    settings = steering.config.model_dump(
+        problem = f"{broken} of {len(vectors)} embeddings are not finite numbers"
+        raise UserError(f"steer.embedder: {problem}; give another one")
+    learned, tried = np.split(vectors, [len(crowd.answers)])
+    scale = Scale(learned.mean(axis=0), learned.std(axis=0) + 1e-6)
+    settings = config.model_dump(
         include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "steps",
                  "learning_rate", "batch_users"}
     )  # fmt: skip
     settings["variational"] = False  # a setting that was removed; without it, models of earlier versions are not found
-    seed, graded = steering.plan.config.seed, [[one.answer_id, dict(one.scores)] for one in crowd.answers]
+    graded = [[answer.answer_id, dict(answer.scores)] for answer in crowd.answers]
     key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
-    folder = steering.run.path.absolute() / "steering" / key
-    tensors = Tensors.of(scaled[: len(learned)], users, list(steering.plan.by_id))
-    fits = [Fit(steering.config, folder, seed, kind) for kind in ("np-btl", "static", "oracle")]
-    models, static, oracle = fit_reward_models(fits, tensors)
-    policies = _fit_policies(steering, key, tensors, fits[0].path(0), mean, deviation) if steering.config.forms else []
+    tensors = Tensors.of(scale(learned), users, list(steering.plan.by_id))
+    fits = [Fit(config, steering.folder / key, seed, kind) for kind in ("np-btl", "static", "oracle")]
+    train(fits, {"tensors": tensors.__dict__})
+    models, static, oracle = (load_reward_models(each, vectors.shape[1]) for each in fits)
+    policies = _fit_policies(steering, key, tensors, fits[0].path(0), scale) if config.forms else []
     if steering.shards is not None:
         _write_questions(steering)
-    return Fitted(models, static, oracle, policies, scaled[len(learned) :], mean, deviation)
+    return Fitted(models, static, oracle, policies, scale(tried), scale)
 
 
 def _fit_policies(
-    steering: Steering,
-    key: str,
-    tensors: Tensors,
-    reward: Path,
-    mean: NDArray[np.float32],
-    deviation: NDArray[np.float32],
+    steering: Steering, key: str, tensors: Tensors, reward: Path, scale: Scale
 ) -> list[ConditionalPolicy]:
-    """NP-DPO on the same users; `mean` and `deviation` are of the raw embeddings."""
-    config, answers = steering.config, steering.learned_from.answers
+    """NP-DPO on the same users."""
+    config, answers, policy = steering.config, steering.learned_from.answers, steering.policy
     settings = config.model_dump(
         include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
     )
-    folder = steering.run.path.absolute() / "steering" / content_id(key, settings, steering.policy.identity, VERSION)
-    texts, prompts = policy_texts(steering, answers), [one.prompt_id for one in answers]
-    fits = [Fit(config, folder, steering.plan.config.seed, form) for form in config.forms]
-    policies = [fit_policy(one, tensors, texts, prompts, steering.policy.path, reward) for one in fits]
-    for one in fits:
+    folder = steering.folder / content_id(key, settings, policy.identity, VERSION)
+    fits = [Fit(config, folder, steering.plan.config.seed, form, policy.path, reward) for form in config.forms]
+    prompts = [answer.prompt_id for answer in answers]
+    train(fits, {"tensors": tensors.__dict__, "texts": steering.texts(answers), "prompts": prompts})
+    for each in fits:
         saved = SavedForm(
-            weights=str(one.path(0).relative_to(steering.run.path.absolute())),
-            policy=steering.policy.identity,
-            embedder=(config.embedder or steering.policy).identity,
+            weights=str(each.path(0).relative_to(steering.run.path.absolute())),
+            policy=policy.identity,
+            embedder=(config.embedder or policy).identity,
             size=config.size,
-            mean=mean.tolist(),
-            deviation=deviation.tolist(),
+            mean=scale.mean.tolist(),
+            deviation=scale.deviation.tolist(),
         )
-        steering.run.write_json(SavedForm.file(one.kind), asdict(saved))
-    return policies
-
-
-def policy_texts(steering: Steering, answers: Sequence[Answer]) -> Sequences:
-    """Token ids of each (prompt, answer) without a directive, and where the answer starts."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(steering.policy.path)
-    kwargs = steering.policy.chat_template_kwargs
-    return [sequence(tokenizer, None, one.prompt, one.text, kwargs) for one in answers]
+        steering.run.write_json(SavedForm.file(each.kind), asdict(saved))
+    return [load_policy(each, tensors.embeddings.shape[1]) for each in fits]
 
 
 def _write_questions(steering: Steering) -> None:
     """Pairs with their margins known, so that asking them costs a server nothing."""
     crowd, candidates = steering.learned_from, steering.candidates
-    known = steering.run.read_json(QUESTIONS)
-    if known and known["key"] == candidates.key:
+    saved = steering.run.read_json(QUESTIONS)
+    if saved and saved["key"] == candidates.key:
         return
     rng = np.random.default_rng(steering.plan.config.seed)
     pool = np.flatnonzero(crowd.conflicting) if crowd.conflicting.any() else np.arange(len(crowd.pairs))
     pairs = crowd.pairs[rng.permutation(pool)[:NUM_QUESTIONS]]
-    places = sorted(set(pairs.flatten().tolist()))
-    values = candidates.values(steering.logprobs([crowd.answers[at] for at in places]))
-    rows = dict(zip(places, values, strict=True))
-    questions = [
-        Question(
-            prompt=crowd.answers[first].prompt,
-            first=crowd.answers[first].text,
-            second=crowd.answers[second].text,
-            margins=tuple((rows[first] - rows[second]).tolist()),
-        )
-        for first, second in pairs.tolist()
-    ]
-    steering.run.write_json(QUESTIONS, {"key": candidates.key, "questions": [asdict(one) for one in questions]})
+    places, ranks = np.unique(pairs, return_inverse=True)
+    values = candidates.values(steering.logprobs([crowd.answers[at] for at in places]))[ranks.reshape(pairs.shape)]
+    questions = []
+    for pair, margins in zip(pairs, values[:, 0] - values[:, 1], strict=True):
+        first, second = (crowd.answers[at] for at in pair)
+        question = Question(prompt=first.prompt, first=first.text, second=second.text, margins=tuple(margins.tolist()))
+        questions.append(asdict(question))
+    steering.run.write_json(QUESTIONS, {"key": candidates.key, "questions": questions})
 
 
 def describe(steering: Steering) -> None:

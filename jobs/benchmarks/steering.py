@@ -34,7 +34,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.rubrics.catalog import Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.steering.choices import Choice, Preferences
 from cpt_ray.steering.inference import Candidates
-from cpt_ray.steering.policy import ConditionalPolicy
+from cpt_ray.steering.policy import RANK, ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
 from cpt_ray.tables.records import SteeredAnswer
 
@@ -232,7 +232,7 @@ def adapters(num_users: int, model: str, served: bool) -> None:
         z = torch.cat([policy.encoder(part) for part in torch.split(context, 512)])
         seconds = time.monotonic() - start
     print(f"encoder: {num_users / seconds:.0f} users/s, z has {4 * z.shape[1]} bytes, gates "
-          f"{4 * policy.rank * len(policy.adapters)}")  # fmt: skip
+          f"{4 * RANK * len(policy.adapters)}")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.monotonic()
@@ -242,10 +242,10 @@ def adapters(num_users: int, model: str, served: bool) -> None:
         size = sum(one.stat().st_size for one in (folder / "user-0").iterdir())
         print(f"fold: {num_users / seconds:.0f} users/s, {size} bytes each on the disk")
         if served:
-            cache(folder, path, policy.rank)
+            cache(folder, path)
 
 
-def cache(folder: Path, path: str, rank: int) -> None:
+def cache(folder: Path, path: str) -> None:
     """Answers/s where users come back as popular ones do (Zipf), and where each comes once."""
     from cpt_ray.steering.actors import AdapterActor
 
@@ -255,7 +255,7 @@ def cache(folder: Path, path: str, rank: int) -> None:
         engine=engine | {"max_cpu_loras": 32},
         sampling={"max_tokens": 16},  # type: ignore[arg-type]
     )
-    actor = AdapterActor(config, folder, rank, seed=0)
+    actor = AdapterActor(config, folder, RANK, seed=0)
     rng = np.random.default_rng(0)
     popular = rng.zipf(1.3, size=4096)
     for title, users in (

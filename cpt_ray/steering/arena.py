@@ -112,7 +112,9 @@ class Bank:
         ]
         rows = arena.answered(planned)
         answers = [steering.answer(row.prompt_id, row.prompt, row.text, {}) for row in rows]
-        liked = np.array([[user.taste.utility(one.scores, crowd.spans) for one in answers] for user in arena.users])
+        liked = np.array(
+            [[user.taste.utility(answer.scores, crowd.spans) for answer in answers] for user in arena.users]
+        )
         self._undirected = answers[: len(self.prompts) * self._best_of]
         plain, directed = np.split(liked, [len(self._undirected)], axis=1)
         self._plain = plain.reshape(len(liked), len(self.prompts), self._best_of)
@@ -189,7 +191,9 @@ class Bank:
 
 def _mean_scores(rubrics: Sequence[Rubric], answers: Sequence[Answer]) -> dict[str, float]:
     """By rubric, over the answers that have a score; rubrics without any are left out."""
-    scores = {rubric.id: [one.scores[rubric.id] for one in answers if rubric.id in one.scores] for rubric in rubrics}
+    scores = {
+        rubric.id: [answer.scores[rubric.id] for answer in answers if rubric.id in answer.scores] for rubric in rubrics
+    }
     return {name: float(np.mean(known)) for name, known in scores.items() if known}
 
 

@@ -182,15 +182,15 @@ def _costs(arena: Arena) -> dict[str, dict[str, int]]:
     size, best_of, count = steering.config.size, steering.config.best_of, max(arena.counts)
     texts = steering.texts(answers)
     whole = float(np.mean([len(ids) for ids, _ in texts]))
-    answer = float(np.mean([len(ids) - start for ids, start in texts]))
+    own = float(np.mean([len(ids) - start for ids, start in texts]))
     tokenizer = AutoTokenizer.from_pretrained(steering.policy.path)
     directives = [len(tokenizer(directive)["input_ids"]) for directive in steering.candidates.directives]
     directive = float(np.mean(directives))
     shown = [[answers[at] for at in user.context.flatten()] for user in arena.users]
-    chars = float(np.mean([sum(len(one.text) + len(one.prompt) / 2 for one in own) for own in shown]))
+    chars = float(np.mean([sum(len(answer.text) + len(answer.prompt) / 2 for answer in pairs) for pairs in shown]))
     choices, margins = 2 * count * whole, 8 * count * len(directives)
     costs: dict[str, tuple[float, float, float]] = {
-        "NP-BTL, best of n": (choices, (best_of - 1) * answer + best_of * whole, 4 * size),
+        "NP-BTL, best of n": (choices, (best_of - 1) * own + best_of * whole, 4 * size),
         "inferred directive": (choices * len(directives), directive, margins),
         "inferred directive, asked": (0, directive, margins),
         "pairs in the prompt": (0, choices, chars),

@@ -11,30 +11,29 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from starlette.responses import HTMLResponse
+
 from cpt_ray.errors import UserError
-from cpt_ray.rubrics.catalog import Catalog, Resolved
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.access_log import CALL, Adapter, Call
 from cpt_ray.serving.asgi import (
     MAX_BODY_BYTES,
     AsgiApp,
+    Json,
     Message,
     Receive,
     Send,
+    bad_request,
     edited,
+    error,
     noting,
     read_body,
-    replay,
-    send_error,
-    send_json,
-    send_refusal,
-    send_user_error,
-    send_whole,
+    refused,
+    with_body,
     with_field,
-    with_length,
     without_body,
 )
 from cpt_ray.serving.keys import Counts, Key, Keyring, Refusal
@@ -51,7 +50,7 @@ CLIENT_PATHS = (
 PAGE_PATHS = ("/", "/playground")
 PAGE = Path(__file__).parent / "playground.html"
 PAGE_POLICY = (
-    b"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
 APPLIED_HEADER = b"x-cpt-configuration"
 SOURCE_HEADER = b"x-cpt-configuration-from"
@@ -97,7 +96,7 @@ class Frontend:
         self._app, self._catalogs, self._keyring, self._counts, self._ended = app, catalogs, keyring, counts, ended
         self._listing, self._preferences = listing or {}, preferences
         self._grammar = Grammar(catalogs, preferences is not None, known, control)
-        self._page = PAGE.read_bytes()
+        self._page = HTMLResponse(PAGE.read_bytes(), headers={"content-security-policy": PAGE_POLICY})
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -110,8 +109,7 @@ class Frontend:
             return
         headers = dict(scope["headers"])
         if method == "GET" and path in PAGE_PATHS:
-            policy = [(b"content-security-policy", PAGE_POLICY)]
-            await send_whole(send, 200, self._page, b"text/html; charset=utf-8", policy)
+            await self._page(scope, receive, send)
             return
         key = self._keyring.check(headers.get(b"authorization", b"")) if self._keyring else None
         if scope["type"] == "websocket":
@@ -137,10 +135,10 @@ class Frontend:
         receive, send = noting(call, start, receive, send)
         token = CALL.set(call)
         try:
-            if isinstance(key, Refusal):
-                await send_refusal(send, key)
-            else:
-                await self._routed(call, key, method, scope, receive, send)
+            response = (
+                refused(key) if isinstance(key, Refusal) else await self._respond(call, key, method, scope, receive)
+            )
+            await response(scope, receive, send)
         except asyncio.CancelledError:
             # Serve cancels this when the client leaves; vLLM 0.32 then waits no more for the task that makes an answer
             # which comes whole, but leaves it running (`with_cancellation`)
@@ -154,84 +152,70 @@ class Frontend:
             if isinstance(key, Key) and key.metered and call.prompt_tokens:
                 await self._counts.charge(key, call.prompt_tokens + call.tokens)
 
-    async def _routed(
-        self, call: Call, key: Key | None, method: str, scope: Message, receive: Receive, send: Send
-    ) -> None:
+    async def _respond(self, call: Call, key: Key | None, method: str, scope: Message, receive: Receive) -> AsgiApp:
+        """What answers: vLLM's app, or an answer of our own."""
         path = call.path
         is_preferences = self._preferences is not None and f"{path}/".startswith(f"{PREFERENCES_PATH}/")
         if not path.startswith(CLIENT_PATHS):
-            await send_error(send, 404, f"there is nothing at {path[:100]}")
-        elif method == "POST" or is_preferences:  # work, which counts against a key's limits
+            return error(404, f"there is nothing at {path[:100]}")
+        if method == "POST" or is_preferences:  # work, which counts against a key's limits
             refusal = await self._counts.admit(key) if key is not None and key.metered else None
             if refusal is not None:
-                await send_refusal(send, refusal)
-            elif method == "POST":
-                await self._post(call, key, is_preferences, scope, receive, send)
-            else:
-                await self._answer(call, key, method, None, send)
-        elif (method, path) == ("GET", CONFIGURATIONS_PATH):
-            default = next(iter(self._catalogs.values()))
-            await send_json(send, 200, {**default.to_json(), **self._listing})
-        elif (method, path) == ("GET", MODELS_PATH):
-            await self._app(scope, receive, edited(send, self._with_saved))
-        else:
-            await self._app(scope, receive, send)
+                return refused(refusal)
+        try:
+            if method == "POST":
+                return await self._post(call, key, is_preferences, scope, receive)
+            if is_preferences:
+                return await self._answer(call, key, method, None)
+        except UserError as problem:
+            return bad_request(problem)
+        if (method, path) == ("GET", CONFIGURATIONS_PATH):
+            return Json({**next(iter(self._catalogs.values())).to_json(), **self._listing})
+        return edited(self._app, self._with_saved) if (method, path) == ("GET", MODELS_PATH) else self._app
 
     async def _post(
-        self, call: Call, key: Key | None, is_preferences: bool, scope: Message, receive: Receive, send: Send
-    ) -> None:
+        self, call: Call, key: Key | None, is_preferences: bool, scope: Message, receive: Receive
+    ) -> AsgiApp:
         try:
             body = await read_body(scope, receive)
         except OverflowError:
-            await send_error(send, 413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
-            return
+            return error(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
         if body is None:
-            return
+            return _no_answer
         call.body_bytes = len(body)
-        try:
-            data = self._grammar.read(scope, call.path, body)
-            if is_preferences:
-                await self._answer(call, key, "POST", data, send)
-                return
-            applied = None if data is None else await self._applied(call, key, data)
-        except UserError as error:
-            await send_user_error(send, error)
-            return
-        if isinstance(applied, Refusal):
-            await send_refusal(send, applied)
-        elif applied is None:
-            await self._app(scope, replay(body, receive), send)
-        else:
-            await self._app(
-                with_length(scope, len(applied.body)), replay(applied.body, receive), _saying(applied, send)
-            )
+        data = self._grammar.read(scope, call.path, body)
+        if is_preferences:
+            return await self._answer(call, key, "POST", data)
+        response = None if data is None else await self._steered(call, key, data)
+        return response or with_body(self._app, body)
 
-    async def _applied(self, call: Call, key: Key | None, data: Mapping[str, Any]) -> Applied | Refusal | None:
-        """What a body asks for, put into it; None if it asks for nothing."""
+    async def _steered(self, call: Call, key: Key | None, data: Mapping[str, Any]) -> AsgiApp | None:
+        """vLLM's app, with the configuration that a body asks for in its messages; None if it asks for nothing."""
         asked, source = self._grammar.parse(call.path, data), ""
         configuration = asked.configuration
         if asked.preferences is not None and self._preferences is not None:
             state, source = await self._preferences.find(_owner(key), asked.preferences), "configuration"
             if isinstance(state, Refusal):
-                return state
+                return refused(state)
             if configuration is None:  # one that the request names itself wins
                 levels, source, call.adapter = await self._preferences.steer(state, call.path)
                 configuration = asked.catalog.resolve(levels)
         if configuration is None:
             return None
         call.configuration = configuration.applied
-        return Applied(configuration=configuration, source=source, body=asked.body(configuration))
+        headers = [(APPLIED_HEADER, json.dumps(configuration.applied).encode())]
+        field = {"applied": configuration.applied, "directive": configuration.directive}
+        if source:
+            headers, field = [*headers, (SOURCE_HEADER, source.encode())], field | {"from": source}
+        app = with_body(self._app, asked.body(configuration))
+        return with_field(app, "configuration", field, headers)
 
-    async def _answer(self, call: Call, key: Key | None, method: str, body: Any, send: Send) -> None:
+    async def _answer(self, call: Call, key: Key | None, method: str, body: Any) -> Json:
         """To a request about preferences."""
         assert self._preferences is not None
-        try:
-            name = call.path.removeprefix(PREFERENCES_PATH).removeprefix("/")
-            answer = await self._preferences.answer(_owner(key), method, name, body)
-        except UserError as error:
-            await send_user_error(send, error)
-            return
-        await (send_refusal(send, answer) if isinstance(answer, Refusal) else send_json(send, 200, answer))
+        name = call.path.removeprefix(PREFERENCES_PATH).removeprefix("/")
+        answer = await self._preferences.answer(_owner(key), method, name, body)
+        return refused(answer) if isinstance(answer, Refusal) else Json(answer)
 
     def _with_saved(self, models: Any) -> Any:
         """vLLM's list of models, and every saved configuration as one more."""
@@ -241,24 +225,8 @@ class Frontend:
         return models
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
-    """A configuration that was put into a body."""
-
-    configuration: Resolved
-    source: str
-    """Empty unless the request names preferences."""
-    body: bytes
-
-
-def _saying(applied: Applied, send: Send) -> Send:
-    """`send`, adding to a good answer what was applied, in a header and in a field of the body."""
-    configuration, source = applied.configuration, applied.source
-    headers = [(APPLIED_HEADER, json.dumps(configuration.applied).encode())]
-    field = {"applied": configuration.applied, "directive": configuration.directive}
-    if source:
-        headers, field = [*headers, (SOURCE_HEADER, source.encode())], field | {"from": source}
-    return with_field("configuration", field, headers, send)
+async def _no_answer(scope: Message, receive: Receive, send: Send) -> None:
+    """To a client that left while it sent its request."""
 
 
 def _owner(key: Key | None) -> str:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
+from starlette.responses import Response
+
 from cpt_ray.errors import UserError
 from cpt_ray.serving.access_log import Call
 from cpt_ray.serving.keys import Refusal
@@ -63,62 +65,53 @@ async def read_body(scope: Message, receive: Receive) -> bytes | None:
     return bytes(body)
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` with the body given once more; what comes after it (the client leaving) still arrives."""
+def with_body(app: AsgiApp, body: bytes) -> AsgiApp:
+    """`app`, to which the request's body is this one; what comes after it (the client leaving) still arrives."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
-        return left.pop() if left else await receive()
+    async def answer(scope: Message, receive: Receive, send: Send) -> None:
+        async def replay() -> Message:
+            return left.pop() if left else await receive()
 
-    return again
+        dropped = (b"content-length", b"transfer-encoding")
+        headers = [(name, value) for name, value in scope["headers"] if name not in dropped]
+        await app({**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}, replay, send)
 
-
-def with_length(scope: Message, length: int) -> Message:
-    """The scope of a request whose body now has so many bytes."""
-    dropped = (b"content-length", b"transfer-encoding")
-    headers = [(name, value) for name, value in scope["headers"] if name not in dropped]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+    return answer
 
 
 # ---------------------------------------------------------------- answers
 
 
-async def send_whole(send: Send, status: int, body: bytes, content_type: bytes, headers: Headers | None = None) -> None:
-    """An answer in one piece."""
-    known = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*known, *(headers or ())]})
-    await send({"type": "http.response.body", "body": body})
+class Json(Response):
+    """In ASCII, whatever is in it: a text that a client sent and that is repeated may not be UTF-8."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Starlette's."""
+        return json.dumps(content).encode()
 
 
-async def send_json(send: Send, status: int, data: Any, headers: Headers | None = None) -> None:
-    """An answer in JSON."""
-    await send_whole(send, status, json.dumps(data).encode(), b"application/json", headers)
+def error(
+    status: int, text: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+) -> Json:
+    """In OpenAI's shape."""
+    body = {"message": text, "type": "invalid_request_error", "param": param, "code": code}
+    return Json({"error": body}, status, headers)
 
 
-async def send_error(
-    send: Send,
-    status: int,
-    text: str,
-    param: str | None = None,
-    code: str | None = None,
-    headers: Headers | None = None,
-) -> None:
-    """An error in OpenAI's shape."""
-    error = {"message": text, "type": "invalid_request_error", "param": param, "code": code}
-    await send_json(send, status, {"error": error}, headers)
+def bad_request(problem: UserError) -> Json:
+    """What is in front of the colon, if that is one word, is the field that is wrong."""
+    param, colon, _ = str(problem).partition(":")
+    return error(400, str(problem), param=param if colon and " " not in param else None)
 
 
-async def send_user_error(send: Send, error: UserError) -> None:
-    """Of a request: what is in front of the colon, if that is one word, is the field that is wrong."""
-    param, colon, _ = str(error).partition(":")
-    await send_error(send, 400, str(error), param=param if colon and " " not in param else None)
-
-
-async def send_refusal(send: Send, refusal: Refusal) -> None:
+def refused(refusal: Refusal) -> Json:
     """Why a key or an id opens nothing."""
     wait = refusal.retry_after
-    headers = [] if wait is None else [(b"retry-after", str(wait).encode())]
-    await send_error(send, refusal.status, refusal.text, code=refusal.code, headers=headers)
+    headers = None if wait is None else {"retry-after": str(wait)}
+    return error(refusal.status, refusal.text, code=refusal.code, headers=headers)
 
 
 # ---------------------------------------------------------------- what passes
@@ -153,48 +146,51 @@ def without_body(send: Send) -> Send:
     return send_head
 
 
-def with_field(name: str, value: Any, headers: Headers, send: Send) -> Send:
-    """`send`, adding `headers` to an answer and, to a good one, a field of its body (of a stream's first event).
+def with_field(app: AsgiApp, name: str, value: Any, headers: Headers) -> AsgiApp:
+    """`app`, whose answers have these headers too and, if they are good, one more field (in a stream's first event).
 
     The field is spliced in behind the first brace, so that nothing is parsed and nothing held back.
     """
     added = f"{json.dumps(name)}: {json.dumps(value)}, ".encode()
-    is_open = False
 
-    async def send_applied(message: Message) -> None:
-        nonlocal is_open
-        if message["type"] == "http.response.start":
-            is_open = message["status"] == 200
-            more = len(added) if is_open else 0
-            kept = [
-                (key, str(int(text) + more).encode() if key == b"content-length" else text)
-                for key, text in message.get("headers", ())
-            ]
-            message = {**message, "headers": [*kept, *headers]}
-        elif is_open and b"{" in (body := message.get("body", b"")):  # a stream may begin with a comment
-            is_open, brace = False, body.find(b"{") + 1
-            message = {**message, "body": body[:brace] + added + body[brace:]}
-        await send(message)
+    async def answer(scope: Message, receive: Receive, send: Send) -> None:
+        is_open = False
 
-    return send_applied
+        async def send_more(message: Message) -> None:
+            nonlocal is_open
+            if message["type"] == "http.response.start":
+                is_open = message["status"] == 200
+                more = len(added) if is_open else 0
+                kept = [
+                    (key, str(int(text) + more).encode() if key == b"content-length" else text)
+                    for key, text in message.get("headers", ())
+                ]
+                message = {**message, "headers": [*kept, *headers]}
+            elif is_open and b"{" in (body := message.get("body", b"")):  # a stream may begin with a comment
+                is_open, brace = False, body.find(b"{") + 1
+                message = {**message, "body": body[:brace] + added + body[brace:]}
+            await send(message)
+
+        await app(scope, receive, send_more)
+
+    return answer
 
 
-def edited(send: Send, edit: Callable[[Any], Any]) -> Send:
-    """`send` for a small JSON answer that `edit` changes, if it is a good one."""
-    start: Message = {}
-    body = b""
+def edited(app: AsgiApp, edit: Callable[[Any], Any]) -> AsgiApp:
+    """`app`, whose small JSON answer `edit` changes, if it is a good one."""
 
-    async def send_edited(message: Message) -> None:
-        nonlocal start, body
-        if message["type"] == "http.response.start":
-            start = message
-            return
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            if start["status"] == 200:
-                await send_json(send, 200, edit(json.loads(body)))
-            else:
-                await send(start)
-                await send({"type": "http.response.body", "body": body})
+    async def answer(scope: Message, receive: Receive, send: Send) -> None:
+        messages: list[Message] = []
 
-    return send_edited
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await app(scope, receive, keep)
+        if messages and messages[0]["status"] == 200:
+            body = b"".join(message.get("body", b"") for message in messages)
+            await Json(edit(json.loads(body)))(scope, receive, send)
+        else:
+            for message in messages:
+                await send(message)
+
+    return answer

@@ -21,7 +21,7 @@ from cpt_ray.engines.vllm import engine_arguments
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.access_log import CALL, AccessLog, Call
 from cpt_ray.serving.app import Frontend, Steerer
-from cpt_ray.serving.asgi import AsgiApp, open_to_pages
+from cpt_ray.serving.asgi import AsgiApp, Json, open_to_pages
 from cpt_ray.serving.keys import KEYS_FILE, Key, Keyring, Refusal
 from cpt_ray.serving.served import Served, local_copy
 from cpt_ray.steering.inference import read_questions
@@ -166,13 +166,12 @@ def _blame_bodies(app: Any) -> None:
     What an endpoint itself raises, with a body that was read, stays a server error. FastAPI has no other mark of which
     of the two it is than the function that calls endpoints.
     """
-    from fastapi.responses import JSONResponse
 
     async def handle(request: Any, error: Exception) -> Any:
         if any(frame.f_code.co_name == "run_endpoint_function" for frame, _ in traceback.walk_tb(error.__traceback__)):
             return await app.exception_handlers[Exception](request, error)
         text = f"The body has a field of the wrong kind ({error})."
-        return JSONResponse({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}}, 400)
+        return Json({"error": {"message": text, "type": "BadRequestError", "param": None, "code": 400}}, 400)
 
     for kind in (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError):
         app.add_exception_handler(kind, handle)

@@ -28,12 +28,12 @@ from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.plan import Plan, Shards, make_plan, plan_units, run_info
-from cpt_ray.rubrics.catalog import CATALOG_FILE, EXAMPLE_PROMPT, Catalog
+from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
-from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.serving.keys import Keyring, make_key
 from cpt_ray.synthesis.stage import name_shards, resolved, synthesize
 from cpt_ray.tables.records import Directive, content_id
-from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, LEDGER, MARK, RUN_INFO, SPENT_FILE, RunDir
 from cpt_ray.training.publishing import HUB, push
 from cpt_ray.yaml_file import read_yaml
 
@@ -79,7 +79,7 @@ def _check_run_file(path: Path) -> None:
 def status(run: Path) -> None:
     """What a run has done and what it cost, read from its directory alone."""
     folder = RunDir(run)
-    info, ledger = folder.read_yaml("run.yaml"), folder.read_json("ledger.json") or {}
+    info, ledger = folder.read_yaml(RUN_INFO), folder.read_json(LEDGER) or {}
     if not isinstance(info, dict) or "name" not in info:
         raise UserError(f"{run}: no run.yaml there that names a run; give the directory of a run (runs/NAME)")
     say(f"{info['name']}: {'a process is at work on it' if folder.busy else 'no process is at work on it'}")
@@ -169,7 +169,7 @@ def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: b
     with run.locked():
         run.check_format()
         _write_run(run, config, dtype, **run_info(plan))
-        with connected(verbose, run.path / "ray.log"):
+        with connected(verbose, run.ray_log):
             _check_room(command, plan)
             STAGES[command](plan, run)
             if command == "run":
@@ -188,7 +188,7 @@ def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
     with run.locked():
         _write_run(run, config, dtype, name=config.name, preferences=data)
         key = train_key(config, data, config.preferences.data_split)
-        train(config, run, (), key, connected(verbose, run.path / "ray.log"))
+        train(config, run, (), key, connected(verbose, run.ray_log))
 
 
 def _file_hash(path: Path) -> str:
@@ -285,7 +285,7 @@ def steer(
         stage.describe(steering)
         return
     choices_made = stage.read_choices(_given_path("--choices", choices)) if action == "infer" and choices else []
-    with run.locked(), connected(verbose, run.path / "ray.log"):
+    with run.locked(), connected(verbose, run.ray_log):
         if choices_made:
             say(json.dumps(stage.infer(steering, choices_made), indent=2, ensure_ascii=False))
         elif action == "fit":

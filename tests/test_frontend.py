@@ -22,9 +22,10 @@ from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.access_log import CALL, Call
 from cpt_ray.serving.app import Frontend
 from cpt_ray.serving.asgi import MAX_BODY_BYTES, open_to_pages
-from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
 from cpt_ray.serving.request import Grammar, read_object
 from cpt_ray.serving.vllm_app import counting
+from cpt_ray.tables.rundir import SPENT_FILE
 from tests.builders import make_directives, make_rubric
 
 KEY = "a-test-key"

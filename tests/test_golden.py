@@ -27,13 +27,13 @@ from cpt_ray.engines.engine import Request
 from cpt_ray.logprobs.reference import SCHEMA
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.serving.app import Frontend
-from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.choices import Question
 from cpt_ray.steering.policy import SavedForm
 from cpt_ray.steering.scoring import sequence
 from cpt_ray.tables.records import content_id, schema_of
-from cpt_ray.tables.rundir import MARK, TABLES, RunDir
+from cpt_ray.tables.rundir import KEYS_FILE, MARK, SPENT_FILE, TABLES, RunDir
 from tests import toy
 from tests.golden_files import FOLDER, check, shape, shortened
 from tests.golden_run import Made, make_runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
+
+PACKAGE = Path(__file__).parent.parent / "cpt_ray"
 
 
 def refused(run: RunDir, *written: str) -> None:
@@ -104,3 +107,18 @@ def test_a_folder_that_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureF
         assert (
             f"error: {path}: no run.yaml there that names a run; give the directory of a run" in capsys.readouterr().err
         )
+
+
+READS_AND_WRITES = {"read_json", "read_yaml", "write_json"}
+
+
+def test_no_other_module_names_a_path_of_the_run_directory() -> None:
+    places = []
+    for path in {*PACKAGE.rglob("*.py")} - {PACKAGE / "tables" / "rundir.py"}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.BinOp(left=ast.Attribute(attr="path"), op=ast.Div(), right=ast.Constant() | ast.JoinedStr()):
+                    places.append(f"{path.name}:{node.lineno}")
+                case ast.Call(func=ast.Attribute(value=ast.Name("run"), attr=name), args=[ast.Constant(), *_]):
+                    places += [f"{path.name}:{node.lineno}"] * (name in READS_AND_WRITES)
+    assert places == []

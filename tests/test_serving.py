@@ -42,17 +42,17 @@ from cpt_ray.config import RunConfig, SamplingConfig
 from cpt_ray.engines.engine import Request
 from cpt_ray.engines.vllm import TIGHT_JSON, VllmEngine
 from cpt_ray.errors import UserError
-from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.asgi import MAX_BODY_BYTES
 from cpt_ray.serving.conditioning import FORM
 from cpt_ray.serving.deploy import serve_model
 from cpt_ray.serving.haproxy import serve_env
-from cpt_ray.serving.keys import KEYS_FILE, SPENT_FILE, Keyring, make_key
+from cpt_ray.serving.keys import Keyring, make_key
 from cpt_ray.steering.actors import Embedder
-from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates
+from cpt_ray.steering.inference import Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm
 from cpt_ray.steering.scoring import sequence
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, QUESTIONS, SPENT_FILE, RunDir
 from tests.builders import make_directives, make_rubric
 from tests.local_cluster import ROOT
 from tests.test_steering_policy import disturbed

@@ -17,10 +17,11 @@ from cpt_ray.errors import UserError
 from cpt_ray.serving import preferences
 from cpt_ray.serving.app import Frontend
 from cpt_ray.serving.asgi import MAX_BODY_BYTES
-from cpt_ray.serving.keys import SPENT_FILE, Key, Keyring, Meter, key_hash
+from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.choices import Choice, Question
 from cpt_ray.steering.inference import Scorer
+from cpt_ray.tables.rundir import SPENT_FILE
 from tests.test_frontend import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose
 

@@ -17,9 +17,9 @@ from cpt_ray.cli import main
 from cpt_ray.cluster import connected
 from cpt_ray.config import ModelConfig
 from cpt_ray.evaluation.figures import steering_figure
-from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.steering.scoring import sequence
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 from tests import toy
 from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model

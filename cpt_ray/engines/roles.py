@@ -13,7 +13,7 @@ from cpt_ray import gguf_model
 from cpt_ray.config import ModelConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, shown
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import RUN_INFO, RunDir
 
 CPU_DTYPE = "cpu_dtype"
 """Key in run.yaml of the dtype that the run's engines on CPUs have where the run file gives none."""
@@ -113,7 +113,7 @@ def _is_open(role: ModelConfig) -> bool:
 
 
 def _kept(run: RunDir) -> CpuDtype | None:
-    run_file = run.read_yaml("run.yaml")
+    run_file = run.read_yaml(RUN_INFO)
     kept = run_file.get(CPU_DTYPE) if isinstance(run_file, dict) else None
     if kept is not None and kept not in get_args(CpuDtype):
         raise UserError(f"{run.path}/run.yaml: {CPU_DTYPE}: found {shown(kept)}; expected bfloat16 or float32")

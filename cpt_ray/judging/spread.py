@@ -23,10 +23,8 @@ from cpt_ray.grids import is_of_length
 from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import CheckSpec, Criterion, Rubric
 from cpt_ray.tables.records import Generation, content_id
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import SPREAD, RunDir
 
-SPREAD = "spread.json"
-"""In the run directory: a key, and what `survey` found, under "rubrics"."""
 CHECK = "check measure"
 """What a rubric's second measure is called among its criteria, none of which has a space in its name."""
 LEAST_ANSWERS = 20

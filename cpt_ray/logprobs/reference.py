@@ -141,7 +141,7 @@ def add_reference(
 
 def rows_path(run: RunDir, name: str) -> Path:
     """Where `write_rows` puts them."""
-    return run.path.absolute() / "train_rows" / f"{name}.parquet"
+    return run.train_rows.absolute() / f"{name}.parquet"
 
 
 def read_rows_file(path: Path) -> list[Row]:

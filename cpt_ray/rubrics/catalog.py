@@ -18,9 +18,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from cpt_ray.errors import UserError, did_you_mean, kind_of
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive
+from cpt_ray.tables.rundir import CATALOG_FILE
 
-CATALOG_FILE = "catalog.json"
-"""Where it is kept in the run directory."""
 EXAMPLE_PROMPT = "What is a walk in the rain like?"
 """What the examples of a request ask, whatever the run's own prompts are."""
 MAX_SHOWN = 60

@@ -78,7 +78,7 @@ class AccessLog:
         bounds = [0.005 * 2**power for power in range(16)]
         self._first = metrics.Histogram("cpt_first_byte_seconds", "Until the answer begins.", bounds)
         self._whole = metrics.Histogram("cpt_request_seconds", "Until the answer ends.", bounds)
-        path = run.path / "access" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        path = run.access / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log = logging.Logger("cpt_ray.access")
         self._log.addHandler(logging.handlers.RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=4))

@@ -24,10 +24,10 @@ from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.serving.app import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS
 from cpt_ray.serving.haproxy import free_port, on_head, reachable, running_port, wait_until_healthy
-from cpt_ray.serving.keys import KEY_VARIABLE, SPENT_FILE, Meter, choose_keys
+from cpt_ray.serving.keys import KEY_VARIABLE, Meter, choose_keys
 from cpt_ray.serving.served import Served, plan_serving
 from cpt_ray.serving.vllm_app import MAX_CAUSE, VllmServer, last_error
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import SPENT_FILE, RunDir
 
 APPLICATION = "cpt"
 MAX_ONGOING_REQUESTS = 1024

@@ -21,14 +21,10 @@ from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.store import JsonStore
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import KEYS_FILE, SPENT_FILE, RunDir
 
 KEY_VARIABLE = "CPT_API_KEY"
 """Holds a key beside those of the file."""
-KEYS_FILE = "keys.json"
-"""Where they are kept in the run directory, readable by its owner only."""
-SPENT_FILE = "keys_spent.json"
-"""Tokens that each key with a budget has used."""
 STATES = {"revoked": "was revoked", "expired": "has expired", "spent": "has no tokens"}
 """Of a key that opens nothing, in words."""
 MAX_NAME = 64

@@ -34,8 +34,6 @@ from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choice
 from cpt_ray.steering.inference import Belief, Candidates, Scorer
 from cpt_ray.steering.scoring import SCORING, logprob_from, scored_sequences
 
-FOLDER = "preferences"
-"""Where they are kept in the run directory."""
 ID = re.compile(PREFERENCES_PREFIX + "[0-9a-f]{24}", re.ASCII)
 MAX_STATES = 10_000
 """Per key."""

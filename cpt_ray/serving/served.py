@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.engines.vllm import check_template
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.keys import Key
 from cpt_ray.steering.inference import Candidates, make_candidates
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""

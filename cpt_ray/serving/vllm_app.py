@@ -22,9 +22,10 @@ from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.access_log import CALL, AccessLog, Call
 from cpt_ray.serving.app import Frontend, Steerer
 from cpt_ray.serving.asgi import AsgiApp, Json, open_to_pages
-from cpt_ray.serving.keys import KEYS_FILE, Key, Keyring, Refusal
+from cpt_ray.serving.keys import Key, Keyring, Refusal
 from cpt_ray.serving.served import Served, local_copy
 from cpt_ray.steering.inference import read_questions
+from cpt_ray.tables.rundir import KEYS_FILE
 
 MAX_CAUSE = 400
 """Characters shown of why a replica did not start."""
@@ -68,7 +69,7 @@ class VllmServer:
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.serving.conditioning import Conditioner
-        from cpt_ray.serving.preferences import FOLDER, EngineScorer, PreferenceStore
+        from cpt_ray.serving.preferences import EngineScorer, PreferenceStore
 
         served = self._served
         if served.candidates is None:
@@ -76,7 +77,7 @@ class VllmServer:
         scorer = EngineScorer(self._engine, served.model)
         questions = read_questions(served.run, served.candidates)
         conditioner = Conditioner(served.run, served.model, served.conditioning) if served.conditioning else None
-        return PreferenceStore(served.run.path / FOLDER, served.candidates, scorer, questions, conditioner)
+        return PreferenceStore(served.run.preferences, served.candidates, scorer, questions, conditioner)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""

@@ -29,10 +29,8 @@ from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.steering.choices import Choice, Preferences, Question
 from cpt_ray.tables.records import content_id
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import QUESTIONS, RunDir
 
-QUESTIONS = "steering/questions.json"
-"""Where `cpt steer fit` keeps pairs worth asking."""
 PRIOR = (0.1, 0.6, 0.3)
 """Prior mass of no preference, of all configurations of one rubric, and of all those of two."""
 NEAR = 0.25

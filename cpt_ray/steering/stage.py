@@ -27,19 +27,19 @@ from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.judging.judge import combine_judges
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.prompts import read_jsonl
-from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.actors import EmbedActor, Fill, LogprobActor
 from cpt_ray.steering.answers import Answer, grade_by_measures, make_answer, read_answers
 from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
 from cpt_ray.steering.fitting import Fit, load_policy, load_reward_models, train
-from cpt_ray.steering.inference import QUESTIONS, Candidates, make_candidates, read_questions
+from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm, Sequences
 from cpt_ray.steering.reward import RewardModel, Tensors
 from cpt_ray.steering.scoring import PolicyScorer, sequence
 from cpt_ray.steering.users import Floats, Population, User, draw_taste
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
-from cpt_ray.tables.rundir import TABLES, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, QUESTIONS, TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
 
 NUM_QUESTIONS = 200
@@ -64,7 +64,7 @@ class Steering:
     @property
     def folder(self) -> Path:
         """Of the trained models."""
-        return self.run.path.absolute() / "steering"
+        return self.run.steering.absolute()
 
     @cached_property
     def policy(self) -> ModelConfig:
@@ -124,7 +124,7 @@ class Steering:
         """Both models' answers in the evaluation, to held-out prompts; UserError if it was not run."""
         if self.shards is None:
             return self._crowd(self._given["held_out"], self.plan.rubrics)
-        names = sorted(path.stem for path in (self.run.path / "evaluation").glob("*.parquet"))
+        names = sorted(self.run.names("evaluation"))
         rows = [row for row in self.run.read("evaluation", names, Trial) if row.text]
         if not rows:
             raise UserError(f"{self.run.path}: no evaluation; run `cpt evaluate` with this run file first")

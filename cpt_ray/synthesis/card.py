@@ -18,12 +18,11 @@ from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.levels import LevelCounts
 from cpt_ray.synthesis.pairing import targets_of
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id, parts_of
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import CARD_FILE, JUDGES_FILE, RunDir
 
 if TYPE_CHECKING:
     from cpt_ray.plan import Plan, Shards
 
-CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
 EXAMPLE_CHARACTERS = 600
 MAX_SURVEYED = 2000
 """Shards of pairs that the card's numbers are of, evenly spread, where there are more."""

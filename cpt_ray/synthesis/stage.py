@@ -30,7 +30,7 @@ from cpt_ray.synthesis.levels import level_lines
 from cpt_ray.synthesis.pair import PAIRING, PairStep, RepeatStep, no_engine, paired_together
 from cpt_ray.synthesis.write import NextPassStep, WriteStep
 from cpt_ray.tables.records import Generation, content_id
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import JUDGES_FILE, RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
 
 
@@ -254,8 +254,8 @@ def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict
         return
     why = "; ".join(text for stage in stages for text in stage.losses(run, entries[stage.name], total))
     if not entries["pair"].get("rows_out"):
-        raise UserError(f"no pair was made: {why or 'there are no answers'}; see {run.path / 'rejects'}")
-    say(f"note: {lost} of {total} answers are of no use: {why}; see {run.path / 'rejects'} and judges.json")
+        raise UserError(f"no pair was made: {why or 'there are no answers'}; see {run.table('rejects')}")
+    say(f"note: {lost} of {total} answers are of no use: {why}; see {run.table('rejects')} and {JUDGES_FILE}")
 
 
 def _summary(entry: dict[str, Any]) -> str:

@@ -56,15 +56,32 @@ TABLES: dict[str, type[Any]] = {
 }
 FORMAT = 2
 """In run.yaml; goes up when answers have other ids or columns than before."""
+RUN_INFO = "run.yaml"
+"""The resolved run file, and hashes of what it names."""
 LEDGER = "ledger.json"
+"""Per stage: rows, rejects, tokens, seconds, cost."""
+CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
+"""The pairs' dataset card, and how the judges agree."""
+SPREAD = "spread.json"
+"""Where the writer's own answers divide into levels: a key, and the values by rubric, under "rubrics"."""
 MARK = "model/cpt_ray.json"
 """Written last: the model is complete, and this is what it was made from."""
+PROGRESS = ".train_progress.json"
+"""How far the training is, for the process that waits for it."""
+CATALOG_FILE = "catalog.json"
+"""What a client may ask the server for; also in an adapter's folder."""
+QUESTIONS = "steering/questions.json"
+"""Pairs of answers that are worth asking a user about."""
+KEYS_FILE = "keys.json"
+"""The API keys' hashes, readable by their owner only."""
+SPENT_FILE = "keys_spent.json"
+"""Tokens that each key with a budget has used."""
 RESULTS, STEERING_RESULTS = "report/results.json", "report/steering.json"
 """Of `cpt evaluate` and of `cpt steer evaluate`."""
 REPORT = "report/report.html"
 """Shows both."""
 LOCK = ".lock"
-TRACES = {LOCK, "run.yaml", "attempts", "units", LEDGER}
+TRACES = {LOCK, RUN_INFO, "attempts", "units", LEDGER}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"
@@ -153,9 +170,47 @@ class RunDir:
         """Marks of what was begun and not finished."""
         return self.path / "attempts"
 
+    @property
+    def train_rows(self) -> Path:
+        """What a training reads: tokenized pairs with the reference model's log-probabilities."""
+        return self.path / "train_rows"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, by the key of the training."""
+        return self.path / "tensorboard"
+
+    @property
+    def steering(self) -> Path:
+        """What `cpt steer` trained."""
+        return self.path / "steering"
+
+    @property
+    def preferences(self) -> Path:
+        """Choices that the server's clients made, by the hash of their key."""
+        return self.path / "preferences"
+
+    @property
+    def access(self) -> Path:
+        """Who asked what and when, a file per server process."""
+        return self.path / "access"
+
+    @property
+    def ray_log(self) -> Path:
+        """What Ray and vLLM printed."""
+        return self.path / "ray.log"
+
+    def unfinished(self, folder: Path) -> Path:
+        """Where a folder of the run is written before it takes the place of `folder`."""
+        return self.path / f".{folder.name}.tmp"
+
+    def table(self, table: str) -> Path:
+        """The folder of a table's shards."""
+        return self.path / table
+
     def shard(self, table: str, name: str) -> Path:
         """Path of one shard of a table."""
-        return self.path / table / f"{name}.parquet"
+        return self.table(table) / f"{name}.parquet"
 
     def has(self, table: str, name: str) -> bool:
         """Whether the shard is complete."""
@@ -163,7 +218,7 @@ class RunDir:
 
     def names(self, table: str, prefix: str = "") -> set[str]:
         """The complete shards (of one prefix), by one look at the folder."""
-        return {path.stem for path in (self.path / table).glob(f"{prefix}*.parquet")}
+        return {path.stem for path in self.table(table).glob(f"{prefix}*.parquet")}
 
     def write(self, table: str, name: str, rows: Iterable[Any], counts: Mapping[str, float] | None = None) -> None:
         """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
@@ -173,7 +228,7 @@ class RunDir:
 
     def check_format(self) -> None:
         """UserError if an earlier version of this program has written answers here: none of them would be used."""
-        made = self.read_yaml("run.yaml")
+        made = self.read_yaml(RUN_INFO)
         if isinstance(made, dict) and made.get("format") != FORMAT and self.names("generations"):
             raise UserError(
                 f"{self.path}: its answers were written by an earlier version, in another format; give another "
@@ -194,7 +249,7 @@ class RunDir:
     def prune(self, table: str, keep: Iterable[str], prefix: str = "") -> None:
         """Removes the shards (of one prefix) of a cheap table that the present settings no longer name."""
         wanted = set(keep)
-        for path in (self.path / table).glob(f"{prefix}*.parquet"):
+        for path in self.table(table).glob(f"{prefix}*.parquet"):
             if path.stem not in wanted:
                 path.unlink()
 
@@ -218,7 +273,7 @@ class RunDir:
     def write_run(self, resolved: dict[str, Any]) -> None:
         """run.yaml: the resolved config and the content hashes of what it names."""
         text = yaml.safe_dump({**resolved, "format": FORMAT}, sort_keys=False, allow_unicode=True)
-        self.write_text("run.yaml", text)
+        self.write_text(RUN_INFO, text)
 
     def read_yaml(self, relative: str) -> Any:
         """The YAML file's content, or None if it is not there."""

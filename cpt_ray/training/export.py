@@ -74,13 +74,13 @@ def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoin
         )
     (run.path / MARK).unlink(missing_ok=True)
     if settings.lora:
-        adapter = empty_folder(run.path / ".adapter.tmp")
+        adapter = empty_folder(run.unfinished(run.adapter))
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(checkpoint / name, adapter)
         _replace_folder(adapter, run.adapter)
     else:
         shutil.rmtree(run.adapter, ignore_errors=True)
-    folder = empty_folder(run.path / ".model.tmp")
+    folder = empty_folder(run.unfinished(run.model))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
     _replace_folder(folder, run.model)

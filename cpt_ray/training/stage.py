@@ -25,12 +25,12 @@ from cpt_ray.logprobs.reference import add_reference, read_rows_file, rows_path,
 from cpt_ray.logprobs.rows import Row
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject
-from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MARK, PROGRESS, RunDir
 from cpt_ray.training.checks import check_rows, check_vocabulary, check_workers, open_policy, policy_path
 from cpt_ray.training.pairs import counted, end_pairs, own_pairs, preference_pairs, select_pairs
 from cpt_ray.training.publishing import write_cards
 from cpt_ray.training.rows import make_rows, steps_per_epoch
-from cpt_ray.training.worker import PROGRESS, Job, work
+from cpt_ray.training.worker import Job, work
 
 FAR_NATS = 2.0
 """Of `kl` or `drift` per token: beyond this, a note says that the policy is far from its reference."""

@@ -15,12 +15,10 @@ from cpt_ray.config import ModelConfig, TrainConfig, TuneConfig
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.reference import is_autocast, loading
 from cpt_ray.tables.records import content_id
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import PROGRESS, RunDir
 from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import empty_folder, export
 
-PROGRESS = ".train_progress.json"
-"""In the run directory; `run_workers` shows it."""
 LN_2 = math.log(2)
 
 
@@ -122,7 +120,7 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
 
 def _name_trackers(job: Job) -> None:
     """Where TensorBoard, wandb and MLflow write, and under which name; transformers reads it from the environment."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.path / "tensorboard" / job.key)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.tensorboard / job.key)
     for name, value in (
         ("WANDB_DIR", str(job.run.path)),
         ("WANDB_PROJECT", job.config.name),

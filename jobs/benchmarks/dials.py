@@ -27,12 +27,12 @@ import numpy as np
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.dials import Dial, Spread
-from cpt_ray.judging.spread import SPREAD, pool_spread, with_points
+from cpt_ray.judging.spread import pool_spread, with_points
 from cpt_ray.plan import make_plan
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import SPREAD, RunDir
 
 CLIENTS = 16
 """Requests in flight."""

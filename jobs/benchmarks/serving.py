@@ -37,10 +37,10 @@ from cpt_ray.cluster import ENGINE_ENV, connected
 from cpt_ray.config import RunConfig, load_config
 from cpt_ray.engines.roles import with_dtype
 from cpt_ray.engines.vllm import engine_arguments, engine_env
-from cpt_ray.rubrics.catalog import CATALOG_FILE, Catalog, CatalogLevel, CatalogRubric
+from cpt_ray.rubrics.catalog import Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.serving.deploy import serve_model
 from cpt_ray.serving.haproxy import free_port, serve_env
-from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 
 KEY = "benchmark"
 NO_STOPS = ("policy.sampling.stop=[]", "policy.sampling.include_stop=false")

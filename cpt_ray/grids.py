@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cpt_ray.rubrics.grading import level_at
+from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.measures import OF_LENGTH
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.choice import shuffled

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.errors import UserError
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.tables.records import Directive
 from tests.builders import LEVELS, make_directives, make_rubric
@@ -66,7 +67,7 @@ def test_a_score_goes_to_the_nearest_level_and_a_tie_goes_up(score: float, level
 
 @given(st.one_of(st.integers(0, 100), st.floats(0, 100)))
 def test_scores_go_where_the_rubric_itself_would_put_them(score: float) -> None:
-    assert CATALOG.resolve({"ornament": score}).applied["ornament"] == RUBRICS[0].nearest_level(score).name
+    assert CATALOG.resolve({"ornament": score}).applied["ornament"] == nearest_level(RUBRICS[0].levels, score).name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.config import SynthesisConfig
-from cpt_ray.rubrics.grading import level_at
+from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.pairing import Paired, pair_answers
 from cpt_ray.tables.records import CONTROL, Generation, Reject

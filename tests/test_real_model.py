@@ -12,7 +12,8 @@ import pytest
 
 from cpt_ray.config import load_config
 from cpt_ray.plan import make_plan, plan_units
-from cpt_ray.rubrics.grading import level_at, measured_criterion
+from cpt_ray.rubrics.bins import level_at
+from cpt_ray.rubrics.grading import measured_criterion
 from cpt_ray.synthesis.stage import name_shards, resolved
 from cpt_ray.tables.records import Generation, Pair
 from cpt_ray.tables.rundir import MARK, RunDir

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.errors import UserError
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.rubric import Rubric, directive_leak, load_rubric, load_rubrics
 from cpt_ray.yaml_file import read_yaml
 from tests.builders import make_rubric, rubric_dict
@@ -292,7 +293,7 @@ def test_a_rubrics_title_leaks_in_every_spelling(title: str, text: str, leaks: b
 @given(st.floats(0, 100))
 def test_every_score_falls_in_the_bin_of_its_nearest_anchor(score: float) -> None:
     rubric = make_rubric()
-    nearest = rubric.nearest_level(score)
+    nearest = nearest_level(rubric.levels, score)
     assert all(abs(nearest.score - score) <= abs(level.score - score) for level in rubric.levels)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.evaluation.resampling import Resamples
 from cpt_ray.evaluation.scoring import METRICS, score_trials
-from cpt_ray.rubrics.grading import confirms
+from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 from tests.builders import LEVELS, make_rubric

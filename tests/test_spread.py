@@ -19,7 +19,8 @@ from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.errors import UserError
 from cpt_ray.judging.spread import CHECK, Spread, survey, with_points
 from cpt_ray.plan import Plan, make_plan, plan_units
-from cpt_ray.rubrics.grading import level_at, measured_criterion
+from cpt_ray.rubrics.bins import level_at
+from cpt_ray.rubrics.grading import measured_criterion
 from cpt_ray.rubrics.rubric import CheckSpec, Rubric
 from cpt_ray.synthesis.levels import LevelCounts, level_lines
 from cpt_ray.synthesis.stage import resolved, spread_of

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_ray.chat.conversations import level_labels, policy_messages, token_ids, writer_messages
-from cpt_ray.rubrics.grading import confirms, measured_criterion
+from cpt_ray.rubrics.bins import confirms
+from cpt_ray.rubrics.grading import measured_criterion
 from cpt_ray.rubrics.rubric import directive_leak
 from tests.toy import MODEL, make, world
 

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cpt_ray.evaluation.summary import shortened
+from cpt_ray.rubrics.bins import bins
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.choice import fraction
 from cpt_ray.tables.records import Trial, content_id
@@ -87,7 +88,7 @@ def score_panel(rubric: Rubric, trials: Sequence[Trial], model: str) -> str:
     with matplotlib.style.context(STYLE, after_reset=True):
         figure, axes = _figure(width, 270 if is_turned else 212)
         means = []
-        for at, (name, (low, high)) in enumerate(zip(names, _bins(rubric), strict=True)):
+        for at, (name, (low, high)) in enumerate(zip(names, bins(rubric.levels), strict=True)):
             axes.bar(at, high - low, 0.88, low, color=BIN)
             scored = [(trial, trial.score) for trial in trials if trial.level == name and trial.score is not None]
             _draw_dots(axes, at, scored, color=color, gid=f"dots-{rubric.id}-{model}-{at}")
@@ -107,13 +108,6 @@ def _draw_dots(axes: Axes, at: int, scored: Sequence[tuple[Trial, float]], **sty
     places = [at + 0.66 * (_jitter(trial) - 0.5) for trial, _ in shown]
     heights = np.clip([score for _, score in shown], 0, 100)  # what lies beyond is drawn at the edge
     axes.plot(places, heights, "o", alpha=0.4, markersize=4.4, markeredgewidth=0, clip_on=False, **style)
-
-
-def _bins(rubric: Rubric) -> list[tuple[float, float]]:
-    """The scores that count as each level: from half-way to the anchor below to half-way to the one above."""
-    anchors = [level.score for level in rubric.levels]
-    cuts = [0.0, *((low + high) / 2 for low, high in itertools.pairwise(anchors)), 100.0]
-    return list(itertools.pairwise(cuts))
 
 
 def _jitter(trial: Trial) -> float:

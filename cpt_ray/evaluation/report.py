@@ -37,7 +37,7 @@ from cpt_ray.evaluation.summary import (
     undefined_values,
 )
 from cpt_ray.plan import Plan, run_info
-from cpt_ray.rubrics.grading import confirms
+from cpt_ray.rubrics.bins import confirms, nearest_level
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 from cpt_ray.tables.rundir import LEDGER, REPORT, RESULTS, STEERING_RESULTS, RunDir
@@ -206,4 +206,4 @@ def _score_and_level(rubric: Rubric, trial: Trial) -> str:
     if trial.score is None:
         return f"{'ungraded' if trial.text else 'no answer'}: {trial.reason}"
     is_hit = confirms(rubric, trial.level, trial.score)
-    return f"{trial.score:.0f}, {rubric.nearest_level(trial.score).name}{': as asked' * is_hit}"
+    return f"{trial.score:.0f}, {nearest_level(rubric.levels, trial.score).name}{': as asked' * is_hit}"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from cpt_ray.evaluation.dials import Instrument, LogProbs, Spread, check_score, perplexities, slope_gap
 from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.judging.agreement import agreement, spearman
-from cpt_ray.rubrics.grading import confirms
+from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 

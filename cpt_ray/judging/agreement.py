@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.rubric import Rubric
 
 
@@ -43,8 +44,8 @@ def agreement(rubric: Rubric, scores: Sequence[tuple[float, float]]) -> dict[str
     """Of two graders' scores (0-100) of the same answers: same level, kappa, rho; and the first's mean per level of the
     second, where a calibrated grader has about the level's own score."""
     names = [level.name for level in rubric.levels]
-    first = [names.index(rubric.nearest_level(score).name) for score, _ in scores]
-    second = [names.index(rubric.nearest_level(other).name) for _, other in scores]
+    first = [names.index(nearest_level(rubric.levels, score).name) for score, _ in scores]
+    second = [names.index(nearest_level(rubric.levels, other).name) for _, other in scores]
     by_level: dict[str, float] = {}
     for at, name in enumerate(names):
         own = [score for (score, _), level in zip(scores, second, strict=True) if level == at]

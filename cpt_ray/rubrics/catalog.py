@@ -16,6 +16,7 @@ from typing import Any, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cpt_ray.errors import UserError, did_you_mean, kind_of
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive
 from cpt_ray.tables.rundir import CATALOG_FILE
@@ -62,7 +63,7 @@ class CatalogRubric:
             raise UserError(f"{where}: found {kind_of(target)}; give a level's name or a score from 0 to 100")
         if not 0 <= target <= 100:
             raise UserError(f"{where}: {target!r:.{MAX_SHOWN}} is not a score from 0 to 100")
-        return min(self.levels, key=lambda level: (abs(level.score - target), -level.score))
+        return nearest_level(self.levels, target)
 
 
 _RUBRICS = TypeAdapter(tuple[CatalogRubric, ...], config=ConfigDict(extra="forbid"))

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.measures import measures, why_undefined
 from cpt_ray.rubrics.rubric import Criterion, Rubric
 from cpt_ray.tables.records import CriterionGrade, Grade
@@ -53,7 +54,7 @@ def judged_criterion(rubric: Rubric, criterion: Criterion, logprobs: Mapping[int
     expected = sum(number * mass for number, mass in enumerate(masses, start=1)) / total
     anchors = [(float(number), level.score) for number, level in enumerate(rubric.levels, start=1)]
     score = interpolate(expected, anchors)
-    at = rubric.levels.index(rubric.nearest_level(score))
+    at = rubric.levels.index(nearest_level(rubric.levels, score))
     if masses[at] < min(max(masses[:at], default=0), max(masses[at + 1 :], default=0)):
         shares = ", ".join(f"{mass:.0%} {level.name}" for mass, level in zip(masses, rubric.levels, strict=True))
         return ungraded(criterion, f"judge is of two minds ({shares})")
@@ -154,12 +155,12 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
         reasons = "; ".join(f"{one.judge}: {one.reason}" for one in grades if one.score is None)
         return dataclasses.replace(grades[0], score=None, judged=None, reason=reasons, judge=names, criteria=[])
     if how == "majority":
-        by_level = Counter(rubric.nearest_level(score).name for score in scores)
+        by_level = Counter(nearest_level(rubric.levels, score).name for score in scores)
         level, count = by_level.most_common(1)[0]
         if 2 * count <= len(scores):
             reason = "no majority: " + ", ".join(f"{number} {name}" for name, number in sorted(by_level.items()))
             return dataclasses.replace(grades[0], score=None, judged=None, reason=reason, judge=names, criteria=[])
-        scores = [score for score in scores if rubric.nearest_level(score).name == level]
+        scores = [score for score in scores if nearest_level(rubric.levels, score).name == level]
     score = {"median": statistics.median(scores), "min": min(scores)}.get(how, statistics.fmean(scores))
     judged = [one.judged for one in grades if one.judged is not None]
     return dataclasses.replace(
@@ -169,24 +170,3 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
         judge=names,
         criteria=[],
     )
-
-
-def confirms(rubric: Rubric, level: str, score: float) -> bool:
-    """Whether the target level's anchor is the nearest to a score; half-way between two it confirms neither."""
-    return level_at(rubric, score) == level
-
-
-def level_at(rubric: Rubric, score: float, margin: float = 0.0) -> str | None:
-    """The level whose anchor is nearest to a score; None if it is about half-way between two.
-
-    Args:
-        margin: how far from half-way still is, as a share of the way from one anchor to the next.
-    """
-    levels = rubric.levels
-    for low, high in itertools.pairwise(levels):
-        if score <= high.score:
-            share = (score - low.score) / (high.score - low.score)
-            if abs(share - 0.5) <= margin:
-                return None
-            return low.name if share < 0.5 else high.name
-    return levels[-1].name

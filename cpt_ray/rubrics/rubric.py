@@ -154,10 +154,6 @@ class Rubric(_Strict):
                 return level
         raise UserError(f"rubric {self.id}: no level {name!r}{did_you_mean(name, [one.name for one in self.levels])}")
 
-    def nearest_level(self, score: float) -> Level:
-        """The level in whose bin `score` (0-100) falls: bins end half-way between anchors, a tie goes up."""
-        return min(self.levels, key=lambda level: (abs(level.score - score), -level.score))
-
     @property
     def judged(self) -> tuple[Criterion, ...]:
         """Criteria that need a judge."""

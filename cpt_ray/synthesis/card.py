@@ -13,6 +13,7 @@ import yaml
 
 from cpt_ray.console import flat
 from cpt_ray.judging.agreement import agreement
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.levels import LevelCounts
@@ -69,7 +70,7 @@ class _Survey:
                 for rubric, level in targets_of(rubrics, parts_of(generation.level)):
                     if grades_by_rubric := verdicts[generation.unit_id][rubric.id]:
                         score = aggregate(rubric, grades_by_rubric, self._how).score
-                        found_level = "ungraded" if score is None else rubric.nearest_level(score).name
+                        found_level = "ungraded" if score is None else nearest_level(rubric.levels, score).name
                         self.confusion[rubric.id, level, found_level] += 1
 
     def _compare(self, rubric: Rubric, grades: Sequence[Grade]) -> None:

@@ -17,8 +17,8 @@ from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grids import Answer, Grid, GridMaker, Level, Shifts, is_of_length
 from cpt_ray.plan import cell_id_of, control_directive
+from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.catalog import compose_directives
-from cpt_ray.rubrics.grading import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.choice import picked
 from cpt_ray.tables.records import (

@@ -40,6 +40,7 @@ from cpt_ray.chat.conversations import (
     token_ids,
     writer_messages,
 )
+from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.grading import measured_criterion
 from cpt_ray.rubrics.rubric import Rubric, load_rubrics
@@ -99,7 +100,7 @@ def judge(rng: Random, here: World, rubric: Rubric) -> Conversation:
         answer = world.noisy_text(rng, here.rubrics, prompt)
     score = measured_criterion(rubric, rubric.measured[0], answer).score
     assert score is not None
-    number = rubric.levels.index(rubric.nearest_level(score)) + 1
+    number = rubric.levels.index(nearest_level(rubric.levels, score)) + 1
     return Conversation(judge_messages(rubric, rubric.judged[0], prompt, answer), str(number))
 
 

@@ -6,8 +6,7 @@ One file holds one rubric. See `rubrics/README.md` for the format by example.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,16 +23,15 @@ from pydantic import (
 )
 
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.rubrics.measures import (
-    MEASURES,
-    WORD_LISTS_OF,
-    folded,
-    measure_range,
-    terms_of,
-    why_undefined,
-    word_of,
-    words_of,
+from cpt_ray.rubrics.checks import (
+    check_descriptors,
+    check_different,
+    check_reading,
+    check_values,
+    numbers,
+    wording_of,
 )
+from cpt_ray.rubrics.measures import terms_of, word_of
 from cpt_ray.tables.records import CONTROL, content_id
 from cpt_ray.texts import is_blank
 from cpt_ray.yaml_file import read_yaml, shown_in_yaml, validation_lines
@@ -93,6 +91,11 @@ class CheckSpec(_Strict):
     words: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Compared as the words of a text are (`measures.words_of`)."""
     against: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+
+    @property
+    def lists(self) -> dict[str, tuple[str, ...]]:
+        """The word lists by their names."""
+        return {"words": self.words, "against": self.against}
 
 
 class MeasureSpec(CheckSpec):
@@ -167,76 +170,27 @@ class Rubric(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [level.name for level in self.levels]
-        _different("levels", names)
-        _different("criteria", [one.name for one in self.criteria])
+        check_different("levels", names)
+        check_different("criteria", [one.name for one in self.criteria])
         if CONTROL in names:
             raise ValueError(f"levels: {CONTROL!r} is what the policy's own answers are called; rename the level")
         scores = [level.score for level in self.levels]
         if any(low >= high for low, high in itertools.pairwise(scores)):
             raise ValueError(
-                f"levels: score anchors {_numbers(scores)} are out of order; list the lowest score first, no two equal"
+                f"levels: score anchors {numbers(scores)} are out of order; list the lowest score first, no two equal"
             )
         total = sum(one.weight for one in self.criteria)
         if abs(total - 100) > 1e-6:
             raise ValueError(f"criteria: weights sum to {total:g}; change them so that they sum to 100")
         for one in self.criteria:
-            _check_descriptors(f"criteria.{one.name}.descriptors", one.descriptors, names)
+            check_descriptors(f"criteria.{one.name}.descriptors", one.descriptors, names)
             if one.measure is not None:
                 _check_measure(f"criteria.{one.name}.measure", one.measure, names)
         if self.check is not None:
-            _check_reading("check", self.check)
+            check_reading("check", self.check.name, self.check.lists)
             _check_is_another(self.check, [one.measure for one in self.criteria if one.measure is not None])
         _check_directives(self)
         return self
-
-
-def _numbers(values: list[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def _different(where: str, names: list[str]) -> None:
-    looks: dict[str, str] = {}
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{where}: the name {name!r} is used {names.count(name)} times; names must be unique")
-        like = looks.setdefault(name.replace("-", "").replace("0", "o").replace("1", "l"), name)
-        if like != name:
-            raise ValueError(f"{where}: the names {like!r} and {name!r} are too much alike; rename one")
-
-
-def _keyed_by_level(where: str, mapping: Mapping[str, Any], names: list[str]) -> None:
-    for key in mapping:
-        if key not in names:
-            raise ValueError(f"{where}: {key!r} is no level of this rubric{did_you_mean(key, names)}")
-    missing = [name for name in names if name not in mapping]
-    if missing:
-        raise ValueError(f"{where}: nothing for level {', '.join(map(repr, missing))}; write one entry per level")
-
-
-def wording_of(text: str) -> str:
-    """The same for texts that differ only in case, spaces, normal form, what is not seen or the last full stop."""
-    return " ".join(folded(text).split()).rstrip(".。 ")
-
-
-def _check_descriptors(where: str, descriptors: Mapping[str, str], names: list[str]) -> None:
-    _keyed_by_level(where, descriptors, names)
-    owner: dict[str, str] = {}
-    for name in names:
-        same = owner.setdefault(wording_of(descriptors[name]), name)
-        if same != name:
-            raise ValueError(f"{where}: {same} and {name} have the same text; say how the levels differ")
-
-
-def _check_reading(where: str, spec: CheckSpec) -> None:
-    if spec.name not in MEASURES:
-        raise ValueError(f"{where}.name: no measure {spec.name!r}{did_you_mean(spec.name, MEASURES)}")
-    for field in ("words", "against"):
-        needed, given = field in WORD_LISTS_OF.get(spec.name, ()), bool(getattr(spec, field))
-        if needed != given:
-            verb = "needs a list of words" if needed else f"is not read by {spec.name}; remove it"
-            raise ValueError(f"{where}.{field}: {verb}")
-    if problems := [*_word_problems(where, {"words": spec.words, "against": spec.against})]:
-        raise ValueError("\n".join(problems))
 
 
 def _check_is_another(check: CheckSpec, measures: Iterable[MeasureSpec]) -> None:
@@ -252,41 +206,9 @@ def _read_as(spec: CheckSpec) -> tuple[str, frozenset[str | None], frozenset[str
 
 
 def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
-    _check_reading(where, spec)
+    check_reading(where, spec.name, spec.lists)
     if isinstance(spec.values, dict):
-        _keyed_by_level(f"{where}.values", spec.values, names)
-        _check_values(where, spec.name, spec.values, [spec.values[name] for name in names])
-
-
-def _check_values(where: str, measure: str, of_level: Mapping[str, float], values: list[float]) -> None:
-    least, most = measure_range(measure)
-    for name, value in of_level.items():
-        if not least <= value <= most:
-            known = f"always from {least:g} to {most:g}" if most < math.inf else f"never below {least:g}"
-            raise ValueError(f"{where}.values.{name}: found {value:g}, but {measure} is {known}; change it")
-    steps = [high - low for low, high in itertools.pairwise(values)]
-    if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
-        raise ValueError(f"{where}.values: {_numbers(values)} must strictly rise or strictly fall from level to level")
-
-
-def _word_problems(where: str, lists: Mapping[str, Sequence[str]]) -> Iterable[str]:
-    owner: dict[str, tuple[str, str]] = {}
-    for field, entries in lists.items():
-        for entry in entries:
-            word = word_of(entry)
-            if word is None:
-                yield f"{where}.{field}: {entry!r} is never one word of a text ({_as_read(entry)}); list single words"
-            elif word in owner:
-                list_name, listed = owner[word]
-                same = "" if listed == entry else f" (as {listed!r})"
-                yield f"{where}.{field}: {entry!r} stands under {list_name} already{same}; remove one"
-            else:
-                owner[word] = (field, entry)
-
-
-def _as_read(entry: str) -> str:
-    words = words_of(entry)
-    return f"it is read as {', '.join(map(repr, words))}" if words else why_undefined(entry)
+        check_values(f"{where}.values", spec.name, spec.values, names)
 
 
 def _check_directives(rubric: Rubric) -> None:

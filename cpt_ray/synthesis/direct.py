@@ -12,7 +12,8 @@ from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.errors import UserError
 from cpt_ray.plan import Rubrics
-from cpt_ray.rubrics.rubric import Rubric, directive_leak, wording_of
+from cpt_ray.rubrics.checks import wording_of
+from cpt_ray.rubrics.rubric import Rubric, directive_leak
 from cpt_ray.tables.choice import shuffled
 from cpt_ray.tables.records import Directive, Reject, content_id
 from cpt_ray.tables.rundir import RunDir

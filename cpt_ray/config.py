@@ -133,6 +133,38 @@ Source = Annotated[str, AfterValidator(_source)]
 VllmArguments = Annotated[dict[str, Any], AfterValidator(_with_homes)]
 
 
+# ---------------------------------------------------------------- which keys change which results
+
+SPEED_ARGUMENTS = {
+    "block_size",
+    "disable_log_stats",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+}
+"""Arguments in a role's `engine` that change how fast it answers; all others change the answers."""
+TRAIN_PLACES = {
+    *("num_workers", "use_gpu", "resources_per_worker", "sharding"),
+    *("save_steps", "max_failures", "checkpoints", "report_to"),
+}
+"""Keys of `train` that change where a model is trained and kept; all others change the model."""
+PAIR_SETTINGS = {"aggregate", "balance", "combine", "grids", "margin", "max_length_ratio", "neutral_directives"}
+"""Keys of `synthesis` that change which pairs are made of given answers and grades."""
+REWARD_SETTINGS = {
+    *("kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting"),
+    *("size", "steps", "learning_rate", "batch_users"),
+}
+"""Keys of `steer` that change the reward models, and with them the conditional policies."""
+POLICY_SETTINGS = {"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
+"""Keys of `steer` that change the conditional policies alone."""
+
+
 # ---------------------------------------------------------------- sections
 
 
@@ -287,20 +319,6 @@ class PriceConfig(_Section):
 
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Is in the environment of what `ray job submit` runs."""
-SPEED_ARGUMENTS = {
-    "block_size",
-    "disable_log_stats",
-    "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "enforce_eager",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "pipeline_parallel_size",
-    "tensor_parallel_size",
-}
-"""Engine arguments that say how fast a model answers, not what."""
 
 
 class ModelConfig(_Section):
@@ -494,19 +512,6 @@ class LoraConfig(_Section):
 Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
 
 
-TRAIN_PLACES = {
-    "num_workers",
-    "use_gpu",
-    "resources_per_worker",
-    "sharding",
-    "save_steps",
-    "max_failures",
-    "checkpoints",
-    "report_to",
-}
-"""Keys of `train` that change no weights (but for the order of sums): another value trains nothing anew."""
-
-
 class TrainConfig(_Section):
     """DPO."""
 
@@ -551,11 +556,6 @@ class TrainConfig(_Section):
     """How often a died worker group is started again from the last checkpoint."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where loss and metrics go; TensorBoard's files are in the run directory."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those that change what is learned: not where it is done, nor where it is kept."""
-        return self.model_dump(exclude=TRAIN_PLACES)
 
     @property
     def precision(self) -> Literal["float32", "bfloat16"]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cpt_ray.cluster import check_room, connected
 from cpt_ray.config import (
+    TRAIN_PLACES,
     ModelConfig,
     PreferenceRunConfig,
     RunConfig,
@@ -95,7 +96,7 @@ def train_key(config: TuneConfig, *data: object) -> str:
     Args:
         data: the shards of pairs, or what identifies a preference set.
     """
-    settings = {**config.train.settings, "format": TRAIN_FORMAT}
+    settings = {**config.train.model_dump(exclude=TRAIN_PLACES), "format": TRAIN_FORMAT}
     return content_id(*data, settings, config.policy.policy_key, config.seed)
 
 

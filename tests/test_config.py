@@ -49,6 +49,18 @@ def test_a_default_that_is_given_is_the_same_setting(section: type[BaseModel]) -
 
 
 @pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        (config.TrainConfig, config.TRAIN_PLACES),
+        (config.SynthesisConfig, config.PAIR_SETTINGS),
+        (config.SteerConfig, config.REWARD_SETTINGS | config.POLICY_SETTINGS),
+    ],
+)
+def test_keys_that_change_a_result_exist(section: type[BaseModel], names: set[str]) -> None:
+    assert names <= set(section.model_fields)  # of others, pydantic's model_dump says nothing
+
+
+@pytest.mark.parametrize(
     ("entry", "said"),
     [
         ("serve: {route_by: load}", "serve.route_by: was removed, since it made nothing faster; leave it out"),

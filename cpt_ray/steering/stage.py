@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from cpt_ray.chat.layout import layout_hash
-from cpt_ray.config import ModelConfig, SteerConfig
+from cpt_ray.config import POLICY_SETTINGS, REWARD_SETTINGS, ModelConfig, SteerConfig
 from cpt_ray.console import Advance, progress, say
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner
@@ -230,10 +230,7 @@ def fit(steering: Steering) -> Fitted:
         raise UserError(f"steer.embedder: {problem}; give another one")
     learned, tried = np.split(vectors, [len(crowd.answers)])
     scale = Scale(learned.mean(axis=0), learned.std(axis=0) + 1e-6)
-    settings = config.model_dump(
-        include={"kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting", "size", "steps",
-                 "learning_rate", "batch_users"}
-    )  # fmt: skip
+    settings = config.model_dump(include=REWARD_SETTINGS)
     settings["variational"] = False  # a setting that was removed; without it, models of earlier versions are not found
     graded = [[answer.answer_id, dict(answer.scores)] for answer in crowd.answers]
     key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
@@ -252,9 +249,7 @@ def _fit_policies(
 ) -> list[ConditionalPolicy]:
     """NP-DPO on the same users."""
     config, answers, policy = steering.config, steering.learned_from.answers, steering.policy
-    settings = config.model_dump(
-        include={"policy_beta", "policy_learning_rate", "policy_steps", "policy_users", "policy_answers"}
-    )
+    settings = config.model_dump(include=POLICY_SETTINGS)
     folder = steering.folder / content_id(key, settings, policy.identity, VERSION)
     fits = [Fit(config, folder, steering.plan.config.seed, form, policy.path, reward) for form in config.forms]
     prompts = [answer.prompt_id for answer in answers]

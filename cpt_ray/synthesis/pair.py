@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cpt_ray.chat.layout import layout_hash
-from cpt_ray.config import ModelConfig, Range, SynthesisConfig
+from cpt_ray.config import PAIR_SETTINGS, ModelConfig, Range, SynthesisConfig
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.judging.judge import combine_judges
@@ -25,9 +25,6 @@ PAIR_FORMAT = 3
 """The same for `pairs`."""
 PAIRED_PROMPTS = 500
 """Prompts of a shard of pairs, or more."""
-PAIR_SETTINGS = {"aggregate", "balance", "combine", "grids", "margin", "max_length_ratio", "neutral_directives"}
-"""Entries of `synthesis` on which pairs depend beside their answers and grades."""
-
 PAIRING = ModelConfig(model="pairing", num_actors=Range(1, 64))
 """Resources of the steps that call no model."""
 

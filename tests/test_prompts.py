@@ -107,8 +107,10 @@ def test_the_everyday_directives_are_many_and_each_is_of_one_level() -> None:
         assert [level.score for level in rubric.levels] == [16.7, 50, 83.3]
         assert all(50 <= len(level.directives) <= 60 for level in rubric.levels)
         (criterion,) = rubric.criteria
-        assert criterion.measure is not None and criterion.measure.values == "spread"
-        assert rubric.check is not None and rubric.check.name != criterion.measure.name
+        assert criterion.measure is not None
+        assert criterion.measure.values == "spread"
+        assert rubric.check is not None
+        assert rubric.check.name != criterion.measure.name
 
 
 def test_the_judged_everyday_rubric_has_a_measure_beside_the_judge() -> None:

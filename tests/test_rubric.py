@@ -135,7 +135,8 @@ def test_a_measure_may_be_below_0_where_it_can(tmp_path: Path) -> None:
     values = {"low": -0.5, "mid": 0, "high": 0.5}
     spec = {"name": "sentiment", "words": [], "values": values}
     rubric = load_rubric(write(tmp_path / "mood.yaml", measured(**spec)))
-    assert rubric.criteria[0].measure is not None and rubric.criteria[0].measure.values == values
+    assert rubric.criteria[0].measure is not None
+    assert rubric.criteria[0].measure.values == values
     said = "values.low: found -1.5, but sentiment is always from -1 to 1; change it"
     assert said in refusal(tmp_path, measured(**spec | {"values": values | {"low": -1.5}}))
     load_rubric(write(tmp_path / "mood.yaml", measured(**spec | {"name": "valence", "values": {**values, "low": -99}})))
@@ -154,7 +155,8 @@ def test_a_measure_may_be_below_0_where_it_can(tmp_path: Path) -> None:
 )
 def test_values_are_one_per_level_or_the_writers_spread(tmp_path: Path, values: Any, said: str) -> None:
     rubric = load_rubric(write(tmp_path / "good.yaml", measured(values="spread")))
-    assert rubric.criteria[0].measure is not None and rubric.criteria[0].measure.values == "spread"
+    assert rubric.criteria[0].measure is not None
+    assert rubric.criteria[0].measure.values == "spread"
     assert said in refusal(tmp_path, measured(values=values))
 
 
@@ -188,7 +190,8 @@ def test_a_check_is_another_measure(tmp_path: Path, check: Any, said: str) -> No
 
 def test_a_check_changes_no_grade(tmp_path: Path) -> None:
     rubric = load_rubric(write(tmp_path / "a.yaml", measured() | {"check": {"name": "word_share", "words": ["b"]}}))
-    assert rubric.check is not None and (rubric.check.name, rubric.check.words) == ("word_share", ("b",))
+    assert rubric.check is not None
+    assert (rubric.check.name, rubric.check.words) == ("word_share", ("b",))
     assert rubric.content_hash == Rubric.model_validate(measured()).content_hash
 
 

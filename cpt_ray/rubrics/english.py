@@ -8,7 +8,7 @@ other, so that one can check what the other has selected.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ def _vader() -> Any:
 
 @functools.cache
 def _afinn() -> dict[str, int]:
-    package = importlib.util.find_spec("afinn")
-    assert package is not None and package.submodule_search_locations, "afinn is in requirements-cpu.lock"
-    path = Path(package.submodule_search_locations[0], "data", "AFINN-en-165.txt")
+    package = importlib.metadata.distribution("afinn")
+    path = Path(str(package.locate_file("afinn/data/AFINN-en-165.txt")))
     rows = (line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines())
     return {word: int(value) for word, value in rows}

@@ -6,13 +6,14 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
 from cpt_ray.console import flat
 from cpt_ray.judging.agreement import agreement
+from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
@@ -20,9 +21,6 @@ from cpt_ray.synthesis.levels import LevelCounts
 from cpt_ray.synthesis.pairing import targets_of
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id, parts_of
 from cpt_ray.tables.rundir import CARD_FILE, JUDGES_FILE, RunDir
-
-if TYPE_CHECKING:
-    from cpt_ray.plan import Plan, Shards
 
 EXAMPLE_CHARACTERS = 600
 MAX_SURVEYED = 2000

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cpt_ray.engines.ledger import APART
+from cpt_ray.plan import Plan, Shards
 from cpt_ray.synthesis.pairing import Paired
 from cpt_ray.tables.records import Generation, Unit
 from cpt_ray.tables.rundir import RunDir
-
-if TYPE_CHECKING:
-    from cpt_ray.plan import Plan, Shards
 
 _COUNTED = ("asked", "hit", "at", "kept", "tokens")
 

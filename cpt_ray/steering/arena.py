@@ -112,9 +112,8 @@ class Bank:
         ]
         rows = arena.answered(planned)
         answers = [steering.answer(row.prompt_id, row.prompt, row.text, {}) for row in rows]
-        liked = np.array(
-            [[user.taste.utility(answer.scores, crowd.spans) for answer in answers] for user in arena.users]
-        )
+        tastes = [user.taste for user in arena.users]
+        liked = np.array([[taste.utility(answer.scores, crowd.spans) for answer in answers] for taste in tastes])
         self._undirected = answers[: len(self.prompts) * self._best_of]
         plain, directed = np.split(liked, [len(self._undirected)], axis=1)
         self._plain = plain.reshape(len(liked), len(self.prompts), self._best_of)
@@ -191,9 +190,8 @@ class Bank:
 
 def _mean_scores(rubrics: Sequence[Rubric], answers: Sequence[Answer]) -> dict[str, float]:
     """By rubric, over the answers that have a score; rubrics without any are left out."""
-    scores = {
-        rubric.id: [answer.scores[rubric.id] for answer in answers if rubric.id in answer.scores] for rubric in rubrics
-    }
+    ids = [rubric.id for rubric in rubrics]
+    scores = {name: [answer.scores[name] for answer in answers if name in answer.scores] for name in ids}
     return {name: float(np.mean(known)) for name, known in scores.items() if known}
 
 

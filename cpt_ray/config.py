@@ -53,7 +53,7 @@ class Range(NamedTuple):
 
 def _read_range(value: Any, least: int = 1) -> Range:
     pair = [value, value] if isinstance(value, int) else value
-    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(one) is int for one in pair)):
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(number) is int for number in pair)):
         raise ValueError(f"found {shown(value)}; expected a number, or [fewest, most]")
     if not least <= pair[0] <= pair[1] or pair[1] < 1:
         raise ValueError(
@@ -62,7 +62,7 @@ def _read_range(value: Any, least: int = 1) -> Range:
     return Range(*pair)
 
 
-_AS_READ = PlainSerializer(lambda one: one.least if one.least == one.most else list(one))
+_AS_READ = PlainSerializer(lambda limits: limits.least if limits.least == limits.most else list(limits))
 OneOrMore = Annotated[Range, BeforeValidator(_read_range), _AS_READ]
 NoneOrMore = Annotated[Range, BeforeValidator(functools.partial(_read_range, least=0)), _AS_READ]
 
@@ -79,9 +79,9 @@ def expanded(text: str) -> str:
     """A path with its leading `~` put in; ValueError for what only a shell would put in, and for control characters."""
     if _CONTROL.search(text):
         raise ValueError(f"found {text!r}; a path has no line breaks or other control characters here")
-    if found := _VARIABLE.search(text):
+    if variable := _VARIABLE.search(text):
         raise ValueError(
-            f"found {text!r}; {found.group()} is not replaced here (nor by a shell within single quotes); "
+            f"found {text!r}; {variable.group()} is not replaced here (nor by a shell within single quotes); "
             "write the whole path"
         )
     path = os.path.expanduser(text)
@@ -91,23 +91,23 @@ def expanded(text: str) -> str:
 
 
 def local_path(text: str) -> str:
-    """`expanded`; ValueError for an address (s3://...) as well, of which a folder named "s3:" would be made."""
-    if found := _SCHEME.match(text):
-        what = "the path alone" if found[1].lower() == "file" else "a path of this machine, or of a shared disk"
-        raise ValueError(f"found {text!r}; addresses ({found[1]}:) are not read or written here; give {what}")
+    """`expanded`; ValueError for an address (s3://...) too, since it would create a folder named "s3:"."""
+    if scheme := _SCHEME.match(text):
+        what = "the path alone" if scheme[1].lower() == "file" else "a path of this machine, or of a shared disk"
+        raise ValueError(f"found {text!r}; addresses ({scheme[1]}:) are not read or written here; give {what}")
     return expanded(text)
 
 
 def _storage_path(text: str) -> str:
     """`expanded`; addresses are fine if they are whole."""
-    found = _SCHEME.match(text)
-    if found and not text.startswith(f"{found[1]}://"):
-        raise ValueError(f"found {text!r}; an address begins with {found[1]}://")
-    return text if found and not _VARIABLE.search(text.replace("%", "")) else expanded(text)
+    scheme = _SCHEME.match(text)
+    if scheme and not text.startswith(f"{scheme[1]}://"):
+        raise ValueError(f"found {text!r}; an address begins with {scheme[1]}://")
+    return text if scheme and not _VARIABLE.search(text.replace("%", "")) else expanded(text)
 
 
 def _source(text: str) -> str:
-    """`local_path`, of what may be a data set's name as well."""
+    """`local_path`, for a value that may also be the name of a data set."""
     try:
         return local_path(text)
     except ValueError as error:
@@ -115,12 +115,12 @@ def _source(text: str) -> str:
 
 
 def _model_name(text: str) -> str:
-    """`expanded`, but a `~` that is no user's is kept: endpoints have such names."""
+    """`expanded`, but a `~` that names no user stays: endpoints have such model names."""
     return text if text.startswith("~") and os.path.expanduser(text) == text else expanded(text)
 
 
 def _with_homes(value: Any) -> Any:
-    """vLLM's arguments, whatever they are, with the `~` put in where a text begins with `~/`."""
+    """vLLM's arguments, with the home folder put in where a text begins with `~/`."""
     if isinstance(value, Mapping):
         return {name: _with_homes(inner) for name, inner in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
@@ -174,16 +174,16 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_odd_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1, and what may be anything may be no number."""
+        """Refuses what pydantic would take: true for 1, and NaN or infinity where any value is allowed."""
         leaves = list(_leaves(cls.model_fields[str(info.field_name)].annotation))
-        if any(_is_section(one) for one in leaves):  # which looks itself
+        if any(_is_section(leaf) for leaf in leaves):  # which checks its own values
             return value
         is_number = (int in leaves or float in leaves) and bool not in leaves
-        for one in _scalars(value):
-            if isinstance(one, float) and not math.isfinite(one):
-                raise ValueError(f"found {one}; give a finite number")
-            if isinstance(one, bool) and is_number:
-                shown = "true (or on, yes)" if one else "false (or off, no)"
+        for scalar in _scalars(value):
+            if isinstance(scalar, float) and not math.isfinite(scalar):
+                raise ValueError(f"found {scalar}; give a finite number")
+            if isinstance(scalar, bool) and is_number:
+                shown = "true (or on, yes)" if scalar else "false (or off, no)"
                 raise ValueError(f"found {shown}, which is no number; a text of that name needs quotes")
         return value
 
@@ -193,8 +193,8 @@ def _is_section(kind: Any) -> bool:
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation comes to, without None: `str` of `tuple[str, ...] | None`."""
-    arguments = [one for one in get_args(annotation) if one not in (NoneType, Ellipsis)]
+    """The types in an annotation, without None: `str` of `tuple[str, ...] | None`."""
+    arguments = [argument for argument in get_args(annotation) if argument not in (NoneType, Ellipsis)]
     match get_origin(annotation):
         case origin if origin is Literal:
             yield str
@@ -203,17 +203,17 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         case None:
             yield annotation
         case _:
-            for one in arguments:
-                yield from _leaves(one)
+            for argument in arguments:
+                yield from _leaves(argument)
 
 
 def _scalars(value: Any) -> Iterator[Any]:
-    """What is in lists and mappings, however deep."""
+    """All values in nested lists and mappings."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        for one in value:
-            yield from _scalars(one)
+        for inner in value:
+            yield from _scalars(inner)
     else:
         yield value
 
@@ -227,9 +227,10 @@ class PromptsConfig(_Section):
     data_split: str = "train"
     """Which split of a Hugging Face data set is read."""
     held_out: Fraction = 0.15
-    """Share of prompts kept for evaluation, chosen by the hash of their text, or of topics, by that of the topic."""
+    """Share of the prompts (with `topic`: of the topics) that is kept for evaluation, chosen by the hash of the
+    text."""
     topic: str | None = None
-    """Column of a prompt's topic, if prompts that share one are to be trained on, or held out, together."""
+    """Column with the topic of each prompt: prompts of one topic are then all trained on or all held out."""
     limit: Positive | None = None
     """Read at most this many."""
 
@@ -261,12 +262,11 @@ class SamplingConfig(_Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Positive = 1024
     stop: Annotated[tuple[str, ...], BeforeValidator(_read_stops), Field(max_length=MAX_STOPS)] = ()
-    """Texts that end an answer, each of one or more characters (a single one needs no list). The first that comes
-    counts, and the answer ends before it; thoughts end there as well, so give none to a model that thinks. JSON that a
-    judge is made to write (mode: rationale) ends by itself."""
+    """Texts that end an answer (a single text needs no list): it ends before the first of them. They end thoughts too,
+    so give none to a model that thinks. The JSON of a judge (mode: rationale) ends without them."""
     include_stop: bool = False
-    """Whether the stop text is the answer's last part. One-sentence answers: `stop: [". ", "! ", "? ", "\\n"]`,
-    `include_stop: true`; spaces and line breaks at an answer's ends are no part of it."""
+    """Whether the answer keeps the stop text. For answers of one sentence: `stop: [". ", "! ", "? ", "\\n"]`,
+    `include_stop: true`. Spaces and line breaks at the ends of an answer are removed."""
 
     @model_validator(mode="after")
     def _has_a_stop_to_include(self) -> Self:
@@ -284,28 +284,30 @@ def _read_url(value: str) -> str:
 
 
 class EndpointConfig(_Section):
-    """An OpenAI-compatible server that answers instead of an engine here. Limits hold for the role as a whole."""
+    """An OpenAI-compatible server that answers in place of a local engine. Limits are for the whole role."""
 
     base_url: Annotated[str, AfterValidator(_read_url)]
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable with the key; the key itself is written nowhere."""
     concurrency: Positive = 32
-    """Requests under way at a time."""
+    """Most requests in flight."""
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
-    """Prompt (estimated) plus the most that the answer may take."""
+    """Counted per request: the prompt's tokens (estimated) and the most that the answer may have."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """For one try."""
+    """Of one attempt."""
     max_retries: Annotated[int, Field(ge=0)] = 8
-    """After 408, 409, 429, 5xx, no connection or a broken answer; waits as Retry-After says, else longer each time."""
+    """Attempts after a 408, 409, 429, 5xx, a failed connection or a broken response. The wait is what Retry-After says,
+    else longer each time."""
     max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
-    """What the server calls the most tokens of an answer: OpenAI the first, many older servers only the second."""
+    """The server's name for the limit on an answer's tokens: OpenAI's is the first, many older servers have the
+    second."""
     extra_body: dict[str, Any] = {}
-    """More fields of every request."""
+    """Additional fields of every request."""
 
 
 class PriceConfig(_Section):
-    """What a role costs, in one currency of your own; enters the ledger, changes nothing else."""
+    """Prices of a role's tokens and time, in any one currency; used for the costs in the ledger alone."""
 
     prompt: Annotated[float, Field(ge=0)] = 0.0
     """Per million prompt tokens that were not in the prefix cache."""
@@ -314,21 +316,21 @@ class PriceConfig(_Section):
     generated: Annotated[float, Field(ge=0)] = 0.0
     """Per million generated tokens."""
     engine_hour: Annotated[float, Field(ge=0)] = 0.0
-    """Per engine and hour at work."""
+    """Per engine and hour of work."""
 
 
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Is in the environment of what `ray job submit` runs."""
+"""Set in the environment of a job that `ray job submit` runs."""
 
 
 class ModelConfig(_Section):
-    """A model role: which model, on which resources, in which engine."""
+    """A role of a model: which model, its resources and its engine."""
 
     model: Annotated[str, AfterValidator(_model_name)]
     """A folder, a Hugging Face name, a GGUF file (its path, or PACKAGE:FILE.gguf inside an installed Python package;
-    converted once, into $CPT_CACHE or ~/.cache/cpt_ray), or the endpoint's name for it."""
+    converted once, into $CPT_CACHE or ~/.cache/cpt_ray), or the name that the endpoint knows it by."""
     endpoint: EndpointConfig | None = None
-    """Ask this server; `engine` and `num_gpus` are then not used."""
+    """A server to ask; `engine` and `num_gpus` are then ignored."""
     price: PriceConfig = PriceConfig()
     num_actors: OneOrMore = Range(1, 1)
     """Engine actors; [min, max] lets the pool grow with the cluster."""
@@ -382,7 +384,7 @@ class ModelConfig(_Section):
         folder = Path(self.model)
         if not folder.is_dir():
             return self.model
-        return content_id([[one.name, file_fingerprint(one)] for one in sorted(folder.iterdir()) if one.is_file()])
+        return content_id([[file.name, file_fingerprint(file)] for file in sorted(folder.iterdir()) if file.is_file()])
 
     @property
     def policy_key(self) -> str:
@@ -391,13 +393,14 @@ class ModelConfig(_Section):
 
     @property
     def answer_key(self) -> str:
-        """Changes when this role's answers would: with sampling and with engine arguments that are not about speed."""
-        told = {name: value for name, value in self.engine.items() if name not in SPEED_ARGUMENTS}
-        return content_id(self.policy_key, self.sampling.model_dump(), told)
+        """Changes when this role's answers would: with the model, its sampling and all but SPEED_ARGUMENTS of
+        `engine`."""
+        settings = {name: value for name, value in self.engine.items() if name not in SPEED_ARGUMENTS}
+        return content_id(self.policy_key, self.sampling.model_dump(), settings)
 
     @property
     def engine_key(self) -> str:
-        """Two roles with the same one can share an engine."""
+        """Roles with the same key can share an engine."""
         fields = {"model", "endpoint", "num_actors", "num_cpus", "num_gpus", "engine"}
         return content_id(self.model_dump(mode="json", include=fields), self.chat_template_kwargs)
 
@@ -406,10 +409,10 @@ class JudgeConfig(ModelConfig):
     """A model role that grades."""
 
     mode: Literal["logprobs", "rationale"] = "logprobs"
-    """"logprobs": one token per criterion, graded by the probabilities of the level numbers. "rationale": a reason,
-    then a level, for every criterion, in JSON that the engine is made to write; for models that need to think."""
+    """"logprobs": one token per criterion, graded by the probabilities of the level numbers. "rationale": a reason and
+    a level for each criterion, as JSON (the engine enforces the schema); for models that need to reason first."""
     votes: Positive = 1
-    """Rationales per answer; their mean counts."""
+    """Rationales per answer; the grade is their mean."""
 
     @model_validator(mode="after")
     def _votes_are_cast(self) -> Self:
@@ -448,41 +451,42 @@ class SynthesisConfig(_Section):
     """How much is written."""
 
     ask: Literal["levels", "prompt"] = "levels"
-    """What the writer is asked for: an answer at each level of each rubric, with the rubric in front of it; or just an
-    answer to the prompt, for a writer whose own answers spread over the levels more than it does what it is told."""
+    """What the writer is asked for. "levels": an answer at each level of each rubric, with the rubric in the prompt.
+    "prompt": an answer to the bare prompt, for a writer that follows rubrics badly but whose own answers vary."""
     first_pass: Positive = 1
-    """How often each of them is asked for at first."""
+    """Answers asked for in the first pass, per prompt, rubric and level (`ask: prompt`: per prompt)."""
     samples: Positive = 3
-    """How often at most: after the first pass, only what a prompt still lacks is asked for."""
+    """The same, at most and over all passes; later passes ask only for the levels that a prompt still lacks."""
     grids: Positive = 1
-    """Grids (an answer at each level) wanted per prompt and rubric; a prompt that has them is done."""
+    """Grids (an answer at each level) wanted per prompt and rubric; a prompt that has them is asked no more."""
     margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """An answer whose score is this close to half-way between two levels is at neither; a share of the way."""
+    """An answer about half-way between two levels belongs to neither: so close to it, as a share of the levels'
+    distance."""
     balance: bool = True
-    """Choose among the answers at a level those that differ in their own rubric alone, and leave out up to half of the
-    grids where what is left of other differences then cancels out; false: by hash."""
+    """Prefer, among the answers at a level, those that differ from the others in this rubric alone, and drop up to half
+    of the grids if the remaining differences then cancel out. false: choose by hash."""
     paraphrases: Annotated[int, Field(ge=2)] = 6
     """Directives wanted per (rubric, level) where the rubric gives none."""
     held_out_directives: Fraction = 0.3
     """Share of them kept for evaluation."""
     shard_rows: Positive = 1024
-    """Rows that an engine has under way, in two files of half as many (while one runs out, the other keeps it full):
-    what is lost at most when something dies. Four times the engine's max_num_seqs keep it full all the time. Shards of
-    another size are other shards: a changed number does all of a run anew, unless it fits in one shard either way."""
+    """Rows that an engine works on at a time, in two shards of half as many; a process that dies loses at most these.
+    Four times the engine's max_num_seqs keep it busy all the time. Another size means other shards: a change redoes
+    the whole run, unless it fits in one shard both before and after."""
     combine: tuple[tuple[str, str], ...] = ()
-    """Pairs of rubric ids that are also asked for at once, in one directive."""
+    """Pairs of rubric ids that are also combined in one directive."""
     control: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of cells in which the policy's own answer to the bare prompt, or under a neutral directive, takes part as
-    one more level: chosen where no rubric's directive is given, rejected where one is."""
+    """Share of grids with the policy's own answer (to the bare prompt, or under a neutral directive) as one more level:
+    chosen where no rubric's directive is given, rejected where one is."""
     neutral_directives: tuple[str, ...] = ("You are a helpful assistant.",)
-    """Half of the control rows have one of these, half have none."""
+    """Used in half of the control rows; the other half have no directive."""
     aggregate: Literal["mean", "median", "majority", "min"] = "mean"
     """How the grades of several judges (`judges`) become one."""
     near_duplicates: Fraction | None = None
-    """Drop an answer whose words resemble those of an earlier one that was asked to be the same this much (Jaccard, by
-    MinHash)."""
+    """Drop an answer whose words resemble those of an earlier answer to the same request by this much (Jaccard
+    similarity, by MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1)] | None = None
-    """Drop a pair (and its twin) whose longer answer has over this many times the tokens of the shorter."""
+    """Drop a pair (and its twin) if the longer answer has more than this many times the tokens of the shorter."""
 
     @model_validator(mode="after")
     def _first_pass_is_within(self) -> Self:
@@ -495,65 +499,67 @@ class SynthesisConfig(_Section):
 
     @property
     def num_passes(self) -> int:
-        """The first, and as many as can still ask for something; a pass with nothing to ask for costs nothing."""
+        """The first, and as many as may be needed; a pass with nothing to ask for costs nothing."""
         return 1 + min(self.samples - self.first_pass, MOST_FURTHER_PASSES)
 
 
 class LoraConfig(_Section):
-    """The adapter."""
+    """The LoRA adapter."""
 
     r: Positive = 16
     alpha: Positive = 16
     target_modules: str | tuple[str, ...] = "all-linear"
     quantize: Literal["nf4"] | None = None
-    """"nf4" keeps the frozen weights in 4 bits while it trains (QLoRA; needs bitsandbytes); the export is not."""
+    """"nf4" keeps the frozen weights in 4 bits during training (QLoRA; needs bitsandbytes); the exported model is
+    whole."""
 
 
 Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "sigmoid_norm", "sft"]
 
 
 class TrainConfig(_Section):
-    """DPO."""
+    """Training by DPO (direct preference optimization)."""
 
     num_workers: OneOrMore = Range(2, 2)
-    """[min, max] goes on with fewer workers when nodes are lost and with more when they come."""
+    """With [min, max], training continues with fewer workers when nodes are lost, and with more when nodes join."""
     use_gpu: bool = False
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
     loss: Annotated[dict[Loss, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"sigmoid": 1.0}
-    """Weights of TRL's losses of these names."""
+    """Loss by TRL's name, and its weight."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     epochs: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Positive = 32
     """Pairs per optimizer step over all workers, on average."""
     micro_batch_size: Positive = 4
-    """Pairs per worker and forward pass, at most; the rest is gradient accumulation."""
+    """Most pairs per worker and forward pass; a larger batch is reached by gradient accumulation."""
     max_length: Positive = 2048
-    """Tokens of prompt plus answer; a longer pair is rejected, never cut."""
+    """Most tokens of prompt and answer together; a longer pair is rejected, never cut."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    """Of the adapter's first weights and the order of the pairs, which stay the same pairs; the run's unless given."""
+    """Seed of the initial adapter and of the order of the pairs (never of which pairs); the run's `seed` unless
+    given."""
     contrast: Literal["all", "ends"] = "all"
-    """Which levels are trained against each other: all of a rubric, or its lowest and its highest alone. A base that
-    ignores directives learns to read them from the ends in a fraction of the steps; what lies between is then left to
-    what it knows of the words."""
+    """Which levels of a rubric are trained against each other: all, or only the lowest and the highest. With "ends", a
+    base model that ignores directives learns to follow them in a fraction of the steps; the levels between are then
+    left to what it knows of the words."""
     max_pairs: Positive | None = None
-    """Train on at most this many pairs, twins kept together, chosen by hash."""
+    """Train on at most this many pairs, chosen by hash, with their twins."""
     held_out: Annotated[int, Field(ge=0)] = 200
-    """Pairs (of whole prompts, a tenth at most) that are not trained on: metrics are measured on them."""
+    """Pairs kept for the training's metrics: all pairs of some prompts, at most a tenth."""
     lora: LoraConfig | None = LoraConfig()
-    """None tunes all weights."""
+    """null tunes all weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the frozen weights and of the arithmetic: bfloat16 unless given, on a CPU what it computes fast."""
+    """Of the frozen weights and the arithmetic. Unless given: bfloat16; on a CPU, float32 if it has no bfloat16."""
     gradient_checkpointing: bool = True
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """"fsdp" splits the frozen weights among the workers (FSDP2); "ddp" gives each worker all of them."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     save_steps: Positive = 50
-    """Optimizer steps between checkpoints; what is held out is measured as often."""
+    """Optimizer steps between checkpoints, and between measurements on the held-out pairs."""
     checkpoints: StoragePath | None = None
-    """Where checkpoints are kept, a folder or a URI (s3://, gs://, hdfs://); in the run directory unless given."""
+    """Where checkpoints are kept: a folder or a URI (s3://, gs://, hdfs://); the run directory unless given."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a died worker group is started again from the last checkpoint."""
+    """How often a failed worker group is restarted from the last checkpoint."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where loss and metrics go; TensorBoard's files are in the run directory."""
 
@@ -569,31 +575,34 @@ class TrainConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    """How much is evaluated."""
+    """What the evaluation compares, and on how much."""
 
     prompts: Positive = 32
-    """Held-out prompts, at most."""
+    """Most held-out prompts."""
     directives: Positive = 1
     """Held-out directives per (prompt, rubric, level)."""
     trained_directives: Annotated[int, Field(ge=0)] = 0
-    """As many of those that were trained on, beside them: what new wording costs."""
+    """Directives from training per (prompt, rubric, level), in addition: they show how much worse new wording is
+    followed."""
     judge_check: LocalPath | None = None
-    """A rubric that is not trained on, with a judged and a measured criterion: the judge grades some written answers by
-    it, and the report says how far it agrees with the measure."""
+    """A rubric file, not one of `rubrics`, with a judged and a measured criterion: the judge grades some written
+    answers by it, and the report says how far the judge agrees with the measure."""
     judge_check_answers: Positive = 60
+    """How many answers."""
     bootstrap: Positive = 1000
     """Resamples (of prompts and of directives) behind each 95% interval."""
 
 
 class AnswersConfig(_Section):
-    """Graded answers that come with the prompts' data, in the shape of UltraFeedback: a list of answers per row."""
+    """Graded answers in the prompts' own data, in UltraFeedback's layout: a list of answers per row."""
 
     list: str
     """Column of the answers."""
     text: str
     """Field of an answer that holds its text."""
     scores: Annotated[dict[str, str], Field(min_length=1)]
-    """Rubric id to the field of its grade, with dots between nested names; what is no number is ungraded."""
+    """Rubric id to the field of its grade (nested names joined by dots); a value that is no number counts as
+    ungraded."""
     scale: tuple[float, float] = (1.0, 5.0)
     """Lowest and highest grade; they become the rubric's lowest and highest anchor."""
 
@@ -612,25 +621,26 @@ Kind = Literal["high", "low", "middle", "mixture", "noisy"]
 
 
 class SteerConfig(_Section):
-    """Few-shot steering: what is learned from simulated users, and how it is tried on held-out ones."""
+    """Few-shot steering: models are trained on simulated users and tested on held-out ones."""
 
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = get_args(Kind)
-    """Tastes of the users, who have them in turn."""
+    """Kinds of taste; the simulated users have them in turn."""
     answers: AnswersConfig | None = None
     """Where users' answers come from; the run's own generations and evaluation unless given."""
     users: Positive = 2000
-    """Users to learn from; each has a twin who chooses the other way."""
+    """Users to train on; each has a twin with the opposite choices."""
     test_users: Positive = 100
-    """Held-out users, their twins included: new tastes, on prompts that nothing was learned from."""
+    """Held-out users, twins included: other tastes, and prompts that were not trained on."""
     held_out_rubrics: tuple[str, ...] = ()
-    """Rubric ids that only held-out users care about."""
+    """Ids of rubrics that only held-out users care about."""
     choices: Positive = 10
+    """Choices that each user is known by."""
     targets: Positive = 20
-    """Pairs that a user's model is trained or tried on, beside the choices."""
+    """Further pairs of each user, on which the predictions are trained or tested."""
     conflicting: Annotated[float, Field(ge=0.75, le=1)] = 0.8
     """Least share of pairs on which users disagree."""
     embedder: ModelConfig | None = None
-    """Makes the embeddings of answers; the tuned policy unless given."""
+    """The model that embeds answers; the tuned policy unless given."""
     size: Annotated[int, Field(ge=8, multiple_of=8)] = 128
     """Width of the models that read choices."""
     steps: Positive = 600
@@ -638,53 +648,55 @@ class SteerConfig(_Section):
     batch_users: Positive = 32
     """Users per step over all workers, without their twins."""
     seeds: Positive = 5
-    """Models that are trained; results are over all of them."""
+    """Reward models trained, with different seeds; results are over all of them."""
     forms: tuple[Form, ...] = ("gated_lora",)
-    """Conditional policies (NP-DPO) that are trained; only gated_lora's answers are tried, by folded adapters."""
+    """Conditional policies (NP-DPO) to train; only answers of gated_lora are evaluated."""
     policy_beta: Annotated[float, Field(gt=0)] = 0.05
     policy_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     policy_steps: Positive = 1000
     policy_users: Positive = 4
     """Users per step over all workers, without their twins."""
     policy_answers: Annotated[int, Field(ge=2)] = 8
-    """Answers of each of them in a step, of one prompt if it has as many; all pairs of a prompt count."""
+    """Answers per user and step, to a single prompt if it has enough; all pairs of answers to a prompt count."""
     num_workers: Positive = 1
     use_gpu: bool = False
     samples: Positive = 4
-    """Answers per held-out prompt and configuration that satisfaction is measured on."""
+    """Answers per held-out prompt and configuration on which satisfaction is measured."""
     best_of: Positive = 16
-    """Answers among which re-ranking chooses."""
+    """Answers from which re-ranking chooses the best."""
     certainty: Fraction = 0.6
-    """Probability from which on an inferred level is acted upon."""
+    """Least probability at which an inferred level is applied."""
     lapse: Fraction = 0.1
-    """Share of choices that say nothing, as directive inference takes it."""
+    """Share of a user's choices that inference assumes to be random."""
     prior: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Rubric id to how likely a user cares about it before any choice, against 1 of those not named."""
+    """Rubric id to how likely users are to care about it before any choice, relative to 1 for rubrics not listed."""
 
 
 class ServeConfig(_Section):
-    """Where the tuned model listens, and how much of it there is."""
+    """The server of the tuned model."""
 
     host: str = "127.0.0.1"
-    """Anything but loopback needs keys (`cpt keys add`), or --insecure."""
+    """An address other than loopback needs keys (`cpt keys add`), or --insecure."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     replicas: NoneOrMore = Range(1, 1)
-    """[min, max] follows the load; with min 0 an idle server holds no engine, and the next request waits for one."""
+    """[min, max] follows the load. With min 0, an idle server has no engine, and the next request waits for one to
+    start."""
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 64.0
-    """Requests in flight per replica that [min, max] aims at."""
+    """Target for requests in flight per replica, where `replicas` is [min, max]."""
     idle_seconds: Annotated[float, Field(ge=0)] = 600.0
-    """How long a replica too many is kept."""
+    """How long a replica that is not needed is kept."""
     configurations: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], dict[str, str | float]] = {}
-    """Saved configurations: name to {rubric: level or score}; asked for by name, or as the model `cpt:NAME`."""
+    """Saved configurations: name to {rubric: level or score}. Clients ask for them by name, or as the model
+    `cpt:NAME`."""
     frontend: VllmArguments = {}
     """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names.
-    allowed_origins lists the pages of other origins that may ask; without it there are none."""
+    allowed_origins lists the other origins whose pages may send requests; none unless given."""
     base: bool = False
-    """Serves the untuned model too, at /base: as many replicas again."""
+    """Serve the untuned model too, at /base, with as many replicas again."""
     preferences: Literal["directive", "gated_lora"] = "directive"
-    """What steers a chat that names a user's choices: the inferred directive, or what `cpt steer fit` trained."""
+    """How a user's choices steer a chat: by the inferred directive, or by the policy that `cpt steer fit` trained."""
     adapters: dict[str, StoragePath] = {}
-    """Tuned models over policy.model, in place of the merged one: name to adapter folder or URI, the default first."""
+    """Adapters of policy.model to serve in place of the merged model: name to folder or URI, the default first."""
 
     @field_validator("frontend")
     @classmethod
@@ -692,7 +704,7 @@ class ServeConfig(_Section):
         """A text in a list's place would be searched for parts of it, and an origin with a path never matches."""
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
             texts = frontend.get(name, [])
-            if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name}: found {texts!r}; expected a list of texts")
         for origin in frontend.get("allowed_origins", ()):
             if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s*]+", origin):
@@ -701,11 +713,11 @@ class ServeConfig(_Section):
 
 
 class TuneConfig(_Section):
-    """What tuning a policy needs, on whichever pairs."""
+    """What training needs, whether on a run's pairs or on a preference set."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     run_dir: LocalPath = ""
-    """Where all of it is written; "runs/<name>" unless given. On a cluster: a folder every node sees."""
+    """The run directory; "runs/<name>" unless given. On a cluster: a folder that every node sees."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     policy: ModelConfig
     """The model that is tuned, evaluated and served; its untuned form is the reference."""
@@ -715,7 +727,7 @@ class TuneConfig(_Section):
     @classmethod
     def _fill_run_dir(cls, data: Any) -> Any:
         name = data.get("name") if isinstance(data, dict) and "run_dir" not in data else None
-        # a name with a line break is said to be wrong itself, and once
+        # a name with a line break is refused for itself, and once
         return {**data, "run_dir": f"runs/{name}"} if isinstance(name, str) and name.isprintable() else data
 
     @field_validator("run_dir", mode="before")
@@ -735,13 +747,13 @@ class PreferencesConfig(_Section):
 
 
 class PreferenceRunConfig(TuneConfig):
-    """`cpt train` alone, on any preference set."""
+    """A run file for `cpt train` alone, on any preference set."""
 
     preferences: PreferencesConfig
 
 
 class RunConfig(TuneConfig):
-    """One run of the whole loop."""
+    """A run file of the whole loop."""
 
     rubrics: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
     """Rubric files, or folders of them."""
@@ -778,7 +790,7 @@ class RunConfig(TuneConfig):
     @property
     def rubric_paths(self) -> list[Path]:
         """`rubrics` as paths."""
-        return [Path(one) for one in self.rubrics]
+        return [Path(path) for path in self.rubrics]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -792,7 +804,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | PreferenceRunConfig:
     """The run file of a whole loop or, if it names `preferences`, of a training alone."""
     data = read_yaml(path)
-    sections = {*data, *(one.partition("=")[0].partition(".")[0] for one in overrides)}
+    sections = {*data, *(override.partition("=")[0].partition(".")[0] for override in overrides)}
     if "preferences" in data and (others := [name for name in ("rubrics", "prompts", "writer") if name in data]):
         raise UserError(
             f"{path}: `preferences` stands in the place of rubrics, prompts and writer; leave out {', '.join(others)}, "
@@ -808,7 +820,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
         config = kind.model_validate(data)
     except ValidationError as error:
         lines = validation_lines(error, kind)
-        lines = [one for one in lines if not any(other.startswith(f"{_entry(one)}.") for other in lines)]
+        lines = [line for line in lines if not any(other.startswith(f"{_entry(line)}.") for other in lines)]
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
         problems = [f"{_blamed(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
         raise UserError("\n".join(problems)) from None
@@ -855,9 +867,9 @@ def _entry(line: str) -> str:
 
 def _blamed(path: Path, name: str, given: Sequence[str]) -> str:
     """Where an entry was given."""
-    if any(f"{name}.".startswith(f"{one}.") for one in given):
+    if any(f"{name}.".startswith(f"{key}.") for key in given):
         return "override"
-    return f"{path}, overrides" if any(one.startswith(f"{name}.") for one in given) else str(path)
+    return f"{path}, overrides" if any(key.startswith(f"{name}.") for key in given) else str(path)
 
 
 def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
@@ -882,9 +894,9 @@ def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
 def _annotation_at(annotation: Any, parts: Sequence[str]) -> Any:
     """Of the entry that `parts` name; Any where there is none of that name."""
     for part in parts:
-        options = [_bare(one) for one in _options(annotation)]
-        section = next((one for one in options if _is_section(one)), None)
-        mapping = next((one for one in options if get_origin(one) is dict), None)
+        options = [_bare(option) for option in _options(annotation)]
+        section = next((option for option in options if _is_section(option)), None)
+        mapping = next((option for option in options if get_origin(option) is dict), None)
         if section is not None and part in section.model_fields:
             annotation = section.model_fields[part].annotation
         else:
@@ -910,8 +922,8 @@ def _typed(annotation: Any, text: str) -> Any:
         raise ValueError("has no value; give one, or leave it out (was it a variable that is not set?)")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"found {text!r}; it is not UTF-8")
-    options = [_bare(one) for one in _options(annotation)]
-    texts = [one for one in options if one is str or get_origin(one) is Literal]
+    options = [_bare(option) for option in _options(annotation)]
+    texts = [option for option in options if option is str or get_origin(option) is Literal]
     if not texts:
         return _read_yaml_value(text)
     if text == "null" and NoneType in options:
@@ -920,7 +932,7 @@ def _typed(annotation: Any, text: str) -> Any:
         return _read_yaml_value(text)
     if float in options and (number := _NUMBER.fullmatch(text)):
         return float(number[0])
-    is_list = text.startswith("[") and any(get_origin(one) is tuple for one in options)
+    is_list = text.startswith("[") and any(get_origin(option) is tuple for option in options)
     return _read_yaml_value(text) if is_list else text
 
 
@@ -928,12 +940,12 @@ def _read_yaml_value(text: str) -> Any:
     """ValueError for what cannot be read, or has a comment: its text would be lost."""
     try:
         value = yaml.load(text, Loader=_ValueLoader)
-        scalars = [one for one in yaml.scan(text) if isinstance(one, yaml.ScalarToken)]
+        scalars = [scalar for scalar in yaml.scan(text) if isinstance(scalar, yaml.ScalarToken)]
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"found {text!r}; not read as YAML ({error.problem}); put texts in quotes") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"found {text!r:.100}; not read as YAML ({str(error)[:100]})") from None
-    read = {at for one in scalars for at in range(one.start_mark.index, one.end_mark.index)}
+    read = {at for scalar in scalars for at in range(scalar.start_mark.index, scalar.end_mark.index)}
     if any(letter == "#" and at not in read for at, letter in enumerate(text)):
         raise ValueError(f"found {text!r}; what follows # would be a comment; put texts in quotes")
     return value
@@ -947,7 +959,7 @@ class _ValueLoader(StrictLoader):
 
 
 _ValueLoader.yaml_implicit_resolvers = {
-    first: [one for one in known if one[0].rpartition(":")[2] in ("bool", "null")]
+    first: [resolver for resolver in known if resolver[0].rpartition(":")[2] in ("bool", "null")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in {

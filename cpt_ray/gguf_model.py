@@ -88,8 +88,8 @@ def gguf_hash(name: str) -> str:
     """Hash of the file's whole content; UserError if it cannot be read."""
     path = gguf_file(name)
     try:
-        found = path.stat()
-        return _hash(path.absolute(), found.st_size, found.st_mtime_ns)
+        stat = path.stat()
+        return _hash(path.absolute(), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
 
@@ -224,7 +224,7 @@ def _load(name: str, path: Path, folder: Path, stop_ids: list[int]) -> tuple[Any
         ) from error
     finally:
         shutil.rmtree(alone_there)
-    if missing := sorted(report["missing_keys"] | {one[0] for one in report["mismatched_keys"]}):
+    if missing := sorted(report["missing_keys"] | {key[0] for key in report["mismatched_keys"]}):
         raise UserError(f"{name}: lacks weights of its architecture ({len(missing)}, such as {missing[0]})")
     if len(stop_ids) > 1:  # transformers knows the first
         model.generation_config.eos_token_id = stop_ids

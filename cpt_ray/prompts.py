@@ -180,11 +180,11 @@ def _read_hub(config: PromptsConfig | PreferencesConfig) -> Iterable[dict[str, A
 
 def check_leakage(prompts: Sequence[Prompt]) -> None:
     """UserError if a held-out prompt is a train prompt but for case, width, normal form, spaces and punctuation."""
-    train = {_plain(one.text): one.text for one in prompts if one.split == "train"}
-    for one in prompts:
-        if one.split == "held_out" and (same := train.get(_plain(one.text))):
+    train = {_plain(prompt.text): prompt.text for prompt in prompts if prompt.split == "train"}
+    for prompt in prompts:
+        if prompt.split == "held_out" and (same := train.get(_plain(prompt.text))):
             raise UserError(
-                f"prompts: {one.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
+                f"prompts: {prompt.text[:80]!r} is held out, but {same[:80]!r} is trained on and has the same words; "
                 "remove one of them"
             )
 

@@ -34,9 +34,7 @@ def half_character(value: Any) -> str:
 
     JSON can hold one ("\\\\ud83d") and UTF-8 cannot, so neither a tokenizer nor parquet takes it.
     """
-    return next(
-        (f"\\u{ord(found.group()):04x}" for text in strings_in(value) if (found := _SURROGATE.search(text))), ""
-    )
+    return next((f"\\u{ord(half.group()):04x}" for text in strings_in(value) if (half := _SURROGATE.search(text))), "")
 
 
 def strings_in(value: Any) -> Iterator[str]:

@@ -176,9 +176,9 @@ def validation_lines(error: ValidationError, model: type[BaseModel]) -> list[str
     """Each problem as `field: what was found; what to do`."""
     schema = model.model_json_schema()
     problems: dict[tuple[str, ...], str] = {}
-    for one in error.errors():
-        field = _field_at(schema, one["loc"])
-        problems.setdefault(field.path, _problem(field, one))  # each kind that a value may be of has its own error
+    for problem in error.errors():
+        field = _field_at(schema, problem["loc"])
+        problems.setdefault(field.path, _problem(field, problem))  # each kind that a value may be of has its own error
     # What is wrong inside is said there; pydantic also finds a list without it too short, or no text.
     around = {path[:at] for path in problems for at in range(len(path))}
     return [
@@ -205,11 +205,11 @@ def _field_at(schema: _Schema, loc: Sequence[int | str]) -> _Field:
     field = _Field((), [], [schema], False)
     for part in loc:
         if part == "[key]":
-            field = field._replace(kinds=[_key_of(one) for one in field.around])
+            field = field._replace(kinds=[_key_of(node) for node in field.around])
         elif len(field.kinds) > 1 and not field.is_tried:
             field = field._replace(is_tried=True)
         else:
-            kinds = [kind for one in field.kinds for kind in _kinds(schema, _inside(one, part))]
+            kinds = [kind for node in field.kinds for kind in _kinds(schema, _inside(node, part))]
             field = _Field((*field.path, str(part)), field.kinds, kinds, False)
     return field
 
@@ -218,7 +218,7 @@ def _kinds(schema: _Schema, node: _Schema) -> list[_Schema]:
     if "$ref" in node:
         return _kinds(schema, schema["$defs"][node["$ref"].rpartition("/")[2]])
     if "anyOf" in node:
-        return [kind for one in node["anyOf"] if one != {"type": "null"} for kind in _kinds(schema, one)]
+        return [kind for inner in node["anyOf"] if inner != {"type": "null"} for kind in _kinds(schema, inner)]
     return [node] if node else []
 
 
@@ -237,10 +237,10 @@ def _key_of(node: _Schema) -> _Schema:
 
 
 def _problem(field: _Field, error: Any) -> str:
-    found, wanted = shown_in_yaml(error["input"]), " or ".join(map(_wanted, field.kinds))
+    shown, wanted = shown_in_yaml(error["input"]), " or ".join(map(_wanted, field.kinds))
     match error["type"]:
         case "extra_forbidden":
-            known = [key for one in field.around for key in one.get("properties", ())]
+            known = [key for node in field.around for key in node.get("properties", ())]
             return f"unknown key{did_you_mean(field.path[-1], known)}"
         case "missing":
             return "missing; add it"
@@ -248,14 +248,14 @@ def _problem(field: _Field, error: Any) -> str:
             return str(error["ctx"]["error"])
         case "string_pattern_mismatch":
             pattern = error["ctx"]["pattern"]
-            return f"found {found}; use {PATTERNS.get(pattern, f'text like {pattern}')}"
+            return f"found {shown}; use {PATTERNS.get(pattern, f'text like {pattern}')}"
         case "string_unicode":
             return "found half a character; write the whole character, or remove it"
         case "string_type" if len(field.kinds) == 1 and _kind(error["input"]) in _READ_AS_SOMETHING_ELSE:
-            return f"found {found}; expected {wanted} (put it in quotes)"
+            return f"found {shown}; expected {wanted} (put it in quotes)"
         case "finite_number":
-            return f"found {found}; expected {wanted.replace('a number', 'a finite number')}"
-    return f"found {found}; expected {wanted or error['msg']}"
+            return f"found {shown}; expected {wanted.replace('a number', 'a finite number')}"
+    return f"found {shown}; expected {wanted or error['msg']}"
 
 
 def _wanted(node: _Schema) -> str:
@@ -283,9 +283,9 @@ def _range(node: _Schema) -> str:
     if low is not None and high is not None:
         return f" from {low:g} to {high:g}"
     bounds = {"above {:g}": above, "of {:g} or more": low, "below {:g}": below, "at most {:g}": high}
-    said = [text.format(bound) for text, bound in bounds.items() if bound is not None]
+    texts = [text.format(bound) for text, bound in bounds.items() if bound is not None]
     several = [f"a multiple of {node['multipleOf']:g}"] if "multipleOf" in node else []
-    return "".join(f" {text}" for text in [" and ".join(said), *(f"and {one}" for one in several)] if text)
+    return "".join(f" {text}" for text in [" and ".join(texts), *(f"and {text}" for text in several)] if text)
 
 
 def _length(least: int, most: int | None) -> str:

@@ -92,9 +92,9 @@ class Catalog:
     def build(cls, rubrics: Sequence[Rubric], directives: Sequence[Directive]) -> Self:
         """From a run's rubrics and directives; UserError if a level has no directive the model was trained on."""
         texts: dict[tuple[str, str], Directive] = {}
-        for one in sorted(directives, key=lambda directive: directive.directive_id):
-            if one.split == "train":
-                texts.setdefault((one.rubric_id, one.level), one)
+        for directive in sorted(directives, key=lambda directive: directive.directive_id):
+            if directive.split == "train":
+                texts.setdefault((directive.rubric_id, directive.level), directive)
         return cls(tuple(_entry(rubric, texts) for rubric in rubrics))
 
     def resolve(self, configuration: Any) -> Resolved:
@@ -105,8 +105,8 @@ class Catalog:
                 raise UserError(f"configuration: no saved configuration {shown!r}{did_you_mean(shown, self.saved)}")
             configuration = self.saved[configuration]
         if not isinstance(configuration, Mapping):
-            found = kind_of(configuration)
-            raise UserError(f'configuration: found {found}; give an object like {{"rubric": "level"}}')
+            kind = kind_of(configuration)
+            raise UserError(f'configuration: found {kind}; give an object like {{"rubric": "level"}}')
         known = {rubric.id: rubric for rubric in self.rubrics}
         if len(configuration) > len(known):
             raise UserError(f"configuration: {len(configuration)} entries, but this model has {len(known)} rubrics")
@@ -114,7 +114,7 @@ class Catalog:
             if name not in known:
                 shown = str(name)[:MAX_SHOWN]
                 raise UserError(f"configuration: no rubric {shown!r}{did_you_mean(shown, known)}")
-        levels = {one.id: one.find(configuration[one.id]) for one in self.rubrics if one.id in configuration}
+        levels = {name: rubric.find(configuration[name]) for name, rubric in known.items() if name in configuration}
         return Resolved(
             directive=compose_directives([level.directive for level in levels.values()]),
             applied={rubric_id: level.name for rubric_id, level in levels.items()},
@@ -127,7 +127,7 @@ class Catalog:
             return self.resolve(text)
         configuration: dict[str, Any] = {}
         for part in text.split(","):
-            name, equals, target = (one.strip() for one in part.partition("="))
+            name, equals, target = (text.strip() for text in part.partition("="))
             if not equals or name in configuration:
                 why = "is asked for twice" if equals else "is not rubric=level"
                 raise UserError(f"configuration: {(name or part)[:MAX_SHOWN]!r} {why}")
@@ -148,7 +148,7 @@ class Catalog:
         return {
             "object": "list",
             "data": [dataclasses.asdict(rubric) for rubric in self.rubrics],
-            "saved": {name: dict(one) for name, one in self.saved.items()},
+            "saved": {name: dict(configuration) for name, configuration in self.saved.items()},
         }
 
     @classmethod

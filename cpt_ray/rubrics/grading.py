@@ -78,11 +78,11 @@ def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> Crite
 
 def weighted(rubric: Rubric, grades: Sequence[CriterionGrade]) -> float | None:
     """Mean score weighted by the criteria's percents; None if there is none or any is ungraded."""
-    weights = {one.name: one.weight for one in rubric.criteria}
-    if not grades or any(one.score is None for one in grades):
+    weights = {criterion.name: criterion.weight for criterion in rubric.criteria}
+    if not grades or any(grade.score is None for grade in grades):
         return None
-    total = sum(weights[one.criterion] for one in grades)
-    return sum(weights[one.criterion] * one.score for one in grades if one.score is not None) / total
+    total = sum(weights[grade.criterion] for grade in grades)
+    return sum(weights[grade.criterion] * grade.score for grade in grades if grade.score is not None) / total
 
 
 def ungraded(criterion: Criterion, reason: str) -> CriterionGrade:
@@ -95,10 +95,11 @@ def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]
 
     A vote that cannot be read counts for nothing; with fewer than half of them left there is no verdict.
     """
-    read = [found for found in map(_readable, votes) if found is not None]
+    read = [verdict for verdict in map(_readable, votes) if verdict is not None]
     grades = []
     for criterion in rubric.judged:
-        cast = [found for one in read if (found := _vote(rubric, one.get(criterion.name))) is not None]
+        given = [_vote(rubric, verdicts.get(criterion.name)) for verdicts in read]
+        cast = [vote for vote in given if vote is not None]
         if 2 * len(cast) < len(votes) or not cast:
             grades.append(ungraded(criterion, f"unreadable verdict ({len(votes) - len(cast)} of {len(votes)} votes)"))
         else:
@@ -109,26 +110,26 @@ def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]
 
 def _readable(vote: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(vote, strict=False)  # engines let a text run over several lines
+        verdict = json.loads(vote, strict=False)  # engines let a text run over several lines
     except json.JSONDecodeError:
         return None
-    return found if isinstance(found, dict) else None
+    return verdict if isinstance(verdict, dict) else None
 
 
-def _vote(rubric: Rubric, found: Any) -> tuple[float, str] | None:
+def _vote(rubric: Rubric, verdict: Any) -> tuple[float, str] | None:
     """(score, reason), or None if it is not a verdict on this rubric."""
-    if not isinstance(found, dict) or type(found.get("level")) is not int:
+    if not isinstance(verdict, dict) or type(verdict.get("level")) is not int:
         return None
-    number = found["level"]
+    number = verdict["level"]
     if not 1 <= number <= len(rubric.levels):
         return None
-    return rubric.levels[number - 1].score, str(found.get("reason", ""))
+    return rubric.levels[number - 1].score, str(verdict.get("reason", ""))
 
 
 def grade_answer(rubric: Rubric, unit_id: str, text: str, judged: Sequence[CriterionGrade], judge: str) -> Grade:
     """The whole verdict on one answer: `judged` criteria, and the measured ones."""
-    measured = [measured_criterion(rubric, one, text) for one in rubric.measured]
-    missing = [f"{one.criterion}: {one.reason}" for one in (*judged, *measured) if one.score is None]
+    measured = [measured_criterion(rubric, criterion, text) for criterion in rubric.measured]
+    missing = [f"{grade.criterion}: {grade.reason}" for grade in (*judged, *measured) if grade.score is None]
     return Grade(
         unit_id=unit_id,
         rubric_id=rubric.id,
@@ -149,10 +150,10 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
     """
     if len(grades) == 1:
         return grades[0]
-    names = "+".join(one.judge for one in grades)
-    scores = [one.score for one in grades if one.score is not None]
+    names = "+".join(grade.judge for grade in grades)
+    scores = [grade.score for grade in grades if grade.score is not None]
     if len(scores) < len(grades):
-        reasons = "; ".join(f"{one.judge}: {one.reason}" for one in grades if one.score is None)
+        reasons = "; ".join(f"{grade.judge}: {grade.reason}" for grade in grades if grade.score is None)
         return dataclasses.replace(grades[0], score=None, judged=None, reason=reasons, judge=names, criteria=[])
     if how == "majority":
         by_level = Counter(nearest_level(rubric.levels, score).name for score in scores)
@@ -162,7 +163,7 @@ def aggregate(rubric: Rubric, grades: Sequence[Grade], how: str) -> Grade:
             return dataclasses.replace(grades[0], score=None, judged=None, reason=reason, judge=names, criteria=[])
         scores = [score for score in scores if nearest_level(rubric.levels, score).name == level]
     score = {"median": statistics.median(scores), "min": min(scores)}.get(how, statistics.fmean(scores))
-    judged = [one.judged for one in grades if one.judged is not None]
+    judged = [grade.judged for grade in grades if grade.judged is not None]
     return dataclasses.replace(
         grades[0],
         score=score,

@@ -97,20 +97,21 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
     """
     composed = _composed(text)
     spelled, sentences = ([], 0) if _is_unspaced(composed) else _words_and_sentences(composed)
-    found, wanted, other = [folded(word) for word in spelled], _folded_list(tuple(words)), _folded_list(tuple(against))
-    latin = [word for word in found if _LATIN.search(word)]
-    hits, misses = sum(word in wanted for word in found), sum(word in other for word in found)
+    in_text = [folded(word) for word in spelled]
+    wanted, other = _folded_list(tuple(words)), _folded_list(tuple(against))
+    latin = [word for word in in_text if _LATIN.search(word)]
+    hits, misses = sum(word in wanted for word in in_text), sum(word in other for word in in_text)
     compatible = unicodedata.normalize("NFKC", composed)  # a fullwidth mark is a mark, a double one two
     parts = {
-        "word_count": (len(found), min(1, len(found))),
-        "words_per_sentence": (len(found), sentences),
-        "mean_word_length": (sum(map(_length, spelled)), len(found)),
+        "word_count": (len(in_text), min(1, len(in_text))),
+        "words_per_sentence": (len(in_text), sentences),
+        "mean_word_length": (sum(map(_length, spelled)), len(in_text)),
         "exclamation_density": (len(_EXCLAMATION.findall(compatible)), sentences),  # per sentence
         "question_density": (len(_QUESTION.findall(compatible)), sentences),
-        "unique_word_share": (len(set(found)), len(found)),
-        "word_share": (hits, len(found)),
+        "unique_word_share": (len(set(in_text)), len(in_text)),
+        "word_share": (hits, len(in_text)),
         "word_balance": (hits, hits + misses),
-        "character_count": (_length(composed.strip()), min(1, len(found))),
+        "character_count": (_length(composed.strip()), min(1, len(in_text))),
         "syllables_per_word": (sum(syllables(_plain_letters(word)) for word in latin), len(latin)),
         "sentiment": _mood(composed) if latin else (0, 0),
         "valence": (valence(latin), min(1, len(latin))),
@@ -155,7 +156,7 @@ def _is_unspaced(text: str) -> bool:
 
 def _mood(text: str) -> tuple[float, int]:
     """The sum over sentences, which are what VADER is made for, and how many they are."""
-    moods = [sentiment(folded(one)) for one in _sentences(text)]
+    moods = [sentiment(folded(sentence)) for sentence in _sentences(text)]
     return math.fsum(moods), len(moods)
 
 

@@ -145,7 +145,7 @@ class Rubric(_Strict):
     @property
     def grading_hash(self) -> str:
         """Changes with all that a grade depends on."""
-        return content_id(self.content_hash, [one.measure.points for one in self.measured if one.measure])
+        return content_id(self.content_hash, [spec.points for spec in self.measures])
 
     def __hash__(self) -> int:
         return hash((self.id, self.version))
@@ -155,23 +155,29 @@ class Rubric(_Strict):
         for level in self.levels:
             if level.name == name:
                 return level
-        raise UserError(f"rubric {self.id}: no level {name!r}{did_you_mean(name, [one.name for one in self.levels])}")
+        known = [level.name for level in self.levels]
+        raise UserError(f"rubric {self.id}: no level {name!r}{did_you_mean(name, known)}")
 
     @property
     def judged(self) -> tuple[Criterion, ...]:
         """Criteria that need a judge."""
-        return tuple(one for one in self.criteria if one.measure is None)
+        return tuple(criterion for criterion in self.criteria if criterion.measure is None)
 
     @property
     def measured(self) -> tuple[Criterion, ...]:
         """Criteria that a registered measure grades."""
-        return tuple(one for one in self.criteria if one.measure is not None)
+        return tuple(criterion for criterion in self.criteria if criterion.measure is not None)
+
+    @property
+    def measures(self) -> list[MeasureSpec]:
+        """Of the measured criteria."""
+        return [criterion.measure for criterion in self.criteria if criterion.measure is not None]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [level.name for level in self.levels]
         check_different("levels", names)
-        check_different("criteria", [one.name for one in self.criteria])
+        check_different("criteria", [criterion.name for criterion in self.criteria])
         if CONTROL in names:
             raise ValueError(f"levels: {CONTROL!r} is what the policy's own answers are called; rename the level")
         scores = [level.score for level in self.levels]
@@ -179,16 +185,16 @@ class Rubric(_Strict):
             raise ValueError(
                 f"levels: score anchors {numbers(scores)} are out of order; list the lowest score first, no two equal"
             )
-        total = sum(one.weight for one in self.criteria)
+        total = sum(criterion.weight for criterion in self.criteria)
         if abs(total - 100) > 1e-6:
             raise ValueError(f"criteria: weights sum to {total:g}; change them so that they sum to 100")
-        for one in self.criteria:
-            check_descriptors(f"criteria.{one.name}.descriptors", one.descriptors, names)
-            if one.measure is not None:
-                _check_measure(f"criteria.{one.name}.measure", one.measure, names)
+        for criterion in self.criteria:
+            check_descriptors(f"criteria.{criterion.name}.descriptors", criterion.descriptors, names)
+            if criterion.measure is not None:
+                _check_measure(f"criteria.{criterion.name}.measure", criterion.measure, names)
         if self.check is not None:
             check_reading("check", self.check.name, self.check.lists)
-            _check_is_another(self.check, [one.measure for one in self.criteria if one.measure is not None])
+            _check_is_another(self.check, self.measures)
         _check_directives(self)
         return self
 
@@ -271,8 +277,8 @@ def load_rubric(path: Path) -> Rubric:
         raise UserError("\n".join(f"{path}: {line}" for line in validation_lines(error, Rubric))) from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
-    for at, one in enumerate(rubric.criteria):
-        if one.measure is not None and one.measure.points:
+    for at, criterion in enumerate(rubric.criteria):
+        if criterion.measure is not None and criterion.measure.points:
             raise UserError(f"{path}: criteria.{at}.measure.points: a run sets them, a rubric does not; remove them")
     return rubric
 
@@ -282,10 +288,10 @@ def rubric_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(one for one in path.iterdir() if one.suffix in (".yaml", ".yml"))
-            if not found:
+            inside = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+            if not inside:
                 raise UserError(f"{path}: no *.yaml file in this folder")
-            files += found
+            files += inside
         elif path.exists():
             files.append(path)
         else:

@@ -281,7 +281,7 @@ _ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.f
 def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
     """(type, nullable) of a field's annotation."""
     if isinstance(annotation, types.UnionType):
-        inner = next(one for one in typing.get_args(annotation) if one is not type(None))
+        inner = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
         return _arrow_type(inner)[0], True
     if typing.get_origin(annotation) is list:
         return pa.list_(_arrow_type(typing.get_args(annotation)[0])[0]), False

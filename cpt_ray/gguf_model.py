@@ -25,8 +25,8 @@ from typing import Any
 
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean, first_line
+from cpt_ray.tables.files import alone
 from cpt_ray.tables.records import content_id
-from cpt_ray.tables.rundir import alone
 
 CACHE_ENV = "CPT_CACHE"
 """The environment variable with the folder of converted models; on a cluster best one that every node sees."""

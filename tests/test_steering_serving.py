@@ -319,7 +319,7 @@ def test_a_full_disk_is_not_the_clients_fault_and_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def conversation(ask: Ask) -> None:
-        monkeypatch.setattr("cpt_ray.tables.rundir.os.fsync", refuse)
+        monkeypatch.setattr("cpt_ray.tables.files.os.fsync", refuse)
         with pytest.raises(RuntimeError, match="cannot be written"):  # a server answers 500
             await ask("POST", PATH, json={"choices": HIGH})
         assert not [one for one in tmp_path.rglob("*") if one.is_file() and one.stat().st_size]

@@ -21,7 +21,8 @@ from cpt_ray.engines.ledger import Meters, Tally
 from cpt_ray.engines.step import Counts, OpenEngine, Step
 from cpt_ray.engines.vllm import VllmEngine
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.tables.rundir import RunDir, replacing
+from cpt_ray.tables.files import replacing
+from cpt_ray.tables.rundir import RunDir
 
 MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""

@@ -23,8 +23,9 @@ from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.rows import Row, sequence_ids
+from cpt_ray.tables.files import replacing
 from cpt_ray.tables.records import ReferenceLogProb, content_id
-from cpt_ray.tables.rundir import RunDir, replacing
+from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import DIGITS, ShardName
 
 TABLE = "reference"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpt_ray.tables.rundir import alone, replacing
+from cpt_ray.tables.files import alone, replacing
 
 
 class JsonStore:

@@ -22,7 +22,7 @@ from cpt_ray.engines.ray_train import WorkerGroup, run_workers
 from cpt_ray.errors import UserError
 from cpt_ray.steering.policy import ConditionalPolicy, Sequences
 from cpt_ray.steering.reward import RewardModel, Tasks, Tensors, learn
-from cpt_ray.tables.rundir import replacing
+from cpt_ray.tables.files import replacing
 
 DATA, PROGRESS = "tensors.pt", "progress.json"
 """In the models' folder: what workers read, and how far they are."""

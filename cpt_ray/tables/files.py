@@ -1,0 +1,54 @@
+"""Files that are written whole or not at all, by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from cpt_ray.errors import UserError
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Waits until no other process is inside the same; OSError if the folder cannot be written.
+
+    Yields whether that is sure: some file systems have no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".files.lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            is_locked = True
+        except OSError:
+            is_locked = False
+        yield is_locked
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o666, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A file that becomes `path`, whole, when the block ends well; UserError if the disk refuses.
+
+    Args:
+        mode: its permissions from the start, less the umask.
+        sync: whether to wait for the disk, so that it outlives the machine's death too.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free some space or mend the folder, then give the same command again"
+        ) from None

@@ -201,7 +201,8 @@ def test_text_and_messages_are_not_mixed_in_one_set() -> None:
 @pytest.mark.parametrize("text", ["", " \n", "\u200b\ufeff", "\u00ad", "\u2800\u3164", "\ufe0f", "\u2066\u2069"])
 def test_what_nobody_can_see_is_an_empty_answer(text: str) -> None:
     assert is_blank(text)
-    assert is_empty_answer(text) and is_empty_answer([{"role": "assistant", "content": text}])
+    assert is_empty_answer(text)
+    assert is_empty_answer([{"role": "assistant", "content": text}])
 
 
 @given(st.text(min_size=1))

@@ -91,7 +91,8 @@ class TestTrlTrainer:
             "gather",
             "gather_for_metrics",
         }  # unwrap_model: of a reference model
-        assert hasattr(_Alone, "gather") and hasattr(_Alone, "gather_for_metrics")
+        assert hasattr(_Alone, "gather")
+        assert hasattr(_Alone, "gather_for_metrics")
 
     def test__compute_loss_writes_only_metrics_and_the_number_of_tokens_to_the_trainer(self, trainer: Any) -> None:
         written = re.findall(r"self\.(\w+)(?:\[[^=]*\])* \+?= ", source(trainer._compute_loss))
@@ -104,7 +105,8 @@ class TestTrlTrainer:
 
     def test_log_averages_and_clears__metrics_of_the_mode(self, trainer: Any) -> None:
         text = source(trainer.log)
-        assert "for key, val in self._metrics[mode].items()" in text and "self._metrics[mode].clear()" in text
+        assert "for key, val in self._metrics[mode].items()" in text
+        assert "self._metrics[mode].clear()" in text
 
 
 # ---------------------------------------------------------------- TRL 1.16.0: logprobs/model.py
@@ -216,7 +218,8 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is() -> None:
 def test_layers_hand_further_arguments_of_the_models_call_on_to_their_attention() -> None:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
-    assert "**kwargs" in source(Qwen3DecoderLayer.forward) and "**kwargs, )" in source(Qwen3Attention.forward)
+    assert "**kwargs" in source(Qwen3DecoderLayer.forward)
+    assert "**kwargs, )" in source(Qwen3Attention.forward)
 
 
 # ---------------------------------------------------------------- Ray 2.60: engines/ray_train.py

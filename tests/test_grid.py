@@ -121,7 +121,7 @@ def make_trainer(
         extra = {"step_pairs": 10**6} | extra
         data = pairs if "ref_logps" in pairs[0] else with_reference(path, token_pairs(path, pairs))
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
-    trainer = kind(
+    return kind(
         model=str(path),
         args=arguments(path, **settings),
         train_dataset=Dataset.from_list(data),
@@ -129,7 +129,6 @@ def make_trainer(
         peft_config=config if lora else None,
         **extra,
     )
-    return trainer
 
 
 def move_away(trainer: Any) -> None:

@@ -41,14 +41,17 @@ def test_a_key_is_made_listed_and_revoked_by_command(run_file: Path, capsys: pyt
 
     keyring = Keyring(file)
     found = keyring.check(header(secret))
-    assert isinstance(found, Key) and found.metered
-    assert found.expires is not None and abs(found.expires - time.time() - 30 * 86400) < 60
+    assert isinstance(found, Key)
+    assert found.metered
+    assert found.expires is not None
+    assert abs(found.expires - time.time() - 30 * 86400) < 60
 
     assert main(["keys", "list", str(run_file)]) == 0
     assert "60 requests/min, 9000 tokens/min, 0 of 1000000 tokens used" in capsys.readouterr().out
     assert main(["keys", "revoke", str(run_file), "alice"]) == 0
     refused = Keyring(file).check(header(secret))
-    assert isinstance(refused, Refusal) and (refused.status, refused.code) == (403, "key_revoked")
+    assert isinstance(refused, Refusal)
+    assert (refused.status, refused.code) == (403, "key_revoked")
 
     assert main(["keys", "add", str(run_file), "alice"]) == 1
     assert "there is a key named 'alice'" in capsys.readouterr().err
@@ -94,11 +97,14 @@ def test_a_name_that_would_fake_or_hide_a_line_of_the_list_is_refused(
 ) -> None:
     assert main(["keys", "add", str(run_file), name]) == 1
     told = capsys.readouterr().err
-    assert told.isascii() and told.count("\n") == 1 and ("at most 64 printable" in told or "needs a name" in told)
+    assert told.isascii()
+    assert told.count("\n") == 1
+    assert "at most 64 printable" in told or "needs a name" in told
     assert not (run_file.parent / "keys.json").exists()
     assert main(["keys", "revoke", str(run_file), name]) == 1
     told = capsys.readouterr().err
-    assert told.isascii() and told.count("\n") == 1
+    assert told.isascii()
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["alice", "Zoë's laptop", "山田", "a" * 64])
@@ -119,7 +125,8 @@ def test_the_servers_key_is_taken_without_the_blanks_around_it(
 ) -> None:
     monkeypatch.setenv("CPT_API_KEY", given)
     fixed, made = choose_keys("0.0.0.0", RunDir(tmp_path), None, insecure=False)
-    assert fixed is not None and made is None
+    assert fixed is not None
+    assert made is None
     assert Keyring(tmp_path / "keys.json", fixed).check(header("secret")) == fixed[0]
 
 

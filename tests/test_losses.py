@@ -37,7 +37,8 @@ def test_what_is_found_without_extrapolation_is_the_least_that_holds_nine_of_ten
     finished, num_cut = censored(lengths, most)
     assert 10 * num_cut <= len(lengths)
     enough = tokens_to_hold(finished, num_cut, most)
-    assert enough is not None and enough <= most
+    assert enough is not None
+    assert enough <= most
     assert 10 * sum(length <= enough for length in lengths) >= 9 * len(lengths)
     assert 10 * sum(length < enough for length in lengths) < 9 * len(lengths)
 

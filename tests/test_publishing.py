@@ -157,9 +157,11 @@ def test_what_the_hub_says_is_repeated_and_no_login_is_blamed(run_file: Path, hu
     done = push_to(hub, run_file, "hf_test")
     assert done.returncode == 1
     assert done.stderr.startswith("error: hf://owner/name: the Hub said no: Invalid metadata in README.md: base_model")
-    assert "log in" not in done.stderr and done.stderr.count("\n") == 1
+    assert "log in" not in done.stderr
+    assert done.stderr.count("\n") == 1
     done = push_to(hub, run_file, "hf_test", "hf://no/such/name")
-    assert "hf://no/such/name: no name for a repository" in done.stderr and "log in" not in done.stderr
+    assert "hf://no/such/name: no name for a repository" in done.stderr
+    assert "log in" not in done.stderr
     hub.refusal = (403, {"error": "not yours"})
     assert "the Hub said no (not yours); log in with `hf auth login`" in push_to(hub, run_file, "hf_test").stderr
 

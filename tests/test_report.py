@@ -149,10 +149,12 @@ def test_one_prompt_is_shown_under_the_lowest_and_the_highest_directive_of_each_
         ("mood", "low", "Be low."), ("mood", "high", "Be high."),
     ]  # fmt: skip
     assert shown[3].answers["tuned"].text == "tuned says high to p1. Mood."
-    assert opposites([], [RUBRIC]) == ("", []) and opposites_lines([], [RUBRIC]) == []
+    assert opposites([], [RUBRIC]) == ("", [])
+    assert opposites_lines([], [RUBRIC]) == []
     lines = opposites_lines([dataclasses.replace(trial, text="word " * 99) for trial in trials], [RUBRIC, mood])
     assert max(map(len, lines)) <= COLUMNS
-    assert lines[0] == '"Write p1."' and lines[1] == 'ornament, low: "Be low."'
+    assert lines[0] == '"Write p1."'
+    assert lines[1] == 'ornament, low: "Be low."'
     assert lines[2].startswith("  base   word word")
     assert len(" ".join(lines[2:4])) <= SHOWN_CHARS + 20
 

@@ -323,7 +323,8 @@ def test_tools_structured_output_log_probabilities_and_completions_work_as_in_vl
     calls: Any = [call.function for one in tries for call in one.choices[0].message.tool_calls or ()]
     assert {(call.name, json.loads(call.arguments)["to"]) for call in calls} == {("go", "sea")}
     likely = client.chat.completions.create(**options, max_tokens=2, logprobs=True, top_logprobs=3)
-    assert likely.choices[0].logprobs and len((likely.choices[0].logprobs.content or [])[0].top_logprobs) == 3
+    assert likely.choices[0].logprobs
+    assert len((likely.choices[0].logprobs.content or [])[0].top_logprobs) == 3
     assert client.completions.create(model="tiny", prompt="The sea", max_tokens=4).usage.completion_tokens  # type: ignore
 
 
@@ -360,7 +361,8 @@ def test_a_keys_tokens_are_counted_and_its_limit_kept(url: str, run: RunDir) -> 
     limited = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=WAIT_SECONDS)
     options: dict[str, Any] = {"model": "tiny", "messages": USER, "max_tokens": 30, "extra_body": {"ignore_eos": True}}
     usage = limited.chat.completions.create(**options).usage
-    assert usage and usage.total_tokens > 40
+    assert usage
+    assert usage.total_tokens > 40
     with pytest.raises(openai.RateLimitError) as raised:
         limited.chat.completions.create(**options)
     wait = int(raised.value.response.headers["retry-after"])
@@ -551,7 +553,8 @@ def test_a_page_of_another_origin_asks_and_reads_if_it_is_let_in(url: str, brows
         body = {"model": "cpt:poet", "messages": USER, "max_tokens": 2}
         if origin == PAGE_ORIGIN:
             status, applied, text = page.evaluate(ASK_FROM_PAGE, [url + CHAT, KEY, body])
-            assert (status, applied) == (200, '{"ornament": "high"}') and json.loads(text)["choices"]
+            assert (status, applied) == (200, '{"ornament": "high"}')
+            assert json.loads(text)["choices"]
             status, _, text = page.evaluate(ASK_FROM_PAGE, [url + CHAT, "wrong", body])
             assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key")
         else:
@@ -660,10 +663,12 @@ def test_picks_on_the_page_move_the_dial_and_change_the_answer(url: str, browser
         page.get_by_text(f"After {number} choice").wait_for()
         page.locator("#panes small", has_text="tokens").wait_for()
         answers.append([page.locator(f"#panes {part}").inner_text() for part in ("small", "p")])
-    assert "Ornament high" in belief.inner_text() and "do not know" not in belief.inner_text()
+    assert "Ornament high" in belief.inner_text()
+    assert "do not know" not in belief.inner_text()
     assert page.get_by_label("Ornament", exact=True).last.input_value() == "2"
     assert page.locator("#directive").inner_text() == HIGH
-    assert "no directive" in answers[0][0] and "ornament high" in answers[-1][0]
+    assert "no directive" in answers[0][0]
+    assert "ornament high" in answers[-1][0]
     assert answers[0][1] != answers[-1][1]
     page.screenshot(path=tmp_path / "picked.png", full_page=True)
     kept = f"{url}/v1/preferences/{page.evaluate('preferences')}"
@@ -748,7 +753,8 @@ def takeover(url: str, run: RunDir) -> list[tuple[float, int, str]]:
 def test_newer_weights_on_two_replicas_take_over_without_a_failed_request(takeover: Any) -> None:
     assert [one for one in takeover if one[1] != 200] == []
     said = [json.loads(text)["choices"][0]["message"]["content"] for _, _, text in sorted(takeover)]
-    assert said[0] != said[-1] and set(said) == {said[0], said[-1]}
+    assert said[0] != said[-1]
+    assert set(said) == {said[0], said[-1]}
 
 
 def replicas(run: RunDir) -> list[int]:
@@ -795,7 +801,9 @@ def test_two_replicas_count_as_one_and_the_death_of_one_fails_only_what_it_was_a
 
     assert statuses("slow") == [200, *[429] * 7]
     spending = statuses("poor")
-    assert spending[0] == 200 and spending[-1] == 403 and spending == sorted(spending)
+    assert spending[0] == 200
+    assert spending[-1] == 403
+    assert spending == sorted(spending)
     noted(run, 8, lambda line: line["key"] == "poor")
     logs = {log.stem for log in (run.path / "access").iterdir() if '"key": "poor"' in log.read_text()}
     assert len(logs) == 2
@@ -940,7 +948,8 @@ def test_the_server_ends_an_answer_where_evaluation_does(url: str, run: RunDir) 
         engine.run([replace(asked, stop=(text,), include_stop=include)])[0].text
         for text, include in ((stop, True), (other, False))
     )
-    assert expected == whole[: whole.index(stop) + 4].strip() and own == whole[: whole.index(other)].strip()
+    assert expected == whole[: whole.index(stop) + 4].strip()
+    assert own == whole[: whole.index(other)].strip()
     sampling = SamplingConfig(temperature=0, stop=(stop,), include_stop=True)
     changed = config.model_copy(update={"policy": policy.model_copy(update={"sampling": sampling})})
     assert serve_model(changed, run, KEY, block=False) == url

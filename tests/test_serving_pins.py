@@ -77,4 +77,5 @@ def test_haproxys_retries_are_a_line_of_their_own_among_the_defaults() -> None:
 
 
 def test_rays_client_knows_where_serve_listens() -> None:
-    assert callable(_get_global_client) and isinstance(ServeControllerClient.http_config, property)
+    assert callable(_get_global_client)
+    assert isinstance(ServeControllerClient.http_config, property)

@@ -46,9 +46,11 @@ def test_a_dry_run_reads_the_data_and_says_what_would_be_learned(
 ) -> None:
     assert dry_run(write(tmp_path / "data.jsonl"), "steer.users=30", "steer.test_users=10") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "60 users, twins included" in lines[0] and "10 users, twins included" in lines[1]
+    assert "60 users, twins included" in lines[0]
+    assert "10 users, twins included" in lines[1]
     prompts = [int(line.split(" prompts,")[0].split()[-1]) for line in lines[:2]]
-    assert sum(prompts) == 60 and min(prompts) > 0
+    assert sum(prompts) == 60
+    assert min(prompts) > 0
     assert not (tmp_path / "runs").exists()
 
 
@@ -88,7 +90,8 @@ def test_what_does_not_fit_the_data_is_said_in_a_line(
 ) -> None:
     assert dry_run(write(tmp_path / "data.jsonl"), *overrides) == 1
     said = capsys.readouterr().err
-    assert message in said and len(said.splitlines()) == 1
+    assert message in said
+    assert len(said.splitlines()) == 1
 
 
 def test_inference_needs_a_policy_and_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,8 @@ def test_a_twin_chooses_the_other_way_everywhere() -> None:
     rng = np.random.default_rng(0)
     user = crowd.user(rng, draw_taste(rng, RUBRICS, "mixture"), 8, 20, conflicting=0.8)
     twin = user.twin()
-    assert (twin.targets == user.targets[:, ::-1]).all() and (twin.context == user.context[:, ::-1]).all()
+    assert (twin.targets == user.targets[:, ::-1]).all()
+    assert (twin.context == user.context[:, ::-1]).all()
     liked = crowd.utilities(twin.taste)[twin.targets]
     assert (liked[:, 0] > liked[:, 1]).all()
 
@@ -129,7 +130,8 @@ def test_a_taste_is_known_after_a_few_choices(liked: float, disliked: float, lev
     for choice in choose(6, liked, disliked):
         one.add(state, [choice], KnownPolicy())
         beliefs.append(one.belief(state.margins))
-    assert beliefs[0].configuration is None and beliefs[0].directive is None
+    assert beliefs[0].configuration is None
+    assert beliefs[0].directive is None
     assert beliefs[-1].configuration == {"ornament": level}
     assert beliefs[-1].directive == catalog().resolve({"ornament": level}).directive
     masses = [belief.probabilities["ornament"][level] for belief in beliefs]
@@ -221,7 +223,8 @@ def test_a_state_survives_json_and_is_scored_again_for_another_policy() -> None:
     other = candidates(policy="b")
     before = policy.asked
     other.add(back, choose(5)[4:], policy)
-    assert policy.asked > before and len(back.margins) == len(back.choices) == 5
+    assert policy.asked > before
+    assert len(back.margins) == len(back.choices) == 5
     twice = {name: state.to_json()[name] * 2 for name in ("choices", "margins")}  # as earlier versions kept them
     assert Preferences.from_json({**twice, "key": state.key}) == state
     with pytest.raises(UserError, match="not a saved state"):
@@ -261,7 +264,8 @@ def test_choices_are_parsed() -> None:
 def test_whatever_is_no_list_of_choices_is_refused_in_one_short_line(wrong: object) -> None:
     with pytest.raises(UserError, match=r"^choices") as caught:
         parse_choices(wrong)
-    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 200
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 200
 
 
 def test_random_choices_seldom_become_a_setting() -> None:

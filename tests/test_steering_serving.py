@@ -83,7 +83,8 @@ def test_choices_become_a_configuration_that_steers_chats(tmp_path: Path) -> Non
 
         found = await tell(ask, HIGH[1:], first["id"])
         assert (found["id"], found["configuration"]) == (first["id"], {"ornament": "high"})
-        assert found["probabilities"]["ornament"]["high"] > 0.5 and found["num_choices"] == 6
+        assert found["probabilities"]["ornament"]["high"] > 0.5
+        assert found["num_choices"] == 6
         directive = catalog().resolve({"ornament": "high"}).directive
         for named in ({"preferences": found["id"]}, {"model": f"cpt:{found['id']}"}, {"model": f"m:{found['id']}"}):
             answer = await chat(ask, **named)
@@ -196,7 +197,8 @@ BODIES: list[Any] = [
 def test_whatever_is_no_list_of_choices_is_a_bad_request_and_keeps_nothing(tmp_path: Path, body: bytes) -> None:
     async def conversation(ask: Ask) -> None:
         answer = await ask("POST", PATH, content=body)
-        assert answer.status_code == 400 and len(answer.json()["error"]["message"]) < 300
+        assert answer.status_code == 400
+        assert len(answer.json()["error"]["message"]) < 300
         assert not list(tmp_path.rglob("*.json"))
 
     talk(tmp_path, conversation)
@@ -210,7 +212,8 @@ def test_an_id_that_nobody_was_given_is_not_found(tmp_path: Path, name: str) -> 
     async def conversation(ask: Ask) -> None:
         for method in ("GET", "POST", "DELETE"):
             answer = await ask(method, f"{PATH}/{name}", json={"choices": [GOOD]})
-            assert answer.status_code in (400, 404) and "error" in answer.json()
+            assert answer.status_code in (400, 404)
+            assert "error" in answer.json()
         assert (await chat(ask, preferences=name)).status_code == 404
 
     talk(tmp_path, conversation)
@@ -240,7 +243,8 @@ def test_a_choice_sent_again_counts_once_and_its_opposite_speaks_against_it(tmp_
         many = await tell(ask, HIGH[:1] * 64)
         again = await tell(ask, HIGH[:1] * 64, many["id"])
         for found in (many, again):
-            assert found | {"id": once["id"]} == once and found["num_choices"] == 1
+            assert found | {"id": once["id"]} == once
+            assert found["num_choices"] == 1
         both = await tell(ask, LOW[:1], many["id"])
         assert both["num_choices"] == 2
         assert both["confidence"]["ornament"] < once["confidence"]["ornament"]
@@ -282,7 +286,8 @@ def test_number_and_size_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "preferences_full")
         assert (await ask("POST", PATH, key="other", json={"choices": HIGH})).status_code == 200
         refused = await ask("POST", f"{PATH}/{names[0]}", json={"choices": LOW[:2]})
-        assert refused.status_code == 400 and "at most 7" in refused.text
+        assert refused.status_code == 400
+        assert "at most 7" in refused.text
         assert (await ask("POST", PATH, content=b" " * (MAX_BODY_BYTES + 1))).status_code == 413
         assert (await ask("PUT", f"{PATH}/{names[0]}", json={})).status_code == 405
         assert (await ask("DELETE", f"{PATH}/{names[0]}")).status_code == 200
@@ -298,14 +303,16 @@ def test_a_state_that_was_damaged_and_an_answer_too_long_are_said(tmp_path: Path
 
     async def long(ask: Ask) -> None:
         answer = await ask("POST", PATH, json={"choices": HIGH})
-        assert answer.status_code == 400 and "600 tokens" in answer.text
+        assert answer.status_code == 400
+        assert "600 tokens" in answer.text
 
     async def damaged(ask: Ask) -> None:
         name = (await tell(ask, HIGH))["id"]
         (file,) = tmp_path.rglob("*.json")
         file.write_text("{")
         for answer in (await ask("GET", f"{PATH}/{name}"), await chat(ask, preferences=name)):
-            assert answer.status_code == 400 and "not a saved state" in answer.text
+            assert answer.status_code == 400
+            assert "not a saved state" in answer.text
         assert (await ask("DELETE", f"{PATH}/{name}")).status_code == 200
 
     talk(tmp_path, long, Short())
@@ -351,7 +358,8 @@ def test_beside_a_conditioner_nothing_is_scored_or_said_and_questions_come_in_th
             "question": {"prompt": "asked", "first": "90 50", "second": "10 50"}
         }
         said.append(await tell(ask, [{"prompt": "asked", "chosen": "90 50", "rejected": "10 50"}], first["id"]))
-        assert said[0]["question"]["prompt"] == "dull" and said[0]["num_choices"] == 3
+        assert said[0]["question"]["prompt"] == "dull"
+        assert said[0]["num_choices"] == 3
         answer = (await chat(ask, preferences=first["id"])).json()
         assert answer["configuration"] == {"applied": {}, "directive": None, "from": "preferences, by gated_lora"}
         assert [one.prompt for one in conditioner.asked[0]] == [HIGH[0]["prompt"], HIGH[1]["prompt"], "asked"]
@@ -359,12 +367,14 @@ def test_beside_a_conditioner_nothing_is_scored_or_said_and_questions_come_in_th
 
     async def inferred(ask: Ask) -> None:
         found = await tell(ask, HIGH[2:], said[0]["id"])
-        assert found["configuration"] == {"ornament": "high"} and found["num_choices"] == 7
+        assert found["configuration"] == {"ornament": "high"}
+        assert found["num_choices"] == 7
         assert policy.asked > 0
 
     async def steered_again(ask: Ask) -> None:
         found = (await ask("GET", f"{PATH}/{said[0]['id']}")).json()
-        assert {name: found[name] for name in unknown} == unknown and found["num_choices"] == 7
+        assert {name: found[name] for name in unknown} == unknown
+        assert found["num_choices"] == 7
 
     talk(tmp_path, steered, policy, questions=[empty, QUESTION], conditioner=conditioner)
     talk(tmp_path, inferred, policy)  # the server without one scores all that is known

@@ -103,7 +103,8 @@ def test_a_training_that_runs_away_ends_with_the_step_and_what_to_lower(
     told = capsys.readouterr()
     assert re.search(rf"error: steer: {kind}: step \d+ of {steps}: .* not finite numbers; lower {setting}\n", told.err)
     assert not list(run.path.rglob(f"{kind.partition(' ')[0]}-0.safetensors"))
-    assert re.search(r"steer users +40/40 users", told.out) and "steer np-btl" in told.out
+    assert re.search(r"steer users +40/40 users", told.out)
+    assert "steer np-btl" in told.out
 
 
 @pytest.mark.slow
@@ -124,7 +125,8 @@ def test_reward_models_learn_users_from_embeddings_and_are_not_trained_twice(
     learned, static = (found["accuracy"][name]["mean"] for name in ("NP-BTL", "static"))
     assert static == pytest.approx([0.5] * 3, abs=0.05)
     assert learned[0] == pytest.approx(0.5, abs=0.05)
-    assert learned[2] > 0.8 and found["accuracy"]["NP-BTL"]["ci"][2][0] > 0.6
+    assert learned[2] > 0.8
+    assert found["accuracy"]["NP-BTL"]["ci"][2][0] > 0.6
     for kind in found["accuracy"]["NP-BTL"]["per_kind"].values():
         assert kind[2] > 0.6
     assert "<svg" in steering_figure("accuracy", found)
@@ -152,7 +154,8 @@ def test_choices_in_a_file_become_a_belief(tmp_path: Path, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert found["num_choices"] == 1  # the same one twice
     assert set(found["probabilities"]["ornament"]) == set(LEVELS)
-    assert found["question"] is None and found["configuration"] is None
+    assert found["question"] is None
+    assert found["configuration"] is None
     choices.write_text('{"prompt": "Write.", "chosen": 1, "rejected": "b"}\n', encoding="utf-8")
     assert main(["steer", "infer", path, "--choices", str(choices)]) == 1
     assert "choices.jsonl[0].chosen" in capsys.readouterr().err

@@ -665,7 +665,8 @@ def test_steering_after_an_evaluation_renders_its_report_again_and_alone_makes_n
     run.write_json(STEERING_RESULTS, STEERED | {"policy": str(run.model)})
     update_report(plan, run, shards)
     page = (run.path / REPORT).read_text(encoding="utf-8")
-    assert "NP-BTL" in page and "The dials" in page
+    assert "NP-BTL" in page
+    assert "The dials" in page
     (run.path / REPORT).write_text("of other settings", encoding="utf-8")
     others, _ = make_run(tmp_path, policy, "policy.sampling.max_tokens=5", levels=GIVEN)
     update_report(others, run, shards)
@@ -787,7 +788,8 @@ def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
         assert "sk-" not in shown
     monkeypatch.setenv("NO_SUCH_KEY", " sk-mine\n")
     judge = make_run(tmp_path, endpoint)[0].config.judge
-    assert (found := endpoint_key(judge)) and found.get_secret_value() == "sk-mine"
+    assert (found := endpoint_key(judge))
+    assert found.get_secret_value() == "sk-mine"
     assert main(["train", str(tmp_path / "run.yaml"), endpoint]) == 1
     assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
     assert not run.path.exists()
@@ -820,7 +822,8 @@ def test_a_reader_that_has_left_ends_a_command_in_one_line(tmp_path: Path) -> No
     RunDir(tmp_path).write_text("run.yaml", "name: mine\n")
     command = [sys.executable, "-m", "cpt_ray", "status", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
+        assert process.stdout
+        assert process.stderr
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (1, "stopped: nobody reads the output any more\n")

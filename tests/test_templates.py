@@ -107,7 +107,8 @@ def test_a_clock_is_said_with_the_argument_that_stops_it() -> None:
     )
     assert len(notes(dated + PLAIN, date_string="1 May")) == 1
     (_, bare) = notes("{{ strftime_now('%H:%M') }}\n" + PLAIN)
-    assert "present time" in bare and "date_string" not in bare
+    assert "present time" in bare
+    assert "date_string" not in bare
 
 
 def test_the_time_that_a_template_shows_stands_still() -> None:
@@ -149,7 +150,8 @@ def test_a_policy_that_is_no_model_is_said_in_one_line_before_anything_starts(
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert main(["run", str(toy.RUN_FILE), f"policy.model={model}", f"run_dir={tmp_path / 'run'}"]) == 1
     line = capsys.readouterr().err
-    assert line.startswith(said) and line.count("\n") == 1
+    assert line.startswith(said)
+    assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -248,7 +250,8 @@ def test_control_tokens_are_those_of_turns_and_special_tokens_are_never_text(tmp
     made = tokenizer()
     made.add_special_tokens({"additional_special_tokens": ["<filename>", "<|call|>"]})
     turns, every = control_tokens(made), control_tokens(made, every=True)
-    assert turns and every
+    assert turns
+    assert every
     for text, is_control in (("<|im_end|>", True), ("<|call|>", True), ("cp <filename> b", False), ("a < b", False)):
         assert bool(find_control_token(turns, text)) == is_control
     assert find_control_token(every, "cp <filename> b") == "<filename>"
@@ -399,7 +402,8 @@ def test_a_cut_answer_is_trained_on_without_its_end(shape: str, own: str) -> Non
     whole, cut = (cut_pairs(made, CUT, "Go away.", (is_cut, False)) for is_cut in (False, True))
     ids, finished = cut[0].chosen_ids, whole[0].chosen_ids
     assert made.decode(ids).endswith(CUT)
-    assert made.eos_token_id not in ids and made.eos_token_id in finished
+    assert made.eos_token_id not in ids
+    assert made.eos_token_id in finished
     if shape in ("chatml", "trimmed", "thoughts", "no line after the end"):
         assert ids == finished[: finished.index(made.eos_token_id)]
     assert cut[1].rejected_ids == ids

@@ -418,7 +418,8 @@ def test_a_killed_worker_and_a_lost_node_change_nothing_in_what_is_learned_by_a_
     kept = json.loads((tmp_path / "kept" / "key-1" / "checkpoint_manager_snapshot.json").read_text())
     folders = {one.name for one in (tmp_path / "kept" / "key-1").glob("checkpoint_*") if one.is_dir()}
     named = {one["checkpoint_dir_name"] for one in kept["checkpoint_results"]}
-    assert len(named) == 2 and named <= folders
+    assert len(named) == 2
+    assert named <= folders
     assert len(folders - named) <= 2  # uploads that a kill cut short: named nowhere, so never gone on from
 
 
@@ -548,7 +549,8 @@ def test_a_training_that_diverged_ends_at_that_step_and_exports_nothing(
     assert main(["train", str(path)]) == 1
     told = capsys.readouterr().err
     assert re.search(r"error: train: step \d: .* is not a finite number .*diverged; lower train.learning_rate", told)
-    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 @pytest.fixture
@@ -593,7 +595,8 @@ def test_weights_that_are_the_policys_or_no_numbers_are_not_exported(
     made = checkpoint(dtype, value)
     with pytest.raises(UserError, match=problem):
         exported(tmp_path, made)
-    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_what_is_exported_is_measured_against_what_was_learned(
@@ -626,7 +629,8 @@ def test_what_went_far_or_was_rounded_away_is_noted() -> None:
     fine |= {"dtype": "bfloat16", "unchanged": 0, "trained": 14}
     assert training_notes(fine) == []
     (far,) = training_notes(fine | {"held_out": [{"kl": 10.2, "drift": 0.1}]})
-    assert "kl 10.2 nats per token" in far and "lower train.learning_rate" in far
+    assert "kl 10.2 nats per token" in far
+    assert "lower train.learning_rate" in far
     unmeasured, risen = training_notes(fine | {"last_loss": 2.0, "held_out": []})
     assert "no pair is held out" in unmeasured
     assert "the loss rose from 0.693 to 2.000" in risen
@@ -682,7 +686,8 @@ def test_the_first_step_has_a_rate_and_so_has_the_last() -> None:
     for num_steps in range(1, 40):
         for num_warmup in range(num_steps):
             shares = [rate_share(step, num_steps, num_warmup) for step in range(num_steps)]
-            assert min(shares) > 0 and max(shares) == 1
+            assert min(shares) > 0
+            assert max(shares) == 1
             assert shares[:num_warmup] == [(step + 1) / num_warmup for step in range(num_warmup)]
 
 

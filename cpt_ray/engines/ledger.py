@@ -31,7 +31,7 @@ class Tally:
 
     def __init__(self, rows_in: int):
         self.counts: Counter[str] = Counter({"rows_in": rows_in})
-        self._seconds = 0.0
+        self.seconds = 0.0
         with Tally._lock:
             Tally._share_time()
             Tally._open[self] = threading.get_ident()
@@ -41,7 +41,7 @@ class Tally:
         """Splits the time since the last call evenly between the shards that this process works on."""
         now = time.monotonic()
         for tally in list(cls._open):
-            tally._seconds += (now - cls._shared_at) / len(cls._open)
+            tally.seconds += (now - cls._shared_at) / len(cls._open)
         cls._shared_at = now
 
     def add(self, completions: Sequence[Completion]) -> None:
@@ -63,7 +63,7 @@ class Tally:
         with Tally._lock:
             Tally._share_time()
             Tally._open.pop(self, None)
-        return {**self.counts, "rows_out": rows_out, "engine_seconds": round(self._seconds, 3)}
+        return {**self.counts, "rows_out": rows_out, "engine_seconds": round(self.seconds, 3)}
 
     @classmethod
     def abandon(cls) -> None:

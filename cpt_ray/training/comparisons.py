@@ -101,7 +101,8 @@ def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
             raise UserError(f"{empty[0]} is empty; fill it in, leave the row out, or the column if no row has one")
         comparison = _of_texts(columns, prompt, chosen, rejected, has_system)
     else:
-        assert isinstance(chosen, list) and isinstance(rejected, list)
+        assert isinstance(chosen, list)
+        assert isinstance(rejected, list)
         comparison = _of_messages(columns, prompt, chosen, rejected)
     _check(comparison)
     return comparison

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,17 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def imported_modules(path: Path) -> set[str]:
+    """The same by module; a name that is imported from a module may be a module itself."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
 def upward_imports() -> set[tuple[str, str]]:
     rank = {name: at for at, names in enumerate(RANKS) for name in names}
     pairs = {(name_of(path), name) for path in modules() for name in imported(path)}
@@ -73,6 +85,17 @@ def upward_imports() -> set[tuple[str, str]]:
 
 def test_every_folder_and_module_has_a_rank_and_exists() -> None:
     assert {name_of(path) for path in modules()} == {name for names in RANKS for name in names}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in modules()}
+    imports = {name: imported_modules(path) & names.keys() for name, path in names.items()}
+    assert len(list(graphlib.TopologicalSorter(imports).static_order())) == len(names)
+
+
+def test_no_file_but_the_run_files_keys_is_over_350_lines() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {name for name, lines in lengths.items() if lines > 350} == {"config.py"}
 
 
 def test_imports_run_down_the_list_and_none_between_folders_of_one_rank() -> None:

@@ -144,7 +144,8 @@ def test_a_model_that_is_converted_is_said_once_and_needs_no_torch(tmp_path: Pat
     role = ModelConfig(model=str(write_gguf(tmp_path / "model.gguf")))
     folder = role.path
     code = (
-        "import sys; from cpt_ray import config, roles; role = config.ModelConfig(model=sys.argv[1]); "
+        "import sys; from cpt_ray import config; from cpt_ray.engines import roles; "
+        "role = config.ModelConfig(model=sys.argv[1]); "
         "roles.convert_models({'writer': role, 'judge': role}); print(role.path, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, role.model], capture_output=True, text=True, timeout=60)

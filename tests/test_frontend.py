@@ -633,3 +633,48 @@ def test_a_request_that_names_no_stop_gets_the_evaluated_one(asked: dict[str, An
 
     asyncio.run(go())
     assert (seen[0].stop, seen[0].include_stop_str_in_output) == (stop, stop == ["."])
+
+
+def test_a_client_that_left_before_the_engine_was_reached_has_nothing_generated() -> None:
+    begun: list[str] = []
+    reached, rendered = asyncio.Event(), asyncio.Event()
+    abandoned: list[asyncio.Task[None]] = []
+
+    async def generate(prompt: Any, params: SamplingParams, request_id: str) -> AsyncIterator[Any]:
+        begun.append(request_id)
+        for output in ():
+            yield output
+
+    async def handle() -> None:
+        reached.set()
+        await rendered.wait()
+        async for _ in counting(generate)({}, SamplingParams(), "id"):
+            pass
+
+    async def leaves_its_handler_running(scope: Any, receive: Any, send: Any) -> None:
+        """As vLLM 0.32 does (`with_cancellation`)."""
+        abandoned.append(asyncio.create_task(handle()))
+        await asyncio.shield(abandoned[0])
+
+    async def go() -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": json.dumps({"model": "m", "messages": USER}).encode()}
+
+        async def send(message: Any) -> None:
+            raise AssertionError("there is nobody to answer")
+
+        scope = {
+            "type": "http", "method": "POST", "path": CHAT, "query_string": b"",
+            "headers": [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        request = asyncio.create_task(make_front(leaves_its_handler_running)(scope, receive, send))
+        await reached.wait()
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        rendered.set()
+        with pytest.raises(asyncio.CancelledError):
+            await abandoned[0]
+
+    asyncio.run(go())
+    assert begun == []

@@ -51,13 +51,15 @@ class Call:
     """With which the engine answers; not logged. Held here, since the adapter's folder goes once nothing holds it."""
     work: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
     """Tasks that wait for the engine; not logged."""
+    is_left: bool = False
+    """The client has left, so the engine is to begin nothing more for it; not logged."""
 
     def to_json(self) -> dict[str, Any]:
         """A line of the access log."""
         return {name: getattr(self, name) for name in LOGGED}
 
 
-LOGGED = [field.name for field in dataclasses.fields(Call) if field.name not in ("adapter", "work")]
+LOGGED = [field.name for field in dataclasses.fields(Call) if field.name not in ("adapter", "work", "is_left")]
 CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 """The request that the running task works for: vLLM's code is between the middleware that makes a `Call` and the
 engine that adds to it."""

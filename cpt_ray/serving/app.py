@@ -141,7 +141,8 @@ class Frontend:
             await response(scope, receive, send)
         except asyncio.CancelledError:
             # Serve cancels this when the client leaves; vLLM 0.32 then waits no more for the task that makes an answer
-            # which comes whole, but leaves it running (`with_cancellation`)
+            # which comes whole, but leaves it running (`with_cancellation`), perhaps before it has reached the engine
+            call.is_left = True
             for task in call.work:
                 task.cancel()
             raise

@@ -212,6 +212,8 @@ def counting(
         if sampling_params.prompt_logprobs is not None and not can_score:
             raise ValueError("log-probabilities of the prompt are not given here")
         call = CALL.get()
+        if call is not None and call.is_left:
+            raise asyncio.CancelledError
         if call is not None and (task := asyncio.current_task()):
             call.work.add(task)
         if call is not None and call.adapter is not None:

@@ -30,6 +30,8 @@ from cpt_ray.serving.vllm_app import MAX_CAUSE, VllmServer, last_error
 from cpt_ray.tables.rundir import SPENT_FILE, RunDir
 
 APPLICATION = "cpt"
+METER_FORMAT = 2
+"""Goes up when `Key` or `Refusal` is another class: servers exchange them with a meter that outlives an upgrade."""
 MAX_ONGOING_REQUESTS = 1024
 """Requests per replica that vLLM queues and batches itself; Serve holds back what is beyond."""
 START_TIMEOUT_SECONDS = 1800.0
@@ -118,7 +120,7 @@ def _block(run: RunDir) -> None:
 
 def _meter_name(run: RunDir) -> str:
     """One per run directory: what a key has spent is written there."""
-    return f"meter of {run.path}"
+    return f"meter {METER_FORMAT} of {run.path}"
 
 
 def _stop(run: RunDir) -> None:
@@ -135,6 +137,8 @@ def _start_meter(run: RunDir) -> Any:
     """The run's meter: the one that is there already, or a new one."""
     import ray
 
+    with contextlib.suppress(ValueError):  # an earlier version's outlives its server, and would write the same file
+        ray.kill(ray.get_actor(f"meter of {run.path}", namespace=APPLICATION))
     return (
         ray.remote(Meter)
         .options(

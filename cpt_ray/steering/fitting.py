@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -224,18 +225,23 @@ def work(settings: dict[str, Any]) -> None:
     def report(step: int, loss: float) -> None:
         reporter(done + step, f"{name}, loss {loss:.3f}")
 
+    def train_one(fit: Fit, number: int) -> None:
+        """In a function of its own, at whose end the model is freed: a second policy need not fit beside it."""
+        with reporter.failing(name):
+            draws = Draws(tensors, fit.seed + number, rank, ranks)
+            reporter(done, f"{name}, preparing")  # NP-DPO's reference takes its time
+            lesson = _policy_lesson(fit, draws, **data) if fit.policy else _reward_lesson(fit, number, draws)
+            wrapped = prepare_model(lesson.module, parallel_strategy="ddp" if ranks > 1 else None)
+            losses = learn(wrapped, lesson.draw, fit.steps, lesson.learning_rate, lesson.setting, report)
+        if rank == 0:
+            _save(fit, number, lesson.module, losses)
+        ray.train.report({fit.kind: number})
+
     for fit, number in missing:
         name = fit.name(number)
         if not fit.path(number).exists():  # it may be there where Ray Train tries again
-            with reporter.failing(name):
-                draws = Draws(tensors, fit.seed + number, rank, ranks)
-                reporter(done, f"{name}, preparing")  # NP-DPO's reference takes its time
-                lesson = _policy_lesson(fit, draws, **data) if fit.policy else _reward_lesson(fit, number, draws)
-                wrapped = prepare_model(lesson.module, parallel_strategy="ddp" if ranks > 1 else None)
-                losses = learn(wrapped, lesson.draw, fit.steps, lesson.learning_rate, lesson.setting, report)
-            if rank == 0:
-                _save(fit, number, lesson.module, losses)
-            ray.train.report({fit.kind: number})
+            train_one(fit, number)
+            gc.collect()  # a module and its hooks refer to each other
         done += fit.steps
 
 

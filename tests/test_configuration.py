@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.bins import nearest_level
-from cpt_ray.rubrics.catalog import Catalog
+from cpt_ray.rubrics.catalog import Catalog, CatalogLevel
 from cpt_ray.tables.records import Directive
 from tests.builders import LEVELS, make_directives, make_rubric
 
@@ -147,3 +147,9 @@ def test_another_versions_catalog_is_refused(data: Any) -> None:
 def test_a_level_without_a_train_directive_is_refused() -> None:
     with pytest.raises(UserError, match="rubric ornament: level 'low' has no train directive"):
         Catalog.build(RUBRICS, directives(split="held_out"))
+
+
+@pytest.mark.parametrize("anchors", [[90, 10, 50], [50, 90, 10], [88]])
+def test_the_nearest_level_is_found_in_whatever_order_a_catalog_has_them(anchors: list[int]) -> None:
+    levels = [CatalogLevel(name=str(anchor), score=anchor, directive="d", directive_id="i") for anchor in anchors]
+    assert nearest_level(levels, 88).name == str(max(anchors))

@@ -32,8 +32,7 @@ def _around(levels: Sequence[AnyLevel], score: float) -> tuple[AnyLevel, AnyLeve
 
 def nearest_level(levels: Sequence[AnyLevel], score: float) -> AnyLevel:
     """The level in whose bin a score falls; half-way between two, the upper one."""
-    low, high = _around(levels, score)
-    return high if high.score - score <= score - low.score else low
+    return min(levels, key=lambda level: (abs(level.score - score), -level.score))
 
 
 def level_at(rubric: Rubric, score: float, margin: float = 0.0) -> str | None:

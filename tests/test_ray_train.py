@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from cpt_ray.config import Range
-from cpt_ray.engines.ray_train import WorkerGroup, explain_failure
+from cpt_ray.engines.ray_train import WorkerGroup, explain_failure, read_progress
 
 GROUP = WorkerGroup(
     stage="steer",
@@ -46,3 +48,11 @@ def test_a_failure_is_explained_by_its_cause_and_not_by_what_the_other_ranks_saw
 )
 def test_what_ray_train_reports_becomes_what_to_change(error: Exception, words: str) -> None:
     assert explain_failure(error, GROUP).startswith(words)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"done": 3'])
+def test_progress_that_is_not_there_or_half_there_ends_no_training(content: str | None, tmp_path: Path) -> None:
+    state = tmp_path / "progress.json"
+    if content is not None:
+        state.write_text(content)
+    assert read_progress(state) == {}

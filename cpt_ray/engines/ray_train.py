@@ -97,7 +97,7 @@ def run_workers(
         while thread.is_alive():
             advance(0, note)
             thread.join(POLL_SECONDS)
-            latest = _read(state)
+            latest = read_progress(state)
             if "done" in latest:
                 reached, note = latest["done"], latest["note"]
                 if reached < done:
@@ -106,13 +106,17 @@ def run_workers(
                 done = max(done, reached)
         advance(0 if "error" in outcome else steps - done, note)
     if "error" in outcome:
-        why = _read(state).get("error") or explain_failure(outcome["error"], group)
+        why = read_progress(state).get("error") or explain_failure(outcome["error"], group)
         raise UserError(f"{group.stage}: {why}") from outcome["error"]
     return outcome["returned"]
 
 
-def _read(state: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
+def read_progress(state: Path) -> dict[str, Any]:
+    """What rank 0 last said of its progress; nothing if it cannot be read now."""
+    try:
+        content: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or just being replaced on a folder that nodes share
+        return {}
     return content
 
 

@@ -173,7 +173,8 @@ class Steering:
             actor: one of those in actors.py.
             made_of: its arguments beside `model`, of which the shards' names are hashes.
         """
-        key = content_id(model.answer_key, [str(argument) for argument in made_of.values()], layout_hash("policy"))
+        layout = () if actor is EmbedActor else (layout_hash("policy"),)  # embeddings are of bare texts
+        key = content_id(model.answer_key, [str(argument) for argument in made_of.values()], *layout)
         label, size = name.removeprefix("steering_"), self.plan.config.synthesis.shard_rows
         shards: dict[str, Sequence[Any]] = {}
         for start in range(0, len(rows), size):

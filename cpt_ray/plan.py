@@ -17,10 +17,10 @@ from cpt_ray.chat.layout import PROBES, layout_hash
 from cpt_ray.config import RunConfig, SynthesisConfig
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.grids import Answer, Level, missing_levels
+from cpt_ray.grids import GradedAnswer, LevelNames, missing_levels
 from cpt_ray.prompts import check_leakage, read_prompts
 from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
-from cpt_ray.tables.choice import fraction, shuffled
+from cpt_ray.tables.by_hash import fraction, shuffled
 from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id, joined
 from cpt_ray.tables.shard import ShardName, rejects_of
 
@@ -57,7 +57,7 @@ def make_plan(config: RunConfig) -> Plan:
         if name not in plan.by_id:
             raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
     check_leakage(plan.prompts)
-    read_judge_check(config)  # hours before it is used
+    read_judge_check(config)  # now: it is used hours later, and must not fail then
     return plan
 
 
@@ -85,6 +85,7 @@ def run_info(plan: Plan) -> dict[str, Any]:
         "hashes": {
             "rubrics": {rubric.id: rubric.content_hash for rubric in plan.rubrics},
             "prompts": content_id(*(prompt.prompt_id for prompt in plan.prompts)),
+            # the key keeps its name; these are layouts, not the models' chat templates
             "templates": content_id({probe: layout_hash(probe) for probe in PROBES}),
             "models": {role: model.identity for role, model in roles.items()},
         },
@@ -95,8 +96,8 @@ def run_info(plan: Plan) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Names a writer's units: the same for all prompts of a run, in every pass."""
+class WriterUnits:
+    """Makes the units of the writer, of any pass."""
 
     rubrics: tuple[Rubric, ...]
     combine: tuple[tuple[str, str], ...]
@@ -115,10 +116,10 @@ class Asking:
 
     @functools.cached_property
     def layouts(self) -> tuple[str, ...]:
-        """Of what a writer is asked for under no rubric, one, several."""
+        """Layout hashes of a writer's request with no rubric, with one, with several."""
         return tuple(map(layout_hash, ("policy", "write", "write jointly")))
 
-    def first(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
+    def first_pass(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
         """Units of the first pass. What has the same rubric in front of it comes together, for the prefix cache."""
         samples = range(self.settings.first_pass)
         if self.settings.ask == "prompt":
@@ -134,7 +135,7 @@ class Asking:
             for joint in _joint(rubrics, prompt.prompt_id, sample):
                 yield self.unit(prompt.prompt_id, prompt.text, rubrics, joint, sample)
 
-    def more(self, asked: Sequence[Unit], answers: Sequence[Answer]) -> list[Unit]:
+    def later_pass(self, asked: Sequence[Unit], answers: Sequence[GradedAnswer]) -> list[Unit]:
         """Units of a later pass for one prompt: what its answers lack, as often as `synthesis.samples` still allows.
 
         Args:
@@ -155,7 +156,7 @@ class Asking:
         return units
 
     def unit(
-        self, prompt_id: str, prompt: str, rubrics: tuple[Rubric, ...] = (), level: Level = (), sample: int = 0
+        self, prompt_id: str, prompt: str, rubrics: tuple[Rubric, ...] = (), level: LevelNames = (), sample: int = 0
     ) -> Unit:
         """One answer to be written, under these rubrics' levels or, without any, under nothing."""
         hashes = [rubric.content_hash for rubric in rubrics]
@@ -171,7 +172,7 @@ class Asking:
         )
 
 
-def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[Level]:
+def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[LevelNames]:
     """As many levels as the shorter scale has, no level of either rubric twice."""
 
     def order(rubric: Rubric) -> list[str]:
@@ -182,8 +183,8 @@ def _joint(rubrics: Sequence[Rubric], prompt_id: str, sample: int) -> list[Level
 
 
 @dataclass(frozen=True)
-class Controls:
-    """Names the units of the policy's own answers."""
+class ControlUnits:
+    """Makes the units of control answers."""
 
     rubric_ids: tuple[str, ...]
     share: float
@@ -200,7 +201,7 @@ class Controls:
     def _asked(self) -> tuple[str, int, str]:
         return self.policy_key, self.seed, layout_hash("policy")
 
-    def first(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
+    def first_pass(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
         """One unit for a share of all (prompt, rubric)."""
         for rubric_id in self.rubric_ids:
             for prompt in prompts:
@@ -224,7 +225,7 @@ class Controls:
 class Units(Iterable[Unit]):
     """The first units of one shard, made when they are looked at: a plan of millions costs no memory."""
 
-    source: Asking | Controls
+    source: WriterUnits | ControlUnits
     prompts: Sequence[Prompt]
 
     @property
@@ -233,13 +234,13 @@ class Units(Iterable[Unit]):
         return content_id(self.source.key, [prompt.prompt_id for prompt in self.prompts])
 
     def __iter__(self) -> Iterator[Unit]:
-        return self.source.first(self.prompts)
+        return self.source.first_pass(self.prompts)
 
 
-def asking_of(plan: Plan) -> Asking:
-    """What names the run's units."""
+def writer_units(plan: Plan) -> WriterUnits:
+    """What makes the run's units."""
     config = plan.config
-    return Asking(plan.rubrics, config.synthesis.combine, config.synthesis, config.writer.answer_key, config.seed)
+    return WriterUnits(plan.rubrics, config.synthesis.combine, config.synthesis, config.writer.answer_key, config.seed)
 
 
 def plan_units(plan: Plan) -> dict[str, Units]:
@@ -248,25 +249,29 @@ def plan_units(plan: Plan) -> dict[str, Units]:
     A shard holds whole prompts, so that it can be planned on and paired alone. The policy's own answers to a shard's
     prompts are a shard of their own, beside it.
     """
-    config, chosen = plan.config, plan.config.synthesis
-    prompts, asking = plan.prompts_of("train"), asking_of(plan)
-    rubric_ids = (*(rubric.id for rubric in plan.rubrics), *map(joined, chosen.combine))
-    controls = Controls(rubric_ids, chosen.control, chosen.neutral_directives, config.policy.answer_key, config.seed)
-    rows = chosen.shard_rows // SHARDS_IN_FLIGHT  # of a file
-    per_shard = max(1, rows // max(1, sum(1 for _ in asking.first(prompts[:1]))))
+    config, settings = plan.config, plan.config.synthesis
+    prompts, writer = plan.prompts_of("train"), writer_units(plan)
+    rubric_ids = (*(rubric.id for rubric in plan.rubrics), *map(joined, settings.combine))
+    controls = ControlUnits(
+        rubric_ids, settings.control, settings.neutral_directives, config.policy.answer_key, config.seed
+    )
+    # shard_rows is what an engine has under way, in that many files
+    rows = settings.shard_rows // SHARDS_IN_FLIGHT
+    per_shard = max(1, rows // max(1, sum(1 for _ in writer.first_pass(prompts[:1]))))
     shards: dict[str, Units] = {}
     for number, start in enumerate(range(0, len(prompts), per_shard)):
         chunk = prompts[start : start + per_shard]
-        units = Units(asking, chunk)
+        units = Units(writer, chunk)
         shards[ShardName(number=number).keyed(units.key)] = units
         own = Units(controls, chunk)
-        if chosen.control and next(iter(own), None):
+        if settings.control and next(iter(own), None):
             shards[ShardName(CONTROL, number).keyed(own.key)] = own
     return shards
 
 
 def control_directive(neutral: Sequence[str], cell_id: str) -> str | None:
-    """What a control answer of this cell is given as a system message: nothing in half of the cells."""
+    """What a control answer of this grid is given as a system message: nothing in half of the grids."""
+    # the lowest bit says whether there is a directive, the others which one
     number = int(content_id(cell_id, CONTROL), 16)
     return neutral[number // 2 % len(neutral)] if neutral and number % 2 else None
 
@@ -311,10 +316,10 @@ class Shards:
     """Every judge's."""
     repeats: dict[str, list[str]]
     """What each shard of near-duplicates is found in: generations."""
-    groups: dict[str, PairInputs]
+    pair_inputs: dict[str, PairInputs]
     """What each shard of pairs is made of."""
-    planned: list[str]
-    """Of rejects: rows that repeat a prompt; none if there are none."""
+    plan_rejects: list[str]
+    """The shard of rejects for rows that repeat a prompt, if there are any."""
 
     @property
     def written(self) -> list[str]:
@@ -329,10 +334,10 @@ class Shards:
     @property
     def pairs(self) -> list[str]:
         """Every shard of pairs."""
-        return list(self.groups)
+        return list(self.pair_inputs)
 
     @property
     def rejects(self) -> list[str]:
         """Every shard of rejects."""
         stages = {"direct": self.directives, "write": self.written, "control": self.controls, "pair": self.pairs}
-        return [*self.planned, *(rejects_of(stage, name) for stage, names in stages.items() for name in names)]
+        return [*self.plan_rejects, *(rejects_of(stage, name) for stage, names in stages.items() for name in names)]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from cpt_ray.config import PreferencesConfig, PromptsConfig
 from cpt_ray.errors import UserError, did_you_mean, first_line, shown
 from cpt_ray.rubrics.measures import folded, terms_of
-from cpt_ray.tables.choice import fraction
+from cpt_ray.tables.by_hash import fraction
 from cpt_ray.tables.records import Prompt, Reject, content_id
 from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
 

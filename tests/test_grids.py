@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt_ray.grids import BALANCED, LENGTH, Answer, Grid, GridMaker, Shifts, missing_levels
+from cpt_ray.grids import BALANCED, LENGTH, GradedAnswer, Grid, GridMaker, Shifts, missing_levels
 from cpt_ray.rubrics.rubric import Rubric
 from tests.builders import LEVELS, make_generation, make_rubric
 
@@ -19,15 +19,15 @@ OWN, OTHER = make_rubric(), make_rubric(id="mood", title="Mood")
 MARGIN = 0.1
 
 
-def answer(prompt: str, number: int, own: float, other: float, tokens: int = 5) -> Answer:
+def answer(prompt: str, number: int, own: float, other: float, tokens: int = 5) -> GradedAnswer:
     generation = dataclasses.replace(make_generation("low", prompt, number), num_tokens=tokens)
-    return Answer(generation, {OWN.id: own, OTHER.id: other})
+    return GradedAnswer(generation, {OWN.id: own, OTHER.id: other})
 
 
-def correlated(prompts: int, per_prompt: int, slope: float, seed: int) -> dict[str, list[Answer]]:
+def correlated(prompts: int, per_prompt: int, slope: float, seed: int) -> dict[str, list[GradedAnswer]]:
     """Answers whose two scores go together: `slope` sd of one per sd of the other."""
     draw = random.Random(seed)
-    pools: dict[str, list[Answer]] = {}
+    pools: dict[str, list[GradedAnswer]] = {}
     for at in range(prompts):
         pool = []
         for number in range(per_prompt):
@@ -38,7 +38,7 @@ def correlated(prompts: int, per_prompt: int, slope: float, seed: int) -> dict[s
     return pools
 
 
-Pools = dict[str, list[Answer]]
+Pools = dict[str, list[GradedAnswer]]
 
 
 def differences(pools: Pools, balance: bool) -> tuple[list[float], Shifts]:
@@ -73,11 +73,11 @@ def test_the_shifts_that_are_reported_are_those_of_the_grids() -> None:
     for balance in (True, False):
         found, shifts = differences(pools, balance)
         assert shifts.grids == len(found)
-        assert shifts.drawn[OTHER.id] == pytest.approx(sum(found))
+        assert shifts.taken[OTHER.id] == pytest.approx(sum(found))
         assert shifts.offered[OTHER.id] / shifts.grids > 0.5
 
 
-def drawn(rubrics: list[Rubric], pool: list[Answer], most: int, balance: bool = True) -> list[Grid]:
+def drawn(rubrics: list[Rubric], pool: list[GradedAnswer], most: int, balance: bool = True) -> list[Grid]:
     """The grids of one prompt."""
     return GridMaker([OWN, OTHER], {"p": pool}, MARGIN, balance).draw(rubrics, most)[0].get("p", [])
 
@@ -102,12 +102,12 @@ def test_a_rubric_called_length_is_balanced_by_its_scores_and_not_by_tokens() ->
     size = make_rubric(id="length", title="Size")
     made = [(12, 5), (2, 90), (90, 50)]  # score, tokens: the lowest score has the most tokens
     pool = [
-        Answer(answer("p", at, 50, 50, tokens).generation, {"length": score, OTHER.id: 50.0})
+        GradedAnswer(answer("p", at, 50, 50, tokens).generation, {"length": score, OTHER.id: 50.0})
         for at, (score, tokens) in enumerate(made)
     ]
     grids, shifts = GridMaker([size, OTHER], {"p": pool}, MARGIN, True).draw([size], 1)
     assert [generation.sample for generation in grids["p"][0].values()] == [1, 2]
-    assert LENGTH in shifts.drawn
+    assert LENGTH in shifts.taken
 
 
 _scores = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=20)

@@ -15,7 +15,7 @@ from cpt_ray.engines.losses import REJECTED
 from cpt_ray.engines.step import Counts
 from cpt_ray.tables.rundir import RunDir
 
-APART = "apart: "
+NOT_IN_LEDGER = "apart: "
 """In front of a shard's counts that are not for the ledger."""
 LIVE_SECONDS = 5.0
 """Between two writes of the ledger while a pool is at work."""
@@ -146,7 +146,9 @@ def thoughts_note(entry: Mapping[str, Any]) -> str:
 
 
 def _entry(total: Counts, price: PriceConfig | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {key: value for key, value in total.items() if not key.startswith((REJECTED, APART))}
+    entry: dict[str, Any] = {
+        key: value for key, value in total.items() if not key.startswith((REJECTED, NOT_IN_LEDGER))
+    }
     entry["rejected"] = {
         key.removeprefix(REJECTED): int(value) for key, value in total.items() if key.startswith(REJECTED)
     }

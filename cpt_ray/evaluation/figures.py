@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from cpt_ray.evaluation.summary import shortened
 from cpt_ray.rubrics.bins import bins
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.choice import fraction
+from cpt_ray.tables.by_hash import fraction
 from cpt_ray.tables.records import Trial, content_id
 
 MAX_POINTS_PER_LEVEL = 60

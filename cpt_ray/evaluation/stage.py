@@ -24,8 +24,8 @@ from cpt_ray.evaluation.report import write_report
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.summary import judge_check_line
 from cpt_ray.evaluation.terminal import dial_lines, opposites_lines, table_lines
-from cpt_ray.judging.check import check_judge
 from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
+from cpt_ray.judging.judge_check import check_judge
 from cpt_ray.judging.spread import Spread, pool_spread
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.measures import whole_sentences

@@ -182,10 +182,9 @@ class JudgeStep(Step):
 
     def _lacking(self, rubric: Rubric, rows: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, bool]:
         """Whether a prompt lacks a level of the rubric; prompts without a row are not in it."""
-        by_key = {(grade.unit_id, grade.rubric_id): grade for grade in grades}
         return {
             prompt_id: bool(missing_levels(rubric, answers, self.grids, self.margin))
-            for prompt_id, answers in answers_of(rows, by_key, [rubric]).items()
+            for prompt_id, answers in answers_of(rows, grades, [rubric]).items()
         }
 
     def _grade(self, engine: Engine, rubric: Rubric, rows: Sequence[Generation], tally: Tally) -> list[Grade]:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from cpt_ray.errors import UserError
-from cpt_ray.grids import is_of_length
 from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import CheckSpec, Criterion, Rubric
 from cpt_ray.tables.records import Generation, content_id
@@ -53,7 +52,7 @@ def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str
     every = [answer.text for answer in answers]
     known: dict[str, Any] = {}
     for rubric in rubrics:
-        texts = whole if is_of_length(rubric) else every
+        texts = whole if rubric.measures_length else every
         specs: dict[str, CheckSpec] = {each.name: each.measure for each in rubric.measured if each.measure}
         specs |= {CHECK: rubric.check} if rubric.check else {}
         known[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}

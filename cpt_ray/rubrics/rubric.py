@@ -31,7 +31,7 @@ from cpt_ray.rubrics.checks import (
     numbers,
     wording_of,
 )
-from cpt_ray.rubrics.measures import terms_of, word_of
+from cpt_ray.rubrics.measures import OF_LENGTH, terms_of, word_of
 from cpt_ray.tables.records import CONTROL, content_id
 from cpt_ray.texts import is_blank
 from cpt_ray.yaml_file import read_yaml, shown_in_yaml, validation_lines
@@ -119,7 +119,7 @@ class Criterion(_Strict):
 
 
 class Rubric(_Strict):
-    """One attribute family: what is dialled, its levels and how an answer is graded."""
+    """One thing that can be dialled: its levels, and how an answer is graded."""
 
     id: Name
     version: Annotated[int, Field(ge=1)]
@@ -148,6 +148,7 @@ class Rubric(_Strict):
         return content_id(self.content_hash, [spec.points for spec in self.measures])
 
     def __hash__(self) -> int:
+        # pydantic's own hash covers every field, and a criterion's descriptors are a dict
         return hash((self.id, self.version))
 
     def level(self, name: str) -> Level:
@@ -172,6 +173,11 @@ class Rubric(_Strict):
     def measures(self) -> list[MeasureSpec]:
         """Of the measured criteria."""
         return [criterion.measure for criterion in self.criteria if criterion.measure is not None]
+
+    @property
+    def measures_length(self) -> bool:
+        """Whether a criterion measures how long an answer is: a cut answer then has no known value."""
+        return any(spec.name in OF_LENGTH for spec in self.measures)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -12,13 +12,13 @@ import numpy as np
 import yaml
 
 from cpt_ray.console import flat
+from cpt_ray.grids import levels_by_rubric
 from cpt_ray.judging.agreement import agreement
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.bins import nearest_level
 from cpt_ray.rubrics.grading import aggregate
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.levels import LevelCounts
-from cpt_ray.synthesis.pairing import targets_of
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id, parts_of
 from cpt_ray.tables.rundir import CARD_FILE, JUDGES_FILE, RunDir
 
@@ -45,10 +45,10 @@ class _Survey:
         self.words: dict[str, tuple[int, int]] = {}
         """Per rubric_id of the pairs: words of the chosen and of the rejected answers."""
         self.levels = LevelCounts(run, shards.pairs)
-        every = math.ceil(len(shards.groups) / MAX_SURVEYED)
-        chosen = list(shards.groups.items())[::every]
-        self.share = f"{len(chosen)} of {len(shards.groups)} shards"
-        for name, inputs in chosen:
+        every = math.ceil(len(shards.pair_inputs) / MAX_SURVEYED)
+        surveyed = list(shards.pair_inputs.items())[::every]
+        self.share = f"{len(surveyed)} of {len(shards.pair_inputs)} shards"
+        for name, inputs in surveyed:
             self._answers(
                 run.read("generations", inputs.generations, Generation), run.read("grades", inputs.grades, Grade)
             )
@@ -65,7 +65,7 @@ class _Survey:
                 self._compare(self.rubrics[rubric_id], grades_of_answer)
             if generation.rubric_id and generation.level != CONTROL:
                 rubrics = [self.rubrics[name] for name in parts_of(generation.rubric_id)]
-                for rubric, level in targets_of(rubrics, parts_of(generation.level)):
+                for rubric, level in levels_by_rubric(rubrics, parts_of(generation.level)):
                     if grades_by_rubric := verdicts[generation.unit_id][rubric.id]:
                         score = aggregate(rubric, grades_by_rubric, self._how).score
                         found_level = "ungraded" if score is None else nearest_level(rubric.levels, score).name
@@ -97,7 +97,7 @@ class _Survey:
 
 
 def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any]) -> None:
-    """Writes the card and judges.json, unless the card is of these very pairs and shards."""
+    """Writes the card and judges.json, unless the card there is of the same pairs and shards already."""
     path, pairs_hash = run.path / CARD_FILE, content_id(shards.pairs)
     tables = {name: getattr(shards, name) for name in ("pairs", "directives", "generations", "grades", "rejects")}
     files = {table: _files(run, table, names) for table, names in tables.items()}
@@ -111,7 +111,7 @@ def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any])
 
 
 def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
-    """The present shards: all that are there, or by name where others are beside them."""
+    """A pattern for the whole folder, or the names where it holds shards of other settings too."""
     if run.names(table) <= {*names}:
         return f"{table}/*.parquet"
     return [f"{table}/{name}.parquet" for name in names if run.has(table, name)]
@@ -136,11 +136,7 @@ def _card(
         for (rubric, level), written in sorted(survey.written.items())
     ]
     levels = [
-        (rubric.id, level.name, *(counts_of_level[what] for what in ("asked", "hit", "at", "kept")), pairs)
-        for rubric in survey.rubrics.values()
-        for level in rubric.levels
-        if (counts_of_level := survey.levels.level(rubric.id, level.name)) is not None
-        for pairs in [survey.pairs[rubric.id, level.name]]
+        _level_row(survey, rubric.id, level.name) for rubric in survey.rubrics.values() for level in rubric.levels
     ]
     shifts = [
         (rubric.id, survey.levels.grids(rubric.id), other, *both)
@@ -183,6 +179,11 @@ def _card(
     return "\n".join(parts)
 
 
+def _level_row(survey: _Survey, rubric: str, level: str) -> tuple[Any, ...]:
+    counts = survey.levels.level(rubric, level)
+    return rubric, level, *(counts[what] for what in ("asked", "hit", "at", "kept")), survey.pairs[rubric, level]
+
+
 def _quantiles(tokens: Sequence[int]) -> list[int]:
     return [int(quantile) for quantile in np.percentile(tokens, [10, 50, 90])]
 
@@ -195,7 +196,7 @@ def _confusion(survey: _Survey, rubric: Rubric) -> str:
 
 
 def _example(pair: Pair) -> str:
-    blocks = [(f"{message.role}", message.content) for message in pair.prompt]
+    blocks = [(message.role, message.content) for message in pair.prompt]
     blocks += [
         (f"chosen ({pair.level})", pair.chosen[0].content),
         (f"rejected ({pair.rejected_level})", pair.rejected[0].content),

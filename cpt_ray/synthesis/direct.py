@@ -14,7 +14,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.plan import Rubrics
 from cpt_ray.rubrics.checks import wording_of
 from cpt_ray.rubrics.rubric import Rubric, directive_leak
-from cpt_ray.tables.choice import shuffled
+from cpt_ray.tables.by_hash import shuffled
 from cpt_ray.tables.records import Directive, Reject, content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
@@ -71,14 +71,14 @@ class DirectStep(Step):
         texts: dict[str, list[str]] = {level.name: list(level.directives) for level in rubric.levels}
         owner = {wording_of(text): name for name, given in texts.items() for text in given}
         rejects = []
-        for level, completion in zip(levels, completions, strict=True):
+        for level_name, completion in zip(levels, completions, strict=True):
             text = " ".join(completion.text.split())
             error, detail = completion.error, completion.detail
             if not error and (leak := directive_leak(text, rubric)):
                 error, detail = "leak", leak
             elif not error and (wording := wording_of(text)) in owner:
-                error = "repeats another" if owner[wording] == level else "same as another level's"
-            elif not error and len(texts[level]) >= self.paraphrases:
+                error = "repeats another" if owner[wording] == level_name else "same as another level's"
+            elif not error and len(texts[level_name]) >= self.paraphrases:
                 error = "not needed"
             if error:
                 rejects.append(
@@ -86,22 +86,22 @@ class DirectStep(Step):
                         stage=self.stage,
                         subject_id=content_id(text),
                         rubric_id=rubric.id,
-                        level=level,
+                        level=level_name,
                         reason=error,
                         detail=detail or text,
                     )
                 )
             else:
-                owner[wording_of(text)] = level
-                texts[level].append(text)
-        for asked in rubric.levels:
-            if len(texts[asked.name]) < 2:
-                lost = [reject for reject in rejects if reject.level == asked.name]
+                owner[wording_of(text)] = level_name
+                texts[level_name].append(text)
+        for level in rubric.levels:
+            if len(texts[level.name]) < 2:
+                lost = [reject for reject in rejects if reject.level == level.name]
                 counts = Counter(reject.reason for reject in lost)
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
                 example = f"; the director's were: {why}, for example {lost[0].detail!r}" if lost else ""
                 raise UserError(
-                    f"rubric {rubric.id}, level {asked.name}: {len(texts[asked.name])} usable directive(s), at least 2 "
+                    f"rubric {rubric.id}, level {level.name}: {len(texts[level.name])} usable directive(s), at least 2 "
                     f"are needed (one is held out){example}; give some under the level's `directives:` or use another "
                     "director"
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from cpt_ray.engines.ledger import APART
+from cpt_ray.engines.ledger import NOT_IN_LEDGER
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.synthesis.pairing import Paired
 from cpt_ray.tables.records import Generation, Unit
@@ -23,11 +23,11 @@ def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generatio
     counts: dict[str, float] = {}
     named = {"asked": asked, "hit": paired.hit, "at": paired.at_level, "kept": paired.kept, "tokens": tokens}
     for what, by_level in named.items():
-        counts |= {f"{APART}{what}/{rubric}/{level}": count for (rubric, level), count in by_level.items()}
+        counts |= {f"{NOT_IN_LEDGER}{what}/{rubric}/{level}": count for (rubric, level), count in by_level.items()}
     for rubric, shifts in paired.shifts.items():
-        counts[f"{APART}grids/{rubric}"] = shifts.grids
-        counts |= {f"{APART}drawn/{rubric}/{other}": total for other, total in shifts.drawn.items()}
-        counts |= {f"{APART}offered/{rubric}/{other}": total for other, total in shifts.offered.items()}
+        counts[f"{NOT_IN_LEDGER}grids/{rubric}"] = shifts.grids
+        counts |= {f"{NOT_IN_LEDGER}drawn/{rubric}/{other}": total for other, total in shifts.taken.items()}
+        counts |= {f"{NOT_IN_LEDGER}offered/{rubric}/{other}": total for other, total in shifts.offered.items()}
     return {**counts, "kept_answers": len(paired.used)}
 
 
@@ -37,27 +37,29 @@ class LevelCounts:
     def __init__(self, run: RunDir, pairs: Sequence[str]):
         total: Counter[str] = Counter()
         for name in pairs:
-            total.update({key: value for key, value in run.counts("pairs", name).items() if key.startswith(APART)})
+            total.update(
+                {key: value for key, value in run.counts("pairs", name).items() if key.startswith(NOT_IN_LEDGER)}
+            )
         self._total = total
 
     def level(self, rubric: str, level: str) -> dict[str, int]:
         """`asked` to be there, `hit` by those, `at` it in all, `kept` in pairs, `tokens` of those asked for."""
-        return {what: int(self._total[f"{APART}{what}/{rubric}/{level}"]) for what in _COUNTED}
+        return {what: int(self._total[f"{NOT_IN_LEDGER}{what}/{rubric}/{level}"]) for what in _COUNTED}
 
     def shifts(self, rubric: str) -> dict[str, tuple[float, float]]:
         """Rubric (or `grids.LENGTH`) to the mean difference, in sd, between highest and lowest answer of a grid: of all
         answers that could have been drawn, and of those that were."""
-        grids = self._total[f"{APART}grids/{rubric}"]
-        prefix = f"{APART}offered/{rubric}/"
+        grids = self._total[f"{NOT_IN_LEDGER}grids/{rubric}"]
+        prefix = f"{NOT_IN_LEDGER}offered/{rubric}/"
         names = [key.removeprefix(prefix) for key in self._total if key.startswith(prefix)]
         return {
-            name: (self._total[f"{prefix}{name}"] / grids, self._total[f"{APART}drawn/{rubric}/{name}"] / grids)
+            name: (self._total[f"{prefix}{name}"] / grids, self._total[f"{NOT_IN_LEDGER}drawn/{rubric}/{name}"] / grids)
             for name in names
         }
 
     def grids(self, rubric: str) -> int:
         """Grids drawn of one rubric."""
-        return int(self._total[f"{APART}grids/{rubric}"])
+        return int(self._total[f"{NOT_IN_LEDGER}grids/{rubric}"])
 
 
 def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) -> list[str]:
@@ -90,5 +92,5 @@ def _totals(run: RunDir, shards: Shards) -> Counter[str]:
         counts = run.counts("pairs", name)
         total["kept_answers"] += int(counts.get("kept_answers", 0))
         total["pairs"] += int(counts.get("rows_out", 0))
-        total["grids"] += int(sum(value for key, value in counts.items() if key.startswith(f"{APART}grids/")))
+        total["grids"] += int(sum(value for key, value in counts.items() if key.startswith(f"{NOT_IN_LEDGER}grids/")))
     return total

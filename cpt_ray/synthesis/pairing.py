@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
-from cpt_ray.grids import Answer, Grid, GridMaker, Level, Shifts, is_of_length
+from cpt_ray.grids import GradedAnswer, Grid, GridMaker, LevelNames, Shifts, levels_by_rubric
 from cpt_ray.plan import cell_id_of, control_directive
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.choice import picked
+from cpt_ray.tables.by_hash import picked
 from cpt_ray.tables.records import (
     CONTROL,
     Directive,
@@ -35,14 +35,9 @@ from cpt_ray.tables.records import (
 )
 from cpt_ray.texts import same_text
 
-CONTROL_LEVEL: Level = (CONTROL,)
+CONTROL_LEVEL: LevelNames = (CONTROL,)
 Grades = Mapping[tuple[str, str], Grade]
 """By (unit_id, rubric_id)."""
-
-
-def targets_of(rubrics: Sequence[Rubric], level: Level) -> list[tuple[Rubric, str]]:
-    """(rubric, level) of each rubric in a grid."""
-    return list(zip(rubrics, level, strict=True))
 
 
 @dataclass
@@ -62,12 +57,12 @@ class Paired:
     shifts: dict[str, Shifts] = field(default_factory=dict)
     """By rubric id (`joined`)."""
 
-    def add(self, cell: _Cell, grid: Grid) -> None:
+    def add(self, grid_pairs: _GridPairs, grid: Grid) -> None:
         """The pairs of one grid."""
-        pairs, apart = cell.pair(grid)
+        pairs, rejects = grid_pairs.pair(grid)
         self.pairs += pairs
-        self.rejects += apart
-        self.used |= cell.used
+        self.rejects += rejects
+        self.used |= grid_pairs.used
         self.kept.update({(pair.rubric_id, pair.level) for pair in pairs})
 
 
@@ -97,18 +92,18 @@ def pair_answers(
         if directive.split == "train":
             usable[directive.rubric_id, directive.level].append(directive)
     by_id = {rubric.id: rubric for rubric in rubrics}
-    asked = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
+    groups = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
     pools = {name: _Pool(rubrics, some, grades, repeats) for name, some in of_prompt.items()}
     maker = GridMaker(rubrics, {name: pool.answers for name, pool in pools.items()}, settings.margin, settings.balance)
     paired = Paired()
-    for group in asked:
-        grids, paired.shifts[_joined(group)] = maker.draw(group, settings.grids)
+    for group in groups:
+        grids, paired.shifts[_rubric_ids(group)] = maker.draw(group, settings.grids)
         for prompt_id, number, grid in _numbered(grids):
-            cell = _Cell(group, cell_id_of(_joined(group), prompt_id, number), grades, usable, settings)
-            control = pools[prompt_id].control_of(_joined(group)) if number == 0 else None
-            paired.add(cell, grid | ({CONTROL_LEVEL: control} if control else {}))
+            grid_pairs = _GridPairs(group, cell_id_of(_rubric_ids(group), prompt_id, number), grades, usable, settings)
+            control = pools[prompt_id].control_of(_rubric_ids(group)) if number == 0 else None
+            paired.add(grid_pairs, grid | ({CONTROL_LEVEL: control} if control else {}))
     for pool in pools.values():
-        paired.rejects += pool.rejects + pool.unused(asked, settings.margin, paired.used, maker.given_up)
+        paired.rejects += pool.rejects + pool.unused(groups, settings.margin, paired.used, maker.given_up)
         _count_levels(paired, rubrics, pool.answers, settings.margin)
     return paired
 
@@ -119,11 +114,12 @@ def _numbered(grids: Mapping[str, Sequence[Grid]]) -> Iterator[tuple[str, int, G
             yield prompt_id, number, grid
 
 
-def _joined(rubrics: Sequence[Rubric]) -> str:
+def _rubric_ids(rubrics: Sequence[Rubric]) -> str:
+    """Their ids as the tables hold them."""
     return joined(rubric.id for rubric in rubrics)
 
 
-def _count_levels(paired: Paired, rubrics: Sequence[Rubric], answers: Sequence[Answer], margin: float) -> None:
+def _count_levels(paired: Paired, rubrics: Sequence[Rubric], answers: Sequence[GradedAnswer], margin: float) -> None:
     for answer in answers:
         targets = dict(zip(parts_of(answer.generation.rubric_id), parts_of(answer.generation.level), strict=True))
         for rubric in rubrics:
@@ -143,7 +139,7 @@ class _Pool:
         repeats: Mapping[str, str],
     ):
         self.prompt_id = generations[0].prompt_id
-        self.answers: list[Answer] = []
+        self.answers: list[GradedAnswer] = []
         self.rejects: list[Reject] = []
         self._controls: dict[str, Generation] = {}
         for generation in generations:
@@ -158,7 +154,7 @@ class _Pool:
             elif generation.level == CONTROL:
                 self._controls[generation.rubric_id] = generation
             else:
-                self.answers.append(Answer(generation, scores))
+                self.answers.append(GradedAnswer(generation, scores))
 
     def control_of(self, rubric_id: str) -> Generation | None:
         """The policy's own answer that takes part in the rubric's first grid, if there is one."""
@@ -183,14 +179,14 @@ class _Pool:
         return None
 
     def unused(
-        self, asked: Sequence[Sequence[Rubric]], margin: float, used: Set[str], given_up: Set[str]
+        self, groups: Sequence[Sequence[Rubric]], margin: float, used: Set[str], given_up: Set[str]
     ) -> list[Reject]:
         """A reject for each answer that could have been in a grid and is in no pair."""
         rejects = []
         for answer in self.answers:
             generation = answer.generation
             if generation.unit_id not in used:
-                reason = self._why_unused(answer, asked, margin, generation.unit_id in given_up)
+                reason = self._why_unused(answer, groups, margin, generation.unit_id in given_up)
                 rejects.append(Reject.of("pair", generation, generation.unit_id, *reason))
         for control in self._controls.values():
             if control.unit_id not in used:
@@ -200,18 +196,18 @@ class _Pool:
         return rejects
 
     def _why_unused(
-        self, answer: Answer, asked: Sequence[Sequence[Rubric]], margin: float, is_given_up: bool
+        self, answer: GradedAnswer, groups: Sequence[Sequence[Rubric]], margin: float, is_given_up: bool
     ) -> tuple[str, str]:
         if is_given_up:
             return "unbalanced", "its grid differs in more than its own rubric"
-        levels = {_joined(group): answer.level(group, margin) for group in asked}
+        levels = {_rubric_ids(group): answer.level(group, margin) for group in groups}
         if not any(levels.values()):
             scores = ", ".join(f"{name} {score:.1f}" for name, score in answer.scores.items())
             return "between two levels", f"graded {scores}"
-        for group in asked:
-            at = levels[_joined(group)]
+        for group in groups:
+            at = levels[_rubric_ids(group)]
             if at and any(other.level(group, margin) not in (None, at) for other in self.answers):
-                return "not needed", f"other answers to this prompt were taken ({_joined(group)} {joined(at)})"
+                return "not needed", f"other answers to this prompt were taken ({_rubric_ids(group)} {joined(at)})"
         shown = ", ".join(f"{name} {joined(level)}" for name, level in levels.items() if level)
         return "no partner", f"all answers to this prompt are at the same level ({shown})"
 
@@ -223,14 +219,14 @@ def _problem_of_control(
     if missing := [rubric.id for rubric in rubrics if rubric.id not in scores]:
         why = "; ".join(dict.fromkeys(verdict.reason for verdict in verdicts if verdict.rubric_id in missing))
         return "ungraded", why or f"no verdict by {', '.join(missing)}"
-    if control.is_cut and any(map(is_of_length, rubrics)):
+    if control.is_cut and any(rubric.measures_length for rubric in rubrics):
         return "between two levels", "it was cut, so its length is not known"
     return None
 
 
 @dataclass
-class _Cell:
-    """One grid, becoming pairs."""
+class _GridPairs:
+    """Makes the pairs of one grid."""
 
     rubrics: Sequence[Rubric]
     cell_id: str
@@ -246,7 +242,7 @@ class _Cell:
         rejects: list[Reject] = []
         ready = {level: answer for level, answer in grid.items() if self._has_directive(level)}
         for (level, answer), (other_level, other) in itertools.combinations(ready.items(), 2):
-            if problem := self._apart(level, answer, other_level, other):
+            if problem := self._why_no_pair(level, answer, other_level, other):
                 rejects.append(Reject.of("pair", answer, _pair_id(self.cell_id, answer, other), *problem))
             else:
                 pairs += [self._make(level, answer, other_level, other), self._make(other_level, other, level, answer)]
@@ -254,18 +250,21 @@ class _Cell:
         order = {joined(level): at for at, level in enumerate(grid)}
         return sorted(pairs, key=lambda pair: (order[pair.level], order[pair.rejected_level])), rejects
 
-    def _has_directive(self, level: Level) -> bool:
+    def _has_directive(self, level: LevelNames) -> bool:
         return level == CONTROL_LEVEL or all(
-            self.usable.get((rubric.id, part)) for rubric, part in targets_of(self.rubrics, level)
+            self.usable.get((rubric.id, part)) for rubric, part in levels_by_rubric(self.rubrics, level)
         )
 
-    def _apart(self, level: Level, answer: Generation, other_level: Level, other: Generation) -> tuple[str, str] | None:
+    def _why_no_pair(
+        self, level: LevelNames, answer: Generation, other_level: LevelNames, other: Generation
+    ) -> tuple[str, str] | None:
         """(reason, detail) why two answers of a grid do not make a pair, or None."""
-        for control, name, asked in ((answer, level, other_level), (other, other_level, level)):
-            if name == CONTROL_LEVEL and all(
-                confirms(rubric, part, self._score(control, rubric)) for rubric, part in targets_of(self.rubrics, asked)
+        for control, level_names, other_names in ((answer, level, other_level), (other, other_level, level)):
+            if level_names == CONTROL_LEVEL and all(
+                confirms(rubric, name, self._score(control, rubric))
+                for rubric, name in levels_by_rubric(self.rubrics, other_names)
             ):
-                return "control has the level", f"the policy's own answer is {joined(asked)} already"
+                return "control has the level", f"the policy's own answer is {joined(other_names)} already"
         limit, (short, long) = self.settings.max_length_ratio, sorted((answer.num_tokens, other.num_tokens))
         if limit and long > limit * short:
             return "length ratio", f"{long} against {short} tokens"
@@ -279,17 +278,18 @@ class _Cell:
     def _mean_score(self, answer: Generation) -> float:
         return sum(self._score(answer, rubric) for rubric in self.rubrics) / len(self.rubrics)
 
-    def _directive(self, level: Level) -> tuple[str, str | None]:
-        """(id, text) of the directive for a level: one paraphrase, spread evenly over cells by hash."""
+    def _directive(self, level: LevelNames) -> tuple[str, str | None]:
+        """(id, text) of the directive for a level: one paraphrase, spread evenly over grids by hash."""
         if level == CONTROL_LEVEL:
             return "", control_directive(self.settings.neutral_directives, self.cell_id)
         directives = [
-            picked(self.usable[rubric.id, part], self.cell_id, part) for rubric, part in targets_of(self.rubrics, level)
+            picked(self.usable[rubric.id, part], self.cell_id, part)
+            for rubric, part in levels_by_rubric(self.rubrics, level)
         ]
         texts = [directive.text for directive in directives]
         return joined(directive.directive_id for directive in directives), compose_directives(texts)
 
-    def _make(self, level: Level, winner: Generation, other_level: Level, loser: Generation) -> Pair:
+    def _make(self, level: LevelNames, winner: Generation, other_level: LevelNames, loser: Generation) -> Pair:
         directive_id, text = self._directive(level)
         prompt = policy_messages(text, winner.prompt)
         return Pair(
@@ -297,7 +297,7 @@ class _Cell:
             twin_id=_pair_id(self.cell_id, loser, winner),
             cell_id=self.cell_id,
             prompt_id=winner.prompt_id,
-            rubric_id=_joined(self.rubrics),
+            rubric_id=_rubric_ids(self.rubrics),
             level=joined(level),
             rejected_level=joined(other_level),
             directive_id=directive_id,

@@ -23,11 +23,11 @@ from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, grader
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
-from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, asking_of, plan_units, run_info
+from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, plan_units, run_info, writer_units
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
 from cpt_ray.synthesis.levels import level_lines
-from cpt_ray.synthesis.pair import PAIRING, PairStep, RepeatStep, no_engine, paired_together
+from cpt_ray.synthesis.pair_steps import PAIRING, PairStep, RepeatStep, no_engine, paired_together
 from cpt_ray.synthesis.write import NextPassStep, WriteStep
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import JUDGES_FILE, RunDir
@@ -49,18 +49,18 @@ def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
     repeats: dict[str, list[str]] = {}
     if settings.near_duplicates:
         repeats = {RepeatStep.name_of(written, settings.near_duplicates): written}
-    groups = {}
+    pair_inputs = {}
     for some in paired_together(units, passes, controls):
         inputs = PairInputs(some, [grade for name in some for grade in grades[name]], directives, list(repeats))
-        groups[PairStep.name_of(inputs, settings)] = inputs
+        pair_inputs[PairStep.name_of(inputs, settings)] = inputs
     return Shards(
         directives=directives,
         passes=passes,
         controls=controls,
         grades=[grade for some in grades.values() for grade in some],
         repeats=repeats,
-        groups=groups,
-        planned=[ShardName("plan").keyed(content_id([reject.detail for reject in plan.rejects]))]
+        pair_inputs=pair_inputs,
+        plan_rejects=[ShardName("plan").keyed(content_id([reject.detail for reject in plan.rejects]))]
         if plan.rejects
         else [],
     )
@@ -101,7 +101,7 @@ class Steps:
             ),
             write=WriteStep(**own, model=config.writer),
             later=[
-                NextPassStep(**own, model=config.writer, asking=asking_of(plan), spread=spread, number=number)
+                NextPassStep(**own, model=config.writer, writer_units=writer_units(plan), spread=spread, number=number)
                 for number in range(2, settings.num_passes + 1)
             ],
             control=WriteStep(
@@ -204,10 +204,10 @@ def _say_spread(plan: Plan) -> None:
 def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     """The ledger's entries and a line on each; UserError with the reasons if there are no pairs."""
     steps = Steps.of(plan, shards.passes)
-    for name in shards.planned:
+    for name in shards.plan_rejects:
         if not run.has("rejects", name):
             run.write("rejects", name, plan.rejects)
-    run.prune("rejects", shards.planned, prefix="plan-")
+    run.prune("rejects", shards.plan_rejects, prefix="plan-")
     stages = [
         Stage("direct", "directives", shards.directives, "director", steps.direct.model),
         Stage("write", "generations", shards.written, "writer", steps.write.model),
@@ -270,7 +270,9 @@ def pair(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> None:
     repeats = RepeatStep(generations=shards.repeats, threshold=settings.near_duplicates or 1.0)
     runner(run, [Line(list(shards.repeats), [repeats])], no_engine)
     runner(
-        run, [Line(shards.pairs, [PairStep(rubrics=plan.by_id, groups=shards.groups, settings=settings)])], no_engine
+        run,
+        [Line(shards.pairs, [PairStep(rubrics=plan.by_id, pair_inputs=shards.pair_inputs, settings=settings)])],
+        no_engine,
     )
     run.prune("pairs", shards.pairs)
     run.prune("repeats", shards.repeats)

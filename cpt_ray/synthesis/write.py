@@ -10,11 +10,10 @@ from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, polic
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
-from cpt_ray.grids import answers_of
+from cpt_ray.grids import answers_of, levels_by_rubric
 from cpt_ray.judging.spread import Spread
-from cpt_ray.plan import Asking, Pass, Rubrics, cell_id_of, control_directive
+from cpt_ray.plan import Pass, Rubrics, WriterUnits, cell_id_of, control_directive
 from cpt_ray.rubrics.measures import whole_sentences
-from cpt_ray.synthesis.pairing import targets_of
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit, parts_of
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
@@ -62,14 +61,14 @@ class WriteStep(Step):
         if not unit.rubric_id:
             return policy_messages(None, unit.prompt)
         rubrics = [self.rubrics[name] for name in parts_of(unit.rubric_id)]
-        targets = [(rubric, rubric.level(level)) for rubric, level in targets_of(rubrics, parts_of(unit.level))]
+        targets = [(rubric, rubric.level(level)) for rubric, level in levels_by_rubric(rubrics, parts_of(unit.level))]
         if len(targets) == 1:
             return writer_messages(*targets[0], unit.prompt)
         return joint_writer_messages(targets, unit.prompt)
 
 
 def _generation(unit: Unit, completion: Completion) -> Generation | None:
-    """The answer; of one that was cut off what is whole of it; None if there is none."""
+    """The answer, a cut one without its unfinished sentence; None if nothing usable is left."""
     is_cut = completion.error == CUT_OFF
     text = whole_sentences(completion.text) if is_cut else completion.text
     if not text or (completion.error and not is_cut):
@@ -91,7 +90,7 @@ def _generation(unit: Unit, completion: Completion) -> Generation | None:
 class NextPassStep(WriteStep):
     """The grades of a pass -> the generations of the next: units for what is missing, and the answers to them."""
 
-    asking: Asking
+    writer_units: WriterUnits
     spread: Spread | None
     """Where the rubrics' levels come from."""
     number: int
@@ -101,7 +100,7 @@ class NextPassStep(WriteStep):
 
     def output(self, shard: str) -> str:
         """Depends on the passes before it and on what counts as missing."""
-        settings = self.asking.settings
+        settings = self.writer_units.settings
         return ShardName.parse(shard).made_of("pass", self.number, settings.grids, settings.margin, settings.samples)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
@@ -119,8 +118,7 @@ class NextPassStep(WriteStep):
             asked[unit.prompt_id].append(unit)
         grades = run.read("grades", [each.grades for each in passes], Grade)
         rubrics = self.spread.resolve(run) if self.spread else list(self.rubrics.values())
-        by_key = {(grade.unit_id, grade.rubric_id): grade for grade in grades}
-        answers = answers_of(run.read("generations", names, Generation), by_key, rubrics)
-        asking = replace(self.asking, rubrics=tuple(rubrics))
+        answers = answers_of(run.read("generations", names, Generation), grades, rubrics)
+        writer_units = replace(self.writer_units, rubrics=tuple(rubrics))
         for prompt_id, units in asked.items():
-            yield from asking.more(units, answers.get(prompt_id, []))
+            yield from writer_units.later_pass(units, answers.get(prompt_id, []))

@@ -14,7 +14,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.logprobs.rows import Tokeniser, Unfit
 from cpt_ray.prompts import read_rows
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.choice import shuffled
+from cpt_ray.tables.by_hash import shuffled
 from cpt_ray.tables.records import CONTROL, Message, Pair, Reject, content_id
 from cpt_ray.training.comparisons import (
     ANSWERS,

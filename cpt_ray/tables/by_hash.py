@@ -1,4 +1,4 @@
-"""Choices by hash: as good as drawn by lot, and the same in every run, whatever else there is to choose from."""
+"""Selection by hash: as good as random, and the same in every run, whatever else there is to choose from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps that call no model: near-duplicates found, answers paired."""
+"""The steps that call no model: finding near-duplicates, and pairing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRING = ModelConfig(model="pairing", num_actors=Range(1, 64))
 
 
 def no_engine(model: ModelConfig) -> None:
-    """What those steps have for an engine."""
+    """The `open_engine` of steps that call no model: their engine is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class PairStep(Step):
     """generations + grades + directives -> pairs (+ rejects)."""
 
     rubrics: Rubrics
-    groups: dict[str, PairInputs]
+    pair_inputs: dict[str, PairInputs]
     settings: SynthesisConfig
     model: ModelConfig = PAIRING
     stage: str = "pair"
@@ -82,7 +82,7 @@ class PairStep(Step):
 
     def __call__(self, engine: None, run: RunDir, shard: str) -> None:
         """Pairs the answers of one shard."""
-        rubrics, inputs = list(self.rubrics.values()), self.groups[shard]
+        rubrics, inputs = list(self.rubrics.values()), self.pair_inputs[shard]
         rows = run.read("generations", inputs.generations, Generation)
         tally = Tally(len(rows))
         grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)

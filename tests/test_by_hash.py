@@ -1,10 +1,10 @@
-"""Choices by hash: even, and the same whatever else there is."""
+"""Selection by hash: even, and the same whatever else there is."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from cpt_ray.tables.choice import fraction, picked, shuffled
+from cpt_ray.tables.by_hash import fraction, picked, shuffled
 from cpt_ray.tables.records import content_id
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from cpt_ray import __version__, pipeline
 from cpt_ray.errors import UserError
 
-STAGES = {
+STAGE_HELP = {
     "run": "synthesize, train and evaluate",
     "synthesize": "write and judge answers, make twin pairs",
     "train": "tune the policy on the pairs (DPO)",
@@ -29,7 +29,7 @@ LIMITS: dict[str, tuple[Callable[[str], float], float, str]] = {
     "--requests-per-minute": (int, 1e12, "requests it may send each minute"),
     "--tokens-per-minute": (int, 1e12, "prompt and answer tokens it may use each minute"),
     "--budget": (int, 1e15, "prompt and answer tokens it may use in all"),
-    "--days": (float, 36525, "how long it is good for"),
+    "--days": (float, 36525, "days until it expires"),
 }
 """Limits that `cpt keys add` can put on a key: kind, highest value, meaning."""
 
@@ -77,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     status = _add_command(commands, "status", "what a run has done so far and what it cost", pipeline.status)
     status.add_argument("run", metavar="RUN", type=Path, help="the directory of a run")
     output = "show what Ray and vLLM print, and tracebacks"
-    for name, text in STAGES.items():
+    for name, text in STAGE_HELP.items():
         stage = _add_command(commands, name, text, functools.partial(pipeline.run_stage, name))
         _add_run_file(stage, verbose=output)
     serve = _add_command(commands, "serve", "serve the tuned model", pipeline.serve)
     _add_run_file(serve, verbose=output)
     serve.add_argument("--insecure", action="store_true", help="let everyone in, without a key")
-    text = "take the tuned model to a folder or to the Hugging Face Hub"
+    text = "copy the tuned model to a folder or to the Hugging Face Hub"
     push = _add_command(commands, "push", text, lambda verbose, **given: pipeline.push_model(**given))
     _add_run_file(push, ("target", "an empty folder, or hf://OWNER/NAME"), verbose=output)
     _add_keys(commands)
@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument(
         "action",
         choices=("fit", "infer", "evaluate"),
-        help="learn from simulated users; say what a user's choices come to; fit, then compare all methods",
+        help="fit: learn from simulated users; infer: the configuration that a user's choices imply; "
+        "evaluate: fit, then compare all methods",
     )
     _add_run_file(steer, verbose="show what Ray and vLLM print")
     steer.add_argument("--dry-run", action="store_true", help="check the data and say what would be learned, no more")
@@ -115,8 +116,8 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     arguments, left = parser.parse_known_args(argv)
     given = vars(arguments)
     if "overrides" not in given or not all(re.match(r"\w[^=]*=", text) for text in left):
-        parser.parse_args(argv)  # names what it does not know, and exits
-    elif left:  # behind an option, where argparse does not look for more of them
+        parser.parse_args(argv)  # only for argparse's own error, which names the unknown argument
+    elif left:  # overrides after an option: argparse collects none there
         given["overrides"] = [*given["overrides"], *left]
     return given
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for a user's error, 130 for Ctrl-C."""
     given = _parsed(argv)
     do, command, verbose = given.pop("do"), given.pop("command"), given.get("verbose", False)
-    if not verbose:  # a line for each retry; what failed in the end is said once
+    if not verbose:  # it logs each retry; the error at the end is enough
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         do(**given)
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where this one left off" if command in STAGES else ""
+        goes_on = "; the same command goes on where this one left off" if command in pipeline.RESUMABLE else ""
         print(f"stopped{goes_on}", file=sys.stderr, flush=True)
         return 130
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean, first_line
-from cpt_ray.tables.files import alone
+from cpt_ray.tables.files import exclusive
 from cpt_ray.tables.records import content_id
 
 CACHE_ENV = "CPT_CACHE"
@@ -119,7 +119,7 @@ def converted(name: str) -> Path:
     folder = _kept_folder(name)
     if folder.is_dir():
         return folder
-    with _cache_errors(folder.parent), alone(folder.parent) as is_locked:
+    with _cache_errors(folder.parent), exclusive(folder.parent) as is_locked:
         if not folder.is_dir():  # else another process was first
             if is_locked:  # what killed processes of this machine left behind
                 for left_behind in folder.parent.glob(f".*.{socket.gethostname()}-*.tmp"):

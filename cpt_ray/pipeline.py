@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -32,9 +31,18 @@ from cpt_ray.plan import Plan, Shards, make_plan, plan_units, run_info
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.serving.keys import Keyring, make_key
-from cpt_ray.synthesis.stage import name_shards, resolved, synthesize
+from cpt_ray.synthesis.stage import name_shards, not_complete, synthesize, with_levels
+from cpt_ray.tables.files import file_hash
 from cpt_ray.tables.records import Directive, content_id
-from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, LEDGER, MARK, RUN_INFO, SPENT_FILE, RunDir
+from cpt_ray.tables.rundir import (
+    CATALOG_FILE,
+    KEYS_FILE,
+    LEDGER_FILE,
+    MODEL_INFO_FILE,
+    RUN_INFO_FILE,
+    SPENT_FILE,
+    RunDir,
+)
 from cpt_ray.training.publishing import HUB, push
 from cpt_ray.yaml_file import read_yaml
 
@@ -80,7 +88,7 @@ def _check_run_file(path: Path) -> None:
 def status(run: Path) -> None:
     """What a run has done and what it cost, read from its directory alone."""
     folder = RunDir(run)
-    info, ledger = folder.read_yaml(RUN_INFO), folder.read_json(LEDGER) or {}
+    info, ledger = folder.read_yaml(RUN_INFO_FILE), folder.read_json(LEDGER_FILE) or {}
     if not isinstance(info, dict) or "name" not in info:
         raise UserError(f"{run}: no run.yaml there that names a run; give the directory of a run (runs/NAME)")
     say(f"{info['name']}: {'a process is at work on it' if folder.busy else 'no process is at work on it'}")
@@ -104,9 +112,9 @@ def finished_synthesis(plan: Plan, run: RunDir) -> tuple[Plan, Shards]:
     """The plan with its levels, and the names of the synthesis tables; UserError if they are not complete."""
     units = plan_units(plan)
     shards = name_shards(plan, units)
-    plan = resolved(plan, run, units)
+    plan = with_levels(plan, run, units)
     if not all(run.has("pairs", name) for name in shards.pairs):
-        raise UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
+        raise not_complete(run)
     return plan, shards
 
 
@@ -125,7 +133,7 @@ def _evaluate(plan: Plan, run: RunDir) -> None:
     from cpt_ray.evaluation.stage import evaluate
 
     plan, shards = finished_synthesis(plan, run)
-    mark = run.read_json(MARK)
+    mark = run.read_json(MODEL_INFO_FILE)
     if not mark or mark["key"] != train_key(plan.config, shards.pairs):
         problem = "was trained with other settings or pairs" if mark else "is not there"
         raise UserError(f"{run.model}: the tuned model {problem}; run `cpt train` with this run file first")
@@ -140,13 +148,13 @@ def _run(plan: Plan, run: RunDir) -> None:
     say(f"total        {time.monotonic() - start:.0f} s")
 
 
-STAGES: dict[str, Callable[[Plan, RunDir], object]] = {
+RESUMABLE: dict[str, Callable[[Plan, RunDir], object]] = {
     "run": _run,
     "synthesize": synthesize,
     "train": _train,
     "evaluate": _evaluate,
 }
-"""Commands that go on where they were stopped."""
+"""Commands that resume where they were stopped."""
 
 
 def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: bool) -> None:
@@ -159,9 +167,9 @@ def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: b
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
     convert_models(roles_of(config))
-    for role in _called(command, plan).values():
-        endpoint_key(role)
-    if command == "run":  # hours before it is trained
+    for role in _roles_called_by(command, plan).values():
+        endpoint_key(role)  # only for its UserError: a missing key ends the command now
+    if command == "run":  # now: training comes hours later, and must not fail then
         from cpt_ray.training.checks import open_policy
 
         open_policy(config).tokeniser.check()
@@ -172,7 +180,7 @@ def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: b
         _write_run(run, config, dtype, **run_info(plan))
         with connected(verbose, run.ray_log):
             _check_room(command, plan)
-            STAGES[command](plan, run)
+            RESUMABLE[command](plan, run)
             if command == "run":
                 _say_next(run_file, config, overrides)
 
@@ -185,24 +193,19 @@ def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
     path = Path(source)
     config, dtype = with_dtype(config, run)
     convert_models(roles_of(config))
-    data = _file_hash(path) if path.is_file() else source
+    data = file_hash(path) if path.is_file() else source
     with run.locked():
         _write_run(run, config, dtype, name=config.name, preferences=data)
         key = train_key(config, data, config.preferences.data_split)
         train(config, run, (), key, connected(verbose, run.ray_log))
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_run(run: RunDir, config: TuneConfig, dtype: str | None, **info: object) -> None:
     run.write_run({"config": config.model_dump(mode="json"), **({CPU_DTYPE: dtype} if dtype else {}), **info})
 
 
-def _called(command: str, plan: Plan) -> dict[str, ModelConfig]:
-    """The models that a command asks, by their names in the run file; no judge where everything is measured."""
+def _roles_called_by(command: str, plan: Plan) -> dict[str, ModelConfig]:
+    """The roles that a command calls, by their names in the run file; no judge where everything is measured."""
     config, is_judged = plan.config, any(rubric.judged for rubric in plan.rubrics)
     roles: dict[str, ModelConfig] = {}
     if command in ("run", "synthesize"):
@@ -219,7 +222,7 @@ def _check_room(command: str, plan: Plan) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
     from cpt_ray.training.checks import check_workers
 
-    for name, role in _called(command, plan).items():
+    for name, role in _roles_called_by(command, plan).items():
         if role.endpoint is None:
             each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
             remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
@@ -265,7 +268,7 @@ def steer(
     """One action of few-shot steering ("fit", "infer" or "evaluate"), on the cluster this process belongs to."""
     config = load_config(run_file, overrides)
     run = RunDir(Path(config.run_dir).absolute())
-    config, _ = with_dtype(config, run, tell=lambda _: None)  # a result is all that is printed
+    config, _ = with_dtype(config, run, report=lambda _: None)  # `steer infer` prints its JSON alone
     plan = make_plan(config)
     convert_models(roles_of(config))
     os.environ.update(engine_env(config.policy))  # `infer` holds the engine in this process
@@ -331,7 +334,9 @@ def list_keys(run_file: Path, overrides: Sequence[str]) -> None:
     run, keyring = _keyring(run_file, overrides)
     spent = run.read_json(SPENT_FILE) or {}
     for key in keyring.keys:
-        name = key.name if key.name.isprintable() else ascii(key.name)  # of an earlier version
+        name = (
+            key.name if key.name.isprintable() else ascii(key.name)
+        )  # earlier versions allowed control characters in names
         say(f"{name:<20} {key.describe(spent.get(key.name, 0))}")
 
 

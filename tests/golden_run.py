@@ -27,7 +27,7 @@ from cpt_ray.cli import main
 from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.engines.step import Line
 from cpt_ray.steering.reward import RewardModel
-from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
 from tests import toy
 from tests.builders import LEVELS, rubric_dict
 
@@ -126,7 +126,7 @@ def _train(config: Any, run: RunDir, pairs: Any, key: str, **_: Any) -> None:
     for path in toy.MODEL.iterdir():
         if path.suffix != ".safetensors":
             shutil.copy(path, run.model / path.name)
-    run.write_json(MARK, {"key": key, "summary": {}})
+    run.write_json(MODEL_INFO_FILE, {"key": key, "summary": {}})
 
 
 def _train_rewards(fits: list[Any], kinds: Sequence[Any], data: Any) -> None:

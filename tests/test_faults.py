@@ -136,7 +136,7 @@ def test_no_answer_is_judged_before_it_is_written(metrics_url: str, tmp_path: Pa
     for name, rows in units.items():
         run.write("units", name, rows)
     shards = name_shards(plan, units)
-    run_lines(run, Steps.of(plan, units).passes(shards), slow_engine)
+    run_lines(run, Steps.of(plan, units).pass_lines(shards), slow_engine)
     assert run.names("grades") == set(shards.grades)
 
 

@@ -33,7 +33,7 @@ from cpt_ray.steering.choices import Question
 from cpt_ray.steering.policy import SavedForm
 from cpt_ray.steering.scoring import sequence
 from cpt_ray.tables.records import content_id, schema_of
-from cpt_ray.tables.rundir import KEYS_FILE, MARK, SPENT_FILE, TABLES, RunDir
+from cpt_ray.tables.rundir import KEYS_FILE, MODEL_INFO_FILE, SPENT_FILE, TABLES, RunDir
 from tests import toy
 from tests.golden_files import FOLDER, check, shape, shortened
 from tests.golden_run import Made, make_runs
@@ -148,7 +148,7 @@ def keys_of(made: Made) -> dict[str, str]:
     for name, run in made.runs.items():
         for path in sorted(run.path.rglob("*.parquet")):
             keys[f"{name}/{path.parent.name}/{path.stem}"] = path.stem.rpartition("-")[2]
-        for file in (MARK, "spread.json", "steering/questions.json"):
+        for file in (MODEL_INFO_FILE, "spread.json", "steering/questions.json"):
             if content := run.read_json(file):
                 keys[f"{name}/{file} {content['key']}"] = content["key"]
     return keys | {f"reward models in {one.folder.name}": one.folder.name for one in made.fits}
@@ -187,7 +187,7 @@ def test_rows_have_the_same_ids_made_of_the_same(made: Made) -> None:
 def test_stored_files_have_the_same_shape(made: Made) -> None:
     run, bare = made.runs["levels"], made.runs["bare"]
     names = ("ledger.json", "judges.json", "spread.json", "catalog.json", "report/results.json", "report/steering.json")
-    files = {name: shape(run.read_json(name)) for name in (*names, MARK, "steering/questions.json")}
+    files = {name: shape(run.read_json(name)) for name in (*names, MODEL_INFO_FILE, "steering/questions.json")}
     dials = {name: bare.read_json("report/results.json")[name] for name in ("check", "crosstalk", "levels")}
     files |= {"run.yaml": shape(run.read_yaml("run.yaml")), "report/results.json, of measures alone": shape(dials)}
     for name, record in ((SavedForm.file("FORM"), SavedForm), (KEYS_FILE, Key)):

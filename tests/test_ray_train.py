@@ -18,7 +18,7 @@ GROUP = WorkerGroup(
     use_gpu=False,
     resources={"CPU": 1},
     max_failures=3,
-    continues="from the last checkpoint",
+    resumes_from="from the last checkpoint",
     less_memory="steer.batch_users",
 )
 

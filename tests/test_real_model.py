@@ -14,9 +14,9 @@ from cpt_ray.config import load_config
 from cpt_ray.plan import make_plan, plan_units
 from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.grading import measured_criterion
-from cpt_ray.synthesis.stage import name_shards, resolved
+from cpt_ray.synthesis.stage import name_shards, with_levels
 from cpt_ray.tables.records import Generation, Pair
-from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
 from tests.local_cluster import ROOT
 
 RUN_FILE = "jobs/quickstart.yaml"
@@ -55,7 +55,7 @@ def test_labels_are_what_the_measures_say_of_the_real_answers(small_run: tuple[R
     plan = make_plan(load_config(ROOT / RUN_FILE, [*SMALL, f"run_dir={run.path}", *_dtypes(run)]))
     units = plan_units(plan)
     shards = name_shards(plan, units)
-    rubrics = {rubric.id: rubric for rubric in resolved(plan, run, units).rubrics}
+    rubrics = {rubric.id: rubric for rubric in with_levels(plan, run, units).rubrics}
     texts = {one.text for one in run.read("generations", shards.generations, Generation)}
     pairs = {one.pair_id: one for one in run.read("pairs", shards.pairs, Pair)}
     held_out = {one.prompt_id for one in plan.prompts_of("held_out")}
@@ -77,7 +77,7 @@ def _dtypes(run: RunDir) -> list[str]:
 
 
 def test_the_first_loss_is_that_of_a_policy_that_is_the_reference(small_run: tuple[RunDir, str]) -> None:
-    summary = small_run[0].read_json(MARK)["summary"]
+    summary = small_run[0].read_json(MODEL_INFO_FILE)["summary"]
     assert summary["first_loss"] == pytest.approx(math.log(2), abs=0.05)
     assert summary["steps"] == 4
 

@@ -52,7 +52,7 @@ from cpt_ray.steering.actors import Embedder
 from cpt_ray.steering.inference import Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm
 from cpt_ray.steering.scoring import sequence
-from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, QUESTIONS, SPENT_FILE, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, QUESTIONS_FILE, SPENT_FILE, RunDir
 from tests.builders import make_directives, make_rubric
 from tests.local_cluster import ROOT
 from tests.test_steering_policy import disturbed
@@ -141,7 +141,7 @@ def make_run(path: Path) -> RunDir:
     made.write_json(CATALOG_FILE, CATALOG.to_json())
     known = {"margins": [-4, 0, 4]}
     asked = [{"prompt": f"Day {at}?", "first": f"High {at}.", "second": f"Low {at}."} | known for at in range(4)]
-    made.write_json(QUESTIONS, {"key": make_served_candidates(made).key, "questions": asked})
+    made.write_json(QUESTIONS_FILE, {"key": make_served_candidates(made).key, "questions": asked})
     return made
 
 

@@ -21,9 +21,9 @@ from cpt_ray.judging.spread import CHECK, Spread, survey, with_points
 from cpt_ray.plan import Plan, make_plan, plan_units
 from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.grading import measured_criterion
-from cpt_ray.rubrics.rubric import CheckSpec, Rubric
+from cpt_ray.rubrics.rubric import MeasureSpec, Rubric
 from cpt_ray.synthesis.levels import LevelCounts, level_lines
-from cpt_ray.synthesis.stage import resolved, spread_of
+from cpt_ray.synthesis.stage import spread_of, with_levels
 from cpt_ray.tables.records import Generation, Pair, Unit
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_generation, rubric_dict
@@ -139,7 +139,7 @@ def ramble(request: Request) -> Completion:
 def test_later_passes_ask_only_prompts_that_lack_a_level_and_end_with_grids_for_nearly_all(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path)
     shards = synthesized(plan, run, ramble)
-    rubrics = resolved(plan, run, plan_units(plan)).rubrics
+    rubrics = with_levels(plan, run, plan_units(plan)).rubrics
     num_prompts, by_pass = len(plan.prompts_of("train")), list[int]()
     have: dict[str, set[str | None]] = {prompt.prompt_id: set() for prompt in plan.prompts_of("train")}
     for number in range(plan.config.synthesis.num_passes):
@@ -166,12 +166,12 @@ def test_levels_are_looked_up_once_and_do_not_move(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path)
     units = plan_units(plan)
     with pytest.raises(UserError, match="synthesis is not complete for this run file"):
-        resolved(plan, run, units)
+        with_levels(plan, run, units)
     synthesized(plan, run, ramble)
-    before = resolved(plan, run, units).rubrics
+    before = with_levels(plan, run, units).rubrics
     for path in (run.path / "generations").iterdir():
         path.unlink()
-    assert resolved(plan, run, units).rubrics == before
+    assert with_levels(plan, run, units).rubrics == before
     spread = spread_of(plan, units)
     assert spread
     assert spread.key == Spread(before, spread.first_pass).key
@@ -183,10 +183,10 @@ def test_another_second_measure_is_looked_up_anew_and_moves_no_level(tmp_path: P
     spread = spread_of(plan, plan_units(plan))
     assert spread
     for measure in ("character_count", "mean_word_length"):
-        rubrics = [rubric.model_copy(update={"check": CheckSpec(name=measure)}) for rubric in spread.rubrics]
+        rubrics = [rubric.model_copy(update={"check": MeasureSpec(name=measure)}) for rubric in spread.rubrics]
         checked = Spread(tuple(rubrics), spread.first_pass)
         assert checked.key == spread.key
-        assert {entry[CHECK]["measure"] for entry in checked.known(run).values()} == {measure}
+        assert {entry[CHECK]["measure"] for entry in checked.read_or_make(run).values()} == {measure}
         assert checked.resolve(run)[0].criteria == spread.resolve(run)[0].criteria
 
 
@@ -198,7 +198,7 @@ def test_what_each_level_took_is_said_and_a_level_that_is_not_reached_is_named(t
     plan, run = make_run(tmp_path)
     shards = synthesized(plan, run, at_ends)
     tokens = sum(one.num_tokens for one in run.read("generations", shards.written, Generation))
-    lines = level_lines(resolved(plan, run, plan_units(plan)), run, shards, tokens)
+    lines = level_lines(with_levels(plan, run, plan_units(plan)), run, shards, tokens)
     counts = LevelCounts(run, shards.pairs)
     pairs = run.read("pairs", shards.pairs, Pair)
     for level in LEVELS:

@@ -34,7 +34,7 @@ from cpt_ray.plan import Plan, Shards, control_directive, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis.stage import Steps, name_shards, synthesize
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
-from cpt_ray.tables.rundir import REPORT, STEERING_RESULTS, RunDir
+from cpt_ray.tables.rundir import REPORT_FILE, STEERING_RESULTS_FILE, RunDir
 from cpt_ray.tables.shard import ShardName
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
@@ -176,7 +176,7 @@ def test_a_later_pass_is_not_judged_by_a_rubric_that_has_all_its_levels(tmp_path
     scores = dict(zip(LEVELS, (10, 50, 90), strict=True))
     run.write("grades", "of-first", [make_grade(one.unit_id, scores[one.level]) for one in first])
     for earlier, graded_by in (({}, {"ornament", "other"}), ({shard: [("first", "of-first")]}, {"other"})):
-        step = JudgeStep(rubrics=rubrics, model=JudgeConfig(model="judge"), margin=0.1, earlier=earlier)
+        step = JudgeStep(rubrics=rubrics, model=JudgeConfig(model="judge"), margin=0.1, earlier_passes=earlier)
         step(FakeEngine(answer), run, shard)
         assert {row.rubric_id for row in run.read("grades", [step.output(shard)], Grade)} == graded_by
 
@@ -650,9 +650,9 @@ STEERED: dict[str, Any] = {
 @pytest.mark.parametrize("policy", ["the tuned", "an earlier"])
 def test_steering_that_was_fitted_before_is_in_the_report_if_it_is_of_that_policy(policy: str, tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, f"policy.model={make_tiny_model(tmp_path / 'policy')}", levels=GIVEN)
-    run.write_json(STEERING_RESULTS, STEERED | {"policy": str(run.model) if policy == "the tuned" else policy})
+    run.write_json(STEERING_RESULTS_FILE, STEERED | {"policy": str(run.model) if policy == "the tuned" else policy})
     evaluated(plan, run)
-    assert ("NP-BTL" in (run.path / REPORT).read_text(encoding="utf-8")) == (policy == "the tuned")
+    assert ("NP-BTL" in (run.path / REPORT_FILE).read_text(encoding="utf-8")) == (policy == "the tuned")
 
 
 def test_steering_after_an_evaluation_renders_its_report_again_and_alone_makes_none(
@@ -662,19 +662,19 @@ def test_steering_after_an_evaluation_renders_its_report_again_and_alone_makes_n
     plan, run = make_run(tmp_path, policy, levels=GIVEN)
     evaluated(plan, run)
     shards = name_shards(plan, plan_units(plan))
-    run.write_json(STEERING_RESULTS, STEERED | {"policy": str(run.model)})
+    run.write_json(STEERING_RESULTS_FILE, STEERED | {"policy": str(run.model)})
     update_report(plan, run, shards)
-    page = (run.path / REPORT).read_text(encoding="utf-8")
+    page = (run.path / REPORT_FILE).read_text(encoding="utf-8")
     assert "NP-BTL" in page
     assert "The dials" in page
-    (run.path / REPORT).write_text("of other settings", encoding="utf-8")
+    (run.path / REPORT_FILE).write_text("of other settings", encoding="utf-8")
     others, _ = make_run(tmp_path, policy, "policy.sampling.max_tokens=5", levels=GIVEN)
     update_report(others, run, shards)
-    assert (run.path / REPORT).read_text(encoding="utf-8") == "of other settings"
+    assert (run.path / REPORT_FILE).read_text(encoding="utf-8") == "of other settings"
     assert "report/report.html is of other settings" in capsys.readouterr().out
-    (run.path / REPORT).unlink()
+    (run.path / REPORT_FILE).unlink()
     update_report(others, run, shards)
-    assert not (run.path / REPORT).exists()
+    assert not (run.path / REPORT_FILE).exists()
 
 
 JUDGED = ("grades", "pairs")

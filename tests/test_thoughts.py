@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.chat.thoughts import NOT_ENDED, UNCLEAR, without_thoughts
-from cpt_ray.engines.engine import Completion, finished
+from cpt_ray.engines.engine import Completion, completion_with
 
 HARMONY = "<|channel|>analysis<|message|>The user wants rain.<|end|><|start|>assistant<|channel|>final<|message|>Rain."
 
@@ -97,8 +97,8 @@ def test_where_thoughts_and_answer_cannot_be_told_apart_there_is_no_answer(text:
 
 
 def test_a_prompt_that_opens_the_thoughts_leaves_no_answer_without_an_end_mark() -> None:
-    assert without_thoughts("The user wants rain.", begun=True) == ("", True, NOT_ENDED)
-    assert without_thoughts("Is it </think> here? Rain.", begun=True) == ("here? Rain.", True, "")
+    assert without_thoughts("The user wants rain.", starts_in_thoughts=True) == ("", True, NOT_ENDED)
+    assert without_thoughts("Is it </think> here? Rain.", starts_in_thoughts=True) == ("here? Rain.", True, "")
 
 
 WORDS = st.text(
@@ -110,18 +110,18 @@ WORDS = st.text(
 def test_any_answer_behind_any_thoughts_is_kept_whole(thoughts: str, words: str) -> None:
     answer = f"Rain {words}.".strip()
     assert without_thoughts(f"<think>{thoughts}</think>\n\n{answer}") == (answer, True, "")
-    assert without_thoughts(f"{thoughts}</think>{answer}", begun=True) == (answer, True, "")
+    assert without_thoughts(f"{thoughts}</think>{answer}", starts_in_thoughts=True) == (answer, True, "")
     assert without_thoughts(answer) == (answer, False, "")
 
 
 def test_thoughts_count_as_tokens_but_not_as_the_answers() -> None:
     counts = Completion(num_tokens=100)
-    done = finished(counts, "<think>" + "x" * 67 + "</think>\n\nRain falls.   ", "stop", 200)
+    done = completion_with(counts, "<think>" + "x" * 67 + "</think>\n\nRain falls.   ", "stop", 200)
     assert (done.text, done.error, done.had_thoughts, done.num_tokens) == ("Rain falls.", "", True, 100)
     assert done.thought_tokens == round(100 * (1 - 11 / 98))
     known = Completion(num_tokens=100, thought_tokens=40)
-    assert finished(known, "Rain falls.", "stop", 200).thought_tokens == 40
-    plain = finished(counts, "Rain falls.", "stop", 200)
+    assert completion_with(known, "Rain falls.", "stop", 200).thought_tokens == 40
+    plain = completion_with(counts, "Rain falls.", "stop", 200)
     assert (plain.had_thoughts, plain.thought_tokens) == (False, 0)
 
 
@@ -148,6 +148,6 @@ def test_thoughts_count_as_tokens_but_not_as_the_answers() -> None:
     ],
 )
 def test_only_a_finished_answer_is_one(text: str, reason: str | None, thoughts: str, expected: tuple[str, str]) -> None:
-    done = finished(Completion(), text, reason, 9, thoughts)
+    done = completion_with(Completion(), text, reason, 9, thoughts)
     assert (done.text, done.error) == expected
     assert bool(done.detail) == bool(done.error)

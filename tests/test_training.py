@@ -30,7 +30,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.logprobs.reference import add_reference, rows_path, write_rows
 from cpt_ray.logprobs.rows import Tokeniser, sequence_ids
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
-from cpt_ray.tables.rundir import PROGRESS, RunDir
+from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training import stage as training
 from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import export
@@ -361,7 +361,7 @@ def wait_for_step(run: RunDir, step: int, other_than: int = 0) -> dict[str, Any]
     """What the training reports once it has done so many steps, by another process than the one given."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        state: dict[str, Any] | None = run.read_json(PROGRESS)
+        state: dict[str, Any] | None = run.read_json(TRAIN_PROGRESS_FILE)
         if state and state["done"] >= step and state["pid"] != other_than:
             return state
         time.sleep(0.002)
@@ -411,7 +411,7 @@ def test_a_killed_worker_and_a_lost_node_change_nothing_in_what_is_learned_by_a_
         summary = train(make_config(policy, **settings), run, ["a-0", "b-0"], "key-1")
         thread.join(timeout=60)
     assert [one["num_workers"] for one in seen] == [2, 2]
-    assert run.read_json(PROGRESS)["num_workers"] == 1
+    assert run.read_json(TRAIN_PROGRESS_FILE)["num_workers"] == 1
     assert samples(run) == samples(trained[0])
     assert_same_training(run, summary, trained, 1e-4)
     assert not run.checkpoints.exists()

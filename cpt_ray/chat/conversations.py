@@ -68,7 +68,7 @@ def _chat(system: str, user: str) -> list[ChatMessage]:
 
 
 def writer_messages(rubric: Rubric, level: Level, prompt: str) -> list[ChatMessage]:
-    """phi(x, R, target): the whole rubric, the prompt, then the level asked for."""
+    """The whole rubric, the prompt, then the level asked for."""
     return _chat(f"{WRITE_HEAD}\n\n{rubric_text(rubric)}", f"{prompt}\n\n{_write_tail(rubric, level)}")
 
 
@@ -132,21 +132,21 @@ def token_ids(
     template_kwargs: Mapping[str, Any] | None = None,
     is_finished: bool = False,
 ) -> list[int]:
-    """Token ids by the model's own chat template, no second BOS: a prompt, ready for the answer.
+    """Token ids of a conversation, by the model's own chat template (which puts the only BOS).
 
-    Or, if it `is_finished`, a conversation with its answer and the answer's end mark.
+    By default a prompt that waits for its answer; with `is_finished`, a conversation up to the answer's end mark.
     """
     options = {**(template_kwargs or {}), "add_generation_prompt": not is_finished}
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
 
 
 class PromptTokens:
-    """`token_ids` of many conversations that have parts in common, such as a rubric in the system message.
+    """`token_ids` of many conversations that share parts, such as a rubric in the system message.
 
-    Tokenizers take special tokens out of a text before they look at the rest, so what begins with one and goes on to
-    the next has the same ids wherever it stands: it is encoded once, and what is new in one batch, in which a fast
-    tokenizer leaves Python to others. The first conversations are compared with their whole texts; for a tokenizer that
-    does not keep to this, or is not a fast one, all are encoded as wholes.
+    A tokenizer splits a text at its special tokens first, so a part that begins with one and ends before the next has
+    the same ids in every conversation. Each part is encoded once, all new parts of a call in one batch, during which a
+    fast tokenizer releases the GIL. The first conversations are compared with an encoding of their whole text. If one
+    differs, or the tokenizer is not a fast one, conversations are encoded whole.
     """
 
     _COMPARED = 16
@@ -158,14 +158,14 @@ class PromptTokens:
         plain = [mark for mark in added if mark.special and not (mark.lstrip or mark.normalized or mark.single_word)]
         marks = sorted((token.content for token in plain), key=len, reverse=True)
         self._starts = re.compile("|".join(map(re.escape, marks))) if marks else None
-        if self._starts:  # not later: several threads encode, and none may change it meanwhile
+        if self._starts:  # here, because __call__ runs in several threads, and this changes the tokenizer
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         self._known: Mapping[str, Sequence[int]] = {}
 
     def __call__(self, conversations: Sequence[list[ChatMessage]]) -> list[list[int]]:
         """The prompts' token ids."""
-        marks, known = self._starts, self._known  # another thread may put others there
+        marks, known = self._starts, self._known  # read once: another thread may replace them
         if marks is None:
             return [token_ids(self._tokenizer, messages, self._kwargs) for messages in conversations]
         render = self._tokenizer.apply_chat_template  # of one at a time: vLLM has tokenizers that take no more
@@ -188,7 +188,7 @@ class PromptTokens:
         return whole
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Past the tokenizer's own call, which makes lists of much that is not asked for while it holds the GIL."""
+        """Calls the Rust tokenizer directly: the Python call also builds offsets and masks as lists, under the GIL."""
         encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

@@ -34,7 +34,7 @@ _LEVEL, _CRITERION = _RUBRIC.levels[1], _RUBRIC.criteria[0]
 _PROMPT, _ANSWER = "Which kettle sang?", "Seven copper owls."
 _DIRECTIVES = ["Hum a little.", "Keep the lanterns low."]
 _CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": _PROMPT}]
-# By the module's names, looked up when a hash is asked for: no test could see a change of them otherwise.
+# Looked up in the module at each call, so that a test can patch a function and see its hash change.
 PROBES: dict[str, Callable[[], Any]] = {
     "write": lambda: conversations.writer_messages(_RUBRIC, _LEVEL, _PROMPT),
     "write jointly": lambda: conversations.joint_writer_messages(
@@ -55,7 +55,7 @@ PROBES: dict[str, Callable[[], Any]] = {
         for messages in (_PROMPT, _CHAT)
     ],
 }
-"""What is rendered, by who is asked for what; a judge, by its mode."""
+"""Renders a conversation of each kind; the judge's two kinds have the names of its modes."""
 
 
 def layout_hash(probe: str) -> str:

@@ -37,7 +37,7 @@ class ChatTemplate:
     """A tokenizer's chat template with its arguments, and the time it shows held still."""
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], role: str = "policy"):
-        """`role`: of the model, for messages."""
+        """`role`: what errors call the model: its role in the run file, or its name."""
         self._tokenizer, self._arguments, self.role = tokenizer, dict(arguments), role
         self._now = datetime.now().strftime
         self._special = control_tokens(tokenizer, every=True)
@@ -76,7 +76,7 @@ class ChatTemplate:
         self, messages: Sequence[ChatMessage], is_finished: bool = False, more: Mapping[str, Any] = MappingProxyType({})
     ) -> Rendering:
         """`render`, and its token ids."""
-        return self.rendered(self.render(messages, is_finished, more))
+        return self._with_ids(self.render(messages, is_finished, more))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered conversation; the template has put the beginning mark there already."""
@@ -145,10 +145,10 @@ class ChatTemplate:
         end = whole.text.rfind(text.strip(), len(prompt.text))
         if end < 0:
             raise ValueError("the chat template changes its text, and the place of its end is not known")
-        return self._added_ids(prompt, self.rendered(whole.text[: end + len(text.strip())]))
+        return self._added_ids(prompt, self._with_ids(whole.text[: end + len(text.strip())]))
 
-    def rendered(self, text: str) -> Rendering:
-        """A rendered text, and its token ids."""
+    def _with_ids(self, text: str) -> Rendering:
+        """A rendered text with its token ids."""
         return Rendering(text, self.encode(text))
 
     def _added_ids(self, prompt: Rendering, whole: Rendering) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def _any(marks: Sequence[str]) -> str:
     return "|".join(f"(?:{mark})" for mark in marks)
 
 
-_BEGINS = [
+_BEGIN_AND_END = [
     (re.compile(begin, re.DOTALL), re.compile(_unquoted(end), re.DOTALL)) for begin, end in (*_MARKS, *_PLAIN_MARKS)
 ]
 _END = re.compile(_unquoted(_any([end for _, end in _MARKS])))
@@ -65,7 +65,7 @@ class Parted(NamedTuple):
     """"", `NOT_ENDED` or `UNCLEAR`."""
 
 
-def without_thoughts(text: str, begun: bool = False) -> Parted:
+def without_thoughts(text: str, starts_in_thoughts: bool = False) -> Parted:
     """The answer in a text that a model wrote.
 
     An end mark alone ends thoughts as well: chat templates often open them at the end of the prompt, and a server does
@@ -75,10 +75,10 @@ def without_thoughts(text: str, begun: bool = False) -> Parted:
     half of an answer, keeping would train on thoughts.
 
     Args:
-        begun: the prompt ends with a begin mark, so that the text begins within the thoughts.
+        starts_in_thoughts: the prompt ends with a begin mark of thoughts, so the text starts inside them.
     """
     rest, had_thoughts = text.strip(), False
-    end = _END if begun else _end_of_begun(rest)
+    end = _END if starts_in_thoughts else _end_of_begun(rest)
     while end:
         mark = end.search(rest)
         if not mark:
@@ -99,7 +99,7 @@ def without_thoughts(text: str, begun: bool = False) -> Parted:
 
 def _end_of_begun(text: str) -> re.Pattern[str] | None:
     """What ends the thoughts that a text begins with; None if it does not begin with thoughts."""
-    return next((end for begin, end in _BEGINS if begin.match(text)), None)
+    return next((end for begin, end in _BEGIN_AND_END if begin.match(text)), None)
 
 
 def _is_alone(before: str, after: str) -> bool:

@@ -40,19 +40,22 @@ class Request:
     """Completions wanted; they share one prefill."""
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts that count."""
+    def active_stops(self) -> tuple[str, ...]:
+        """The stop texts that are looked for: none where labels or JSON are asked for."""
         return () if self.labels or self.json_schema else self.stop
 
     def up_to_stop(self, text: str) -> str:
         """The text up to its first stop text: the one that is complete first, as vLLM finds it."""
-        places = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        places = [(at + len(stop), at) for stop in self.active_stops if (at := text.find(stop)) >= 0]
         end, start = min(places, default=(len(text), len(text)))
         return text[: end if self.include_stop else start]
 
 
-def sampled(messages: list[ChatMessage], sampling: SamplingConfig, subject_id: str, seed: int, **more: Any) -> Request:
-    """A request for text under a role's sampling, with a seed of its own: the same whatever else is in the batch."""
+def sampling_request(
+    messages: list[ChatMessage], sampling: SamplingConfig, subject_id: str, seed: int, **more: Any
+) -> Request:
+    """A request for text with a role's sampling settings. Its seed is its own, so the answer does not depend on the
+    batch."""
     return Request(messages=messages, seed=seed_of(subject_id, seed), **sampling.model_dump(), **more)
 
 
@@ -129,30 +132,30 @@ _FINISHED = {"", "stop", "eos", "eos_token"}
 _UNFINISHED = {"length": CUT_OFF, "content_filter": "filtered", "tool_calls": "tool call", "function_call": "tool call"}
 
 
-def unfinished(finish_reason: str | None) -> str:
+def why_unfinished(finish_reason: str | None) -> str:
     """Why an answer that ended so is not a finished one, as a short phrase; "" if it is."""
     name = (finish_reason or "").lower()
     plain = "".join(letter if letter.isalnum() or letter in "_-" else " " for letter in name[:40])
     return "" if name in _FINISHED else _UNFINISHED.get(name, f"ended by {plain}")
 
 
-def finished(
+def completion_with(
     counts: Completion,
     text: str,
     finish_reason: str | None,
     max_tokens: int,
     thoughts: str = "",
-    begun: bool = False,
+    starts_in_thoughts: bool = False,
 ) -> Completion:
-    """`counts` with the answer's text, without thoughts, or with the reason why it is not usable.
+    """`counts` as a completion: with the answer's text, thoughts removed, or with the reason why there is none.
 
     Args:
         counts: with `thought_tokens`, if they are known.
         finish_reason: the engine's or server's.
         thoughts: those that came beside the text.
-        begun: the text begins within thoughts, since the prompt has opened them.
+        starts_in_thoughts: the prompt ends with a begin mark of thoughts, so the text starts inside them.
     """
-    answer, had_thoughts, problem = without_thoughts(text, begun)
+    answer, had_thoughts, problem = without_thoughts(text, starts_in_thoughts)
     answer = "" if is_blank(answer) else answer
     if thoughts and not answer:
         problem = problem or NOT_ENDED
@@ -161,7 +164,7 @@ def finished(
         known = counts.thought_tokens or round(share * counts.num_tokens)
         most = max(0, counts.num_tokens - bool(answer))
         counts = replace(counts, had_thoughts=True, thought_tokens=min(known, most))
-    error = unfinished(finish_reason)
+    error = why_unfinished(finish_reason)
     if error == CUT_OFF:
         within = f" ({DETAILS[problem]})" if problem else ""
         return replace(counts, text=answer, error=error, detail=f"not finished after {max_tokens} tokens{within}")

@@ -16,7 +16,7 @@ from cpt_ray.engines.step import Counts
 from cpt_ray.tables.rundir import RunDir
 
 NOT_IN_LEDGER = "apart: "
-"""In front of a shard's counts that are not for the ledger."""
+"""Prefix of a shard's counts that the ledger leaves out (kept in the shard's metadata)."""
 LIVE_SECONDS = 5.0
 """Between two writes of the ledger while a pool is at work."""
 
@@ -26,7 +26,7 @@ class Tally:
 
     _lock = threading.Lock()
     _open: ClassVar[WeakKeyDictionary[Tally, int]] = WeakKeyDictionary()
-    """To each the thread that opened it."""
+    """The open tallies, each with the id of the thread that opened it."""
     _shared_at = 0.0
 
     def __init__(self, rows_in: int):
@@ -69,7 +69,8 @@ class Tally:
     def abandon(cls) -> None:
         """Closes what a failed step of this thread left open.
 
-        As long as somebody holds the error, it would take a share of the time of later steps.
+        The error's traceback may keep such a tally alive, and an open tally is given a share of the time of later
+        steps.
         """
         with cls._lock:
             cls._share_time()
@@ -77,7 +78,7 @@ class Tally:
                 del cls._open[tally]
 
 
-class Live:
+class LiveLedger:
     """Counts of the running command: written to ledger.json every few seconds, for `cpt status`, and shown as a speed.
 
     At its end the stage replaces them by the sum over all its shards, whichever process made them.
@@ -89,7 +90,7 @@ class Live:
         self._start = self._written = time.monotonic()
 
     def add(self, counts: Mapping[str, Counts]) -> str:
-        """Adds what one shard came to; a note on the speed."""
+        """Adds the counts of one shard; returns a note on the speed."""
         now = time.monotonic()
         for stage, more in counts.items():
             self._totals[stage].update(more)
@@ -109,9 +110,9 @@ class Meters:
     def __init__(self) -> None:
         from ray.util.metrics import Counter as Meter
 
-        self._rows = Meter("cpt_rows", "Rows that a stage was done with", tag_keys=("stage", "outcome"))
+        self._rows = Meter("cpt_rows", "Rows that a stage finished", tag_keys=("stage", "outcome"))
         self._tokens = Meter("cpt_tokens", "Tokens of a stage", tag_keys=("stage", "kind"))
-        self._seconds = Meter("cpt_engine_seconds", "Seconds that shards were with an engine", tag_keys=("stage",))
+        self._seconds = Meter("cpt_engine_seconds", "Seconds in which engines worked on shards", tag_keys=("stage",))
 
     def add(self, stage: str, counts: Counts) -> None:
         """Adds one shard's counts."""

@@ -96,8 +96,8 @@ def cut_note(role: str, finished: Sequence[int], num_cut: int, max_tokens: int) 
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage that rejects answers: where it keeps them, and whose answers they are."""
+class StageRejects:
+    """A stage's rejects: where they are kept, and which role's answers they were."""
 
     name: str
     table: str

@@ -25,7 +25,7 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import SecretStr
 
 from cpt_ray.config import ModelConfig
-from cpt_ray.engines.engine import CUT_OFF, Completion, Request, finished, log_sum, unfinished
+from cpt_ray.engines.engine import CUT_OFF, Completion, Request, completion_with, log_sum, why_unfinished
 from cpt_ray.errors import UserError
 
 CHARACTERS_PER_TOKEN = 3
@@ -84,7 +84,7 @@ class _Kind:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Within it a request may go out."""
+        """Waits until a request of this kind may be sent."""
         if self._sent >= REFUSED_ALIKE:
             await self._is_known.wait()
         self._sent += 1
@@ -149,33 +149,33 @@ class OpenAIEngine:
             await self._requests.wait(1)
             await self._tokens.wait(characters / CHARACTERS_PER_TOKEN + request.max_tokens * request.samples)
             try:
-                return await self._asked(request, kind)
+                return await self._send(request, kind)
             except UserError as error:
                 self._ended = error
                 raise
 
-    async def _asked(self, request: Request, kind: _Kind) -> list[Completion]:
+    async def _send(self, request: Request, kind: _Kind) -> list[Completion]:
         try:
             answer = await self._create(request)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return [self._refusal(error, kind)] * request.samples
         except openai.AuthenticationError as error:
             where = f"{self._where}: the key in ${self._endpoint.api_key_env} is refused"
-            raise UserError(f"{where} ({self._words(error)})") from None
+            raise UserError(f"{where} ({self._server_message(error)})") from None
         except (openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise UserError(
-                f"{self._where}: refused with {error.status_code} ({self._words(error)}); see model, "
+                f"{self._where}: refused with {error.status_code} ({self._server_message(error)}); see model, "
                 "endpoint.base_url and what the key may do"
             ) from None
         except openai.OpenAIError as error:
-            text = self._hidden(" ".join(str(error).split())[:200])
+            text = self._without_key(" ".join(str(error).split())[:200])
             raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
         kind.answered()
         return self._completions(request, answer)
 
     def _refusal(self, error: openai.APIStatusError, kind: _Kind) -> Completion:
-        """What a refused request comes to; UserError if it was not refused for its own sake."""
-        words = self._words(error)
+        """The completion of a refused request; UserError if the server refuses all requests alike."""
+        words = self._server_message(error)
         codes = {error.code, error.type}
         if codes & _TOO_LONG_CODES or _TOO_LONG.search(words):
             return Completion(error="too long", detail=words)
@@ -189,12 +189,12 @@ class OpenAIEngine:
             raise UserError(f"{self._where}: refuses every request alike, with {error.status_code}: {words}")
         return Completion(error="refused", detail=words)
 
-    def _words(self, error: openai.APIStatusError) -> str:
-        """The server's own, in one line."""
+    def _server_message(self, error: openai.APIStatusError) -> str:
+        """What the server said, in one line."""
         text = _text_of(error.body) if error.body else error.response.text
-        return self._hidden(" ".join(text.split())[:300]) or "no reason given"
+        return self._without_key(" ".join(text.split())[:300]) or "no reason given"
 
-    def _hidden(self, text: str) -> str:
+    def _without_key(self, text: str) -> str:
         """The text without the key, which some servers repeat."""
         key = self._client.api_key
         return text.replace(key, "***") if len(key) >= SHORTEST_SECRET else text
@@ -230,8 +230,9 @@ class OpenAIEngine:
         more = dict(self._endpoint.extra_body)
         if self._config.chat_template_kwargs:
             more["chat_template_kwargs"] = self._config.chat_template_kwargs
-        if request.stops and not request.include_stop:  # the API cannot include them: then all is written, and cut here
-            body["stop"] = list(request.stops)
+        # the API cannot include a stop text: then all is written, and cut here
+        if request.active_stops and not request.include_stop:
+            body["stop"] = list(request.active_stops)
         if request.seed is not None:
             body["seed"] = request.seed
         if request.labels:
@@ -253,15 +254,15 @@ class OpenAIEngine:
         )
         done = []
         for choice in answer.choices:
-            done.append((_verdict if request.labels else _written)(request, choice, counts))
+            done.append((_label_completion if request.labels else _text_completion)(request, choice, counts))
             counts = Completion()  # the server counts all of a request's samples together
         return done
 
 
-def _verdict(request: Request, choice: Choice, counts: Completion) -> Completion:
+def _label_completion(request: Request, choice: Choice, counts: Completion) -> Completion:
     """The labels' log-probabilities: a label may be several tokens, which look alike or differ by white space."""
     reason = choice.finish_reason
-    if (error := unfinished(reason)) not in ("", CUT_OFF):
+    if (error := why_unfinished(reason)) not in ("", CUT_OFF):
         return replace(counts, error=error, detail=f"finish_reason {reason}")
     if not choice.logprobs or not choice.logprobs.content:
         if choice.message.refusal:
@@ -273,8 +274,8 @@ def _verdict(request: Request, choice: Choice, counts: Completion) -> Completion
     return replace(counts, label_logprobs=tuple(map(log_sum, masses)))
 
 
-def _written(request: Request, choice: Choice, counts: Completion) -> Completion:
-    """The choice's text, or why there is none."""
+def _text_completion(request: Request, choice: Choice, counts: Completion) -> Completion:
+    """The completion of a request for text."""
     message, reason = choice.message, choice.finish_reason
     whole, thoughts = _parts(message.content)
     text = request.up_to_stop(whole)
@@ -282,12 +283,12 @@ def _written(request: Request, choice: Choice, counts: Completion) -> Completion
         reason = "stop"
     for name in ("reasoning_content", "reasoning"):  # no fields of OpenAI's own
         thoughts = thoughts or _parts(getattr(message, name, None))[0]
-    if not text.strip() and not unfinished(reason):
+    if not text.strip() and not why_unfinished(reason):
         if message.refusal:
             return replace(counts, error="refused", detail=message.refusal[:300])
         if message.tool_calls:
             reason = "tool_calls"
-    return finished(counts, text, reason, request.max_tokens, thoughts)
+    return completion_with(counts, text, reason, request.max_tokens, thoughts)
 
 
 def _parts(content: Any) -> tuple[str, str]:

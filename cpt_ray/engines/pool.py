@@ -19,7 +19,7 @@ from typing import Any
 from cpt_ray.config import ModelConfig
 from cpt_ray.console import progress
 from cpt_ray.engines.engine import EngineDiedError
-from cpt_ray.engines.ledger import Live
+from cpt_ray.engines.ledger import LiveLedger
 from cpt_ray.engines.step import Counts, Line, OpenEngine, Step
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import Job, StepActor, Worker, endpoint_key, make_engine, one_line
@@ -87,7 +87,7 @@ def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None
     model = lines[0].steps[0].model
     open_engine = open_engine or functools.partial(make_engine, key=endpoint_key(model))
     job = Job(run, model, [line.steps for line in lines], open_engine)
-    live = Live(run, {stage: step.model for stage, step in steps.items()})
+    live = LiveLedger(run, {stage: step.model for stage, step in steps.items()})
     with progress("+".join(steps), len(todo), "shards") as advance:
         advance(0, f"starting {model.num_actors} x {model.model}")
         for counts in map_shards(job, todo):
@@ -131,7 +131,7 @@ def _map_here(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Cou
         while result is None:
             worker = worker or Worker(job)
             try:
-                result = worker.bring(**item)
+                result = worker.process(**item)
             except EngineDiedError:
                 worker = None
         error, counts = result

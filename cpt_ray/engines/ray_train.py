@@ -34,8 +34,8 @@ class WorkerGroup:
     """Of each worker, by Ray's names."""
     max_failures: int
     """How often workers that died are started again."""
-    continues: str
-    """Where the same command goes on after that."""
+    resumes_from: str
+    """Where the same command resumes, for the message."""
     less_memory: str
     """The settings to lower where memory is short."""
 
@@ -54,7 +54,7 @@ def run_workers(
     """Runs `work(settings)` on every rank and shows how far it is; what rank 0 returns, or UserError with the cause.
 
     Args:
-        name: of the Ray Train run; one of the same name in `storage` is gone on with.
+        name: of the Ray Train run; a run of this name in `storage` is resumed.
         state: a file that rank 0 replaces as it goes: {"done": steps, "note": what to show, "error": why it ends}.
         title: of the progress line. steps: of a whole run.
     """
@@ -136,7 +136,7 @@ def explain_failure(error: BaseException, group: WorkerGroup) -> str:
     if isinstance(cause, RayActorError):
         return (
             f"a worker died more than {group.max_failures} times (killed from outside, or out of memory); "
-            f"the same command goes on {group.continues}"
+            f"the same command goes on {group.resumes_from}"
         )
     return f"{type(cause).__name__}: {first_line(cause)}"
 

@@ -13,7 +13,7 @@ from cpt_ray import gguf_model
 from cpt_ray.config import ModelConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, shown
-from cpt_ray.tables.rundir import RUN_INFO, RunDir
+from cpt_ray.tables.rundir import RUN_INFO_FILE, RunDir
 
 CPU_DTYPE = "cpu_dtype"
 """Key in run.yaml of the dtype that the run's engines on CPUs have where the run file gives none."""
@@ -78,29 +78,29 @@ def _check_folder(role: ModelConfig) -> None:
         raise UserError(f"{folder}: has no config.json but GGUF files; give the file: {files[0]}{more}")
 
 
-def with_dtype(config: Config, run: RunDir, tell: Callable[[str], object] = say) -> tuple[Config, CpuDtype | None]:
-    """The run file with a dtype for each engine and for training on a CPU, where none is given; and it, for run.yaml.
+def with_dtype(config: Config, run: RunDir, report: Callable[[str], object] = say) -> tuple[Config, CpuDtype | None]:
+    """The config with a dtype for every engine and training on a CPU that has none, and that dtype, for run.yaml.
 
-    It is chosen when a run begins and kept: the same run on another CPU goes on with the same, since answers in another
-    precision are others. None if nothing ever asked for one.
+    It is chosen when a run begins and kept: on another CPU the run goes on with the same one, because another precision
+    gives other answers. None if no engine and no training ever needed one.
 
     Args:
-        tell: gets a line on it where it is chosen now, or is not what this machine would choose.
+        report: gets a line on it where it is chosen now, or is not what this machine would choose.
     """
     kept = _kept(run)
     trains_here = config.train.dtype is None and not config.train.use_gpu
-    if not trains_here and not any(_is_open(role) for role in roles_of(config).values()):
+    if not trains_here and not any(_needs_dtype(role) for role in roles_of(config).values()):
         return config, kept
     fast: CpuDtype = "bfloat16" if computes_bfloat16() else "float32"
     dtype = kept or fast
     if kept is None:
         why = "computes in bfloat16" if fast == "bfloat16" else "has no instructions for bfloat16"
-        tell(f"dtype        {dtype}, since the run file gives none and this CPU {why}")
+        report(f"dtype        {dtype}, since the run file gives none and this CPU {why}")
     elif kept != fast:
-        tell(f"dtype        {kept}, as this run began (a new one here would have {fast})")
+        report(f"dtype        {kept}, as this run began (a new one here would have {fast})")
 
     def fill(_name: str, role: ModelConfig) -> ModelConfig:
-        return role.model_copy(update={"engine": {**role.engine, "dtype": dtype}}) if _is_open(role) else role
+        return role.model_copy(update={"engine": {**role.engine, "dtype": dtype}}) if _needs_dtype(role) else role
 
     changed: Config = _mapped(config, fill)
     if trains_here:
@@ -108,12 +108,12 @@ def with_dtype(config: Config, run: RunDir, tell: Callable[[str], object] = say)
     return changed, dtype
 
 
-def _is_open(role: ModelConfig) -> bool:
+def _needs_dtype(role: ModelConfig) -> bool:
     return role.endpoint is None and role.num_gpus == 0 and role.engine.get("dtype") is None
 
 
 def _kept(run: RunDir) -> CpuDtype | None:
-    run_file = run.read_yaml(RUN_INFO)
+    run_file = run.read_yaml(RUN_INFO_FILE)
     kept = run_file.get(CPU_DTYPE) if isinstance(run_file, dict) else None
     if kept is not None and kept not in get_args(CpuDtype):
         raise UserError(f"{run.path}/run.yaml: {CPU_DTYPE}: found {shown(kept)}; expected bfloat16 or float32")

@@ -11,7 +11,7 @@ from cpt_ray.tables.rundir import RunDir
 
 Counts = Mapping[str, float]
 OpenEngine = Callable[[ModelConfig], Any]
-"""Makes what a step's first argument is, where that is no `Engine`."""
+"""Makes the engine that a pool's steps are called with: an `Engine`, or what else a stage needs in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Line:
-    """Shards of one kind and the steps each of them goes through, in order."""
+    """A production line: shards of one kind, and the steps that each of them goes through, in order.
+
+    Never a line of text.
+    """
 
     shards: Sequence[str]
     steps: Sequence[Step]
@@ -58,6 +61,6 @@ class Runner(Protocol):
         """Does what is not there yet; UserError with the cause if a shard fails.
 
         Args:
-            open_engine: where the steps' engine is not the one that their role's settings describe.
+            open_engine: makes the engine; if not given, the role's settings decide (`make_engine`).
         """
         ...

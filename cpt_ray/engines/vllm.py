@@ -19,7 +19,15 @@ from cpt_ray.chat.conversations import PromptTokens
 from cpt_ray.chat.templates import ChatTemplate, control_tokens, find_control_token
 from cpt_ray.chat.thoughts import mark_tokens, opens_thoughts
 from cpt_ray.config import ModelConfig, SamplingConfig
-from cpt_ray.engines.engine import CUT_OFF, Completion, EngineDiedError, Request, finished, log_sum, unfinished
+from cpt_ray.engines.engine import (
+    CUT_OFF,
+    Completion,
+    EngineDiedError,
+    Request,
+    completion_with,
+    log_sum,
+    why_unfinished,
+)
 from cpt_ray.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -214,10 +222,10 @@ class VllmEngine:
             temperature=0.0 if label_ids else request.temperature,
             top_p=request.top_p,
             seed=None if label_ids else request.seed,
-            stop=list(request.stops),
+            stop=list(request.active_stops),
             include_stop_str_in_output=request.include_stop,
             logprob_token_ids=label_ids or None,
-            detokenize=bool(request.stops) or (not label_ids and self._decoder is None),
+            detokenize=bool(request.active_stops) or (not label_ids and self._decoder is None),
             skip_special_tokens=not (self._mark_tokens or self._keeps_special_tokens),
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -281,18 +289,22 @@ class VllmEngine:
                 num_tokens=len(answer.token_ids),
             )
             if request.labels:
-                done.append(self._verdict(request, answer, counts))
+                done.append(self._label_completion(request, answer, counts))
                 continue
             thoughts, text = "", request.up_to_stop(answer.text)
             if self._parser:
                 thoughts, text = self._parser.part(prompt_ids, answer.token_ids, text)
             # JSON that is forced upon a model has no room for thoughts, even where the chat template opens them.
-            begun = not self._parser and not request.json_schema and opens_thoughts(self._tokenizer, prompt_ids)
-            done.append(finished(counts, text, answer.finish_reason, request.max_tokens, thoughts, begun))
+            starts_in_thoughts = (
+                not self._parser and not request.json_schema and opens_thoughts(self._tokenizer, prompt_ids)
+            )
+            done.append(
+                completion_with(counts, text, answer.finish_reason, request.max_tokens, thoughts, starts_in_thoughts)
+            )
         return done
 
-    def _verdict(self, request: Request, answer: CompletionOutput, counts: Completion) -> Completion:
-        if (error := unfinished(answer.finish_reason)) not in ("", CUT_OFF):
+    def _label_completion(self, request: Request, answer: CompletionOutput, counts: Completion) -> Completion:
+        if (error := why_unfinished(answer.finish_reason)) not in ("", CUT_OFF):
             return replace(counts, error=error, detail=f"finish_reason {answer.finish_reason}")
         logprobs = answer.logprobs[0] if answer.logprobs else {}
         ids_of_labels = self._ids_of_labels(request.labels)

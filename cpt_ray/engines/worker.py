@@ -51,7 +51,7 @@ class Worker:
         """
         self._steps, self._run, self._meter = job.steps, job.run, meter
         self._attempts = Attempts(job.run.attempts)
-        self._turns, self._now, self._is_alone = threading.Condition(), 0, False
+        self._turns, self._num_running, self._is_alone = threading.Condition(), 0, False
         start = f"start-{name}"
         self._error = ""
         try:
@@ -63,8 +63,8 @@ class Worker:
         except Exception as error:
             self._error = _described(error)
 
-    def bring(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
-        """Takes one shard through its line's steps; "" or what went wrong (`_described`), and what each stage did.
+    def process(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
+        """Takes one shard through its line's steps. Returns the error ("" if there is none) and each stage's counts.
 
         Raises:
             EngineDiedError: counted; a new worker may try again.
@@ -103,13 +103,13 @@ class Worker:
     def _turn(self, alone: bool) -> Iterator[None]:
         """Runs shards side by side, but a shard on which an engine died alone, so that the cause is certain."""
         with self._turns:
-            self._turns.wait_for(lambda: not self._now or not (alone or self._is_alone))
-            self._now, self._is_alone = self._now + 1, alone
+            self._turns.wait_for(lambda: not self._num_running or not (alone or self._is_alone))
+            self._num_running, self._is_alone = self._num_running + 1, alone
         try:
             yield
         finally:
             with self._turns:
-                self._now -= 1
+                self._num_running -= 1
                 self._turns.notify_all()
 
 
@@ -129,7 +129,7 @@ class StepActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:
             done = [
-                self._worker.bring(int(line), str(shard))
+                self._worker.process(int(line), str(shard))
                 for line, shard in zip(batch["line"], batch["shard"], strict=True)
             ]
         except EngineDiedError:

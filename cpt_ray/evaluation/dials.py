@@ -33,7 +33,7 @@ import numpy as np
 from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, estimate, named_estimate
 from cpt_ray.rubrics.grading import interpolate, measured_criterion, weighted
 from cpt_ray.rubrics.measures import measures
-from cpt_ray.rubrics.rubric import CheckSpec, Level, MeasureSpec, Rubric
+from cpt_ray.rubrics.rubric import Level, MeasureSpec, Rubric, ScoredMeasureSpec
 from cpt_ray.tables.records import Trial
 
 SCORE = "score"
@@ -50,7 +50,7 @@ class Dial:
         """`pool`: the rubric's entry of spread.json."""
         self.rubric = rubric
         only = rubric.criteria[0].measure if len(rubric.criteria) == 1 else None
-        self._spec: MeasureSpec | CheckSpec | None = rubric.check if is_check else only
+        self._spec: ScoredMeasureSpec | MeasureSpec | None = rubric.check if is_check else only
         self.measure = self._spec.name if self._spec else SCORE
         self.anchors = _check_anchors(rubric, only, pool) if is_check else _own_anchors(rubric, only)
         self.sd: float | None = pool.get("check_sd" if is_check else "own_sd") if self._spec else None
@@ -73,7 +73,7 @@ class Dial:
         return float("nan") if value is None else value
 
 
-def _own_anchors(rubric: Rubric, spec: MeasureSpec | None) -> dict[str, float]:
+def _own_anchors(rubric: Rubric, spec: ScoredMeasureSpec | None) -> dict[str, float]:
     if spec is None:
         return {level.name: level.score for level in rubric.levels}
     if spec.points:  # (value, score) by which it is graded
@@ -90,7 +90,7 @@ def _value_at(level: Level, points: Sequence[tuple[float, float]]) -> float:
     return x0 + (x1 - x0) * (level.score - y0) / (y1 - y0)
 
 
-def _check_anchors(rubric: Rubric, own: MeasureSpec | None, pool: Mapping[str, Any]) -> dict[str, float]:
+def _check_anchors(rubric: Rubric, own: ScoredMeasureSpec | None, pool: Mapping[str, Any]) -> dict[str, float]:
     """The second measure's quantiles where the levels are in the pool by the first one; empty if it is not known."""
     quantiles = pool.get("check", ())
     if not quantiles:

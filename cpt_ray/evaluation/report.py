@@ -40,7 +40,7 @@ from cpt_ray.plan import Plan, run_info
 from cpt_ray.rubrics.bins import confirms, nearest_level
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
-from cpt_ray.tables.rundir import LEDGER, REPORT, RESULTS, STEERING_RESULTS, RunDir
+from cpt_ray.tables.rundir import LEDGER_FILE, REPORT_FILE, RESULTS_FILE, STEERING_RESULTS_FILE, RunDir
 
 Results = Mapping[str, Any]
 MAX_ANSWER_CHARS = 900
@@ -53,11 +53,11 @@ def write_report(plan: Plan, run: RunDir, trials: Sequence[Trial]) -> Path:
         trials: those that results.json is of.
     """
     tuned = plan.config.policy.model_copy(update={"model": str(run.model)})
-    steering = run.read_json(STEERING_RESULTS)
+    steering = run.read_json(STEERING_RESULTS_FILE)
     if steering and steering.get("policy") != tuned.identity:
         steering = None
-    results, ledger = run.read_json(RESULTS), run.read_json(LEDGER) or {}
-    return run.write_text(REPORT, render_report(results, trials, plan.rubrics, ledger, run_info(plan), steering))
+    results, ledger = run.read_json(RESULTS_FILE), run.read_json(LEDGER_FILE) or {}
+    return run.write_text(REPORT_FILE, render_report(results, trials, plan.rubrics, ledger, run_info(plan), steering))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import EvaluateConfig
 from cpt_ray.console import say
-from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampled
+from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampling_request
 from cpt_ray.engines.ledger import Tally, ledger_entry, thoughts_note
 from cpt_ray.engines.losses import cut_note
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
@@ -24,14 +24,14 @@ from cpt_ray.evaluation.report import write_report
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.summary import judge_check_line
 from cpt_ray.evaluation.terminal import dial_lines, opposites_lines, table_lines
-from cpt_ray.judging.judge import JudgeStep, grader, judge_answers
+from cpt_ray.judging.judge import JudgeStep, first_judge, judge_answers
 from cpt_ray.judging.judge_check import check_judge
 from cpt_ray.judging.spread import Spread, pool_spread
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
 from cpt_ray.tables.records import Directive, Prompt, Trial, content_id
-from cpt_ray.tables.rundir import REPORT, RESULTS, RunDir
+from cpt_ray.tables.rundir import REPORT_FILE, RESULTS_FILE, RunDir
 from cpt_ray.tables.shard import ShardName
 
 TRIAL_FORMAT = 2
@@ -120,7 +120,10 @@ class AnswerStep(Step):
         rows, sampling = self.planned[shard], self.model.sampling
         tally = Tally(len(rows))
         completions = engine.run(
-            [sampled(policy_messages(row.directive, row.prompt), sampling, row.trial_id, self.seed) for row in rows]
+            [
+                sampling_request(policy_messages(row.directive, row.prompt), sampling, row.trial_id, self.seed)
+                for row in rows
+            ]
         )
         tally.add(completions)
         answered = [self._answered(row, answer, tally) for row, answer in zip(rows, completions, strict=True)]
@@ -192,7 +195,7 @@ def _lines(plan: Plan, run: RunDir, shards: Shards) -> list[Line]:
     lines = []
     for name, model in (("tuned", tuned), ("base", config.policy)):
         answer = AnswerStep(stage=f"answer-{name}", name=name, model=model, planned=planned, seed=config.seed)
-        judge = grader(plan.rubrics, config.judge, model)
+        judge = first_judge(plan.rubrics, config.judge, model)
         lines.append(Line(list(planned), [answer, GradeTrialsStep(rubrics=plan.by_id, model=judge)]))
     return lines
 
@@ -207,10 +210,12 @@ def _outputs(lines: Sequence[Line]) -> tuple[list[list[str]], list[str]]:
 def update_report(plan: Plan, run: RunDir, shards: Shards) -> None:
     """Renders the report of an evaluation with these settings again, if there is one: steering has new results."""
     _, graded = _outputs(_lines(plan, run, shards))
-    if run.read_json(RESULTS) and all(run.has("evaluation", name) for name in graded):
+    if run.read_json(RESULTS_FILE) and all(run.has("evaluation", name) for name in graded):
         say(f"report       {write_report(plan, run, run.read('evaluation', graded, Trial))}")
-    elif (run.path / REPORT).exists():
-        say(f"note: {REPORT} is of other settings and stays as it is; `cpt evaluate` renders it with these results")
+    elif (run.path / REPORT_FILE).exists():
+        say(
+            f"note: {REPORT_FILE} is of other settings and stays as it is; `cpt evaluate` renders it with these results"
+        )
 
 
 def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines) -> dict[str, Any]:
@@ -227,7 +232,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
     results = _results(plan, run, shards, trials, runner)
-    run.write_json(RESULTS, results)
+    run.write_json(RESULTS_FILE, results)
     written = write_report(plan, run, trials)
     _say_results(results, trials, plan.rubrics)
     say(f"report       {written} ({time.monotonic() - start:.0f} s for evaluation)")
@@ -237,7 +242,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
 def _results(plan: Plan, run: RunDir, shards: Shards, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
     """The content of results.json."""
     config = plan.config
-    spread = pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).known(run))
+    spread = pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).read_or_make(run))
     log_probs = base_log_probs(config, run, likely_trials(trials), runner)
     results = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed, spread, log_probs)
     try:

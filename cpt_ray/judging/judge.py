@@ -14,7 +14,7 @@ from cpt_ray.chat.conversations import (
 )
 from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import JudgeConfig, ModelConfig
-from cpt_ray.engines.engine import Completion, Engine, Request, sampled
+from cpt_ray.engines.engine import Completion, Engine, Request, sampling_request
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.grids import answers_of, missing_levels
@@ -71,7 +71,7 @@ def _rationales(
     schema = rationale_schema(rubric)
     completions = engine.run(
         [
-            sampled(
+            sampling_request(
                 rationale_messages(rubric, prompt, text),
                 judge.sampling,
                 unit_id,
@@ -99,11 +99,12 @@ def _voted(rubric: Rubric, votes: Sequence[Completion]) -> list[CriterionGrade]:
     ]
 
 
-def grader(rubrics: Iterable[Rubric], judge: JudgeConfig, role: ModelConfig) -> JudgeConfig:
-    """The judge; where everything is measured, the role whose answers are graded: no engine makes room for another."""
+def first_judge(rubrics: Iterable[Rubric], judge: JudgeConfig, answerer: ModelConfig) -> JudgeConfig:
+    """The judge; where everything is measured, the role that wrote the answers, so that no engine is started just to
+    measure."""
     if any(rubric.judged for rubric in rubrics):
         return judge
-    return JudgeConfig.model_validate(role.model_dump())
+    return JudgeConfig.model_validate(answerer.model_dump())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +120,13 @@ class JudgeStep(Step):
     grids: int = 1
     margin: float = 0.0
     spread: Spread | None = None
-    """Where the rubrics' levels are still to come from."""
-    earlier: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
-    """To each shard of a later pass, the (generations, grades) of those before: a level that is there lacks no more."""
-    beside: Mapping[str, str] | None = None
-    """For a further judge: to each shard of answers that of the first judge's grades, all of which it grades too."""
+    """What sets the levels after the first pass; None if the rubrics' files give them all."""
+    earlier_passes: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    """By shard of a later pass: the (generations, grades) of the passes before it, whose levels a prompt has
+    already."""
+    first_grades: Mapping[str, str] | None = None
+    """For every judge but the first, by shard of answers: the first judge's grades. The same answers are graded
+    again."""
     stage: str = "judge"
     table: str = "grades"
 
@@ -134,7 +137,7 @@ class JudgeStep(Step):
         return ShardName.parse(shard).made_of("judge", self.model.answer_key, layout_hash(self.model.mode), *settings)
 
     def wait(self, run: RunDir) -> None:
-        """For the levels."""
+        """Waits until the levels are known."""
         if self.spread:
             self.spread.wait(run)
 
@@ -145,10 +148,12 @@ class JudgeStep(Step):
         """Grades one shard of answers."""
         rows = run.read("generations", [shard], Generation)
         tally = Tally(0)
-        if self.beside is None:
-            grades = self._first_grades(engine, run, shard, rows, tally)
+        if self.first_grades is None:
+            grades = self._grade_needed(engine, run, shard, rows, tally)
         else:
-            known = {(grade.unit_id, grade.rubric_id) for grade in run.read("grades", [self.beside[shard]], Grade)}
+            known = {
+                (grade.unit_id, grade.rubric_id) for grade in run.read("grades", [self.first_grades[shard]], Grade)
+            }
             grades = []
             for rubric in self._rubrics(run):
                 own = [row for row in rows if (row.unit_id, rubric.id) in known]
@@ -159,11 +164,11 @@ class JudgeStep(Step):
         graded = sum(grade.score is not None for grade in grades)
         run.write(self.table, self.output(shard), grades, tally.close(graded))
 
-    def _first_grades(
+    def _grade_needed(
         self, engine: Engine, run: RunDir, shard: str, rows: Sequence[Generation], tally: Tally
     ) -> list[Grade]:
         rubrics = self._rubrics(run)
-        before = self.earlier.get(shard, ()) if any(rubric.judged for rubric in rubrics) else ()
+        before = self.earlier_passes.get(shard, ()) if any(rubric.judged for rubric in rubrics) else ()
         old_rows = run.read("generations", [generations for generations, _ in before], Generation)
         old_grades = run.read("grades", [names for _, names in before], Grade)
         grades: list[Grade] = []

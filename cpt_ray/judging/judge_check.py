@@ -11,7 +11,7 @@ from cpt_ray.engines.ledger import Tally, ledger_entry
 from cpt_ray.engines.step import Line, Runner
 from cpt_ray.judging.agreement import agreement
 from cpt_ray.judging.judge import JudgeStep
-from cpt_ray.judging.spread import some_of, survey, with_points
+from cpt_ray.judging.spread import survey, surveyed_shards, with_points
 from cpt_ray.plan import Plan, Shards, read_judge_check
 from cpt_ray.tables.records import Generation, Grade
 from cpt_ray.tables.rundir import RunDir
@@ -32,7 +32,8 @@ class CheckStep(JudgeStep):
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Grades some of one shard."""
         rows = run.read("generations", [shard], Generation)
-        rows = rows[:: max(1, len(rows) // self.count)][: self.count]  # of as many prompts as there are
+        # evenly spread, because neighbours answer the same prompt
+        rows = rows[:: max(1, len(rows) // self.count)][: self.count]
         tally = Tally(0)
         grades = [grade for rubric in self.rubrics.values() for grade in self._grade(engine, rubric, rows, tally)]
         for grade in grades:
@@ -48,7 +49,7 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> dict
     rubric = read_judge_check(plan.config)
     if rubric is None:
         return None
-    first = some_of([passes[0].generations for passes in shards.passes.values()])
+    first = surveyed_shards([passes[0].generations for passes in shards.passes.values()])
     rubric = with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])
     count = math.ceil(plan.config.evaluate.judge_check_answers / len(first))
     step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=count)

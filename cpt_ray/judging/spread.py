@@ -20,16 +20,16 @@ import numpy as np
 
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.measures import measures
-from cpt_ray.rubrics.rubric import CheckSpec, Criterion, Rubric
+from cpt_ray.rubrics.rubric import Criterion, MeasureSpec, Rubric
 from cpt_ray.tables.records import Generation, content_id
-from cpt_ray.tables.rundir import SPREAD, RunDir
+from cpt_ray.tables.rundir import SPREAD_FILE, RunDir
 
 CHECK = "check measure"
 """What a rubric's second measure is called among its criteria, none of which has a space in its name."""
 LEAST_ANSWERS = 20
 """The fewest answers from which a spread is computed."""
 MOST_SECONDS = 3600.0
-"""Between two shards of the first pass."""
+"""How long to wait for the next shard of the first pass."""
 MOST_SHARDS = 100
 """Shards of the first pass that are looked at, evenly spread, where there are more."""
 
@@ -53,13 +53,13 @@ def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str
     known: dict[str, Any] = {}
     for rubric in rubrics:
         texts = whole if rubric.measures_length else every
-        specs: dict[str, CheckSpec] = {each.name: each.measure for each in rubric.measured if each.measure}
+        specs: dict[str, MeasureSpec] = {each.name: each.measure for each in rubric.measured if each.measure}
         specs |= {CHECK: rubric.check} if rubric.check else {}
         known[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}
     return known
 
 
-def _entry(spec: CheckSpec, texts: Sequence[str]) -> dict[str, Any] | None:
+def _entry(spec: MeasureSpec, texts: Sequence[str]) -> dict[str, Any] | None:
     values = [value for text in texts if (value := measures(text, spec.words, spec.against)[spec.name]) is not None]
     if not values:
         return None
@@ -67,7 +67,7 @@ def _entry(spec: CheckSpec, texts: Sequence[str]) -> dict[str, Any] | None:
     return {"measure": spec.name, "n": len(values), "sd": round(statistics.pstdev(values), 6), "quantiles": quantiles}
 
 
-def some_of(first_pass: Sequence[str]) -> Sequence[str]:
+def surveyed_shards(first_pass: Sequence[str]) -> Sequence[str]:
     """The shards of the first pass that are looked at."""
     return first_pass[:: math.ceil(len(first_pass) / MOST_SHARDS)]
 
@@ -134,25 +134,26 @@ class Spread:
 
     def is_ready(self, run: RunDir) -> bool:
         """Whether the levels are known, or can be."""
-        return self._known(run) is not None or run.names("generations") >= set(self.first_pass)
+        return self._read(run) is not None or run.names("generations") >= set(self.first_pass)
 
-    def known(self, run: RunDir) -> dict[str, Any]:
-        """What `survey` finds, looked up once."""
-        known = self._known(run)
+    def read_or_make(self, run: RunDir) -> dict[str, Any]:
+        """The survey of the first pass, from spread.json; made and written there if it is not there yet."""
+        known = self._read(run)
         if known is None:
-            known = survey(self.rubrics, run.read("generations", some_of(self.first_pass), Generation))
-            run.write_json(SPREAD, {"key": self._survey_key, "rubrics": known})
+            known = survey(self.rubrics, run.read("generations", surveyed_shards(self.first_pass), Generation))
+            run.write_json(SPREAD_FILE, {"key": self._survey_key, "rubrics": known})
         return known
 
     def resolve(self, run: RunDir) -> tuple[Rubric, ...]:
         """The rubrics with their points; UserError if the writer has no spread."""
-        known = self.known(run)
+        known = self.read_or_make(run)
         return tuple(with_points(rubric, known.get(rubric.id, {})) for rubric in self.rubrics)
 
     def wait(self, run: RunDir) -> None:
-        """Comes back when it is ready; UserError if nothing gets nearer to it for too long.
+        """Returns once the levels can be known; UserError if no further shard arrives within MOST_SECONDS.
 
-        All shards of the first pass are under way when a later one waits for them (`pool.py` begins them in order).
+        All shards of the first pass are under way when a later one waits for them (`engines/pool.py` starts them in
+        order).
         """
         left, since = len(self.first_pass), time.monotonic()
         while not self.is_ready(run):
@@ -160,9 +161,11 @@ class Spread:
             if now_left < left:
                 left, since = now_left, time.monotonic()
             if time.monotonic() - since > MOST_SECONDS:
-                raise UserError(f"{left} shards of the first pass did not come in {MOST_SECONDS / 60:.0f} minutes")
+                raise UserError(
+                    f"no shard of the first pass was finished in {MOST_SECONDS / 60:.0f} minutes; {left} are missing"
+                )
             time.sleep(0.5)
 
-    def _known(self, run: RunDir) -> dict[str, Any] | None:
-        known = run.read_json(SPREAD)
+    def _read(self, run: RunDir) -> dict[str, Any] | None:
+        known = run.read_json(SPREAD_FILE)
         return dict(known["rubrics"]) if known and known["key"] == self._survey_key else None

@@ -29,7 +29,7 @@ MAX_SHOWN = 60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogLevel:
-    """One level of a rubric and what the model is told for it."""
+    """One level of a rubric and the directive that stands for it."""
 
     name: str
     score: float
@@ -70,8 +70,8 @@ _RUBRICS = TypeAdapter(tuple[CatalogRubric, ...], config=ConfigDict(extra="forbi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """What a configuration comes to."""
+class ResolvedConfiguration:
+    """The directive of a configuration, and the levels that it stands for."""
 
     directive: str | None
     """The system prompt, or None if nothing was asked for."""
@@ -97,7 +97,7 @@ class Catalog:
                 texts.setdefault((directive.rubric_id, directive.level), directive)
         return cls(tuple(_entry(rubric, texts) for rubric in rubrics))
 
-    def resolve(self, configuration: Any) -> Resolved:
+    def resolve(self, configuration: Any) -> ResolvedConfiguration:
         """The directive for a client's configuration or a saved one's name; UserError, in one line, for neither."""
         if isinstance(configuration, str):
             if configuration not in self.saved:
@@ -115,13 +115,13 @@ class Catalog:
                 shown = str(name)[:MAX_SHOWN]
                 raise UserError(f"configuration: no rubric {shown!r}{did_you_mean(shown, known)}")
         levels = {name: rubric.find(configuration[name]) for name, rubric in known.items() if name in configuration}
-        return Resolved(
+        return ResolvedConfiguration(
             directive=compose_directives([level.directive for level in levels.values()]),
             applied={rubric_id: level.name for rubric_id, level in levels.items()},
             directive_ids=tuple(level.directive_id for level in levels.values()),
         )
 
-    def resolve_text(self, text: str) -> Resolved:
+    def resolve_text(self, text: str) -> ResolvedConfiguration:
         """The directive for `ornament=high,warmth=30`, or for a saved configuration's name (no "=")."""
         if "=" not in text:
             return self.resolve(text)

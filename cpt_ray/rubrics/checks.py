@@ -36,7 +36,8 @@ def _check_keys(where: str, mapping: Mapping[str, object], names: list[str]) -> 
 
 
 def wording_of(text: str) -> str:
-    """The same for texts that differ only in case, spaces, normal form, what is not seen or the last full stop."""
+    """The form in which two wordings are compared: without case, spaces, normal form, invisible characters or a last
+    full stop."""
     return " ".join(folded(text).split()).rstrip(".。 ")
 
 
@@ -50,7 +51,7 @@ def check_descriptors(where: str, descriptors: Mapping[str, str], names: list[st
             raise ValueError(f"{where}: {same} and {name} have the same text; say how the levels differ")
 
 
-def check_reading(where: str, measure: str, lists: Mapping[str, Sequence[str]]) -> None:
+def check_word_lists(where: str, measure: str, lists: Mapping[str, Sequence[str]]) -> None:
     """ValueError for a measure that is not known, and for word lists that it cannot read."""
     if measure not in MEASURES:
         raise ValueError(f"{where}.name: no measure {measure!r}{did_you_mean(measure, MEASURES)}")

@@ -47,9 +47,9 @@ def syllables(word: str) -> int:
 
 
 def sentiment(sentence: str) -> float:
-    """VADER's compound score of an English sentence, -1 (bleak) to 1 (cheerful): negations and degrees are heeded.
+    """VADER's compound score of an English sentence, -1 (bleak) to 1 (cheerful): negations and degrees count.
 
-    Of a longer text it would near one of the ends, and take time with the square of the words.
+    For single sentences: a longer text scores near -1 or 1 whatever it says, and takes time quadratic in its words.
     """
     return float(_vader().polarity_scores(sentence)["compound"])
 

@@ -91,7 +91,9 @@ def ungraded(criterion: Criterion, reason: str) -> CriterionGrade:
 
 
 def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]:
-    """The judged criteria's mean score over rationales (JSON of `prompting.rationale_schema`), and the first's reason.
+    """The judged criteria's mean score over rationales, and the first one's reason.
+
+    Rationales are JSON of `chat.conversations.rationale_schema`.
 
     A vote that cannot be read counts for nothing; with fewer than half of them left there is no verdict.
     """

@@ -80,7 +80,7 @@ def word_of(entry: str) -> str | None:
 
 
 def why_undefined(text: str) -> str:
-    """Why the measures of a text are `None`, all but those that look for words which it has none of."""
+    """Why a measure of this text is undefined, for a message."""
     if _is_unspaced(_composed(text)):
         return "its script is written without spaces, and words are not looked up in a dictionary"
     words = words_of(text)
@@ -113,7 +113,7 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
         "word_balance": (hits, hits + misses),
         "character_count": (_length(composed.strip()), min(1, len(in_text))),
         "syllables_per_word": (sum(syllables(_plain_letters(word)) for word in latin), len(latin)),
-        "sentiment": _mood(composed) if latin else (0, 0),
+        "sentiment": _sentiment_sum(composed) if latin else (0, 0),
         "valence": (valence(latin), min(1, len(latin))),
     }
     return {name: part / whole if whole else None for name, (part, whole) in parts.items()}
@@ -154,7 +154,7 @@ def _is_unspaced(text: str) -> bool:
     return len(_UNSPACED.findall(text)) > MOST_UNSPACED * len(_LETTER.findall(text))
 
 
-def _mood(text: str) -> tuple[float, int]:
+def _sentiment_sum(text: str) -> tuple[float, int]:
     """The sum over sentences, which are what VADER is made for, and how many they are."""
     moods = [sentiment(folded(sentence)) for sentence in _sentences(text)]
     return math.fsum(moods), len(moods)

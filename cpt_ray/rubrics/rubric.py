@@ -26,8 +26,8 @@ from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.rubrics.checks import (
     check_descriptors,
     check_different,
-    check_reading,
     check_values,
+    check_word_lists,
     numbers,
     wording_of,
 )
@@ -84,7 +84,7 @@ class Level(_Strict):
     """System prompts that stand for the level; if empty the director model writes them."""
 
 
-class CheckSpec(_Strict):
+class MeasureSpec(_Strict):
     """A measure and the word lists that it reads (see `measures.py`)."""
 
     name: str
@@ -98,8 +98,8 @@ class CheckSpec(_Strict):
         return {"words": self.words, "against": self.against}
 
 
-class MeasureSpec(CheckSpec):
-    """How a measured criterion reads a text."""
+class ScoredMeasureSpec(MeasureSpec):
+    """A measure whose values at the levels make it a criterion's score."""
 
     values: _Values
     """The measure's value at each level, strictly rising or strictly falling; or "spread"."""
@@ -115,7 +115,7 @@ class Criterion(_Strict):
     """Percent; the weights of a rubric sum to 100."""
     descriptors: dict[str, Text]
     """Level name to what an answer at that level looks like."""
-    measure: MeasureSpec | None = None
+    measure: ScoredMeasureSpec | None = None
 
 
 class Rubric(_Strict):
@@ -129,7 +129,7 @@ class Rubric(_Strict):
     levels: Annotated[tuple[Level, ...], Field(min_length=2, max_length=9, strict=False)]
     """Lowest score first."""
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1, strict=False)]
-    check: CheckSpec | None = None
+    check: MeasureSpec | None = None
     """A second measure, which selects nothing and is only reported."""
 
     @property
@@ -170,7 +170,7 @@ class Rubric(_Strict):
         return tuple(criterion for criterion in self.criteria if criterion.measure is not None)
 
     @property
-    def measures(self) -> list[MeasureSpec]:
+    def measures(self) -> list[ScoredMeasureSpec]:
         """Of the measured criteria."""
         return [criterion.measure for criterion in self.criteria if criterion.measure is not None]
 
@@ -199,13 +199,13 @@ class Rubric(_Strict):
             if criterion.measure is not None:
                 _check_measure(f"criteria.{criterion.name}.measure", criterion.measure, names)
         if self.check is not None:
-            check_reading("check", self.check.name, self.check.lists)
+            check_word_lists("check", self.check.name, self.check.lists)
             _check_is_another(self.check, self.measures)
         _check_directives(self)
         return self
 
 
-def _check_is_another(check: CheckSpec, measures: Iterable[MeasureSpec]) -> None:
+def _check_is_another(check: MeasureSpec, measures: Iterable[ScoredMeasureSpec]) -> None:
     for spec in measures:
         if _read_as(spec) == _read_as(check):
             raise ValueError(
@@ -213,12 +213,12 @@ def _check_is_another(check: CheckSpec, measures: Iterable[MeasureSpec]) -> None
             )
 
 
-def _read_as(spec: CheckSpec) -> tuple[str, frozenset[str | None], frozenset[str | None]]:
+def _read_as(spec: MeasureSpec) -> tuple[str, frozenset[str | None], frozenset[str | None]]:
     return spec.name, frozenset(map(word_of, spec.words)), frozenset(map(word_of, spec.against))
 
 
-def _check_measure(where: str, spec: MeasureSpec, names: list[str]) -> None:
-    check_reading(where, spec.name, spec.lists)
+def _check_measure(where: str, spec: ScoredMeasureSpec, names: list[str]) -> None:
+    check_word_lists(where, spec.name, spec.lists)
     if isinstance(spec.values, dict):
         check_values(f"{where}.values", spec.name, spec.values, names)
 

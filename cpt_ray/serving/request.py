@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.chat.templates import find_control_token
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.rubrics.catalog import Catalog, Resolved
+from cpt_ray.rubrics.catalog import Catalog, ResolvedConfiguration
 from cpt_ray.texts import half_character, strings_in, unique_names
 
 CHAT_PATH = "/v1/chat/completions"
@@ -56,11 +56,11 @@ class Asked:
     """As vLLM is to have it, without what the name carried; None if the body names none."""
     catalog: Catalog
     """What this model can be asked for."""
-    configuration: Resolved | None
+    configuration: ResolvedConfiguration | None
     """None if the body names none."""
     preferences: str | None
 
-    def body(self, configuration: Resolved) -> bytes:
+    def body(self, configuration: ResolvedConfiguration) -> bytes:
         """For vLLM, with the directive of `configuration` in the messages; UserError if there is no place for it."""
         data = {name: value for name, value in self.data.items() if name not in OTHER_NAMES}
         if self.model is not None:
@@ -113,7 +113,9 @@ class Grammar:
         configuration = self._resolve(path, data, catalog, text)
         return Asked(data=data, model=model, catalog=catalog, configuration=configuration, preferences=preferences)
 
-    def _resolve(self, path: str, data: Mapping[str, Any], catalog: Catalog, text: str | None) -> Resolved | None:
+    def _resolve(
+        self, path: str, data: Mapping[str, Any], catalog: Catalog, text: str | None
+    ) -> ResolvedConfiguration | None:
         """`text`: a configuration that the model's name carries."""
         is_in_body = "configuration" in data
         if not is_in_body and text is None:

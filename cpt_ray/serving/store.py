@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpt_ray.tables.files import alone, replacing
+from cpt_ray.tables.files import exclusive, replacing
 
 
 class JsonStore:
@@ -26,7 +26,7 @@ class JsonStore:
     @contextmanager
     def changing(self, folder: str = "") -> Iterator[None]:
         """Nobody else changes the files of `folder` meanwhile, on any node; OSError if it cannot be written."""
-        with self._threads, alone(self.root / folder):
+        with self._threads, exclusive(self.root / folder):
             yield
 
     def names(self, folder: str = "") -> list[str]:

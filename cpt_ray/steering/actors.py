@@ -16,7 +16,7 @@ import numpy as np
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.chat.thoughts import opens_thoughts, without_thoughts
 from cpt_ray.config import ModelConfig
-from cpt_ray.engines.engine import sampled, seed_of
+from cpt_ray.engines.engine import sampling_request, seed_of
 from cpt_ray.engines.step import Step
 from cpt_ray.engines.vllm import VllmEngine, engine_arguments, vllm_sampling
 from cpt_ray.steering.answers import Answer
@@ -105,7 +105,7 @@ class AnswerActor:
     def __call__(self, rows: Sequence[SteeredAnswer]) -> list[SteeredAnswer]:
         """The same rows with the policy's texts; "" where there is none."""
         requests = [
-            sampled(policy_messages(row.directive, row.prompt), self._sampling, _subject(row), self._seed)
+            sampling_request(policy_messages(row.directive, row.prompt), self._sampling, _subject(row), self._seed)
             for row in rows
         ]
         completions = self._engine.run(requests)

@@ -26,7 +26,7 @@ from cpt_ray.steering.stage import NUM_QUESTIONS, Steering, fit
 from cpt_ray.steering.summary import table_lines
 from cpt_ray.steering.users import Floats, User
 from cpt_ray.tables.records import content_id
-from cpt_ray.tables.rundir import STEERING_RESULTS
+from cpt_ray.tables.rundir import STEERING_RESULTS_FILE
 
 RESAMPLES = 1000
 PREDICTED_USERS, POLICY_PAIRS = 100, 10
@@ -223,7 +223,7 @@ def _write(
                 entry["steer_gap"] = [None if mean is None else 2 * mean - 1 for mean in entry["mean"]]
                 entry["steer_gap_ci"] = [ends and [2 * end - 1 for end in ends] for ends in entry["ci"]]
             results[metric][name] = entry
-    written = steering.run.write_json(STEERING_RESULTS, results)
+    written = steering.run.write_json(STEERING_RESULTS_FILE, results)
     say("\n".join(table_lines(results)))
     say(f"results      {written}")
     used = ["questions"] * (steering.shards is not None)

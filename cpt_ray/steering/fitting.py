@@ -119,7 +119,7 @@ def train(fits: Sequence[Fit], data: dict[str, Any]) -> None:
             use_gpu=config.use_gpu,
             resources={"GPU" if config.use_gpu else "CPU": 1},
             max_failures=2,
-            continues="after the last model that is complete",
+            resumes_from="after the last model that is complete",
             less_memory="steer.policy_users" if first.policy else "steer.batch_users",
         )
         run_workers(

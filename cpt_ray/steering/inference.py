@@ -29,7 +29,7 @@ from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.steering.choices import Choice, Preferences, Question
 from cpt_ray.tables.records import content_id
-from cpt_ray.tables.rundir import QUESTIONS, RunDir
+from cpt_ray.tables.rundir import QUESTIONS_FILE, RunDir
 
 PRIOR = (0.1, 0.6, 0.3)
 """Prior mass of no preference, of all configurations of one rubric, and of all those of two."""
@@ -228,7 +228,7 @@ def make_candidates(config: RunConfig, catalog: Catalog, policy: ModelConfig) ->
 
 def read_questions(run: RunDir, candidates: Candidates) -> list[Question]:
     """The questions that `cpt steer fit` wrote for this model; none if it wrote none."""
-    saved = run.read_json(QUESTIONS)
+    saved = run.read_json(QUESTIONS_FILE)
     if not saved or saved["key"] != candidates.key:
         return []
     return [Question(**{**question, "margins": tuple(question["margins"])}) for question in saved["questions"]]

@@ -39,7 +39,7 @@ from cpt_ray.steering.reward import RewardModel, Tensors
 from cpt_ray.steering.scoring import PolicyScorer, sequence
 from cpt_ray.steering.users import Floats, Population, User, draw_taste
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
-from cpt_ray.tables.rundir import CATALOG_FILE, QUESTIONS, TABLES, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, QUESTIONS_FILE, TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
 
 NUM_QUESTIONS = 200
@@ -271,7 +271,7 @@ def _fit_policies(
 def _write_questions(steering: Steering) -> None:
     """Pairs with their margins known, so that asking them costs a server nothing."""
     crowd, candidates = steering.learned_from, steering.candidates
-    saved = steering.run.read_json(QUESTIONS)
+    saved = steering.run.read_json(QUESTIONS_FILE)
     if saved and saved["key"] == candidates.key:
         return
     rng = np.random.default_rng(steering.plan.config.seed)
@@ -284,7 +284,7 @@ def _write_questions(steering: Steering) -> None:
         first, second = (crowd.answers[at] for at in pair)
         question = Question(prompt=first.prompt, first=first.text, second=second.text, margins=tuple(margins.tolist()))
         questions.append(asdict(question))
-    steering.run.write_json(QUESTIONS, {"key": candidates.key, "questions": questions})
+    steering.run.write_json(QUESTIONS_FILE, {"key": candidates.key, "questions": questions})
 
 
 def describe(steering: Steering) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cpt_ray.chat.conversations import director_messages
 from cpt_ray.chat.layout import layout_hash
-from cpt_ray.engines.engine import Completion, Engine, sampled
+from cpt_ray.engines.engine import Completion, Engine, sampling_request
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.errors import UserError
@@ -48,7 +48,7 @@ class DirectStep(Step):
         wanted = self.paraphrases * DIRECTOR_OVERSAMPLING
         tally = Tally(wanted * len(missing))
         requests = [
-            sampled(
+            sampling_request(
                 director_messages(rubric, level),
                 self.model.sampling,
                 f"{rubric.content_hash}/{level.name}/{number}",

@@ -2,7 +2,8 @@
 
 Writing goes in passes. A shard of prompts goes through all of them by itself: what its next pass asks for is planned
 from the answers and grades that it has. Every shard's name is a function of the plan, so that stages and jobs agree
-without communicating; only the levels that the writer's own spread sets are known after the first pass (`spread.py`).
+without communicating; only the levels that the writer's own spread sets are known after the first pass
+(`judging/spread.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF
 from cpt_ray.engines.ledger import ledger_entry, thoughts_note
-from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, Stage, cut_note, reasons
+from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, StageRejects, cut_note, reasons
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.judging.judge import JudgeStep, grader
+from cpt_ray.judging.judge import JudgeStep, first_judge
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
 from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, plan_units, run_info, writer_units
 from cpt_ray.synthesis.card import write_card
@@ -35,7 +36,7 @@ from cpt_ray.tables.shard import ShardName, rejects_of
 
 
 def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:
-    """Every shard name of the run: a function of the plan, so that stages and jobs agree without communicating.
+    """Every shard name of the run, from the plan alone.
 
     Args:
         plan: as it was made, without the levels that are found later.
@@ -87,11 +88,11 @@ class Steps:
 
     @classmethod
     def of(cls, plan: Plan, units: Iterable[str]) -> Steps:
-        """Those of a run; which shards they read is not known to them yet (`passes`, `further`)."""
+        """The steps of a run. `pass_lines` and `extra_judge_lines` add which shards each one reads."""
         config, settings, spread = plan.config, plan.config.synthesis, spread_of(plan, units)
         own: dict[str, Any] = {"rubrics": plan.by_id, "seed": config.seed}
         levels: dict[str, Any] = {"grids": settings.grids, "margin": settings.margin, "spread": spread}
-        judges = (grader(plan.rubrics, config.judge, config.writer), *config.judges)
+        judges = (first_judge(plan.rubrics, config.judge, config.writer), *config.judges)
         return cls(
             direct=DirectStep(
                 **own,
@@ -110,11 +111,12 @@ class Steps:
             judges=[JudgeStep(rubrics=plan.by_id, model=model, **levels) for model in judges],
         )
 
-    def passes(self, shards: Shards) -> list[Line]:
+    def pass_lines(self, shards: Shards) -> list[Line]:
         """Writing, and after each pass the first judge, whose grades the next pass is planned from.
 
-        The first pass has a line of its own only where all of it sets the levels: a judge, which waits for the levels
-        then, must not keep an engine from writing. Else nothing would keep a judge from coming before the answers.
+        Where the first pass sets the levels, it is a line of its own: a judge waits for all of it, and must not hold an
+        engine that should be writing. Otherwise writing and judging are one line, so that no shard is judged before it
+        is written.
         """
         steps: list[Step] = [self.judges[0]]
         for at, step in enumerate(self.later, start=1):
@@ -123,16 +125,16 @@ class Steps:
                 passes[at].generations: [(each.generations, each.grades) for each in passes[:at]]
                 for passes in shards.passes.values()
             }
-            steps += [replace(step, before=before), replace(self.judges[0], earlier=earlier)]
+            steps += [replace(step, before=before), replace(self.judges[0], earlier_passes=earlier)]
         names = list(shards.passes)
         if self.judges[0].spread:
             return [Line(names, [self.write]), Line(names, steps)]
         return [Line(names, [self.write, *steps])]
 
-    def further(self, shards: Shards) -> list[Line]:
-        """The other judges, of what the first one has graded."""
-        beside = {name: self.judges[0].output(name) for name in shards.generations}
-        return [Line(shards.generations, [replace(judge, beside=beside)]) for judge in self.judges[1:]]
+    def extra_judge_lines(self, shards: Shards) -> list[Line]:
+        """Grading by every judge but the first, of the answers that the first one graded."""
+        first_grades = {name: self.judges[0].output(name) for name in shards.generations}
+        return [Line(shards.generations, [replace(judge, first_grades=first_grades)]) for judge in self.judges[1:]]
 
 
 def spread_of(plan: Plan, units: Iterable[str]) -> Spread | None:
@@ -142,12 +144,17 @@ def spread_of(plan: Plan, units: Iterable[str]) -> Spread | None:
     return Spread(plan.rubrics, tuple(name for name in units if not ShardName.parse(name).is_control))
 
 
-def resolved(plan: Plan, run: RunDir, units: Iterable[str]) -> Plan:
-    """The plan with its levels; UserError if the first pass is not there."""
+def with_levels(plan: Plan, run: RunDir, units: Iterable[str]) -> Plan:
+    """The plan with the levels that the first pass sets; UserError if that pass is not complete."""
     spread = spread_of(plan, units)
     if spread and not spread.is_ready(run):
-        raise UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
+        raise not_complete(run)
     return replace(plan, rubrics=spread.resolve(run)) if spread else plan
+
+
+def not_complete(run: RunDir) -> UserError:
+    """The error of what needs the tables of a synthesis."""
+    return UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
 
 
 def synthesize(plan: Plan, run: RunDir, runner: Runner = run_lines) -> None:
@@ -161,13 +168,14 @@ def synthesize(plan: Plan, run: RunDir, runner: Runner = run_lines) -> None:
         run,
         [
             Line([rubric.id for rubric in plan.rubrics], [steps.direct]),
-            *steps.passes(shards),
+            *steps.pass_lines(shards),
             Line(shards.controls, [steps.control, steps.judges[0]]),
         ],
     )
-    runner(run, steps.further(shards))
-    Spread(plan.rubrics, tuple(shards.passes)).known(run)  # evaluation wants it of every run
-    plan = resolved(plan, run, units)
+    runner(run, steps.extra_judge_lines(shards))
+    # also where no rubric needs it: the evaluation scales its dials by it
+    Spread(plan.rubrics, tuple(shards.passes)).read_or_make(run)
+    plan = with_levels(plan, run, units)
     _say_spread(plan)
     pair(plan, run, shards, runner)
     conclude(plan, run, shards)
@@ -209,15 +217,15 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
             run.write("rejects", name, plan.rejects)
     run.prune("rejects", shards.plan_rejects, prefix="plan-")
     stages = [
-        Stage("direct", "directives", shards.directives, "director", steps.direct.model),
-        Stage("write", "generations", shards.written, "writer", steps.write.model),
-        Stage("control", "generations", shards.controls, "policy", steps.control.model),
+        StageRejects("direct", "directives", shards.directives, "director", steps.direct.model),
+        StageRejects("write", "generations", shards.written, "writer", steps.write.model),
+        StageRejects("control", "generations", shards.controls, "policy", steps.control.model),
     ]
     for at, judge in enumerate(steps.judges, start=1):
         names = [judge.output(name) for name in shards.generations]
-        stages.append(Stage(f"judge-{at}" if at > 1 else "judge", "grades", names, "judge", judge.model))
-    stages.append(Stage("repeats", "repeats", list(shards.repeats), "writer", PAIRING))
-    stages.append(Stage("pair", "pairs", shards.pairs, "writer", PAIRING))
+        stages.append(StageRejects(f"judge-{at}" if at > 1 else "judge", "grades", names, "judge", judge.model))
+    stages.append(StageRejects("repeats", "repeats", list(shards.repeats), "writer", PAIRING))
+    stages.append(StageRejects("pair", "pairs", shards.pairs, "writer", PAIRING))
     stages = [stage for stage in stages if stage.shards]
     entries = {stage.name: ledger_entry(run, stage.table, stage.shards, stage.model.price) for stage in stages}
     costs = [entry["cost"] for entry in entries.values() if "cost" in entry]
@@ -245,11 +253,11 @@ def _say_cut(run: RunDir, shards: Shards, entry: Mapping[str, Any], writer: Mode
             say(f"note: write: {note}")
 
 
-def _say_losses(run: RunDir, stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]]) -> None:
+def _say_losses(run: RunDir, stages: Sequence[StageRejects], entries: Mapping[str, dict[str, Any]]) -> None:
     """A note if over half of the answers could not be used; UserError if there is no pair."""
     total = int(sum(entries[stage.name].get("rows_in", 0) for stage in stages if stage.name != "pair"))
     rejected = [entries[stage.name]["rejected"] for stage in stages]
-    lost = sum(n for reasons in rejected for reason, n in reasons.items() if reason not in (*OF_PAIRS, *NO_LOSS))
+    lost = sum(count for counts in rejected for reason, count in counts.items() if reason not in (*OF_PAIRS, *NO_LOSS))
     if entries["pair"].get("rows_out") and lost <= total / 2:
         return
     why = "; ".join(text for stage in stages for text in stage.losses(run, entries[stage.name], total))

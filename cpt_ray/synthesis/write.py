@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, policy_messages, writer_messages
-from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampled
+from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampling_request
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.grids import answers_of, levels_by_rubric
@@ -51,7 +51,7 @@ class WriteStep(Step):
 
     def request(self, unit: Unit) -> Request:
         """What the writer is asked for a unit."""
-        return sampled(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
+        return sampling_request(self._messages(unit), self.model.sampling, unit.unit_id, self.seed)
 
     def _messages(self, unit: Unit) -> list[ChatMessage]:
         if unit.level == CONTROL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -13,11 +14,17 @@ from typing import IO
 from cpt_ray.errors import UserError
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """Waits until no other process is inside the same; OSError if the folder cannot be written.
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Yields whether that is sure: some file systems have no locks.
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[bool]:
+    """Waits for the folder's lock and holds it during the block; OSError if the folder cannot be written.
+
+    Yields False where the file system has no locks: then nothing keeps another process out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".files.lock").open("a") as handle:

@@ -83,7 +83,8 @@ class Unit:
     """One answer to be written."""
 
     unit_id: str
-    """Hash of rubric, prompt, level, sample, template and writer (model and sampling)."""
+    """Hash of rubric, level, prompt, sample, layout (`chat/layout.py`), writer (model, engine, sampling) and seed; of a
+    control answer: of rubric, neutral directive, prompt, layout, policy and seed."""
     prompt_id: str
     prompt: str
     rubric_id: str
@@ -155,7 +156,7 @@ class Pair:
     twin_id: str
     """The pair with chosen and rejected swapped, under the rejected answer's directive."""
     cell_id: str
-    """The grid of one (prompt, rubric, sample): its answers and directives, one of each per level."""
+    """The grid that the pair is of: hash of rubric, prompt and the grid's number among that prompt's grids."""
     prompt_id: str
     rubric_id: str
     """Joined by "+" where the directive combines rubrics; the levels below then as well."""
@@ -198,9 +199,9 @@ class Reject:
     detail: str
 
     @classmethod
-    def of(cls, stage: str, one: Any, subject_id: str, reason: str, detail: str) -> Self:
-        """`one`: a row with a rubric_id and a level."""
-        where = {"rubric_id": one.rubric_id, "level": one.level}
+    def of(cls, stage: str, row: Any, subject_id: str, reason: str, detail: str) -> Self:
+        """`row`: anything with a rubric_id and a level."""
+        where = {"rubric_id": row.rubric_id, "level": row.level}
         return cls(stage=stage, subject_id=subject_id, **where, reason=reason, detail=detail)
 
     @classmethod
@@ -235,7 +236,7 @@ class Trial:
     is_cut: bool = False
     """It ran into max_tokens and lost its unfinished sentence, if a whole one is left."""
     score: float | None = None
-    """Judged score, 0-100; None if ungraded."""
+    """The grade's score, 0-100; None if ungraded."""
     judged: float | None = None
     measured: float | None = None
     reason: str = "not answered yet"

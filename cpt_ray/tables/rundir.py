@@ -56,32 +56,32 @@ TABLES: dict[str, type[Any]] = {
 }
 FORMAT = 2
 """In run.yaml; goes up when answers have other ids or columns than before."""
-RUN_INFO = "run.yaml"
+RUN_INFO_FILE = "run.yaml"
 """The resolved run file, and hashes of what it names."""
-LEDGER = "ledger.json"
+LEDGER_FILE = "ledger.json"
 """Per stage: rows, rejects, tokens, seconds, cost."""
 CARD_FILE, JUDGES_FILE = "README.md", "judges.json"
 """The pairs' dataset card, and how the judges agree."""
-SPREAD = "spread.json"
+SPREAD_FILE = "spread.json"
 """Where the writer's own answers divide into levels: a key, and the values by rubric, under "rubrics"."""
-MARK = "model/cpt_ray.json"
-"""Written last: the model is complete, and this is what it was made from."""
-PROGRESS = ".train_progress.json"
+MODEL_INFO_FILE = "model/cpt_ray.json"
+"""What the model was trained from. Written last, so that a model with this file is complete."""
+TRAIN_PROGRESS_FILE = ".train_progress.json"
 """How far the training is, for the process that waits for it."""
 CATALOG_FILE = "catalog.json"
 """What a client may ask the server for; also in an adapter's folder."""
-QUESTIONS = "steering/questions.json"
+QUESTIONS_FILE = "steering/questions.json"
 """Pairs of answers that are worth asking a user about."""
 KEYS_FILE = "keys.json"
 """The API keys' hashes, readable by their owner only."""
 SPENT_FILE = "keys_spent.json"
 """Tokens that each key with a budget has used."""
-RESULTS, STEERING_RESULTS = "report/results.json", "report/steering.json"
+RESULTS_FILE, STEERING_RESULTS_FILE = "report/results.json", "report/steering.json"
 """Of `cpt evaluate` and of `cpt steer evaluate`."""
-REPORT = "report/report.html"
+REPORT_FILE = "report/report.html"
 """Shows both."""
-LOCK = ".lock"
-TRACES = {LOCK, RUN_INFO, "attempts", "units", LEDGER}
+LOCK_FILE = ".lock"
+TRACES = {LOCK_FILE, RUN_INFO_FILE, "attempts", "units", LEDGER_FILE}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"
@@ -159,7 +159,7 @@ class RunDir:
         """What Ray and vLLM printed."""
         return self.path / "ray.log"
 
-    def unfinished(self, folder: Path) -> Path:
+    def temporary_folder(self, folder: Path) -> Path:
         """Where a folder of the run is written before it takes the place of `folder`."""
         return self.path / f".{folder.name}.tmp"
 
@@ -187,7 +187,7 @@ class RunDir:
 
     def check_format(self) -> None:
         """UserError if an earlier version of this program has written answers here: none of them would be used."""
-        made = self.read_yaml(RUN_INFO)
+        made = self.read_yaml(RUN_INFO_FILE)
         if isinstance(made, dict) and made.get("format") != FORMAT and self.names("generations"):
             raise UserError(
                 f"{self.path}: its answers were written by an earlier version, in another format; give another "
@@ -232,7 +232,7 @@ class RunDir:
     def write_run(self, resolved: dict[str, Any]) -> None:
         """run.yaml: the resolved config and the content hashes of what it names."""
         text = yaml.safe_dump({**resolved, "format": FORMAT}, sort_keys=False, allow_unicode=True)
-        self.write_text(RUN_INFO, text)
+        self.write_text(RUN_INFO_FILE, text)
 
     def read_yaml(self, relative: str) -> Any:
         """The YAML file's content, or None if it is not there."""
@@ -240,9 +240,9 @@ class RunDir:
 
     def add_to_ledger(self, stage: str, entry: dict[str, Any]) -> None:
         """Replaces one stage's entry in ledger.json."""
-        ledger = self.read_json(LEDGER) or {}
+        ledger = self.read_json(LEDGER_FILE) or {}
         ledger[stage] = entry
-        self.write_json(LEDGER, ledger)
+        self.write_json(LEDGER_FILE, ledger)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -253,7 +253,7 @@ class RunDir:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._lock_file() as is_new:
             names = {path.name for path in self.path.iterdir()}
-            before = names - {LOCK} if is_new else names
+            before = names - {LOCK_FILE} if is_new else names
             for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
                 left_behind.unlink(missing_ok=True)
             try:
@@ -263,7 +263,7 @@ class RunDir:
                 raise
 
     def _remove_traces(self, before: Set[str], missing: Sequence[Path]) -> None:
-        """Removes the run's files that tell of no result if there is nothing else beside what was there `before`.
+        """Removes the run's files that hold no result if there is nothing else beside what was there `before`.
 
         Args:
             missing: folders that were not there, the deepest first.
@@ -271,7 +271,7 @@ class RunDir:
         with suppress(OSError):  # what led here is said, not this
             new = [path for path in self.path.iterdir() if path.name not in before]
             has_result = any(_holds_files(path) for path in new if path.name not in TRACES)
-            if has_result or set(self.read_json(LEDGER) or ()) - {"plan"}:
+            if has_result or set(self.read_json(LEDGER_FILE) or ()) - {"plan"}:
                 return
             for path in new:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -280,8 +280,8 @@ class RunDir:
 
     @contextmanager
     def _lock_file(self) -> Iterator[bool]:
-        """Holds the lock, on the file that has its name: another process may just have removed it. Was it not there?"""
-        path = self.path / LOCK
+        """Holds the lock and yields whether its file is new; opens it again if another process just removed it."""
+        path = self.path / LOCK_FILE
         while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ class RunDir:
     def busy(self) -> bool:
         """Whether some process on this machine holds the run."""
         try:
-            with (self.path / LOCK).open() as handle:
+            with (self.path / LOCK_FILE).open() as handle:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import TrainConfig
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
 
 PROBE_TOKENS = 64
 MOST_GROWTH = 10
@@ -72,15 +72,15 @@ def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoin
             f"the exported weights are the policy's own in {change.unchanged} of {change.trained} trained tensors: "
             f"{why}; train longer, or with a higher train.learning_rate{' (' + ADAPTER + ')' if settings.lora else ''}"
         )
-    (run.path / MARK).unlink(missing_ok=True)
+    (run.path / MODEL_INFO_FILE).unlink(missing_ok=True)
     if settings.lora:
-        adapter = empty_folder(run.unfinished(run.adapter))
+        adapter = empty_folder(run.temporary_folder(run.adapter))
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(checkpoint / name, adapter)
         _replace_folder(adapter, run.adapter)
     else:
         shutil.rmtree(run.adapter, ignore_errors=True)
-    folder = empty_folder(run.unfinished(run.model))
+    folder = empty_folder(run.temporary_folder(run.model))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
     _replace_folder(folder, run.model)

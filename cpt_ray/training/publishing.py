@@ -12,7 +12,7 @@ from typing import Any
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.tables.rundir import MARK, RunDir
+from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
 
 HUB = "hf://"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -96,7 +96,7 @@ def _refusal(error: Exception) -> str:
 def push(run: RunDir, target: str) -> None:
     """The tuned model, its card, and its adapter in `adapter/`, to a folder or to hf://OWNER/NAME (made private)."""
     parts = {"": run.model} | ({"adapter": run.adapter} if run.adapter.exists() else {})
-    if not (run.path / MARK).exists():
+    if not (run.path / MODEL_INFO_FILE).exists():
         state = "the tuned model is not complete" if run.model.exists() else "there is no tuned model"
         raise UserError(f"{run.model}: {state}; run `cpt train` with this run file first")
     if not target.startswith(HUB):

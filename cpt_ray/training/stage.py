@@ -25,7 +25,7 @@ from cpt_ray.logprobs.reference import add_reference, read_rows_file, rows_path,
 from cpt_ray.logprobs.rows import Row
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject
-from cpt_ray.tables.rundir import MARK, PROGRESS, RunDir
+from cpt_ray.tables.rundir import MODEL_INFO_FILE, TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training.checks import check_rows, check_vocabulary, check_workers, open_policy, policy_path
 from cpt_ray.training.pairs import counted, end_pairs, own_pairs, preference_pairs, select_pairs
 from cpt_ray.training.publishing import write_cards
@@ -55,7 +55,7 @@ def train(
         connecting: connects to Ray, once the pairs are read and checked; without one, Ray is connected already.
         rubrics: of the pairs; read for `train.contrast`.
     """
-    done = run.read_json(MARK)
+    done = run.read_json(MODEL_INFO_FILE)
     if done and done["key"] == key:
         say(f"train        done: {done['summary']['steps']} steps on {done['summary']['pairs']} pairs")
         return dict(done["summary"])
@@ -82,7 +82,7 @@ def train(
         say(f"note: train: {note}")
     write_cards(config, run, summary)
     say(f"model        {run.model} ({summary['steps']} steps on {num_pairs} pairs, {num_held_out} held out)")
-    run.write_json(MARK, {"key": key, "summary": summary})
+    run.write_json(MODEL_INFO_FILE, {"key": key, "summary": summary})
     return summary
 
 
@@ -185,7 +185,7 @@ def _fit(job: Job, num_steps: int) -> dict[str, Any]:
         use_gpu=settings.use_gpu,
         resources=settings.worker_resources,
         max_failures=settings.max_failures,
-        continues="from the last checkpoint",
+        resumes_from="from the last checkpoint",
         less_memory="train.micro_batch_size or train.max_length",
     )
     outcome: dict[str, Any] = run_workers(
@@ -194,7 +194,7 @@ def _fit(job: Job, num_steps: int) -> dict[str, Any]:
         group,
         name=job.key,
         storage=settings.checkpoints or str(job.run.checkpoints),
-        state=job.run.path / PROGRESS,
+        state=job.run.path / TRAIN_PROGRESS_FILE,
         title="train",
         steps=num_steps,
     )

@@ -15,7 +15,7 @@ from cpt_ray.config import ModelConfig, TrainConfig, TuneConfig
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.reference import is_autocast, loading
 from cpt_ray.tables.records import content_id
-from cpt_ray.tables.rundir import PROGRESS, RunDir
+from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import empty_folder, export
 
@@ -187,7 +187,7 @@ def _reporter(job: Job, folder: Path) -> Any:
                 workers = ray.train.get_context().get_world_size()
                 note = f"loss {logs['loss']:.3f}, reward accuracy {logs['rewards/accuracies']:.2f}, {workers} workers"
                 now = {"done": state.global_step, "note": note, "num_workers": workers, "pid": os.getpid()}
-                job.run.write_json(PROGRESS, now)
+                job.run.write_json(TRAIN_PROGRESS_FILE, now)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Each rank has a folder of its own: rank 0's holds everything but the other ranks' random states.

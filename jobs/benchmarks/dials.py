@@ -32,7 +32,7 @@ from cpt_ray.plan import make_plan
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
-from cpt_ray.tables.rundir import SPREAD, RunDir
+from cpt_ray.tables.rundir import SPREAD_FILE, RunDir
 
 CLIENTS = 16
 """Requests in flight."""
@@ -56,7 +56,7 @@ def read_run(run_file: Path, overrides: Sequence[str]) -> tuple[tuple[Rubric, ..
     """The rubrics with their levels, the tuned model's answers under held-out directives, and the pool's spread."""
     config = load_config(run_file, overrides)
     run, rubrics = RunDir(Path(config.run_dir)), make_plan(config).rubrics
-    known = (run.read_json(SPREAD) or {}).get("rubrics", {})
+    known = (run.read_json(SPREAD_FILE) or {}).get("rubrics", {})
     trials = run.read("evaluation", sorted(run.names("evaluation")), Trial)
     tuned = [trial for trial in trials if trial.model == "tuned" and trial.directive and not trial.is_trained]
     if not tuned:

@@ -224,7 +224,9 @@ def requests_of(plan: Plan) -> list[tuple[list[dict[str, str]], dict[str, Any]]]
     write, units = Steps.of(plan, ()).write, plan_units(plan)
     asked = [write.request(unit) for rows in units.values() for unit in rows]
     keys = ("max_tokens", "temperature", "top_p", "seed")
-    return [(one.messages, {key: getattr(one, key) for key in keys} | {"stop": list(one.stops)}) for one in asked]
+    return [
+        (one.messages, {key: getattr(one, key) for key in keys} | {"stop": list(one.active_stops)}) for one in asked
+    ]
 
 
 def make_model(folder: Path, source: str, width: int) -> str:

@@ -577,7 +577,7 @@ def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpt_ray.tables.rundir.uuid.uuid4", lambda: uuid.UUID(int=0))
+    monkeypatch.setattr("cpt_ray.tables.files.uuid.uuid4", lambda: uuid.UUID(int=0))
     plan, run = make_run(tmp_path)
     name, units = next(iter(plan_units(plan).items()))
     path = run.shard("units", name)

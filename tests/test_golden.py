@@ -26,7 +26,7 @@ from cpt_ray.chat.templates import ChatTemplate
 from cpt_ray.engines.engine import Request
 from cpt_ray.logprobs.reference import SCHEMA
 from cpt_ray.rubrics.catalog import compose_directives
-from cpt_ray.serving.app import Frontend
+from cpt_ray.serving.app import ConfiguredApp
 from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.choices import Question
@@ -37,7 +37,7 @@ from cpt_ray.tables.rundir import KEYS_FILE, MODEL_INFO_FILE, SPENT_FILE, TABLES
 from tests import toy
 from tests.golden_files import FOLDER, check, shape, shortened
 from tests.golden_run import Made, make_runs
-from tests.test_frontend import echo
+from tests.test_app import echo
 from tests.test_steering_inference import KnownPolicy, candidates, catalog, choose
 
 
@@ -244,7 +244,7 @@ EXCHANGES: list[tuple[str, str, str, str, Any]] = [
 ]
 
 
-def make_frontend(folder: Path) -> Frontend:
+def make_frontend(folder: Path) -> ConfiguredApp:
     """Around an app that answers with what it was sent."""
     limits: dict[str, dict[str, Any]] = {
         "open": {},
@@ -254,14 +254,14 @@ def make_frontend(folder: Path) -> Frontend:
     }
     keys = tuple(Key(name=name, hash=key_hash(name), created=0.0, **limit) for name, limit in limits.items())
     question = Question(prompt="asked", first="90 50", second="10 50", margins=(-8, 0, 8, 0, 0, 0))
-    return Frontend(
+    return ConfiguredApp(
         echo,
         {"m": catalog().with_saved({"poet": {"ornament": 88}})},
         Keyring(folder / KEYS_FILE, keys),
         Meter(folder / SPENT_FILE, lambda: 0.0),
-        listing={"model": "m", "base": None},
+        listing_extras={"model": "m", "base": None},
         preferences=PreferenceStore(folder, candidates(), KnownPolicy(), (question,)),
-        control=re.compile(r"<\|im_end\|>"),
+        control_token_pattern=re.compile(r"<\|im_end\|>"),
     )
 
 

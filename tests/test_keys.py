@@ -14,7 +14,8 @@ import yaml
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
 from cpt_ray.serving import keys
-from cpt_ray.serving.keys import UNKNOWN_KEY, Key, Keyring, Refusal, choose_keys, make_key
+from cpt_ray.serving.asgi import Refusal
+from cpt_ray.serving.keys import UNKNOWN_KEY, Key, Keyring, choose_keys, make_key
 from cpt_ray.tables.rundir import RunDir
 
 

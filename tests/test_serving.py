@@ -1,4 +1,4 @@
-"""Serving on the real Ray Serve and vLLM, to real clients; the front by itself is tested in test_frontend.py.
+"""Serving on the real Ray Serve and vLLM, to real clients; the app by itself is tested in test_app.py.
 
 The tests share one server and run in order: the last ones put newer weights in, kill a replica, let it go idle.
 """

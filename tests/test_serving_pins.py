@@ -41,7 +41,7 @@ def test_all_of_vllms_routes_ask_the_engine_by_one_method() -> None:
 
 
 def test_vllm_still_goes_on_with_an_answer_whose_request_is_cancelled() -> None:
-    """Else `Call.work` is needed no more."""
+    """Else `Call.engine_tasks` is needed no more."""
     ended: list[str] = []
 
     async def handler(request: Any, raw_request: Any) -> None:

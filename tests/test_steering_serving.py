@@ -15,14 +15,14 @@ import pytest
 
 from cpt_ray.errors import UserError
 from cpt_ray.serving import preferences
-from cpt_ray.serving.app import Frontend
+from cpt_ray.serving.app import ConfiguredApp
 from cpt_ray.serving.asgi import MAX_BODY_BYTES
 from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.choices import Choice, Question
 from cpt_ray.steering.inference import Scorer
 from cpt_ray.tables.rundir import SPENT_FILE
-from tests.test_frontend import echo
+from tests.test_app import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose
 
 PATH = "/v1/preferences"
@@ -49,7 +49,7 @@ def talk(
     keys = tuple(Key(name=name, hash=key_hash(name), created=0.0) for name in ("one", "other"))
     nowhere = Path("/nonexistent")
     keyring = Keyring(nowhere / "keys.json", keys)
-    front = Frontend(echo, {"m": catalog()}, keyring, Meter(nowhere / SPENT_FILE), preferences=store)
+    front = ConfiguredApp(echo, {"m": catalog()}, keyring, Meter(nowhere / SPENT_FILE), preferences=store)
 
     async def go() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:
@@ -258,7 +258,7 @@ def test_every_request_about_preferences_counts_against_a_key(tmp_path: Path) ->
     nowhere = Path("/nonexistent")
     key = Key(name="one", hash=key_hash("one"), created=0.0, requests_per_minute=4)
     meter = Meter(nowhere / SPENT_FILE, lambda: 0.0)
-    front = Frontend(echo, {"m": catalog()}, Keyring(nowhere / "keys.json", (key,)), meter, preferences=store)
+    front = ConfiguredApp(echo, {"m": catalog()}, Keyring(nowhere / "keys.json", (key,)), meter, preferences=store)
 
     async def go() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:

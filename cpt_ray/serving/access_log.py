@@ -1,68 +1,22 @@
-"""One request as the access log and the metrics have it, and how both are written."""
+"""The access log and the metrics: how finished requests are written and counted."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import logging.handlers
 import os
 import socket
 from collections import Counter
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol
 
+from cpt_ray.serving.call import Call
 from cpt_ray.tables.rundir import RunDir
 
 MAX_LOG_BYTES = 50 << 20
 """Size at which an access log begins a new file; four older ones are kept."""
 WRITE_SECONDS = 0.25
 """How long finished requests are held, so that many are written and counted at once."""
-
-
-class Adapter(Protocol):
-    """What the engine is given to answer one user (conditioning.py)."""
-
-    lora_request: Any
-
-
-@dataclass(slots=True, kw_only=True)
-class Call:
-    """One request; no word of what was said."""
-
-    key: str
-    method: str
-    path: str
-    request_id: str
-    time: float
-    """Unix seconds at which it came."""
-    body_bytes: int = 0
-    status: int = 0
-    """0 if the client left before there was one."""
-    configuration: dict[str, str] = dataclasses.field(default_factory=dict)
-    prompt_tokens: int = 0
-    tokens: int = 0
-    """Tokens of the answers, also of one that was broken off."""
-    first_byte_seconds: float | None = None
-    seconds: float = 0.0
-    adapter: Adapter | None = None
-    """With which the engine answers; not logged. Held here, since the adapter's folder goes once nothing holds it."""
-    work: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
-    """Tasks that wait for the engine; not logged."""
-    is_left: bool = False
-    """The client has left, so the engine is to begin nothing more for it; not logged."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A line of the access log."""
-        return {name: getattr(self, name) for name in LOGGED}
-
-
-LOGGED = [field.name for field in dataclasses.fields(Call) if field.name not in ("adapter", "work", "is_left")]
-CALL: ContextVar[Call | None] = ContextVar("call", default=None)
-"""The request that the running task works for: vLLM's code is between the middleware that makes a `Call` and the
-engine that adds to it."""
 
 
 class AccessLog:

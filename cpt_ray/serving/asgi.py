@@ -1,4 +1,4 @@
-"""ASGI messages: whole bodies in, small answers out, and `send`s that note or change what passes, without holding a
+"""ASGI messages: whole bodies in, small answers out, and `send`s that record or change what passes, without holding a
 stream back."""
 
 from __future__ import annotations
@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
 
 from cpt_ray.errors import UserError
-from cpt_ray.serving.access_log import Call
-from cpt_ray.serving.keys import Refusal
+from cpt_ray.serving.call import Call
 
 MAX_BODY_BYTES = 10 << 20
 EXPOSED_HEADERS = ["x-cpt-configuration", "x-cpt-configuration-from", "retry-after", "x-request-id"]
@@ -25,11 +25,11 @@ AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 
-def open_to_pages(app: AsgiApp, arguments: Mapping[str, Any]) -> AsgiApp:
-    """`app`, which pages of `allowed_origins` may ask and read; as it is if there are none.
+def with_cors(app: AsgiApp, arguments: Mapping[str, Any]) -> AsgiApp:
+    """`app` with CORS for the pages of `allowed_origins`; as it is if there are none.
 
-    It is around all of it, not in vLLM's place behind the keys: a browser's preflight has no key, and a page that may
-    not read a refusal cannot say why it was refused. The arguments are vLLM's.
+    It is the outermost layer, not where vLLM puts it, behind the keys: a browser's preflight has no key, and a page
+    that may not read a refusal cannot say why it was refused. The arguments are vLLM's.
     """
     from starlette.middleware.cors import CORSMiddleware
 
@@ -89,7 +89,7 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Starlette's."""
+        """The body; called by Starlette's `Response`."""
         return json.dumps(content).encode()
 
 
@@ -107,8 +107,19 @@ def bad_request(problem: UserError) -> Json:
     return error(400, str(problem), param=param if colon and " " not in param else None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request is refused, as an HTTP answer."""
+
+    status: int
+    code: str
+    text: str
+    retry_after: int | None = None
+    """Whole seconds after which it may be tried again."""
+
+
 def refused(refusal: Refusal) -> Json:
-    """Why a key or an id opens nothing."""
+    """A refusal as a response."""
     wait = refusal.retry_after
     headers = None if wait is None else {"retry-after": str(wait)}
     return error(refusal.status, refusal.text, code=refusal.code, headers=headers)
@@ -117,24 +128,24 @@ def refused(refusal: Refusal) -> Json:
 # ---------------------------------------------------------------- what passes
 
 
-def noting(call: Call, start: float, receive: Receive, send: Send) -> tuple[Receive, Send]:
-    """`receive` and `send`, noting in `call` the status, unless the client has left, and when the body began."""
+def recording(call: Call, start: float, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """`receive` and `send` that record in `call` the status, unless the client has left, and when the body began."""
     has_left = False
 
-    async def receive_noted() -> Message:
+    async def receive_recorded() -> Message:
         nonlocal has_left
         message = await receive()
         has_left = message["type"] == "http.disconnect"
         return message
 
-    async def send_noted(message: Message) -> None:
+    async def send_recorded(message: Message) -> None:
         if message["type"] == "http.response.start":
             call.status = 0 if has_left else message["status"]
         elif call.first_byte_seconds is None:
             call.first_byte_seconds = time.perf_counter() - start
         await send(message)
 
-    return receive_noted, send_noted
+    return receive_recorded, send_recorded
 
 
 def without_body(send: Send) -> Send:
@@ -176,7 +187,7 @@ def with_field(app: AsgiApp, name: str, value: Any, headers: Headers) -> AsgiApp
     return answer
 
 
-def edited(app: AsgiApp, edit: Callable[[Any], Any]) -> AsgiApp:
+def with_edited_answer(app: AsgiApp, edit: Callable[[Any], Any]) -> AsgiApp:
     """`app`, whose small JSON answer `edit` changes, if it is a good one."""
 
     async def answer(scope: Message, receive: Receive, send: Send) -> None:

@@ -1,7 +1,8 @@
-"""A user's z in a server's engine, folded into an adapter of their own.
+"""Turns a user's choices into an adapter that the server's engine answers with.
 
-What `serve.preferences: gated_lora` offers in the place of directives. `cpt steer fit` trains the conditional policy
-and names it in a file; a replica reads it once and folds the adapter of a user's choices when it is first asked for.
+This is what `serve.preferences: gated_lora` offers in the place of directives. `cpt steer fit` trains the conditional
+policy and names it in a file; a replica reads it once and folds the adapter of a user's choices when it is first asked
+for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cpt_ray.config import Form, ModelConfig
-from cpt_ray.serving.access_log import CALL
+from cpt_ray.serving.call import CALL
 from cpt_ray.steering.actors import Embedder
 from cpt_ray.steering.choices import Choice
 from cpt_ray.steering.policy import RANK, ConditionalPolicy, SavedForm
@@ -38,7 +39,7 @@ KEPT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conditioning:
+class ConditionerSettings:
     """What a replica needs to make its `Conditioner`."""
 
     saved: SavedForm
@@ -46,11 +47,11 @@ class Conditioning:
 
 
 class Conditioner:
-    """Choices to what conditions the engine. Thread-safe."""
+    """Makes adapters of choices. Thread-safe."""
 
     form = FORM
 
-    def __init__(self, run: RunDir, model: ModelConfig, conditioning: Conditioning):
+    def __init__(self, run: RunDir, model: ModelConfig, conditioning: ConditionerSettings):
         from safetensors.torch import load_file
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,7 +67,7 @@ class Conditioner:
         self._folder = tempfile.TemporaryDirectory(prefix="cpt-users-", ignore_cleanup_errors=True)
 
     def adapter(self, choices: Sequence[Choice]) -> UserAdapter:
-        """With which the engine answers the requests of the user who made these choices."""
+        """The adapter of the user who made these choices, folded when it is first asked for."""
         return self._cached(tuple(choices))
 
     @torch.no_grad()

@@ -22,8 +22,8 @@ from cpt_ray.console import progress, say
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
-from cpt_ray.serving.app import CONFIGURATIONS_PATH, OPEN_PATH, PAGE_PATHS
-from cpt_ray.serving.haproxy import free_port, on_head, reachable, running_port, wait_until_healthy
+from cpt_ray.serving.app import CONFIGURATIONS_PATH, HEALTH_PATH, PAGE_PATHS
+from cpt_ray.serving.haproxy import checked_port, on_head, reachable, running_port, wait_until_healthy
 from cpt_ray.serving.keys import KEY_VARIABLE, Meter, choose_keys
 from cpt_ray.serving.served import Served, plan_serving
 from cpt_ray.serving.vllm_app import MAX_CAUSE, VllmServer, last_error
@@ -37,12 +37,12 @@ MAX_ONGOING_REQUESTS = 1024
 START_TIMEOUT_SECONDS = 1800.0
 """Loading and compiling a large model takes minutes; a node may have to start first."""
 PROXY_PATH = "/-/healthz"
-"""Serve's own: OPEN_PATH is a replica's, and would wake a server that has gone to 0."""
+"""Serve's own: HEALTH_PATH is a replica's, and would wake a server that has gone to 0."""
 UPSCALE_SECONDS = 5.0
 """How long more load must last before a replica is added; Serve's own 30 s lets a queue build up."""
 LEAST_LOOK_BACK_SECONDS = 11.0
 """Serve measures the load every 10 s and averages over more than one measurement."""
-LOOK_SECONDS = 1.0
+TAKEOVER_POLL_SECONDS = 1.0
 """How often a `cpt serve` looks whether another one has taken over."""
 
 
@@ -67,8 +67,10 @@ def serve_model(
     served = plan_serving(config, run, model or run.model)
     fixed, new_key = choose_keys(config.serve.host, run, api_key, insecure)
     served = replace(served, fixed_keys=fixed)
-    if connecting is not None and starts_own_cluster():
-        free_port(config.serve.host, config.serve.port)
+    if (
+        connecting is not None and starts_own_cluster()
+    ):  # refused before Ray starts; asked again below, on the head node
+        checked_port(config.serve.host, config.serve.port)
     with connecting or contextlib.nullcontext():
         return _serve(config, run, served, new_key, block)
 
@@ -76,26 +78,26 @@ def serve_model(
 def _serve(config: RunConfig, run: RunDir, served: Served, new_key: str | None, block: bool) -> str:
     from ray import serve
 
-    before = serve.status()
-    replaces = APPLICATION in before.applications
-    if before.proxies and not replaces:
+    status = serve.status()
+    is_replacing = APPLICATION in status.applications
+    if status.proxies and not is_replacing:
         raise UserError("Ray Serve already runs something else on this cluster; stop it first (serve shutdown --yes)")
     host = config.serve.host
-    port = running_port() if replaces else on_head(free_port, host, config.serve.port)
+    port = running_port() if is_replacing else on_head(checked_port, host, config.serve.port)
     url = f"http://{reachable(host)}:{port}"
     with _interrupted_by_sigterm():
         try:
-            targets = _targets(config, served)
+            targets = _applications(config, served)
             _start(config, targets, port)
-            for name in set(before.applications) - {target.name for target in targets}:
+            for name in set(status.applications) - {target.name for target in targets}:
                 serve.delete(name)  # an untuned model that is no longer asked for
             asleep = config.serve.replicas.least == 0
-            on_head(wait_until_healthy, url, PROXY_PATH if asleep else OPEN_PATH)
-            _say_how_to_talk(config, served.catalogs, url, new_key, block)
+            on_head(wait_until_healthy, url, PROXY_PATH if asleep else HEALTH_PATH)
+            _print_examples(config, served.catalogs, url, new_key, block)
             if block:
                 _block(run)
         except BaseException as error:
-            if not replaces or isinstance(error, KeyboardInterrupt):
+            if not is_replacing or isinstance(error, KeyboardInterrupt):
                 _stop(run)
             raise
     return url
@@ -108,7 +110,7 @@ def _block(run: RunDir) -> None:
     deployed = serve.status().applications[APPLICATION].last_deployed_time_s
     try:
         while True:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(TAKEOVER_POLL_SECONDS)
             application = serve.status().applications.get(APPLICATION)
             if application is None or application.last_deployed_time_s != deployed:
                 say("the server was stopped" if application is None else "another `cpt serve` has taken over")
@@ -127,7 +129,7 @@ def _stop(run: RunDir) -> None:
     import ray
     from ray import serve
 
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray reports there that the controller has ended, as it was to
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller has ended, which is intended
         serve.shutdown()
     with contextlib.suppress(ValueError):  # it never started
         ray.kill(ray.get_actor(_meter_name(run), namespace=APPLICATION))
@@ -154,12 +156,12 @@ def _start_meter(run: RunDir) -> Any:
     )
 
 
-def _targets(config: RunConfig, served: Served) -> list[Any]:
+def _applications(config: RunConfig, served: Served) -> list[Any]:
     """The Serve applications: the tuned model and, if it is asked for, the untuned one."""
     from ray import serve
 
     policy, options = config.policy, config.serve
-    count = 2 if (base := served.listing["base"]) and base["path"] else 1
+    count = 2 if served.untuned else 1
     meter = _start_meter(served.run)
     least, most = options.replicas
     scaling: dict[str, Any] = {"num_replicas": most}
@@ -190,7 +192,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
     quiet = _quiet_logging()
     tuned = deployment.options(name=APPLICATION).bind(served, meter)
     targets = [serve.RunTarget(tuned, name=APPLICATION, logging_config=quiet)]
-    if count > 1:
+    if base := served.untuned:
         untuned = replace(
             served,
             model=served.model.model_copy(update={"model": policy.model}),
@@ -199,6 +201,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
             catalogs={base["model"]: next(iter(served.catalogs.values()))},
             candidates=None,
             conditioning=None,
+            untuned=None,
         )
         bound = deployment.options(name=base["model"]).bind(untuned, meter)
         targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=base["path"], logging_config=quiet))
@@ -206,7 +209,7 @@ def _targets(config: RunConfig, served: Served) -> list[Any]:
 
 
 def _has_room(policy: ModelConfig, count: int) -> bool:
-    """Whether the cluster could hold so many more replicas now."""
+    """Whether the cluster could hold `count` more replicas now."""
     import ray
 
     free: dict[str, float] = ray.available_resources()
@@ -244,13 +247,13 @@ def _start(config: RunConfig, targets: list[Any], port: int) -> None:
             # a replica that no node has room for is only told from others by Serve's text (Ray 2.60)
             advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
             if any(application.status == "DEPLOY_FAILED" for application in applications):
-                raise UserError(f"the model cannot be served: {last_error(why) or _end_of(why)}")
+                raise UserError(f"the model cannot be served: {last_error(why) or _shortened(why)}")
             if time.monotonic() > deadline:
-                raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_end_of(why)}")
+                raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_shortened(why)}")
             time.sleep(0.25)
 
 
-def _end_of(text: str) -> str:
+def _shortened(text: str) -> str:
     return " ".join(text.split())[-MAX_CAUSE:]
 
 
@@ -271,7 +274,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say_how_to_talk(
+def _print_examples(
     config: RunConfig, catalogs: dict[str, Catalog], url: str, new_key: str | None, block: bool
 ) -> None:
     name, catalog = next(iter(catalogs.items()))

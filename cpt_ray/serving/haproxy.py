@@ -17,9 +17,9 @@ from cpt_ray.cluster import unused_port
 from cpt_ray.errors import UserError
 
 HEALTH_TIMEOUT_SECONDS = 60.0
-"""From all replicas running to the first answer over HTTP."""
+"""Longest wait between all replicas running and the first answer over HTTP."""
 REQUEST_SECONDS = 20
-"""In which a client has sent a request, or the first 64 KB of it."""
+"""Time that a client has to send a request, or its first 64 KB."""
 BUFFER_BYTES = 64 << 10
 """What HAProxy holds of a request: it can only repeat one that it holds whole."""
 SERVE_ENV = {
@@ -87,7 +87,7 @@ def running_port() -> int:
     return int(_get_global_client().http_config.port)
 
 
-def free_port(host: str, port: int) -> int:
+def checked_port(host: str, port: int) -> int:
     """`port`, or any free one for 0; UserError if this machine cannot listen there."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.serving.asgi import Refusal
 from cpt_ray.serving.store import JsonStore
 from cpt_ray.tables.rundir import KEYS_FILE, SPENT_FILE, RunDir
 
 KEY_VARIABLE = "CPT_API_KEY"
 """Holds a key beside those of the file."""
 STATES = {"revoked": "was revoked", "expired": "has expired", "spent": "has no tokens"}
-"""Of a key that opens nothing, in words."""
-MAX_NAME = 64
+"""States in which a key is refused, in words."""
+MAX_KEY_NAME = 64
 """Characters of a key's name."""
 REREAD_SECONDS = 1.0
 """How often a server looks whether the file has changed."""
@@ -78,18 +79,6 @@ class Key:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Why a request is not let in."""
-
-    status: int
-    """401 no such key, 403 a key that opens no more, 429 too fast."""
-    code: str
-    text: str
-    retry_after: int | None = None
-    """Whole seconds after which it may be tried again."""
-
-
 UNKNOWN_KEY = Refusal(
     status=401,
     code="invalid_api_key",
@@ -104,13 +93,13 @@ class Keyring:
         self._store, self._path, self._fixed = JsonStore(path.parent), path, fixed
         self._keys: tuple[Key, ...] = ()
         self._seen: tuple[int, int] | None = None
-        self._next_look = 0.0
+        self._reread_at = 0.0
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """All of them, revoked ones too; UserError if the file is not one of keys."""
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + REREAD_SECONDS
+        if time.monotonic() >= self._reread_at:
+            self._reread_at = time.monotonic() + REREAD_SECONDS
             self._read()
         return self._fixed + self._keys
 
@@ -123,7 +112,7 @@ class Keyring:
         except (OSError, TypeError, ValueError) as error:
             if self._seen is not None:  # a server that runs keeps the keys it knows
                 return
-            raise UserError(f"{self._path}: cannot be read as keys ({error}); mend or remove it") from None
+            raise UserError(f"{self._path}: cannot be read as keys ({error}); repair or remove it") from None
 
     def check(self, authorization: bytes) -> Key | Refusal:
         """The key in an Authorization header; compares with every known one, so that the time tells nothing."""
@@ -143,12 +132,12 @@ class Keyring:
         """Writes one more key; UserError if the name is taken, or cannot be read in a list."""
         if not key.name.strip():
             raise UserError("keys: a key needs a name, to be listed and revoked by")
-        if len(key.name) > MAX_NAME or key.name != key.name.strip() or not key.name.isprintable():
+        if len(key.name) > MAX_KEY_NAME or key.name != key.name.strip() or not key.name.isprintable():
             raise UserError(
-                f"keys: found the name {key.name[: MAX_NAME + 1]!a}; give one of at most {MAX_NAME} printable "
+                f"keys: found the name {key.name[: MAX_KEY_NAME + 1]!a}; give one of at most {MAX_KEY_NAME} printable "
                 "characters, without spaces around it: it is a line of `cpt keys list`"
             )
-        with self._newest():
+        with self._locked_and_reread():
             if any(other.name == key.name for other in self.keys):
                 raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
             self._write((*self._keys, key))
@@ -157,17 +146,17 @@ class Keyring:
         """Marks a key as revoked; UserError if there is none of that name."""
         if name not in (known := [key.name for key in self.keys]):
             raise UserError(
-                f"{self._path}: no key named {name[: MAX_NAME + 1]!a}{did_you_mean(name[:MAX_NAME], known)}"
+                f"{self._path}: no key named {name[: MAX_KEY_NAME + 1]!a}{did_you_mean(name[:MAX_KEY_NAME], known)}"
             )
-        with self._newest():
+        with self._locked_and_reread():
             self._write(tuple(dataclasses.replace(key, revoked=key.revoked or key.name == name) for key in self._keys))
 
     @contextmanager
-    def _newest(self) -> Iterator[None]:
-        """`keys` are as the file has them now, and no other process changes it meanwhile."""
+    def _locked_and_reread(self) -> Iterator[None]:
+        """Holds the folder's lock with the file's newest keys read."""
         try:
             with self._store.changing():
-                self._next_look = 0.0
+                self._reread_at = 0.0
                 _ = self.keys
                 yield
         except OSError as error:
@@ -175,7 +164,7 @@ class Keyring:
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         self._store.write(self._path.name, [dataclasses.asdict(key) for key in keys])
-        self._next_look = 0.0
+        self._reread_at = 0.0
 
 
 def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, str]:
@@ -186,8 +175,8 @@ def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, 
     return Key(name=name, hash=key_hash(secret), created=now, expires=expires, **limits), secret
 
 
-class Counts(Protocol):
-    """What a replica asks of the meter, wherever that runs."""
+class MeterClient(Protocol):
+    """What the app asks of the meter, wherever it runs."""
 
     async def admit(self, key: Key) -> Refusal | None: ...
 

@@ -6,9 +6,9 @@
     GET    /v1/preferences/ID   what they say, and the choices themselves
     DELETE /v1/preferences/ID
 
-A chat with `"preferences": "ID"`, or with the model `cpt:ID`, has the configuration inferred by then, or with
-`serve.preferences` the user's own adapter; a configuration that it names itself wins. States are files
-in the run directory, one folder per key: restarts and replicas find them there.
+A chat with `"preferences": "ID"`, or with the model `cpt:ID`, gets the configuration inferred so far or, with
+`serve.preferences: gated_lora`, the user's own adapter. A configuration named in the chat itself takes precedence.
+States are files in the run directory, one folder per key: restarts and replicas find them there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
-from cpt_ray.serving.access_log import Adapter
+from cpt_ray.serving.asgi import Refusal
+from cpt_ray.serving.call import Adapter
 from cpt_ray.serving.conditioning import Conditioner
-from cpt_ray.serving.keys import Refusal
 from cpt_ray.serving.request import CHAT_PATH, PREFERENCES_PREFIX
 from cpt_ray.serving.store import JsonStore
 from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
@@ -47,7 +47,7 @@ MAX_IN_ENGINE = 64
 """Answers that are scored at a time, so that chats still get their share of the engine."""
 UNKNOWN = Refusal(status=404, code="preferences_not_found", text="There are no such preferences (of this API key).")
 FULL = Refusal(status=403, code="preferences_full", text=f"This API key has {MAX_STATES} preferences; delete some.")
-WRONG_METHOD = Refusal(status=405, code="method_not_allowed", text="Preferences know GET, POST and DELETE.")
+WRONG_METHOD = Refusal(status=405, code="method_not_allowed", text="/v1/preferences takes GET, POST and DELETE.")
 Result = TypeVar("Result")
 
 
@@ -99,7 +99,7 @@ class PreferenceStore:
         self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
 
     async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
-        """What a request to /v1/preferences, or /v1/preferences/`name`, is answered; UserError for a bad body."""
+        """The answer to a request to /v1/preferences or /v1/preferences/`name`; UserError for a bad body."""
         if name and not ID.fullmatch(name):
             return UNKNOWN
         if method == "POST":
@@ -107,12 +107,12 @@ class PreferenceStore:
                 raise UserError('body: expected a JSON object {"choices": [...]} and nothing else')
             choices = parse_choices(data["choices"])
             async with self._scoring:
-                return await self._in_thread(self._add if name else self._make, owner, choices, name)
+                return await self._in_thread(self._add if name else self._create, owner, choices, name)
         if method == "GET" and name:
             state = await self.find(owner, name)
             return state if isinstance(state, Refusal) else await self._in_thread(self._shown, name, state)
         if method == "GET":
-            return await self._in_thread(self._list, owner, name)
+            return await self._in_thread(self._list, owner)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
     async def find(self, owner: str, name: str) -> Preferences | Refusal:
@@ -142,7 +142,7 @@ class PreferenceStore:
 
     # ------------------------------------------------------------ in a thread
 
-    def _make(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
+    def _create(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
         state = Preferences()
         self._add_to(state, choices)
         with self._store.changing(owner):
@@ -159,7 +159,7 @@ class PreferenceStore:
     def _shown(self, name: str, state: Preferences) -> dict[str, Any]:
         return self._described(name, state) | {"choices": state.to_json()["choices"]}
 
-    def _list(self, owner: str, _: str) -> dict[str, Any]:
+    def _list(self, owner: str) -> dict[str, Any]:
         data = [{"id": name, "object": "preferences"} for name in self._store.names(owner)]
         return {"object": "list", "data": data, "question": self._question(Preferences())}
 

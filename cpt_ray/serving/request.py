@@ -35,9 +35,9 @@ CONFIGURED_PREFIX = "cpt:"
 """Begins a model name that carries a configuration."""
 PREFERENCES_PREFIX = "preferences-"
 """Begins the id of a user's preferences."""
-MAX_NAME = 60
+MAX_FIELD_NAME = 60
 """Characters of a field's name that are looked at and repeated."""
-NEAR = 0.87
+MIN_SIMILARITY = 0.87
 """How alike a name must be to that of one of our own fields to be taken for a slip."""
 OTHER_NAMES = {
     "configuration": {"cpt", "conf", "config", "configs", "cfg", "rubric", "rubrics", "directive", "directives"},
@@ -47,18 +47,19 @@ OTHER_NAMES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What one body asks for."""
+class ParsedRequest:
+    """What one request asks for beside the chat."""
 
     data: Mapping[str, Any]
     """The body as it came."""
     model: Any
-    """As vLLM is to have it, without what the name carried; None if the body names none."""
+    """The model's name as vLLM is to have it, without what the name carried; None if the body names none."""
     catalog: Catalog
     """What this model can be asked for."""
     configuration: ResolvedConfiguration | None
     """None if the body names none."""
     preferences: str | None
+    """The id of a user's preferences; None if the body names none."""
 
     def body(self, configuration: ResolvedConfiguration) -> bytes:
         """For vLLM, with the directive of `configuration` in the messages; UserError if there is no place for it."""
@@ -72,21 +73,23 @@ class Asked:
             raise UserError("body: nested too deeply") from None
 
 
-class Grammar:
+class RequestParser:
     """How the requests of one server are read."""
 
     def __init__(
         self,
         catalogs: Mapping[str, Catalog],
         has_preferences: bool = False,
-        known: frozenset[str] = frozenset(),
-        control: re.Pattern[str] | None = None,
+        vllm_fields: frozenset[str] = frozenset(),
+        control_token_pattern: re.Pattern[str] | None = None,
     ):
         """`catalogs`: what each served model can be asked for, the default model first.
 
-        `known`: names of vLLM's own fields. `control`: finds a control token of the model in a text.
+        `vllm_fields`: names of vLLM's own fields.
+        `control_token_pattern`: finds a control token of the model in a text.
         """
-        self._catalogs, self._has_preferences, self._known, self._control = catalogs, has_preferences, known, control
+        self._catalogs, self._has_preferences = catalogs, has_preferences
+        self._vllm_fields, self._control_token_pattern = vllm_fields, control_token_pattern
         self._rubrics = frozenset(rubric.id for catalog in catalogs.values() for rubric in catalog.rubrics)
 
     def read(self, scope: Mapping[str, Any], path: str, body: bytes) -> dict[str, Any] | None:
@@ -96,7 +99,7 @@ class Grammar:
         self._check_texts(path, data or {})
         return data
 
-    def parse(self, path: str, data: Mapping[str, Any]) -> Asked:
+    def parse(self, path: str, data: Mapping[str, Any]) -> ParsedRequest:
         """UserError for a bad configuration, or one where none is understood."""
         self._check_fields(data)
         model, preferences = data.get("model"), data.get("preferences")
@@ -111,7 +114,9 @@ class Grammar:
         default = next(iter(self._catalogs.values()))
         catalog = self._catalogs.get(model, default) if isinstance(model, str) else default
         configuration = self._resolve(path, data, catalog, text)
-        return Asked(data=data, model=model, catalog=catalog, configuration=configuration, preferences=preferences)
+        return ParsedRequest(
+            data=data, model=model, catalog=catalog, configuration=configuration, preferences=preferences
+        )
 
     def _resolve(
         self, path: str, data: Mapping[str, Any], catalog: Catalog, text: str | None
@@ -145,7 +150,7 @@ class Grammar:
     def _check_fields(self, data: Mapping[str, Any]) -> None:
         """UserError for a misspelt name of a field of ours, or one in the wrong place."""
         for name, value in data.items():
-            if name in self._known or name in OTHER_NAMES:
+            if name in self._vllm_fields or name in OTHER_NAMES:
                 continue
             if name.lower() in ("extra_body", "extrabody") and value:
                 raise UserError(
@@ -153,7 +158,7 @@ class Grammar:
                     "put what is in it beside `model` and `messages`"
                 )
             if meant := _meant(name):
-                raise UserError(f'{name[:MAX_NAME]}: no field is called so (did you mean "{meant}"?)')
+                raise UserError(f'{name[:MAX_FIELD_NAME]}: no field is called so (did you mean "{meant}"?)')
             if name in self._rubrics:
                 raise UserError(f'{name}: a rubric, not a field; put it into "configuration": {{"{name}": ...}}')
         if data.get("preferences") is not None and not self._has_preferences:
@@ -168,16 +173,18 @@ class Grammar:
         """UserError for a configuration in the query or in a header."""
         for name, _ in parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True):
             if meant := _meant(name) or ("configuration" if name in self._rubrics else None):
-                raise UserError(f'{name[:MAX_NAME]}: not read from the address; put "{meant}" into the body')
+                raise UserError(f'{name[:MAX_FIELD_NAME]}: not read from the address; put "{meant}" into the body')
         for header, _ in scope["headers"]:
             if _meant(header.decode("latin-1").removeprefix("x-")):
-                raise UserError(f"{header.decode('latin-1')[:MAX_NAME]}: not read from a header; put it into the body")
+                raise UserError(
+                    f"{header.decode('latin-1')[:MAX_FIELD_NAME]}: not read from a header; put it into the body"
+                )
 
     def _check_texts(self, path: str, data: Mapping[str, Any]) -> None:
         """UserError for a control token in what a chat template will render: it would end a turn and begin another."""
         for name in RENDERED if path not in RAW_PATHS else ():
             for text in strings_in(data.get(name)):
-                if token := find_control_token(self._control, text):
+                if token := find_control_token(self._control_token_pattern, text):
                     raise UserError(
                         f"{name}: a text holds the control token {token!r}, which would end or begin a turn; "
                         "leave it out, or write it otherwise"
@@ -187,10 +194,10 @@ class Grammar:
 @functools.lru_cache(1024)
 def _meant(name: str) -> str | None:
     """The field of ours that a name looks like."""
-    letters = re.sub("[^a-z]", "", name[:MAX_NAME].partition("[")[0].lower())
+    letters = re.sub("[^a-z]", "", name[:MAX_FIELD_NAME].partition("[")[0].lower())
     for field, others in OTHER_NAMES.items():
         bare = letters.removeprefix("cpt") or letters
-        is_near = bare[:1] == field[0] and difflib.SequenceMatcher(None, bare, field).ratio() >= NEAR
+        is_near = bare[:1] == field[0] and difflib.SequenceMatcher(None, bare, field).ratio() >= MIN_SIMILARITY
         if bare in others or is_near:
             return field
     return None
@@ -266,5 +273,5 @@ def _half_in(data: Any) -> str | None:
         if isinstance(value, dict):
             if half_character(list(value)):
                 return f"{where}.(a name)" if where else "(a name)"
-            left += [(f"{where}.{name[:MAX_NAME]}".removeprefix("."), item) for name, item in value.items()]
+            left += [(f"{where}.{name[:MAX_FIELD_NAME]}".removeprefix("."), item) for name, item in value.items()]
     return None

@@ -20,7 +20,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""
 
 if TYPE_CHECKING:  # torch, which it imports, takes seconds
-    from cpt_ray.serving.conditioning import Conditioning
+    from cpt_ray.serving.conditioning import ConditionerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Served:
 
     model: ModelConfig
     name: str
-    """Of the engine's own model: the tuned one, or with adapters what they change."""
+    """The name of the engine's own model: the tuned one or, with adapters, the one that they change."""
     catalogs: dict[str, Catalog]
     """What each served model can be asked for, the default model first."""
     adapters: dict[str, str]
@@ -39,12 +39,14 @@ class Served:
     run: RunDir
     fixed_keys: tuple[Key, ...] | None
     """Keys beside those of the run directory; None lets everyone in."""
-    listing: dict[str, Any]
-    """What `GET /v1/configurations` says beside the catalog."""
+    listing_extras: dict[str, Any]
+    """Fields of `GET /v1/configurations` beside the catalog's."""
+    untuned: dict[str, str] | None
+    """Path and name of the untuned model where it is an application of its own; None: it is not."""
     candidates: Candidates | None
     """What preferences are inferred among; None: there are no preferences."""
-    conditioning: Conditioning | None = None
-    """What steers by them in the place of directives."""
+    conditioning: ConditionerSettings | None = None
+    """How users' adapters are made, where these and not directives steer; None: directives do."""
 
 
 def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
@@ -56,8 +58,11 @@ def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
     if template := serve.frontend.get("chat_template"):  # the model's own is one that it was tuned with
         check_template(policy, str(template))
     catalogs = {key: Catalog.from_json(entries).with_saved(serve.configurations) for key, entries in data.items()}
-    base = {"path": "/base", "model": f"{config.name}-base"} if serve.base else None
-    base = {"path": "", "model": name} if serve.adapters else base
+    base = None
+    if serve.adapters:  # what is under the adapters is the untuned model, at this same address
+        base = {"path": "", "model": name}
+    elif serve.base:
+        base = {"path": "/base", "model": f"{config.name}-base"}
     return Served(
         model=policy.model_copy(update={"engine": _evaluated_sampling(policy) | policy.engine}),
         name=name,
@@ -66,7 +71,8 @@ def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
         frontend=dict(serve.frontend),
         run=run,
         fixed_keys=None,
-        listing={"model": next(iter(catalogs)), "base": base},
+        listing_extras={"model": next(iter(catalogs)), "base": base},
+        untuned=None if serve.adapters else base,
         candidates=None if serve.adapters else make_candidates(config, catalogs[name], policy),
         conditioning=conditioning,
     )
@@ -90,21 +96,21 @@ def _over_base(config: RunConfig) -> tuple[ModelConfig, dict[str, Any]]:
     return config.policy.model_copy(update={"engine": lora | config.policy.engine}), catalogs
 
 
-def _plan_conditioning(config: RunConfig, run: RunDir, policy: ModelConfig) -> Conditioning:
-    from cpt_ray.serving.conditioning import FORM, Conditioning
+def _plan_conditioning(config: RunConfig, run: RunDir, policy: ModelConfig) -> ConditionerSettings:
+    from cpt_ray.serving.conditioning import FORM, ConditionerSettings
     from cpt_ray.steering.policy import SavedForm
 
     if config.serve.adapters:
         raise UserError("serve.preferences: only directives are offered beside serve.adapters; leave one out")
     embedder = config.steer.embedder or policy
-    return Conditioning(saved=SavedForm.read(run, FORM, policy, embedder), embedder=embedder)
+    return ConditionerSettings(saved=SavedForm.read(run, FORM, policy, embedder), embedder=embedder)
 
 
 def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
     """Engine arguments that make a request which says nothing of sampling get what evaluation measured.
 
-    Without stop texts, which are no engine argument (`counting` adds them), and without `max_tokens`, which vLLM would
-    take as a limit for those who ask for more.
+    Without stop texts, which are no engine argument (`wrapped_generate` adds them), and without `max_tokens`, which
+    vLLM would take as a limit for those who ask for more.
     """
     neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     asked = {"temperature": policy.sampling.temperature, "top_p": policy.sampling.top_p}
@@ -116,7 +122,7 @@ def _of_adapter(name: str) -> str:
 
 
 def _rank(name: str, folder: Path) -> int:
-    """Of an adapter."""
+    """The rank of an adapter; UserError if its configuration has none."""
     path = folder / "adapter_config.json"
     rank = _read_json(path, _of_adapter(name)).get("r")
     if not isinstance(rank, int):

@@ -30,7 +30,7 @@ class JsonStore:
             yield
 
     def names(self, folder: str = "") -> list[str]:
-        """Of the files of a folder, in order, without their ending."""
+        """The names of a folder's files, in order, without their ending."""
         return sorted(path.stem for path in (self.root / folder).glob("*.json"))
 
     def version(self, name: str) -> tuple[int, int] | None:
@@ -52,7 +52,7 @@ class JsonStore:
         return data
 
     def write(self, name: str, data: object, sync: bool = True) -> None:
-        """For the owner's eyes only; UserError if the disk refuses.
+        """Writes a file that only its owner can read; UserError if the disk refuses.
 
         Args:
             sync: whether to wait for the disk, so that it outlives the machine's death too.
@@ -61,7 +61,7 @@ class JsonStore:
             file.write(json.dumps(data, indent=2).encode())
 
     def remove(self, name: str) -> bool:
-        """Whether it was there; with what a process that was killed had begun to write in its place."""
+        """Removes a file and what a killed process left of its replacement; returns whether the file was there."""
         path = self.root / name
         was_there = path.exists()
         for part in (path, *path.parent.glob(f".{path.name}.*.tmp")):

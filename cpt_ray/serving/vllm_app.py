@@ -19,10 +19,11 @@ from cpt_ray.chat.templates import control_tokens
 from cpt_ray.config import SamplingConfig
 from cpt_ray.engines.vllm import engine_arguments
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.serving.access_log import CALL, AccessLog, Call
-from cpt_ray.serving.app import Frontend, Steerer
-from cpt_ray.serving.asgi import AsgiApp, Json, open_to_pages
-from cpt_ray.serving.keys import Key, Keyring, Refusal
+from cpt_ray.serving.access_log import AccessLog
+from cpt_ray.serving.app import ConfiguredApp, Steerer
+from cpt_ray.serving.asgi import AsgiApp, Json, Refusal, with_cors
+from cpt_ray.serving.call import CALL, Call
+from cpt_ray.serving.keys import Key, Keyring
 from cpt_ray.serving.served import Served, local_copy
 from cpt_ray.steering.inference import read_questions
 from cpt_ray.tables.rundir import KEYS_FILE
@@ -49,23 +50,23 @@ class VllmServer:
         self._engine = await _start(engine)
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         can_score = served.model.num_gpus > 0 or not engine.enable_lora
-        # all of vLLM's routes come to this one method, which no setting or middleware is in front of
-        self._engine.generate = counting(self._engine.generate, can_score, served.model.sampling)
+        # the one method that all of vLLM's routes call, and that no setting or middleware could change
+        self._engine.generate = wrapped_generate(self._engine.generate, can_score, served.model.sampling)
         app = await _openai_app(self._engine, argparse.Namespace(**(vars(frontend) | vars(engine))))
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
         self._log = AccessLog(served.run)
-        front = Frontend(
+        app_with_keys = ConfiguredApp(
             app,
             served.catalogs,
             keyring,
             _SharedMeter(self._meter),
             self._log,
-            served.listing,
+            served.listing_extras,
             self._preferences(),
             _fields_of(app),
             control_tokens(self._engine.renderer.tokenizer),
         )
-        return open_to_pages(front, served.frontend)
+        return with_cors(app_with_keys, served.frontend)
 
     def _preferences(self) -> Steerer | None:
         from cpt_ray.serving.conditioning import Conditioner
@@ -101,7 +102,7 @@ def _frontend_arguments(served: Served) -> Any:
         "lora_modules": [LoRAModulePath(name, str(local_copy(where))) for name, where in served.adapters.items()],
         **served.frontend,
         "api_key": [""],  # none of vLLM's own, not even from VLLM_API_KEY: it would leave most paths open
-        "allowed_origins": [],  # `open_to_pages` does this in front of the keys, where a preflight gets an answer
+        "allowed_origins": [],  # `with_cors` does this in front of the keys, where a preflight gets an answer
         "allow_credentials": False,
     }
     known = [field.name for field in fields(FrontendArgs)]
@@ -148,7 +149,7 @@ async def _openai_app(engine: Any, arguments: argparse.Namespace) -> Any:
 
     tasks = await engine.get_supported_tasks()
     app = build_app(arguments, supported_tasks=tasks, model_config=engine.model_config)
-    _blame_bodies(app)
+    _answer_400_for_bad_bodies(app)
     app.middleware_stack = app.build_middleware_stack()  # handlers are in it, and vLLM has built it before
     await init_app_state(engine, app.state, arguments, supported_tasks=tasks)
     app.state.server = types.SimpleNamespace()  # vLLM tells uvicorn to exit through it; here check_health does
@@ -161,7 +162,7 @@ def _fields_of(app: Any) -> frozenset[str]:
     return frozenset(name for schema in schemas for name in schema.get("properties", ()))
 
 
-def _blame_bodies(app: Any) -> None:
+def _answer_400_for_bad_bodies(app: Any) -> None:
     """Answers 400, not vLLM's 500, where its validators stumble over a body (`"structured_outputs": 1`).
 
     What an endpoint itself raises, with a body that was read, stays a server error. FastAPI has no other mark of which
@@ -192,10 +193,10 @@ class _SharedMeter:
         self._meter.charge.remote(key, tokens)  # nobody waits for it
 
 
-def counting(
+def wrapped_generate(
     generate: Callable[..., Any], can_score: bool = True, sampling: SamplingConfig | None = None
 ) -> Callable[..., AsyncIterator[Any]]:
-    """vLLM's `generate`, with the adapter of the request's `Call`, noting prompt and answer tokens in it.
+    """vLLM's `generate`: with the user's adapter and the default stop texts, and with tokens counted in the `Call`.
 
     ValueError, which vLLM answers with 400, for what could end the engine.
 
@@ -215,7 +216,7 @@ def counting(
         if call is not None and call.is_left:
             raise asyncio.CancelledError
         if call is not None and (task := asyncio.current_task()):
-            call.work.add(task)
+            call.engine_tasks.add(task)
         if call is not None and call.adapter is not None:
             options["lora_request"] = call.adapter.lora_request
         count = _counter(call, sampling_params)

@@ -39,7 +39,7 @@ from cpt_ray.engines.roles import with_dtype
 from cpt_ray.engines.vllm import engine_arguments, engine_env
 from cpt_ray.rubrics.catalog import Catalog, CatalogLevel, CatalogRubric
 from cpt_ray.serving.deploy import serve_model
-from cpt_ray.serving.haproxy import free_port, serve_env
+from cpt_ray.serving.haproxy import checked_port, serve_env
 from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 
 KEY = "benchmark"
@@ -182,7 +182,7 @@ async def check_equal(servers: Sequence[Server], tokens: int) -> None:
 
 def start_bare(config: RunConfig, model: str) -> tuple[subprocess.Popen[bytes], Server]:
     """vLLM's own server, with the same engine arguments and environment."""
-    port = free_port("127.0.0.1", 0)
+    port = checked_port("127.0.0.1", 0)
     arguments = engine_arguments(config.policy) | {"model": model, "served_model_name": "bench", "port": port}
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     for name, value in arguments.items():

@@ -19,12 +19,12 @@ from vllm.sampling_params import StructuredOutputsParams
 from cpt_ray.config import SamplingConfig
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.serving.access_log import CALL, Call
-from cpt_ray.serving.app import Frontend
-from cpt_ray.serving.asgi import MAX_BODY_BYTES, open_to_pages
+from cpt_ray.serving.app import ConfiguredApp
+from cpt_ray.serving.asgi import MAX_BODY_BYTES, with_cors
+from cpt_ray.serving.call import CALL, Call
 from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
-from cpt_ray.serving.request import Grammar, read_object
-from cpt_ray.serving.vllm_app import counting
+from cpt_ray.serving.request import RequestParser, read_object
+from cpt_ray.serving.vllm_app import wrapped_generate
 from cpt_ray.tables.rundir import SPENT_FILE
 from tests.builders import make_directives, make_rubric
 
@@ -42,11 +42,11 @@ def make_key(**changes: Any) -> Key:
     return Key(**{"name": "tests", "hash": key_hash(KEY), "created": 0.0, **changes})
 
 
-def make_front(app: Any, *keys: Key, meter: Meter | None = None, calls: list[Call] | None = None) -> Frontend:
+def make_front(app: Any, *keys: Key, meter: Meter | None = None, calls: list[Call] | None = None) -> ConfiguredApp:
     nowhere = Path("/nonexistent")
     keyring = Keyring(nowhere / "keys.json", keys or (make_key(),))
     noted: list[Call] = [] if calls is None else calls
-    return Frontend(app, CATALOGS, keyring, meter or Meter(nowhere / SPENT_FILE), noted.append)
+    return ConfiguredApp(app, CATALOGS, keyring, meter or Meter(nowhere / SPENT_FILE), noted.append)
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
@@ -144,7 +144,7 @@ def test_the_directive_goes_in_front_and_the_length_fits() -> None:
 def test_a_system_message_in_parts_is_composed_as_its_text() -> None:
     parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
     data = {"messages": [{"role": "system", "content": parts}, *USER], "configuration": {"ornament": 99}}
-    asked = Grammar(CATALOGS).parse(CHAT, data)
+    asked = RequestParser(CATALOGS).parse(CHAT, data)
     assert asked.configuration is not None
     body = json.loads(asked.body(asked.configuration))
     assert body["messages"][0]["content"] == f"{HIGH}\n\nBe brief.\nBe kind."
@@ -252,7 +252,7 @@ def test_a_configuration_given_twice_is_refused() -> None:
 def test_any_model_name_is_rewritten_passed_or_refused(text: str) -> None:
     data = {"model": f"cpt:{text}", "messages": USER}
     try:
-        asked = Grammar(CATALOGS).parse(CHAT, data)
+        asked = RequestParser(CATALOGS).parse(CHAT, data)
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
@@ -322,7 +322,7 @@ def test_what_vllm_knows_and_what_is_unlike_our_fields_passes() -> None:
     assert ask("POST", CHAT, json={**body, "extra_body": None}).status_code == 200
     keyring = Keyring(Path("/nonexistent/keys.json"), (make_key(),))
     known = frozenset({"ornament", "config"})
-    front = Frontend(echo, CATALOGS, keyring, Meter(Path("/nonexistent") / SPENT_FILE), known=known)
+    front = ConfiguredApp(echo, CATALOGS, keyring, Meter(Path("/nonexistent") / SPENT_FILE), vllm_fields=known)
     assert ask("POST", CHAT, front=front, json={**body, "ornament": 1, "config": 2}).status_code == 200
 
 
@@ -356,7 +356,7 @@ def test_a_name_given_twice_is_said(body: str, name: str) -> None:
 def test_a_control_token_in_a_text_is_a_bad_request(path: str, body: dict[str, Any]) -> None:
     keyring = Keyring(Path("/nonexistent/keys.json"), (make_key(),))
     meter = Meter(Path("/nonexistent") / SPENT_FILE)
-    front = Frontend(echo, CATALOGS, keyring, meter, control=re.compile(r"<\|end\|>"))
+    front = ConfiguredApp(echo, CATALOGS, keyring, meter, control_token_pattern=re.compile(r"<\|end\|>"))
     answer = ask("POST", path, front=front, json={"model": "m", **body})
     assert (answer.status_code, "the control token '<|end|>'" in answer.text) == (400, True)
     raw = ask("POST", "/v1/completions", front=front, json={"model": "m", "prompt": "<|end|>"})
@@ -425,7 +425,7 @@ PREFLIGHT = {
 
 
 def from_page(front: Any, method: str, path: str, headers: dict[str, str], **given: Any) -> httpx.Response:
-    opened = open_to_pages(front, {"allowed_origins": [PAGE_ORIGIN], "allow_credentials": True})
+    opened = with_cors(front, {"allowed_origins": [PAGE_ORIGIN], "allow_credentials": True})
     return ask(method, path, {"Origin": PAGE_ORIGIN, **headers}, opened, **given)
 
 
@@ -474,7 +474,7 @@ def test_a_page_that_is_not_let_in_reads_nothing() -> None:
     answer = from_page(make_front(echo), "GET", "/v1/configurations", {**AUTHORIZED, "Origin": "http://elsewhere"})
     assert "access-control-allow-origin" not in answer.headers
     front = make_front(echo)
-    assert open_to_pages(front, {"allowed_origins": []}) is front
+    assert with_cors(front, {"allowed_origins": []}) is front
     assert ask("OPTIONS", CHAT, PREFLIGHT, front).status_code == 401
 
 
@@ -627,7 +627,7 @@ def test_a_request_that_names_no_stop_gets_the_evaluated_one(asked: dict[str, An
             yield output
 
     async def go() -> None:
-        wrapped = counting(generate, sampling=SamplingConfig(stop=(".",), include_stop=True))
+        wrapped = wrapped_generate(generate, sampling=SamplingConfig(stop=(".",), include_stop=True))
         async for _ in wrapped({}, SamplingParams(**asked), "id"):
             pass
 
@@ -648,7 +648,7 @@ def test_a_client_that_left_before_the_engine_was_reached_has_nothing_generated(
     async def handle() -> None:
         reached.set()
         await rendered.wait()
-        async for _ in counting(generate)({}, SamplingParams(), "id"):
+        async for _ in wrapped_generate(generate)({}, SamplingParams(), "id"):
             pass
 
     async def leaves_its_handler_running(scope: Any, receive: Any, send: Any) -> None:

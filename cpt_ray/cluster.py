@@ -1,4 +1,4 @@
-"""Connecting to Ray: the running cluster inside a job, else a local one; and taming what it prints."""
+"""Connecting to Ray: the running cluster inside a job, else a local one; and where its output goes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def starts_own_cluster() -> bool:
 
 
 def unused_port() -> int:
-    """One that nobody listens on, below those that the kernel gives out: it is bound to seconds later."""
+    """A port that nobody listens on, below the range that the kernel gives out by itself, since it is bound only
+    seconds later."""
     while True:
         port = 20_000 + secrets.randbelow(10_000)
         with contextlib.suppress(OSError), socket.create_server(("", port)):

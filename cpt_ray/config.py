@@ -75,8 +75,9 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-def expanded(text: str) -> str:
-    """A path with its leading `~` put in; ValueError for what only a shell would put in, and for control characters."""
+def expanded_path(text: str) -> str:
+    """A path with the home folder in the place of a leading `~`; ValueError for variables, which only a shell replaces,
+    and for control characters."""
     if _CONTROL.search(text):
         raise ValueError(f"found {text!r}; a path has no line breaks or other control characters here")
     if variable := _VARIABLE.search(text):
@@ -91,19 +92,19 @@ def expanded(text: str) -> str:
 
 
 def local_path(text: str) -> str:
-    """`expanded`; ValueError for an address (s3://...) too, since it would create a folder named "s3:"."""
+    """`expanded_path`; ValueError for an address (s3://...) too, since it would create a folder named "s3:"."""
     if scheme := _SCHEME.match(text):
         what = "the path alone" if scheme[1].lower() == "file" else "a path of this machine, or of a shared disk"
         raise ValueError(f"found {text!r}; addresses ({scheme[1]}:) are not read or written here; give {what}")
-    return expanded(text)
+    return expanded_path(text)
 
 
 def _storage_path(text: str) -> str:
-    """`expanded`; addresses are fine if they are whole."""
+    """`expanded_path`; addresses are fine if they are whole."""
     scheme = _SCHEME.match(text)
     if scheme and not text.startswith(f"{scheme[1]}://"):
         raise ValueError(f"found {text!r}; an address begins with {scheme[1]}://")
-    return text if scheme and not _VARIABLE.search(text.replace("%", "")) else expanded(text)
+    return text if scheme and not _VARIABLE.search(text.replace("%", "")) else expanded_path(text)
 
 
 def _source(text: str) -> str:
@@ -115,12 +116,12 @@ def _source(text: str) -> str:
 
 
 def _model_name(text: str) -> str:
-    """`expanded`, but a `~` that names no user stays: endpoints have such model names."""
-    return text if text.startswith("~") and os.path.expanduser(text) == text else expanded(text)
+    """`expanded_path`, but a `~` that names no user stays: endpoints have such model names."""
+    return text if text.startswith("~") and os.path.expanduser(text) == text else expanded_path(text)
 
 
 def _with_homes(value: Any) -> Any:
-    """vLLM's arguments, with the home folder put in where a text begins with `~/`."""
+    """vLLM's arguments, with the home folder in the place of a leading `~/` of any text."""
     if isinstance(value, Mapping):
         return {name: _with_homes(inner) for name, inner in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
@@ -346,7 +347,7 @@ class ModelConfig(_Section):
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
-    def _takes_the_stops(self) -> Self:
+    def _has_no_more_stops_than_endpoints_take(self) -> Self:
         count = len(self.sampling.stop)
         if self.endpoint and count > MAX_ENDPOINT_STOPS and not self.sampling.include_stop:
             raise ValueError(
@@ -355,11 +356,11 @@ class ModelConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _has_weights_here(self) -> Self:
+    def _is_a_path_or_name(self) -> Self:
         is_remote = "://" in self.model.removeprefix("file://")  # vLLM reads some
         if self.endpoint is None:
             try:
-                (expanded if is_remote else local_path)(self.model)
+                (expanded_path if is_remote else local_path)(self.model)
             except ValueError as error:
                 raise ValueError(f"model: {error}") from None
         return self
@@ -415,9 +416,11 @@ class JudgeConfig(ModelConfig):
     """Rationales per answer; the grade is their mean."""
 
     @model_validator(mode="after")
-    def _votes_are_cast(self) -> Self:
+    def _votes_need_rationales(self) -> Self:
         if self.votes > 1 and self.mode == "logprobs":
-            raise ValueError("votes: they are of rationales, and there are none; add mode: rationale, or leave it out")
+            raise ValueError(
+                "votes: counts rationales, and mode: logprobs writes none; add mode: rationale, or leave votes out"
+            )
         return self
 
     @property
@@ -460,8 +463,8 @@ class SynthesisConfig(_Section):
     grids: Positive = 1
     """Grids (an answer at each level) wanted per prompt and rubric; a prompt that has them is asked no more."""
     margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """An answer about half-way between two levels belongs to neither: so close to it, as a share of the levels'
-    distance."""
+    """An answer whose score is this close to the middle between two levels belongs to neither; a share of the distance
+    between the two."""
     balance: bool = True
     """Prefer, among the answers at a level, those that differ from the others in this rubric alone, and drop up to half
     of the grids if the remaining differences then cancel out. false: choose by hash."""
@@ -608,7 +611,7 @@ class AnswersConfig(_Section):
 
     @field_validator("scale")
     @classmethod
-    def _goes_up(cls, scale: tuple[float, float]) -> tuple[float, float]:
+    def _is_ascending(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if scale[0] >= scale[1]:
             raise ValueError(f"found {list(scale)}; give the lowest grade, then the highest")
         return scale
@@ -634,9 +637,9 @@ class SteerConfig(_Section):
     held_out_rubrics: tuple[str, ...] = ()
     """Ids of rubrics that only held-out users care about."""
     choices: Positive = 10
-    """Choices that each user is known by."""
+    """Choices of each user that are shown to the models."""
     targets: Positive = 20
-    """Further pairs of each user, on which the predictions are trained or tested."""
+    """Further pairs of each user, which are predicted from the choices: in training, and to test."""
     conflicting: Annotated[float, Field(ge=0.75, le=1)] = 0.8
     """Least share of pairs on which users disagree."""
     embedder: ModelConfig | None = None
@@ -700,8 +703,9 @@ class ServeConfig(_Section):
 
     @field_validator("frontend")
     @classmethod
-    def _opens_to_whole_origins(cls, frontend: dict[str, Any]) -> dict[str, Any]:
-        """A text in a list's place would be searched for parts of it, and an origin with a path never matches."""
+    def _has_lists_of_origins(cls, frontend: dict[str, Any]) -> dict[str, Any]:
+        """Refuses a text where a list belongs, since Starlette would look for origins inside the text, and an origin
+        with a path, since it never matches."""
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
             texts = frontend.get(name, [])
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -732,7 +736,7 @@ class TuneConfig(_Section):
 
     @field_validator("run_dir", mode="before")
     @classmethod
-    def _is_given(cls, run_dir: Any) -> Any:
+    def _is_not_empty(cls, run_dir: Any) -> Any:
         if run_dir is None or run_dir == "":
             raise ValueError('found nothing (YAML reads ~ so); give a path, in quotes if it is "~", or leave it out')
         return run_dir
@@ -762,7 +766,7 @@ class RunConfig(TuneConfig):
     director: ModelConfig
     """The writer unless given; without a model of its own, the writer with these entries changed."""
     judge: JudgeConfig
-    """Likewise."""
+    """The writer unless given; without a model of its own, the writer with these entries changed."""
     judges: tuple[JudgeConfig, ...] = ()
     """More judges, whose grades of the written answers count beside the judge's (synthesis.aggregate)."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -814,15 +818,17 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
     for override in overrides:
         _apply(kind, data, override)
     given = [override.partition("=")[0] for override in overrides]
-    if removed := [f"{_blamed(path, name, given)}: {name}: {advice}" for name, advice in _removed(data)]:
+    if removed := [f"{_origin_of(path, name, given)}: {name}: {advice}" for name, advice in _removed(data)]:
         raise UserError("\n".join(removed))
     try:
         config = kind.model_validate(data)
     except ValidationError as error:
         lines = validation_lines(error, kind)
+        # a section's own line is left out where one of its entries has a line
         lines = [line for line in lines if not any(other.startswith(f"{_entry(line)}.") for other in lines)]
+        # director and judge copy the writer, so its problems would be listed three times
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
-        problems = [f"{_blamed(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
+        problems = [f"{_origin_of(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
         raise UserError("\n".join(problems)) from None
     if JOB_ENV in os.environ and not os.path.isabs(config.run_dir):
         raise UserError(
@@ -861,12 +867,12 @@ def _removed(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _entry(line: str) -> str:
-    """The name of an entry, with which the line of a problem begins."""
+    """The entry that a problem's line begins with."""
     return line.partition(":")[0]
 
 
-def _blamed(path: Path, name: str, given: Sequence[str]) -> str:
-    """Where an entry was given."""
+def _origin_of(path: Path, name: str, given: Sequence[str]) -> str:
+    """Where an entry was given: the run file, an override, or both."""
     if any(f"{name}.".startswith(f"{key}.") for key in given):
         return "override"
     return f"{path}, overrides" if any(key.startswith(f"{name}.") for key in given) else str(path)
@@ -892,7 +898,7 @@ def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
 
 
 def _annotation_at(annotation: Any, parts: Sequence[str]) -> Any:
-    """Of the entry that `parts` name; Any where there is none of that name."""
+    """The annotation of the entry that `parts` name; Any if there is no such entry."""
     for part in parts:
         options = [_bare(option) for option in _options(annotation)]
         section = next((option for option in options if _is_section(option)), None)

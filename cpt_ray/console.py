@@ -31,7 +31,7 @@ _COLUMNS = {
 
 
 def say(text: str = "") -> None:
-    """One line of this program's own, at once; SystemExit if whoever read the output has left, as `head` does."""
+    """Prints a line at once; SystemExit if the reader of the output has closed it, as `head` does."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -205,13 +205,13 @@ def _load(name: str, path: Path, folder: Path, stop_ids: list[int]) -> tuple[Any
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    alone_there = folder / "source"  # else the files beside it would be read as well, by their names
-    alone_there.mkdir()
-    (alone_there / path.name).symlink_to(path.absolute())
+    own_folder = folder / "source"  # else the files beside it would be read as well, by their names
+    own_folder.mkdir()
+    (own_folder / path.name).symlink_to(path.absolute())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(alone_there, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(own_folder, gguf_file=path.name)
         model, report = AutoModelForCausalLM.from_pretrained(
-            alone_there,
+            own_folder,
             gguf_file=path.name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),  # else it could not be saved
@@ -223,7 +223,7 @@ def _load(name: str, path: Path, folder: Path, stop_ids: list[int]) -> tuple[Any
             f"{name}: cannot be converted ({why}); give another GGUF, or the model's Hugging Face folder"
         ) from error
     finally:
-        shutil.rmtree(alone_there)
+        shutil.rmtree(own_folder)
     if missing := sorted(report["missing_keys"] | {key[0] for key in report["mismatched_keys"]}):
         raise UserError(f"{name}: lacks weights of its architecture ({len(missing)}, such as {missing[0]})")
     if len(stop_ids) > 1:  # transformers knows the first
@@ -232,7 +232,7 @@ def _load(name: str, path: Path, folder: Path, stop_ids: list[int]) -> tuple[Any
 
 
 def _save(parts: tuple[Any, ...], folder: Path) -> None:
-    """Writes them, readable for all and safe from the machine's death."""
+    """Writes model and tokenizer, readable by everybody and flushed to the disk."""
     try:
         for part in parts:
             part.save_pretrained(folder)

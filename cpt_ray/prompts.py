@@ -81,7 +81,7 @@ def _text_of(value: Any, where: str) -> str:
     if not isinstance(value, str) or is_blank(value):
         raise UserError(f"{where} holds {shown(value)}; expected a non-empty text")
     if escape := half_character(value):
-        raise UserError(f"{where}: half a character ({escape}); mend the text")
+        raise UserError(f"{where}: half a character ({escape}); correct the text")
     refuse_messages_in(value, where)
     return value
 

@@ -1,4 +1,4 @@
-"""What makes a text unusable, wherever it comes from: nothing to read in it, half a character, or messages as text."""
+"""Texts as they come from files and requests: blank, broken or misread ones are found, and texts are compared."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from cpt_ray import config
-from cpt_ray.config import ModelConfig, PromptsConfig, RunConfig, expanded, load_any_config, load_config
+from cpt_ray.config import ModelConfig, PromptsConfig, RunConfig, expanded_path, load_any_config, load_config
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_prompts
 from tests import toy
@@ -196,7 +196,7 @@ def test_what_is_no_text_is_read_as_yaml(override: str, value: object) -> None:
         ("steer.answers={list: a, text: b, scores: {x: y}, scale: [5, 1]}", "steer.answers.scale: found [5.0, 1.0]"),
         ("serve.frontend.allowed_origins=http://a", "allowed_origins: found 'http://a'; expected a list of texts"),
         ("serve.frontend.allowed_origins=[http://a/]", "found 'http://a/'; expected one like https://example.org"),
-        ("judge.votes=3", "votes: they are of rationales"),
+        ("judge.votes=3", "votes: counts rationales"),
     ],
 )
 def test_a_value_that_would_become_another_is_refused(override: str, said: str) -> None:
@@ -298,7 +298,7 @@ def test_an_endpoints_name_for_a_model_is_its_own() -> None:
 @given(st.text(alphabet="ab/~$%{} .:-_1", min_size=1))
 def test_a_path_is_as_it_was_or_has_a_home_in_front_or_is_refused(text: str) -> None:
     try:
-        found = expanded(text)
+        found = expanded_path(text)
     except ValueError as error:
         assert set(text) & set("~$%")
         assert repr(text) in str(error)

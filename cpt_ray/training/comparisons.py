@@ -122,7 +122,7 @@ def _check(comparison: Comparison) -> None:
 
 def _refuse_half_characters(value: Any, name: str) -> None:
     if escape := half_character(value):
-        raise UserError(f"{name}: half a character ({escape}); mend the text, or leave the row out")
+        raise UserError(f"{name}: half a character ({escape}); correct the text, or leave the row out")
 
 
 def _is_missing(value: Any) -> bool:

@@ -83,7 +83,7 @@ class TestTrlTrainer:
         assert "batch_loss = -chosen_per_token_logps[chosen_mask.bool()].mean()" in source(trainer._compute_loss)
 
     def test__compute_loss_uses_of_the_accelerator_what__Alone_has(self, trainer: Any) -> None:
-        from cpt_ray.training.trl_trainer import _Alone
+        from cpt_ray.training.trl_trainer import _LocalAccelerator
 
         used = set(re.findall(r"self\.accelerator\.(\w+)", source(trainer._compute_loss)))
         assert used - {"unwrap_model"} == {
@@ -91,8 +91,8 @@ class TestTrlTrainer:
             "gather",
             "gather_for_metrics",
         }  # unwrap_model: of a reference model
-        assert hasattr(_Alone, "gather")
-        assert hasattr(_Alone, "gather_for_metrics")
+        assert hasattr(_LocalAccelerator, "gather")
+        assert hasattr(_LocalAccelerator, "gather_for_metrics")
 
     def test__compute_loss_writes_only_metrics_and_the_number_of_tokens_to_the_trainer(self, trainer: Any) -> None:
         written = re.findall(r"self\.(\w+)(?:\[[^=]*\])* \+?= ", source(trainer._compute_loss))

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.chat.templates import ChatTemplate
 from cpt_ray.engines.engine import Request
-from cpt_ray.logprobs.reference import SCHEMA
+from cpt_ray.logprobs.rows import SCHEMA
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.serving.app import ConfiguredApp
 from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash

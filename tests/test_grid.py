@@ -27,9 +27,9 @@ from cpt_ray.logprobs.grid import collate
 from cpt_ray.logprobs.model import answer_logps, by_row, prepare_model, reference_kl, token_logps
 from cpt_ray.logprobs.rows import Row, Tokeniser
 from cpt_ray.training.pairs import TokenPair, preference_pairs
-from cpt_ray.training.rows import make_rows
+from cpt_ray.training.row_making import make_rows
 from cpt_ray.training.steps import StepBatches, StepPlan
-from cpt_ray.training.trl_trainer import UNMEASURED, GridTrainer, _Alone
+from cpt_ray.training.trl_trainer import UNMEASURED, GridTrainer, _LocalAccelerator
 from tests.tiny_model import SENTENCES, make_tiny_model
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -165,7 +165,7 @@ def margins(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[list[float]
                 seen.append(values[-1].tolist())
             return values[-1]
 
-        owner = _Alone if isinstance(trainer, GridTrainer) else trainer.accelerator
+        owner = _LocalAccelerator if isinstance(trainer, GridTrainer) else trainer.accelerator
         monkeypatch.setattr(owner, "gather", gather)
         return seen
 

@@ -36,9 +36,10 @@ RANKS = [
 ]
 """Folders and modules, the highest first; those of one rank know each other only through tables."""
 LIGHT = [
-    *("chat", "rubrics", "tables", "evaluation.report", "evaluation.terminal", "training.rows", "training.publishing"),
-    *("serving.app", "serving.keys", "synthesis.pairing", "judging.spread", "engines.losses", "engines.roles"),
-    *("cluster", "prompts", "config", "grids", "gguf_model", "yaml_file", "texts", "console", "errors"),
+    *("chat", "rubrics", "tables", "evaluation.report", "evaluation.terminal", "training.row_making"),
+    *("training.metrics", "training.publishing", "serving.app", "serving.keys", "synthesis.pairing", "judging.spread"),
+    *("engines.losses", "engines.roles", "cluster", "prompts", "config", "grids", "gguf_model", "yaml_file", "texts"),
+    *("console", "errors"),
 ]
 HEAVY = ("ray", "torch", "vllm", "transformers", "matplotlib")
 """matplotlib is wanted only where a report is rendered."""

@@ -10,8 +10,9 @@ from cpt_ray.config import SynthesisConfig
 from cpt_ray.logprobs.rows import Row, sequence_ids
 from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import CONTROL
+from cpt_ray.training.metrics import held_out_metrics
 from cpt_ray.training.pairs import end_pairs
-from cpt_ray.training.rows import held_out_metrics, make_rows
+from cpt_ray.training.row_making import make_rows
 from tests.builders import make_directives, make_generation, make_grade, make_rubric
 from tests.test_training import make_tokens
 

@@ -27,15 +27,15 @@ from cpt_ray.cli import main
 from cpt_ray.cluster import connected, unused_port
 from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
 from cpt_ray.errors import UserError
-from cpt_ray.logprobs.reference import add_reference, rows_path, write_rows
-from cpt_ray.logprobs.rows import Tokeniser, sequence_ids
+from cpt_ray.logprobs.reference import add_reference
+from cpt_ray.logprobs.rows import Tokeniser, rows_path, sequence_ids, write_rows
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training import stage as training
 from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import export
 from cpt_ray.training.pairs import TokenPair, own_pairs, select_pairs
-from cpt_ray.training.rows import make_rows
+from cpt_ray.training.row_making import make_rows
 from cpt_ray.training.stage import train, training_notes
 from cpt_ray.training.steps import rate_share
 from cpt_ray.training.worker import check_finite, check_first_loss, work

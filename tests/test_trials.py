@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.config import EvaluateConfig, RunConfig
 from cpt_ray.engines.pool import LocalRunner
-from cpt_ray.evaluation.likelihood import bare_rows, base_log_probs, likely_trials
+from cpt_ray.evaluation.perplexity import bare_rows, base_log_probs, likely_trials
 from cpt_ray.evaluation.stage import in_turn, trials_of
 from cpt_ray.synthesis.pair_steps import no_engine
 from cpt_ray.tables.records import Prompt, Trial

@@ -19,7 +19,7 @@ from cpt_ray.engines.losses import cut_note
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.likelihood import base_log_probs, likely_trials
+from cpt_ray.evaluation.perplexity import base_log_probs, likely_trials
 from cpt_ray.evaluation.report import write_report
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.summary import judge_check_line

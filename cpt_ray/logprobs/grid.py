@@ -3,6 +3,10 @@
 A row's prompt is run once, followed by each of its answers; `grid_attention` gives every answer its own prompt and
 nothing of the other answers. A prompt's last token predicts the first token of each of its answers, so it is run not
 with the prompt but in front of every answer: each position of an answer's segment then has exactly one label.
+
+Called a grid here (`batch["grid"]`, `grid_attention`, `GridTrainer`): the layout of such a batch, whatever its rows are
+of. Elsewhere a grid is one answer at each level of a rubric (`cpt_ray/grids.py`), and `cell_id` in tables and rows is
+its id: the rows of a grid have the same one.
 """
 
 from __future__ import annotations

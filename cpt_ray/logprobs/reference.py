@@ -1,8 +1,8 @@
-"""What the untuned policy gives to each (directive, answer), computed once, by Ray Data actors.
+"""Log-probabilities of answers under the untuned policy, computed once by Ray Data actors.
 
-DPO compares with the policy as it was. That never changes, so it is a table, read again by every restart and every
-sweep over training settings. The evaluation adds how likely its answers are without a directive. It is computed by the
-code that trains (`cpt_ray/logprobs/model.py`), in the same precision.
+DPO compares with the policy as it was. Its log-probabilities never change, so they are a table that every restart and
+every sweep over training settings reads. They are computed by the code that trains (`cpt_ray/logprobs/model.py`), in
+the same precision. The evaluation uses the same table for the perplexity of its answers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_ray.config import ModelConfig, Range, TrainConfig, TuneConfig
@@ -22,14 +20,13 @@ from cpt_ray.engines.ledger import Tally, ledger_entry
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.logprobs.rows import Row, sequence_ids
-from cpt_ray.tables.files import replacing
+from cpt_ray.logprobs.precision import is_autocast, load_arguments, weights_dtype
+from cpt_ray.logprobs.rows import SHARD_ROWS, Row, sequence_ids, write_rows
 from cpt_ray.tables.records import ReferenceLogProb, content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import DIGITS, ShardName
 
 TABLE = "reference"
-SHARD_ROWS = 256
 
 
 class ReferenceModel:
@@ -44,7 +41,7 @@ class ReferenceModel:
         if model.num_gpus == 0:
             torch.set_num_threads(max(1, int(model.num_cpus)))
         where = "auto" if model.num_gpus else "cpu"
-        self._model = load_policy(model.path, **loading(settings), device_map=where)
+        self._model = load_policy(model.path, **load_arguments(settings), device_map=where)
         self._model.eval().requires_grad_(False)
         prepare_model(self._model)
 
@@ -56,32 +53,6 @@ class ReferenceModel:
 
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_autocast(self._settings)):
             return answer_logps(self._model, rows, 2 * self._settings.micro_batch_size)
-
-
-def weights_dtype(settings: TrainConfig) -> str:
-    """What is trained is kept in float32, since a step is smaller than what bfloat16 can add to a weight."""
-    return settings.precision if settings.lora else "float32"
-
-
-def loading(settings: TrainConfig) -> dict[str, Any]:
-    """Arguments with which transformers loads the policy: its dtype and, for QLoRA, its quantisation."""
-    arguments: dict[str, Any] = {"dtype": weights_dtype(settings)}
-    if settings.lora and settings.lora.quantize:
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=settings.lora.quantize,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, settings.precision),
-        )
-    return arguments
-
-
-def is_autocast(settings: TrainConfig) -> bool:
-    """Whether arithmetic is in bfloat16 by autocast; adapters on a CPU follow the weights' dtype instead."""
-    return settings.precision == "bfloat16" and (settings.use_gpu or settings.lora is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,34 +109,6 @@ def add_reference(
         run.add_to_ledger(stage, ledger_entry(run, TABLE, names, config.policy.price))
         known = _read(run, key)
     return [row | {"ref_logps": [known[name] for name in names]} for row, names in zip(rows, ids, strict=True)]
-
-
-def rows_path(run: RunDir, name: str) -> Path:
-    """Where `write_rows` puts them."""
-    return run.train_rows.absolute() / f"{name}.parquet"
-
-
-def read_rows_file(path: Path) -> list[Row]:
-    """The rows that `write_rows` wrote."""
-    rows: list[Row] = pq.read_table(path).to_pylist()
-    return rows
-
-
-def write_rows(run: RunDir, name: str, rows: Sequence[Row], group_size: int = SHARD_ROWS) -> str:
-    """Rows as a parquet file that every node sees, in row groups; its path."""
-    path = rows_path(run, name)
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
-    with replacing(path) as file:
-        pq.write_table(table, file, row_group_size=group_size)
-    return str(path)
-
-
-SCHEMA = pa.schema(
-    {name: pa.string() for name in ("cell_id", "rubric_id", "level")}
-    | {"prompt": pa.list_(pa.int32()), "answers": pa.list_(pa.list_(pa.int32())), "levels": pa.list_(pa.string())}
-    | {name: pa.list_(pa.int32()) for name in ("chosen", "rejected")}
-    | {"ref_logps": pa.list_(pa.float64())}
-)
 
 
 def _read(run: RunDir, key: str) -> dict[str, float]:

@@ -1,18 +1,34 @@
-"""What a model is given, token by token: rows of one prompt and its answers, made by the model's chat template."""
+"""What a model is given, token by token: rows of one prompt and its answers, made by the model's chat template, and
+kept in files."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cpt_ray.chat.conversations import ChatMessage
 from cpt_ray.chat.templates import DROPS, ChatTemplate, Rendering, own_stop_tokens
 from cpt_ray.errors import UserError
+from cpt_ray.tables.files import replacing
 from cpt_ray.tables.records import content_id
+from cpt_ray.tables.rundir import RunDir
 
 NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 """No further arguments of a template."""
+SHARD_ROWS = 256
+"""Rows in a row group of their file, or in a shard of the reference."""
+SCHEMA = pa.schema(
+    {name: pa.string() for name in ("cell_id", "rubric_id", "level")}
+    | {"prompt": pa.list_(pa.int32()), "answers": pa.list_(pa.list_(pa.int32())), "levels": pa.list_(pa.string())}
+    | {name: pa.list_(pa.int32()) for name in ("chosen", "rejected")}
+    | {"ref_logps": pa.list_(pa.float64())}
+)
+"""Of a file of rows."""
 
 
 class Row(TypedDict):
@@ -136,3 +152,26 @@ def sequence_ids(row: Row) -> list[str]:
 def num_tokens(row: Row) -> int:
     """Tokens that are run: the prompt's last one is run in front of every answer instead."""
     return len(row["prompt"]) - 1 + sum(len(answer) for answer in row["answers"])
+
+
+# ---------------------------------------------------------------- the training set's file
+
+
+def rows_path(run: RunDir, name: str) -> Path:
+    """Where `write_rows` puts them."""
+    return run.train_rows.absolute() / f"{name}.parquet"
+
+
+def read_rows_file(path: Path) -> list[Row]:
+    """The rows that `write_rows` wrote."""
+    rows: list[Row] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def write_rows(run: RunDir, name: str, rows: Sequence[Row], group_size: int = SHARD_ROWS) -> str:
+    """Rows as a parquet file that every node sees, in row groups; its path."""
+    path = rows_path(run, name)
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    with replacing(path) as file:
+        pq.write_table(table, file, row_group_size=group_size)
+    return str(path)

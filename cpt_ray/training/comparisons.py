@@ -1,7 +1,7 @@
 """Preference data of others: which layouts are read, and what each row compares.
 
-Read are all preference layouts that TRL documents (text or messages, the prompt given or left in both answers, `tools`
-and `chat_template_kwargs` beside it) and those of the public sets used most:
+All preference layouts that TRL documents are read (text or messages, the prompt given or left in both answers, `tools`
+and `chat_template_kwargs` beside it), and those of the public sets used most:
 
     UltraFeedback, Tulu    prompt (a text), and the whole conversations as chosen and rejected
     Capybara               whole conversations as chosen and rejected
@@ -23,21 +23,38 @@ from cpt_ray.texts import common_length, half_character, is_blank, refuse_messag
 from cpt_ray.training.messages import Turns, from_json, is_empty, read_turns, without_nulls
 
 ANSWERS = ("chosen", "rejected")
-QUESTIONS = ("question", "input")
+QUESTION_COLUMNS = ("question", "input")
 """Columns that hold the user's message in the layout of Orca's pairs."""
-SYSTEM = ("system", "system_prompt")
-READ = {"prompt", *ANSWERS, *QUESTIONS, *SYSTEM, "tools", "chat_template_kwargs"}
-CONTEXT = {"instruction", "instructions", "context", "history", "query", "passage", "document", "documents", *QUESTIONS}
+SYSTEM_COLUMNS = ("system", "system_prompt")
+READ_COLUMNS = {"prompt", *ANSWERS, *QUESTION_COLUMNS, *SYSTEM_COLUMNS, "tools", "chat_template_kwargs"}
+CONTEXT_COLUMNS = {
+    "instruction",
+    "instructions",
+    "context",
+    "history",
+    "query",
+    "passage",
+    "document",
+    "documents",
+    *QUESTION_COLUMNS,
+}
 """Columns that, beside a prompt, are likely a part of it."""
-MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 DIALOGUE_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
 """In front of each turn in HH-RLHF."""
 ECHO_WORDS = 3
 """Of a prompt with which both answers begin: a shorter one may be a greeting that is answered with the same."""
-FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
+MESSAGE_FIELDS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
 """Of a message, those that chat templates know."""
-OURS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "messages", "conversation"}
-"""Arguments of chat templates that are not a row's to give."""
+RESERVED_ARGUMENTS = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "messages",
+    "conversation",
+}
+"""Arguments of chat templates that this program sets itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +65,7 @@ class Comparison:
     chosen: Turns
     rejected: Turns
     dialogue: Turns
-    """What names the prompt: the prompt, or where texts hold it themselves, the dialogue up to the last answer."""
+    """What the prompt's id is a hash of: the prompt or, in whole dialogues, the text up to the last answer."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template that the row brings: `tools` and its `chat_template_kwargs`."""
     is_implicit: bool = False
@@ -59,7 +76,7 @@ def read_comparisons(rows: Sequence[Mapping[str, Any]], source: str) -> list[Com
     """One per row, in order; UserError with the row's number, the column and what to do."""
     if not rows:
         raise UserError(f"{source}: there are no rows in it")
-    has_system = any(name in row for row in rows for name in SYSTEM)
+    has_system = any(name in row for row in rows for name in SYSTEM_COLUMNS)
     comparisons: list[Comparison] = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -76,28 +93,30 @@ def read_comparisons(rows: Sequence[Mapping[str, Any]], source: str) -> list[Com
 def unread_fields(comparisons: Iterable[Comparison]) -> list[str]:
     """Names of the messages' fields that no chat template is known to read, such as `weight`."""
     turns = (part for each in comparisons for part in (each.prompt, each.chosen, each.rejected))
-    return sorted({name for part in turns if isinstance(part, list) for message in part for name in message} - FIELDS)
+    return sorted(
+        {name for part in turns if isinstance(part, list) for message in part for name in message} - MESSAGE_FIELDS
+    )
 
 
 def unread_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the columns that are not read here, such as ratings."""
     names = dict.fromkeys(str(name) for row in rows for name, value in row.items() if value is not None)
-    return [name for name in names if name and name not in READ]
+    return [name for name in names if name and name not in READ_COLUMNS]
 
 
 def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
     columns = {name: value for name, value in row.items() if not _is_missing(value)}
     for name in columns:
-        if name in MEDIA:
+        if name in MEDIA_COLUMNS:
             raise UserError(f"column {name!r}: only text can be trained on; leave the row or the column out")
-        if name in READ:
+        if name in READ_COLUMNS:
             _refuse_half_characters(columns[name], name)
     chosen, rejected = (read_turns(row, name) for name in ANSWERS)
     prompt = read_turns(columns, "prompt") if "prompt" in columns else None
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("chosen and rejected: one is text, the other is messages; give both in the same form")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if empty := [name for name in ("prompt", *QUESTIONS) if name in row and name not in columns]:
+        if empty := [name for name in ("prompt", *QUESTION_COLUMNS) if name in row and name not in columns]:
             raise UserError(f"{empty[0]} is empty; fill it in, leave the row out, or the column if no row has one")
         comparison = _of_texts(columns, prompt, chosen, rejected, has_system)
     else:
@@ -136,7 +155,7 @@ def _of_texts(
     columns: Mapping[str, Any], prompt: Turns | None, chosen: str, rejected: str, has_system: bool
 ) -> Comparison:
     """Of answers that are texts."""
-    questions = [name for name in QUESTIONS if name in columns]
+    questions = [name for name in QUESTION_COLUMNS if name in columns]
     if prompt is None and questions:
         prompt = _user_turn(columns, questions)
     elif prompt is None:
@@ -220,7 +239,7 @@ def _of_messages(
     if not lead and prompt is not None:
         _refuse_context(columns)
         lead = [{"role": "user", "content": prompt}]
-    elif not lead and (questions := [name for name in QUESTIONS if name in columns]):
+    elif not lead and (questions := [name for name in QUESTION_COLUMNS if name in columns]):
         lead = _user_turn(columns, questions)
     return _explicit(columns, _with_system(columns, lead), chosen, rejected)
 
@@ -247,7 +266,9 @@ def _explicit(columns: Mapping[str, Any], prompt: Turns, chosen: Turns, rejected
 
 def _refuse_context(columns: Mapping[str, Any]) -> None:
     others = [
-        name for name, value in columns.items() if name in CONTEXT and (_is_prose(value) or isinstance(value, list))
+        name
+        for name, value in columns.items()
+        if name in CONTEXT_COLUMNS and (_is_prose(value) or isinstance(value, list))
     ]
     if others:
         raise UserError(
@@ -257,7 +278,7 @@ def _refuse_context(columns: Mapping[str, Any]) -> None:
 
 def _with_system(columns: Mapping[str, Any], prompt: list[ChatMessage]) -> list[ChatMessage]:
     """The prompt with the system column's text in front."""
-    for name in SYSTEM:
+    for name in SYSTEM_COLUMNS:
         if name not in columns:
             continue
         text = columns[name]
@@ -284,7 +305,7 @@ def _template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
         more = without_nulls(from_json(columns["chat_template_kwargs"], "chat_template_kwargs"))
         if not isinstance(more, dict):
             raise UserError(f"chat_template_kwargs: {kind_of(more)}; expected an object")
-        if wrong := sorted(OURS & {*more}):
+        if wrong := sorted(RESERVED_ARGUMENTS & {*more}):
             raise UserError(f"chat_template_kwargs: {wrong[0]} is not for a row to set; leave it out")
         arguments |= more
     return arguments

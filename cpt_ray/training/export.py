@@ -1,4 +1,4 @@
-"""From a training's last checkpoint to the weights that are served: merged, looked at, and only then put in place."""
+"""From a training's last checkpoint to the weights that are served: merged, checked, and only then put in place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from cpt_ray.errors import UserError, first_line
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
 
 PROBE_TOKENS = 64
+"""Tokens of a training row on which the exported weights are tried."""
 MOST_GROWTH = 10
 """How far weights may move, in units of their own size; a model whose weights moved further gives nonsense."""
 LEAST_KEPT = 0.1
-"""Of the learned change: a model with less of it in its weights is no other model than its base."""
+"""Least share of the learned change that the exported weights must hold; with less, they are the base's."""
 
 
 @dataclass
@@ -50,7 +51,7 @@ class _Change:
 
 
 def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoint: Path) -> dict[str, Any]:
-    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; the mark is left to the driver.
+    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; the driver writes MARK.
 
     UserError, and nothing is written, if the exported weights are (as good as) the policy's own, or are not finite, or
     give no finite probabilities on a training row.
@@ -149,7 +150,7 @@ def empty_folder(path: Path) -> Path:
 
 
 def _replace_folder(new: Path, final: Path) -> None:
-    """By renaming, so that a folder of that name is whole at any time."""
+    """Replaces a folder by renaming, so that a folder of that name is always complete."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -1,4 +1,4 @@
-"""A prompt or an answer in preference data of others: a text, or messages in one of the forms that people save them."""
+"""A prompt or an answer of a preference set: a text, or messages in one of the forms in which data sets hold them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class TokenPair:
     """`pair_id` where there are no twins."""
     prompt_id: str
     cell_id: str = ""
-    """"" where there are no cells; the same holds for the rubric and the levels."""
+    """Of the pair's grid; "" where there is none. The same holds for the rubric and the levels."""
     rubric_id: str = ""
     level: str = ""
     rejected_level: str = ""
@@ -55,7 +55,7 @@ class TokenPair:
 
 
 class TokenPairs(list[TokenPair]):
-    """Tokenised pairs in order and, beside them, what became no pair."""
+    """Tokenised pairs in order, and the rejects beside them."""
 
     def __init__(self, pairs: Iterable[TokenPair] = (), rejects: Iterable[Reject] = ()):
         super().__init__(pairs)

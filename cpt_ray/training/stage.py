@@ -21,22 +21,23 @@ from cpt_ray.console import say
 from cpt_ray.engines.losses import reasons
 from cpt_ray.engines.ray_train import WorkerGroup, run_workers
 from cpt_ray.errors import UserError
-from cpt_ray.logprobs.reference import add_reference, read_rows_file, rows_path, write_rows
-from cpt_ray.logprobs.rows import Row
+from cpt_ray.logprobs.reference import add_reference
+from cpt_ray.logprobs.rows import Row, read_rows_file, rows_path, write_rows
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training.checks import check_rows, check_vocabulary, check_workers, open_policy, policy_path
 from cpt_ray.training.pairs import counted, end_pairs, own_pairs, preference_pairs, select_pairs
 from cpt_ray.training.publishing import write_cards
-from cpt_ray.training.rows import make_rows, steps_per_epoch
-from cpt_ray.training.worker import Job, work
+from cpt_ray.training.row_making import make_rows, steps_per_epoch
+from cpt_ray.training.worker import TrainingTask, work
 
 FAR_NATS = 2.0
 """Of `kl` or `drift` per token: beyond this, a note says that the policy is far from its reference."""
 LOSS_RISE = 0.1
+"""Nats by which the last loss may exceed the first without a note."""
 KEPT_SHARE = 0.9
-"""Of the learned change, that merged weights should keep."""
+"""Share of the learned change below which a note is printed."""
 
 
 def train(
@@ -61,7 +62,7 @@ def train(
         return dict(done["summary"])
     start = time.monotonic()
     settings = config.train
-    begun = _begun(run, key)
+    begun = _started_rows(run, key)
     data = begun or _tokenised(config, run, pair_shards, key, rubrics)
     num_pairs, num_held_out = (sum(len(row["chosen"]) for row in rows) for rows in (data.rows, data.held_out))
     num_steps = steps_per_epoch(num_pairs, settings.batch_size)
@@ -70,7 +71,7 @@ def train(
         check_workers(settings)
         if begun is None:
             _keep_with_reference(config, run, key, data)
-        outcome = _fit(_job(config, run, key, data), math.ceil(settings.epochs * num_steps))
+        outcome = _fit(_task(config, run, key, data), math.ceil(settings.epochs * num_steps))
     seconds = round(time.monotonic() - start, 1)
     summary = {"pairs": num_pairs, **_summary(outcome["logs"]), **outcome["export"], "wall_seconds": seconds}
     tokens = round(settings.epochs * sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in data.rows))
@@ -87,8 +88,8 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Data:
-    """What a training is of; every pair of the input is in one of the three."""
+class _TrainingSet:
+    """Rows to train on, rows held out, and rejects; every pair of the input is in one of the three."""
 
     rows: list[Row]
     held_out: list[Row]
@@ -99,17 +100,17 @@ def _held_out(key: str) -> str:
     return f"{key}-held_out"
 
 
-def _begun(run: RunDir, key: str) -> _Data | None:
-    """The rows of a training that has begun: it goes on with the same tokens, even if the template shows the time."""
+def _started_rows(run: RunDir, key: str) -> _TrainingSet | None:
+    """The rows of a training that has begun, so that it continues with the same tokens if the template has the time."""
     if not rows_path(run, key).exists():
         return None
     rejects = run.read("rejects", [f"train-{key}"], Reject)
-    return _Data(read_rows_file(rows_path(run, key)), read_rows_file(rows_path(run, _held_out(key))), rejects)
+    return _TrainingSet(read_rows_file(rows_path(run, key)), read_rows_file(rows_path(run, _held_out(key))), rejects)
 
 
 def _tokenised(
     config: TuneConfig, run: RunDir, pair_shards: Sequence[str], key: str, rubrics: Sequence[Rubric]
-) -> _Data:
+) -> _TrainingSet:
     """Pairs read, rendered, checked and selected; their rows have no reference yet."""
     settings = config.train
     policy = open_policy(config)
@@ -123,7 +124,7 @@ def _tokenised(
         own = run.read("pairs", pair_shards, Pair)
         wanted, unwanted = end_pairs(own, rubrics) if settings.contrast == "ends" else (own, [])
         for name in sorted({pair.rubric_id for pair in own} - {pair.rubric_id for pair in wanted}):
-            say(f"note: rubric {name}: no answer at one of its ends has a partner, so nothing of it is trained on")
+            say(f"note: rubric {name}: no pair has both answers at its ends, so nothing of it is trained on")
         pairs = own_pairs(wanted, tokeniser)
     kept, held_out, rejects = select_pairs(pairs, policy.max_length, settings.max_pairs, settings.held_out, config.seed)
     lost = pairs.rejects + unwanted + rejects
@@ -138,11 +139,11 @@ def _tokenised(
         say(f"note: {len(noted)} pairs are not trained on: {counted(noted)}")
     check_vocabulary(kept, policy.vocabulary)
     rows, held_rows = (make_rows(selected, settings.micro_batch_size) for selected in (kept, held_out))
-    return _Data(rows, held_rows, lost)
+    return _TrainingSet(rows, held_rows, lost)
 
 
-def _keep_with_reference(config: TuneConfig, run: RunDir, key: str, data: _Data) -> None:
-    """Writes the rows with their reference, those that are trained on last: if they are there, all is."""
+def _keep_with_reference(config: TuneConfig, run: RunDir, key: str, data: _TrainingSet) -> None:
+    """Writes the rows with their reference, the training rows last, so that where they are, all is there."""
     whole = add_reference(config, run, data.rows + data.held_out)
     write_rows(run, _held_out(key), whole[len(data.rows) :])
     write_rows(run, key, whole[: len(data.rows)])
@@ -164,9 +165,9 @@ def _summary(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _job(config: TuneConfig, run: RunDir, key: str, data: _Data) -> Job:
+def _task(config: TuneConfig, run: RunDir, key: str, data: _TrainingSet) -> TrainingTask:
     name = config.policy.gguf  # which each node converts for itself
-    return Job(
+    return TrainingTask(
         config,
         RunDir(run.path.absolute()),
         key,
@@ -176,9 +177,9 @@ def _job(config: TuneConfig, run: RunDir, key: str, data: _Data) -> Job:
     )
 
 
-def _fit(job: Job, num_steps: int) -> dict[str, Any]:
+def _fit(task: TrainingTask, num_steps: int) -> dict[str, Any]:
     """Runs the workers to their end; what `work` returns."""
-    settings = job.config.train
+    settings = task.config.train
     group = WorkerGroup(
         stage="train",
         num_workers=settings.num_workers,
@@ -190,11 +191,11 @@ def _fit(job: Job, num_steps: int) -> dict[str, Any]:
     )
     outcome: dict[str, Any] = run_workers(
         work,
-        {"job": job},
+        {"task": task},
         group,
-        name=job.key,
-        storage=settings.checkpoints or str(job.run.checkpoints),
-        state=job.run.path / TRAIN_PROGRESS_FILE,
+        name=task.key,
+        storage=settings.checkpoints or str(task.run.checkpoints),
+        state=task.run.path / TRAIN_PROGRESS_FILE,
         title="train",
         steps=num_steps,
     )

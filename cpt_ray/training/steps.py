@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cpt_ray.logprobs.rows import Row, num_tokens
-from cpt_ray.training.rows import steps_per_epoch
+from cpt_ray.training.row_making import steps_per_epoch
 
 
 def rate_share(step: int, num_steps: int, num_warmup: int) -> float:
@@ -47,9 +47,9 @@ class StepPlan:
 
 
 class StepBatches(torch.utils.data.Sampler[list[int]]):
-    """One worker's batches: a new random order of cells per epoch, cut into steps, each dealt out like cards.
+    """One worker's batches: a new random order of grids per epoch, cut into steps, each dealt out like cards.
 
-    A cell's rows stay together: in a step with all of them, each answer is chosen as often as it is rejected, so what
+    A grid's rows stay together: in a step with all of them, each answer is chosen as often as it is rejected, so what
     is the same under every directive cancels out. Within a step, rows are dealt in the order of their lengths, so that
     batches which run at the same time are of like sizes. What is in a step depends on seed and epoch alone: not on
     the number of workers, nor on restarts.
@@ -60,18 +60,18 @@ class StepBatches(torch.utils.data.Sampler[list[int]]):
     ):
         self.plan, self.rank, self.num_workers, self.seed, self.epoch = plan, rank, num_workers, seed, epoch
         self._lengths = [num_tokens(row) for row in rows]
-        cells: dict[str, list[int]] = defaultdict(list)
+        grids: dict[str, list[int]] = defaultdict(list)
         for at, row in enumerate(rows):
-            cells[row["cell_id"] or f"row {at}"].append(at)
-        self._cells = list(cells.values())
+            grids[row["cell_id"] or f"row {at}"].append(at)
+        self._grids = list(grids.values())
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         random = torch.Generator().manual_seed(self.seed + self.epoch())
-        cells: list[int] = torch.randperm(len(self._cells), generator=random).tolist()
-        order = [row for at in cells for row in self._cells[at]]
+        grids: list[int] = torch.randperm(len(self._grids), generator=random).tolist()
+        order = [row for at in grids for row in self._grids[at]]
         size = self.plan.num_batches * self.num_workers
         for step in range(self.plan.num_steps):
             cut = [at * self.plan.num_rows // self.plan.num_steps for at in (step, step + 1)]

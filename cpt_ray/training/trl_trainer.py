@@ -1,10 +1,10 @@
-"""DPO on rows of cells: each distinct (directive, answer) is run once, and its prompt once per directive.
+"""DPO on rows: each distinct (directive, answer) of a grid is run once, and its prompt once per directive.
 
-TRL's trainer sees 2K(K-1) sequences in the K(K-1) ordered pairs of a cell's K answers; only K^2 of them differ, and
+TRL's trainer sees 2K(K-1) sequences in the K(K-1) ordered pairs of a grid's K answers; only K^2 of them differ, and
 they have only K different prompts. `GridTrainer` is TRL's `DPOTrainer` with another batch: some rows
-(`cpt_ray/training/rows.py`), laid out without padding (`cpt_ray/logprobs/grid.py`), so that linear layers and the LM
-head see each token once. The log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss` does
-the rest, so every loss type, weight and metric is TRL's.
+(`cpt_ray/training/row_making.py`), laid out without padding (`cpt_ray/logprobs/grid.py`), so that linear layers and the
+LM head see each token once. The log-probabilities are then spread out over the pairs, and TRL's own `_compute_loss`
+does the rest, so every loss type, weight and metric is TRL's.
 
 This file alone relies on what is private in the trainers of TRL and transformers. It holds for trl 1.16.0 and
 transformers 5.19; each use says why, and tests/test_contracts.py fails by its name when an upgrade changes it.
@@ -29,7 +29,7 @@ from trl import DPOTrainer
 from cpt_ray.logprobs.grid import collate, length_batches
 from cpt_ray.logprobs.model import by_row, prepare_model, reference_kl, token_logps
 from cpt_ray.logprobs.rows import Row
-from cpt_ray.training.rows import held_out_metrics
+from cpt_ray.training.metrics import held_out_metrics
 from cpt_ray.training.steps import StepBatches, StepPlan, rate_share
 
 UNMEASURED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
@@ -37,7 +37,7 @@ UNMEASURED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejecte
 
 
 @dataclass
-class _Alone:
+class _LocalAccelerator:
     """Stands for the accelerator in TRL's loss: metrics stay local there and are reduced once per log."""
 
     device: torch.device
@@ -200,7 +200,7 @@ class GridTrainer(DPOTrainer):  # type: ignore[misc]
         pairs, tokens = share.tolist()
         shares = {"sft": tokens}
         inner = copy.copy(self)
-        inner.accelerator = _Alone(self.accelerator.device)
+        inner.accelerator = _LocalAccelerator(self.accelerator.device)
         inner.loss_weights = [
             weight * shares.get(name, pairs) for name, weight in zip(self.loss_types, self.loss_weights, strict=True)
         ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from cpt_ray.config import ModelConfig, TrainConfig, TuneConfig
 from cpt_ray.errors import UserError
-from cpt_ray.logprobs.reference import is_autocast, loading
+from cpt_ray.logprobs.precision import is_autocast, load_arguments
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training.checks import peft_config
@@ -23,13 +23,13 @@ LN_2 = math.log(2)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker needs to know; paths are absolute, since Ray Train changes the working directory."""
+class TrainingTask:
+    """What each worker is sent; paths are absolute, since Ray Train changes the working directory."""
 
     config: TuneConfig
     run: RunDir
     key: str
-    """Names the Ray Train run, so that no other training's checkpoints are gone on from."""
+    """Names the Ray Train run, so that it never continues from another training's checkpoints."""
     policy: str
     """A folder, a GGUF or a Hugging Face name; `work` makes it what transformers loads."""
     rows: str
@@ -46,34 +46,34 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
 
-    job: Job = settings["job"]
-    job = replace(job, policy=ModelConfig(model=job.policy).path)
+    task: TrainingTask = settings["task"]
+    task = replace(task, policy=ModelConfig(model=task.policy).path)
     start, rank = ray.train.get_checkpoint(), ray.train.get_context().get_world_rank()
     # a fixed name: what a killed worker left behind is removed by the next one
-    name = f"cpt_ray-train-{content_id(str(job.run.path), job.key)}-{rank}"
+    name = f"cpt_ray-train-{content_id(str(task.run.path), task.key)}-{rank}"
     folder = empty_folder(Path(tempfile.gettempdir()) / name)
     try:
         if start is None:
-            _train_rank(job, folder, None)
+            _train_rank(task, folder, None)
         else:
             with start.as_directory() as checkpoint:
                 state = _trainer_state(Path(checkpoint))
                 if state["global_step"] < state["max_steps"]:
-                    _train_rank(job, folder, checkpoint)
-        return _exported(job) if rank == 0 else {"refused": ""}
+                    _train_rank(task, folder, checkpoint)
+        return _exported(task) if rank == 0 else {"refused": ""}
     except UserError as error:
         return {"refused": str(error)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _exported(job: Job) -> dict[str, Any]:
+def _exported(task: TrainingTask) -> dict[str, Any]:
     import ray.train
 
     last = ray.train.get_checkpoint()
     assert last is not None, "transformers saves at the last step"
     with last.as_directory() as checkpoint:
-        measured = export(job.config.train, job.run, job.policy, job.rows, Path(checkpoint))
+        measured = export(task.config.train, task.run, task.policy, task.rows, Path(checkpoint))
         # the log of the whole training, and not only of the steps since this worker group started
         return {"refused": "", "logs": _trainer_state(Path(checkpoint))["log_history"], "export": measured}
 
@@ -83,7 +83,7 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
+def _train_rank(task: TrainingTask, folder: Path, checkpoint: str | None) -> None:
     """Builds the trainer and trains, from the checkpoint on if there is one."""
     import datasets
     import ray
@@ -92,24 +92,24 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
 
     from cpt_ray.training.trl_trainer import GridTrainer
 
-    settings = job.config.train
+    settings = task.config.train
     if not settings.use_gpu:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    _name_trackers(job)
+    _name_trackers(task)
     datasets.disable_progress_bars()
     rows, held_out = (
         datasets.Dataset.from_parquet(path, cache_dir=str(folder / "cache")) if path else None
-        for path in (job.rows, job.held_out)
+        for path in (task.rows, task.held_out)
     )
     trainer = GridTrainer(
-        model=job.policy,
-        args=_arguments(job, folder),
+        model=task.policy,
+        args=_arguments(task, folder),
         step_pairs=settings.batch_size,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(job.policy),
+        processing_class=AutoTokenizer.from_pretrained(task.policy),
         peft_config=peft_config(settings.lora) if settings.lora else None,
-        callbacks=[_reporter(job, folder)],
+        callbacks=[_reporter(task, folder)],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if "wandb" in settings.report_to:
@@ -118,29 +118,29 @@ def _train_rank(job: Job, folder: Path, checkpoint: str | None) -> None:
         wandb.finish()  # Ray ends this process before wandb has written everything
 
 
-def _name_trackers(job: Job) -> None:
+def _name_trackers(task: TrainingTask) -> None:
     """Where TensorBoard, wandb and MLflow write, and under which name; transformers reads it from the environment."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run.tensorboard / job.key)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.run.tensorboard / task.key)
     for name, value in (
-        ("WANDB_DIR", str(job.run.path)),
-        ("WANDB_PROJECT", job.config.name),
-        ("WANDB_RUN_ID", job.key),  # a worker group that starts again goes on with the same run
+        ("WANDB_DIR", str(task.run.path)),
+        ("WANDB_PROJECT", task.config.name),
+        ("WANDB_RUN_ID", task.key),  # a worker group that starts again goes on with the same run
         ("WANDB_RESUME", "allow"),
-        ("MLFLOW_TRACKING_URI", f"sqlite:///{job.run.path}/mlflow.db"),
-        ("MLFLOW_EXPERIMENT_NAME", job.config.name),
+        ("MLFLOW_TRACKING_URI", f"sqlite:///{task.run.path}/mlflow.db"),
+        ("MLFLOW_EXPERIMENT_NAME", task.config.name),
     ):
         os.environ.setdefault(name, value)
 
 
-def _arguments(job: Job, folder: Path) -> Any:
+def _arguments(task: TrainingTask, folder: Path) -> Any:
     """The run file's settings in TRL's words; train.dtype is that of the frozen weights and of the arithmetic."""
     import ray.train
     from trl import DPOConfig
 
-    settings = job.config.train
-    how = loading(settings) | {"device_map": None}
+    settings = task.config.train
+    model_arguments = load_arguments(settings) | {"device_map": None}
     if settings.sharding == "fsdp":
-        how["distributed_config"] = {"fsdp_size": ray.train.get_context().get_world_size()}
+        model_arguments["distributed_config"] = {"fsdp_size": ray.train.get_context().get_world_size()}
     return DPOConfig(
         output_dir=str(folder / "out"),
         loss_type=list(settings.loss),
@@ -150,15 +150,15 @@ def _arguments(job: Job, folder: Path) -> Any:
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.micro_batch_size,
         warmup_steps=settings.warmup_ratio,  # below 1: a share of all steps
-        model_init_kwargs=how,
+        model_init_kwargs=model_arguments,
         bf16=is_autocast(settings),
         use_cpu=not settings.use_gpu,
         gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=settings.use_gpu,
-        seed=job.config.seed if settings.seed is None else settings.seed,
+        seed=task.config.seed if settings.seed is None else settings.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        eval_strategy="steps" if job.held_out else "no",
+        eval_strategy="steps" if task.held_out else "no",
         eval_steps=settings.save_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would show a loss that is no number as 0
@@ -168,26 +168,26 @@ def _arguments(job: Job, folder: Path) -> Any:
     )
 
 
-def _reporter(job: Job, folder: Path) -> Any:
+def _reporter(task: TrainingTask, folder: Path) -> Any:
     """The callback that reports checkpoints to Ray and progress to the driver."""
     import ray.train
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_evaluate |= job.held_out is not None and state.global_step >= state.max_steps
+            control.should_evaluate |= task.held_out is not None and state.global_step >= state.max_steps
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             check_finite(state.global_step, logs)
             if "loss" not in logs:
                 return
             if state.global_step == 1:
-                check_first_loss(logs["loss"], job.config.train)
+                check_first_loss(logs["loss"], task.config.train)
             if state.is_world_process_zero:
                 workers = ray.train.get_context().get_world_size()
                 note = f"loss {logs['loss']:.3f}, reward accuracy {logs['rewards/accuracies']:.2f}, {workers} workers"
-                now = {"done": state.global_step, "note": note, "num_workers": workers, "pid": os.getpid()}
-                job.run.write_json(TRAIN_PROGRESS_FILE, now)
+                progress = {"done": state.global_step, "note": note, "num_workers": workers, "pid": os.getpid()}
+                task.run.write_json(TRAIN_PROGRESS_FILE, progress)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Each rank has a folder of its own: rank 0's holds everything but the other ranks' random states.

@@ -33,7 +33,7 @@ from trl import DPOConfig, DPOTrainer
 from cpt_ray.logprobs.model import answer_logps, prepare_model
 from cpt_ray.logprobs.rows import Row, Tokeniser
 from cpt_ray.training.pairs import TokenPair
-from cpt_ray.training.rows import make_rows
+from cpt_ray.training.row_making import make_rows
 from cpt_ray.training.trl_trainer import GridTrainer
 
 SHAPES: dict[str, dict[str, int]] = {

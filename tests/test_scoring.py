@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_ray.evaluation.resampling import Resamples
-from cpt_ray.evaluation.scoring import METRICS, score_trials
+from cpt_ray.evaluation.scoring import STATISTICS, score_trials
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
@@ -129,7 +129,7 @@ def test_row_order_changes_nothing_not_even_the_intervals(trials: list[Trial], s
 def test_ungraded_rows_count_as_ungraded_and_as_nothing_else(trials: list[Trial]) -> None:
     with_all = scored(trials)["tuned"]
     graded = scored([trial for trial in trials if trial.score is not None])["tuned"]
-    assert all(with_all[name] == graded[name] for name in METRICS)
+    assert all(with_all[name] == graded[name] for name in STATISTICS)
     rows_asked = [trial for trial in trials if trial.model == "tuned" and trial.directive]
     assert with_all["n"] + with_all["ungraded"] == len(rows_asked)
     assert graded["ungraded"] == 0
@@ -153,7 +153,7 @@ def test_every_number_is_in_range_and_the_results_are_strict_json(trials: list[T
     results = scored(trials, resamples=20, rubrics=(RUBRIC, JUDGED_ONLY))
     json.dumps(results, allow_nan=False)
     for model in ("base", "tuned"):
-        for metric, low in zip(METRICS, (0, -1, -1), strict=True):
+        for metric, low in zip(STATISTICS, (0, -1, -1), strict=True):
             values = [results[model][metric], *(results[model][f"{metric}_ci"] or [])]
             assert all(value is None or low <= value <= 1 for value in values)
 
@@ -212,7 +212,7 @@ def test_a_two_way_resample_is_worth_what_rows_copied_by_prompt_and_directive_ar
         return weights[:1]
 
     Resamples(trials, 70, seed=0).statistics(trials, keep)
-    expected = {name: [] for name in METRICS}
+    expected = {name: [] for name in STATISTICS}
     for counts in np.concatenate(drawn, axis=1).T:
         by_prompt = {row.prompt_id: 0.0 for row in trials}
         by_directive = {row.directive_id: 0.0 for row in trials}
@@ -244,7 +244,7 @@ def test_intervals_widen_where_directives_differ_and_are_few() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_intervals_contain_the_estimate_and_narrow_with_more_prompts(seed: int) -> None:
     few, many = (scored(noisy_trials(size, 0.6, seed=seed), resamples=400)["tuned"] for size in (10, 90))
-    for metric in METRICS:
+    for metric in STATISTICS:
         for entry in (few, many):
             low, high = entry[f"{metric}_ci"]
             assert low <= entry[metric] <= high
@@ -268,9 +268,9 @@ def test_the_difference_is_paired_over_the_same_prompts() -> None:
     base = noisy_trials(30, 0.4, "base")
     same = [dataclasses.replace(trial, model="tuned") for trial in base]
     shifted = score_trials(base + same, [RUBRIC], 200, 0)["difference"]
-    assert [shifted[f"{metric}_ci"] for metric in METRICS] == [[0.0, 0.0]] * 3
+    assert [shifted[f"{metric}_ci"] for metric in STATISTICS] == [[0.0, 0.0]] * 3
     results = score_trials(base + noisy_trials(30, 1.0), [RUBRIC], 200, 0)
-    for metric in METRICS:
+    for metric in STATISTICS:
         low, high = results["difference"][f"{metric}_ci"]
         assert results["difference"][metric] == results["tuned"][metric] - results["base"][metric]
         assert low <= results["difference"][metric] <= high

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.seeds import Range, markdown, over_seeds
+from cpt_ray.evaluation.seeds import OverSeeds, markdown, over_seeds
 from tests.local_cluster import ROOT
 
 
@@ -35,10 +35,10 @@ def results(tuned: float, ratio: float | None = 1.5, **crosstalk: float) -> dict
 def test_a_table_has_mean_and_range_over_the_seeds() -> None:
     table = over_seeds([results(0.5, words=-0.5, form=0.25), results(0.75, words=0.25), results(1.0, None)])["mood"]
     for metric in ("accuracy", "tau", "rho", "slope"):
-        assert table[metric] == {"base": Range(0.25, 0.25, 0.25), "tuned": Range(0.75, 0.5, 1.0)}
+        assert table[metric] == {"base": OverSeeds(0.25, 0.25, 0.25), "tuned": OverSeeds(0.75, 0.5, 1.0)}
     assert table["slope, second measure"] == {"base": None, "tuned": None}
-    assert table["most crosstalk"] == {"base": None, "tuned": Range(0.375, 0.25, 0.5)}
-    assert table["perplexity ratio"] == {"tuned": Range(1.5, 1.5, 1.5)}
+    assert table["most crosstalk"] == {"base": None, "tuned": OverSeeds(0.375, 0.25, 0.5)}
+    assert table["perplexity ratio"] == {"tuned": OverSeeds(1.5, 1.5, 1.5)}
 
 
 def test_results_of_different_rubrics_are_no_table() -> None:

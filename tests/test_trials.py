@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.config import EvaluateConfig, RunConfig
 from cpt_ray.engines.pool import LocalRunner
-from cpt_ray.evaluation.perplexity import bare_rows, base_log_probs, likely_trials
-from cpt_ray.evaluation.stage import in_turn, trials_of
+from cpt_ray.evaluation.perplexity import bare_rows, base_log_probs, trials_for_perplexity
+from cpt_ray.evaluation.stage import rotated, trials_of
 from cpt_ray.synthesis.pair_steps import no_engine
 from cpt_ray.tables.records import Prompt, Trial
 from cpt_ray.tables.rundir import RunDir
@@ -28,7 +28,7 @@ PROMPTS = [Prompt(prompt_id=f"p{at}", text=f"Write {at}.", split="held_out") for
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40))
 def test_every_directive_is_used_equally_often_over_the_prompts(num_directives: int, count: int, prompts: int) -> None:
     directives = [directive for directive in make_directives() if directive.level == "low"][:num_directives]
-    turns = [in_turn(directives[::-1], count, turn) for turn in range(prompts)]
+    turns = [rotated(directives[::-1], count, turn) for turn in range(prompts)]
     names_of_turns = [[directive.directive_id for directive in chosen] for chosen in turns]
     uses = Counter(name for names in names_of_turns for name in names)
     assert all(len(set(names)) == len(names) == min(count, num_directives) for names in names_of_turns)
@@ -98,11 +98,11 @@ def test_the_base_policys_likelihood_of_an_answer_is_that_after_its_bare_prompt_
 
 
 def test_likelihoods_are_of_the_same_requests_in_both_models_and_of_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpt_ray.evaluation.likelihood.MAX_LIKELIHOODS", 2)
+    monkeypatch.setattr("cpt_ray.evaluation.perplexity.MAX_PERPLEXITY_ANSWERS", 2)
     trials = [answered(model, prompt, "Rain.") for model in ("base", "tuned") for prompt in (3, 2, 1)]
     others = [answered("base", 0, ""), dataclasses.replace(trials[0], trial_id="t00", is_trained=True)]
     others.append(dataclasses.replace(trials[0], trial_id="t01", directive=None))
-    likely = likely_trials([*others, *trials])
+    likely = trials_for_perplexity([*others, *trials])
     assert [(trial.model, trial.trial_id) for trial in likely] == [
         ("base", "t2"), ("base", "t1"), ("tuned", "t2"), ("tuned", "t1")
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A dial as an instrument: how far its own measure moves when it is turned, and what else moves.
+"""What a dial does: how far its own measure moves when it is turned, and what else moves.
 
 Each rubric is a dial. Its *value* in a text is what its measure gives, in the measure's own unit, if one measured
 criterion is all of the rubric; else the score, in points. The levels' *anchors* are values as well. Then, between
@@ -12,13 +12,13 @@ range as moves with the whole range of i. Measured values need no grade, so ever
 judged score is known of the answers to its own rubric alone, and then there is no crosstalk on it.
 
 The *second measure* (a rubric's `check`) selected nothing and labelled nothing. Its anchors are its own quantiles in
-the pool of written answers: at the levels' scores, or where the rubric gives values to its levels, at the share of the
-pool that measures less than these. So its slope is 1 as well if it moves as far as the first one should; it is negative
-if it falls where the first one rises.
+the written answers: at the levels' scores, or where the rubric gives values to its levels, at the share of the written
+answers that measures less than these. So its slope is 1 as well if it moves as far as the first one should; it is
+negative if it falls where the first one rises.
 
-What the pool is like comes from the run's `spread.json`: {rubric id: {"own": 101 values of the rubric's measure at the
-quantiles 0, 0.01 ... 1, "own_sd": its standard deviation, "check" and "check_sd": the same of the second measure}}.
-Whatever is not there leaves out what depends on it.
+What the written answers are like comes from `pool_spread`, which reads the run's `spread.json`: {rubric id: {"own": 101
+values of the rubric's measure at the quantiles 0, 0.01 ... 1, "own_sd": its standard deviation, "check" and "check_sd":
+the same of the second measure}}. Whatever is not there leaves out what depends on it.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from cpt_ray.tables.records import Trial
 SCORE = "score"
 """In the place of a measure's name, where a dial's value is a score."""
 
-Spread = Mapping[str, Mapping[str, Any]]
-"""The content of spread.json."""
+Quantiles = Mapping[str, Mapping[str, Any]]
+"""What `pool_spread` returns: by rubric, quantiles and deviation of its measure (own) and of its second one (check)."""
 
 
 class Dial:
     """A rubric's value in texts and at its levels, by the rubric's own measure or by its second one."""
 
-    def __init__(self, rubric: Rubric, pool: Mapping[str, Any], is_check: bool = False):
-        """`pool`: the rubric's entry of spread.json."""
+    def __init__(self, rubric: Rubric, written: Mapping[str, Any], is_second: bool = False):
+        """`written`: the rubric's entry of `Quantiles`."""
         self.rubric = rubric
         only = rubric.criteria[0].measure if len(rubric.criteria) == 1 else None
-        self._spec: ScoredMeasureSpec | MeasureSpec | None = rubric.check if is_check else only
+        self._spec: ScoredMeasureSpec | MeasureSpec | None = rubric.check if is_second else only
         self.measure = self._spec.name if self._spec else SCORE
-        self.anchors = _check_anchors(rubric, only, pool) if is_check else _own_anchors(rubric, only)
-        self.sd: float | None = pool.get("check_sd" if is_check else "own_sd") if self._spec else None
+        self.anchors = _check_anchors(rubric, only, written) if is_second else _own_anchors(rubric, only)
+        self.sd: float | None = written.get("check_sd" if is_second else "own_sd") if self._spec else None
 
     @property
     def span(self) -> float:
@@ -90,26 +90,26 @@ def _value_at(level: Level, points: Sequence[tuple[float, float]]) -> float:
     return x0 + (x1 - x0) * (level.score - y0) / (y1 - y0)
 
 
-def _check_anchors(rubric: Rubric, own: ScoredMeasureSpec | None, pool: Mapping[str, Any]) -> dict[str, float]:
-    """The second measure's quantiles where the levels are in the pool by the first one; empty if it is not known."""
-    quantiles = pool.get("check", ())
+def _check_anchors(rubric: Rubric, own: ScoredMeasureSpec | None, written: Mapping[str, Any]) -> dict[str, float]:
+    """The second measure's quantiles where the written answers have the levels by the first one; empty if unknown."""
+    quantiles = written.get("check", ())
     if not quantiles:
         return {}
     places = {level.name: level.score for level in rubric.levels}
-    if own and isinstance(own.values, dict) and pool.get("own"):
-        places = {name: _percentage_below(value, pool["own"]) for name, value in own.values.items()}
+    if own and isinstance(own.values, dict) and written.get("own"):
+        places = {name: _percentage_below(value, written["own"]) for name, value in own.values.items()}
     points = [(100 * at / (len(quantiles) - 1), value) for at, value in enumerate(quantiles)]
     return {name: interpolate(place, points) for name, place in places.items()}
 
 
 def _percentage_below(value: float, quantiles: Sequence[float]) -> float:
-    """Of the pool, half of what is equal to it included."""
+    """Percentage of the written answers that measure less than `value`; equal ones count half."""
     return 100 * statistics.fmean((quantile < value) + (quantile == value) / 2 for quantile in quantiles)
 
 
-def check_score(rubric: Rubric, pool: Mapping[str, Any], text: str) -> float | None:
-    """The score (0-100) that a text has by the second measure: the quantile of its value in the pool."""
-    quantiles = pool.get("check")
+def check_score(rubric: Rubric, written: Mapping[str, Any], text: str) -> float | None:
+    """The score (0-100) that a text has by the second measure: the quantile of its value among the written."""
+    quantiles = written.get("check")
     if rubric.check is None or not quantiles:
         return None
     value = measures(text, rubric.check.words, rubric.check.against)[rubric.check.name]
@@ -163,18 +163,22 @@ def _weighted_means(rows: Sequence[Trial], values: Floats, resamples: Resamples)
 # ---------------------------------------------------------------- results
 
 
-class Instrument:
-    """All dials of a run under one kind of directives, base and tuned on the same resamples."""
+class DialReadings:
+    """What all dials of a run read under one kind of directives, base and tuned on the same resamples."""
 
     def __init__(
-        self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: Resamples, spread: Spread | None = None
+        self,
+        trials: Sequence[Trial],
+        rubrics: Sequence[Rubric],
+        resamples: Resamples,
+        quantiles: Quantiles | None = None,
     ):
         """`trials`: those under a directive, all of one kind."""
-        pool = spread or {}
+        written = quantiles or {}
         self._rubrics = rubrics
-        self._own = [Dial(rubric, pool.get(rubric.id, {})) for rubric in rubrics]
-        self._checks = [Dial(rubric, pool.get(rubric.id, {}), is_check=True) for rubric in rubrics if rubric.check]
-        self._dials = [*self._own, *self._checks]
+        self._own = [Dial(rubric, written.get(rubric.id, {})) for rubric in rubrics]
+        self._second = [Dial(rubric, written.get(rubric.id, {}), is_second=True) for rubric in rubrics if rubric.check]
+        self._dials = [*self._own, *self._second]
         # sums of floats depend on their order, results should not
         ordered = sorted(trials, key=repr)
         self._means = {
@@ -182,9 +186,9 @@ class Instrument:
             for model in MODELS
         }
 
-    def slopes(self, is_check: bool = False) -> dict[str, dict[str, Floats]]:
+    def slopes(self, is_second: bool = False) -> dict[str, dict[str, Floats]]:
         """{rubric id: {"base" | "tuned": (1 + resamples) slopes}}, by the rubrics' own or their second measures."""
-        dials = self._checks if is_check else self._own
+        dials = self._second if is_second else self._own
         return {
             dial.rubric.id: {model: self._slope(model, dial.rubric, dial) for model in MODELS}
             for dial in dials
@@ -197,14 +201,14 @@ class Instrument:
     def summary(self) -> dict[str, Any]:
         """`slope`, `check`, `crosstalk` and `levels`, as in results.json."""
         return {
-            "slope": self._slope_entries(self._own, is_check=False),
-            "check": self._slope_entries(self._checks, is_check=True),
+            "slope": self._slope_entries(self._own, is_second=False),
+            "check": self._slope_entries(self._second, is_second=True),
             "crosstalk": {model: self._crosstalk(model) for model in MODELS},
             "levels": {dial.rubric.id: self._levels(dial) for dial in self._own},
         }
 
-    def _slope_entries(self, dials: Sequence[Dial], is_check: bool) -> dict[str, Any]:
-        slopes = self.slopes(is_check)
+    def _slope_entries(self, dials: Sequence[Dial], is_second: bool) -> dict[str, Any]:
+        slopes = self.slopes(is_second)
         return {
             dial.rubric.id: {"measure": dial.measure, "anchors": dial.anchors}
             | {model: self._moved(model, dial.rubric, dial) for model in MODELS}
@@ -214,7 +218,7 @@ class Instrument:
         }
 
     def _crosstalk(self, model: str) -> dict[str, Any]:
-        """{turned: {moved: ...}} of different dials; without those that nothing is known of."""
+        """{turned: {moved: ...}} for pairs of different dials; entries that are not known are left out."""
         matrix: dict[str, Any] = {}
         for turned in self._rubrics:
             others = [dial for dial in self._own if dial.rubric.id != turned.id and dial.span]
@@ -225,13 +229,14 @@ class Instrument:
     def _moved(self, model: str, turned: Rubric, dial: Dial) -> dict[str, Any]:
         columns = self._slope(model, turned, dial)
         entry: dict[str, Any] = named_estimate("slope", columns)
-        if dial.sd and entry["slope"] is not None:  # towards its highest level, in sd of the pool
+        if dial.sd and entry["slope"] is not None:
+            # towards its highest level, in standard deviations of the written answers, which the key calls the pool
             entry["pool_sd"] = entry["slope"] * abs(dial.span) / dial.sd
         return entry
 
     def _levels(self, dial: Dial) -> dict[str, Any]:
         at, rubric = self._dials.index(dial), dial.rubric
-        checks = [self._dials.index(check) for check in self._checks if check.rubric.id == rubric.id]
+        checks = [self._dials.index(check) for check in self._second if check.rubric.id == rubric.id]
         entry: dict[str, Any] = {"measure": dial.measure, "anchors": dial.anchors, "pool_sd": dial.sd}
         for model, means in self._means.items():
             entry[model] = {}
@@ -249,7 +254,7 @@ def _change(columns: Mapping[str, Floats]) -> dict[str, Any]:
     return named_estimate("slope", columns["tuned"] - columns["base"])
 
 
-def slope_gap(trained: Instrument, held_out: Instrument) -> dict[str, Any]:
+def slope_gap(trained: DialReadings, held_out: DialReadings) -> dict[str, Any]:
     """{rubric id: {"base" | "tuned": slope under trained directives less that under held-out ones}}."""
     first, second = trained.slopes(), held_out.slopes()
     return {
@@ -257,34 +262,3 @@ def slope_gap(trained: Instrument, held_out: Instrument) -> dict[str, Any]:
         for name in first
         if name in second
     }
-
-
-# ---------------------------------------------------------------- perplexity
-
-
-LogProbs = Mapping[tuple[str, str], tuple[float, int]]
-"""(model, trial_id) to the log-probability (nats) that the base policy gives to the answer after its bare prompt, and
-the answer's number of tokens."""
-
-
-def perplexities(trials: Sequence[Trial], log_probs: LogProbs, resamples: Resamples) -> dict[str, Any] | None:
-    """exp(nats per token) of answers under the base policy, all tokens of a model's answers together; None of nothing.
-
-    The ratio of tuned to base says whether the dials were bought with nonsense. Not the median over answers: it would
-    not see one answer in ten that is nonsense.
-    """
-    known = [trial for trial in sorted(trials, key=repr) if (trial.model, trial.trial_id) in log_probs]
-    columns, entry = {}, {}
-    for model in MODELS:
-        rows = [trial for trial in known if trial.model == model]
-        nats, tokens = np.array([log_probs[model, trial.trial_id] for trial in rows]).reshape(-1, 2).T
-
-        def compute(weights: Floats, nats: Floats = nats, tokens: Floats = tokens) -> Floats:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                return np.asarray(np.exp(-(nats @ weights) / (tokens @ weights)))[None]
-
-        columns[model] = resamples.statistics(rows, compute)[0]
-        entry[model] = named_estimate("perplexity", columns[model]) | {"n": len(rows), "tokens": int(tokens.sum())}
-    if not known:
-        return None
-    return {**entry, **named_estimate("ratio", columns["tuned"] / columns["base"])}

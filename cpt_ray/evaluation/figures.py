@@ -72,7 +72,7 @@ def _svg(figure: Figure, label: str) -> str:
 
 
 def _plainer(match: re.Match[str]) -> str:
-    """A tag with the page's font and colours, and a tenth of a point for the most precise."""
+    """A tag with the page's font and colours, and lengths rounded to a tenth of a point."""
     tag = re.sub(r"font-family: [^;]*; ?", "", match[0])
     tag = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", tag)
     tag = re.sub(r' id="[\w.]+_\d+"', "", tag)  # matplotlib's own, the same in every figure of the page
@@ -103,7 +103,7 @@ def score_panel(rubric: Rubric, trials: Sequence[Trial], model: str) -> str:
 
 
 def _draw_dots(axes: Axes, at: int, scored: Sequence[tuple[Trial, float]], **style: Any) -> None:
-    """The answers under one level, first by hash, at random sideways."""
+    """The answers under one level, first by hash, spread out sideways."""
     shown = sorted(scored, key=lambda pair: pair[0].trial_id)[:MAX_POINTS_PER_LEVEL]
     places = [at + 0.66 * (_jitter(trial) - 0.5) for trial, _ in shown]
     heights = np.clip([score for _, score in shown], 0, 100)  # what lies beyond is drawn at the edge

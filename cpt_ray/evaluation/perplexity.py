@@ -1,30 +1,36 @@
-"""How likely the base policy finds the answers, from which the perplexity is computed."""
+"""The perplexity of the answers under the base policy."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import TuneConfig
 from cpt_ray.console import say
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Runner
-from cpt_ray.evaluation.dials import LogProbs
+from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.logprobs.reference import add_reference
 from cpt_ray.logprobs.rows import Row, Tokeniser, Unfit
 from cpt_ray.tables.records import Trial
 from cpt_ray.tables.rundir import RunDir
 
 Ids = tuple[int, ...]
-MAX_LIKELIHOODS = 512
-"""Answers of a model whose likelihood is computed, first by hash: enough for a mean over tokens, in bounded time."""
+LogProbs = Mapping[tuple[str, str], tuple[float, int]]
+"""(model, trial_id) to the log-probability (nats) that the base policy gives to the answer after its bare prompt, and
+the answer's number of tokens."""
+MAX_PERPLEXITY_ANSWERS = 512
+"""Answers of a model that are scored, the first by hash: enough for a mean over tokens, in bounded time."""
 
 
-def likely_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """The answers under held-out directives whose likelihood is computed: the same requests for both models."""
+def trials_for_perplexity(trials: Sequence[Trial]) -> list[Trial]:
+    """The answers under held-out directives that the perplexity is computed of: the same requests for both models."""
     directed = [trial for trial in trials if trial.directive is not None and not trial.is_trained and trial.text]
-    chosen = set(sorted({trial.trial_id for trial in directed})[:MAX_LIKELIHOODS])
+    chosen = set(sorted({trial.trial_id for trial in directed})[:MAX_PERPLEXITY_ANSWERS])
     return [trial for trial in directed if trial.trial_id in chosen]
 
 
@@ -73,3 +79,26 @@ def bare_rows(pairs: Iterable[tuple[Ids, Ids]], num_answers: int) -> list[Row]:
                     chosen=[], rejected=[], ref_logps=[])
             )  # fmt: skip
     return rows
+
+
+def perplexities(trials: Sequence[Trial], log_probs: LogProbs, resamples: Resamples) -> dict[str, Any] | None:
+    """exp(nats per token) of answers under the base policy, over all tokens of a model's answers.
+
+    The ratio of tuned to base says whether the dials were bought with nonsense. Not the median over answers: it would
+    not see one answer in ten that is nonsense. None if no log-probability is known.
+    """
+    known = [trial for trial in sorted(trials, key=repr) if (trial.model, trial.trial_id) in log_probs]
+    columns, entry = {}, {}
+    for model in MODELS:
+        rows = [trial for trial in known if trial.model == model]
+        nats, tokens = np.array([log_probs[model, trial.trial_id] for trial in rows]).reshape(-1, 2).T
+
+        def compute(weights: Floats, nats: Floats = nats, tokens: Floats = tokens) -> Floats:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return np.asarray(np.exp(-(nats @ weights) / (tokens @ weights)))[None]
+
+        columns[model] = resamples.statistics(rows, compute)[0]
+        entry[model] = named_estimate("perplexity", columns[model]) | {"n": len(rows), "tokens": int(tokens.sum())}
+    if not known:
+        return None
+    return {**entry, **named_estimate("ratio", columns["tuned"] / columns["base"])}

@@ -1,15 +1,15 @@
 """How well the answers follow the requested level: accuracy, Kendall's tau-b and Spearman's rho, with intervals.
 
-Intervals are from the two-way bootstrap of `resampling.py`. Rows are weighted, not copied: all three statistics are
-functions of a table of weights by (requested anchor, score), which is exact for all resamples at once, as if the rows
+Intervals are from the two-way bootstrap of `resampling.py`. Trials are weighted, not copied: all three statistics are
+functions of a table of weights by (requested anchor, score), which is exact for all resamples at once, as if they
 had been copied, ties included. With dx = sign(x_i - x_j), dy = sign(y_i - y_j), weights w:
 
 - tau-b = sum w_i w_j dx dy / sqrt(sum w_i w_j dx^2 * sum w_i w_j dy^2), Kendall (1945): concordant minus
   discordant pairs, over the geometric mean of the numbers of pairs not tied in x and not tied in y.
-- rho is the Pearson correlation of the average ranks (Spearman 1904); the centred average rank of row i is
+- rho is the Pearson correlation of the average ranks (Spearman 1904); the centred average rank of trial i is
   half of sum_j w_j dx.
 
-The estimate itself is the case where each row counts once. It agrees with scipy.stats' kendalltau (variant b) and
+The estimate itself is the case where each trial counts once. It agrees with scipy.stats' kendalltau (variant b) and
 spearmanr. What is undefined (tau of constant scores) is None, never a number.
 """
 
@@ -22,25 +22,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_ray.evaluation.dials import Instrument, LogProbs, Spread, check_score, perplexities, slope_gap
+from cpt_ray.evaluation.dials import DialReadings, Quantiles, check_score, slope_gap
+from cpt_ray.evaluation.perplexity import LogProbs, perplexities
 from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.judging.agreement import agreement, spearman
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 
-METRICS = ("accuracy", "kendall_tau", "spearman_rho")
+STATISTICS = ("accuracy", "kendall_tau", "spearman_rho")
 
 Value = Callable[[Trial], float | None]
-"""Which opinion on a trial is scored, on 0-100; None if ungraded."""
+"""Takes the score (0-100) to evaluate from a trial: the whole score or the measured one; None if ungraded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Some rows as columns; the arrays are those of the graded rows, which come first in `trials`."""
+class _ScoredTrials:
+    """Trials as columns; the arrays are of the graded trials, which come first in `trials`."""
 
     trials: Sequence[Trial]
-    """The graded rows, then those without an answer: at no level, so not at the requested one."""
+    """The graded trials, then those without an answer: at no level, so not at the requested one."""
     target: NDArray[np.int64]
     """Rank of the requested anchor among the anchors."""
     score: NDArray[np.int64]
@@ -51,11 +52,11 @@ class _Rows:
 
     @property
     def unanswered(self) -> int:
-        """Rows without an answer."""
+        """Trials without an answer."""
         return len(self.trials) - len(self.score)
 
     def metrics(self, weights: Floats) -> Floats:
-        """(3, columns): METRICS under each column of row weights; NaN where undefined."""
+        """(3, columns): STATISTICS under each column of the trials' weights; NaN where undefined."""
         graded = weights[: len(self.score)]
         table = np.zeros((_size(self.target), _size(self.score), weights.shape[1]))
         np.add.at(table, (self.target, self.score), graded)
@@ -88,12 +89,12 @@ class _Scorer:
     def __init__(self, rubrics: Sequence[Rubric], resamples: Resamples) -> None:
         self.rubrics, self.resamples = {rubric.id: rubric for rubric in rubrics}, resamples
 
-    def rows(self, trials: Sequence[Trial], value: Value) -> _Rows:
+    def scored(self, trials: Sequence[Trial], value: Value) -> _ScoredTrials:
         """Columns of the trials that `value` grades."""
         graded = [(trial, score) for trial in trials if (score := value(trial)) is not None]
         empty = [trial for trial in trials if not trial.text and value(trial) is None]
         hits = [confirms(self.rubrics[trial.rubric_id], trial.level, score) for trial, score in graded]
-        return _Rows(
+        return _ScoredTrials(
             trials=[*(trial for trial, _ in graded), *empty],
             target=np.unique([trial.target for trial, _ in graded], return_inverse=True)[1],
             score=np.unique([score for _, score in graded], return_inverse=True)[1],
@@ -101,9 +102,9 @@ class _Scorer:
             ungraded=sum(bool(trial.text) and value(trial) is None for trial in trials),
         )
 
-    def statistics(self, rows: _Rows) -> Floats:
-        """(3, 1 + resamples): METRICS in every resample; NaN where undefined."""
-        return self.resamples.statistics(rows.trials, rows.metrics)
+    def statistics(self, scored: _ScoredTrials) -> Floats:
+        """(3, 1 + resamples): STATISTICS in every resample; NaN where undefined."""
+        return self.resamples.statistics(scored.trials, scored.metrics)
 
     def arms(
         self, trials: Sequence[Trial], value: Value = lambda trial: trial.score, names: Sequence[str] | None = None
@@ -127,12 +128,12 @@ class _Scorer:
     def _arm(self, trials: Sequence[Trial], value: Value, rubric_ids: Sequence[str]) -> _Arm:
         """Overall and per rubric, over the trials of these rubrics."""
         groups = {name: [trial for trial in trials if trial.rubric_id == name] for name in rubric_ids}
-        rows = {name: self.rows(group, value) for name, group in groups.items()}
-        overall = self.rows([trial for group in groups.values() for trial in group], value)
+        scored = {name: self.scored(group, value) for name, group in groups.items()}
+        overall = self.scored([trial for group in groups.values() for trial in group], value)
         return _Arm(
-            rows=overall,
+            scored=overall,
             statistics=self.statistics(overall),
-            per_rubric={name: (rows[name], self.statistics(rows[name])) for name in rubric_ids},
+            per_rubric={name: (scored[name], self.statistics(scored[name])) for name in rubric_ids},
         )
 
 
@@ -140,30 +141,30 @@ class _Scorer:
 class _Arm:
     """One model under one condition."""
 
-    rows: _Rows
+    scored: _ScoredTrials
     statistics: Floats
-    per_rubric: Mapping[str, tuple[_Rows, Floats]]
+    per_rubric: Mapping[str, tuple[_ScoredTrials, Floats]]
 
     def summary(self) -> dict[str, Any]:
         """As in results.json."""
 
-        def entry(rows: _Rows, statistics: Floats) -> dict[str, Any]:
-            counts = {"n": len(rows.score), "ungraded": rows.ungraded, "unanswered": rows.unanswered}
+        def entry(scored: _ScoredTrials, statistics: Floats) -> dict[str, Any]:
+            counts = {"n": len(scored.score), "ungraded": scored.ungraded, "unanswered": scored.unanswered}
             return _summary(statistics) | counts
 
-        per_rubric = {name: entry(rows, statistics) for name, (rows, statistics) in self.per_rubric.items()}
-        return {**entry(self.rows, self.statistics), "per_rubric": per_rubric}
+        per_rubric = {name: entry(scored, statistics) for name, (scored, statistics) in self.per_rubric.items()}
+        return {**entry(self.scored, self.statistics), "per_rubric": per_rubric}
 
 
 def _summary(statistics: Floats) -> dict[str, Any]:
     """{metric: estimate, metric_ci: [low, high]} from (3, 1 + resamples)."""
-    named = [named_estimate(name, columns) for name, columns in zip(METRICS, statistics, strict=True)]
+    named = [named_estimate(name, columns) for name, columns in zip(STATISTICS, statistics, strict=True)]
     return {key: value for entry in named for key, value in entry.items()}
 
 
-def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], spread: Spread) -> dict[str, Any]:
-    """How far judge and measures agree over the rows that have both; kappa needs levels, and so one rubric."""
-    both = {rubric.id: _opinions(trials, rubric, spread) for rubric in rubrics}
+def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], quantiles: Quantiles) -> dict[str, Any]:
+    """How far judge and measures agree over the trials that have both; kappa needs levels, and so one rubric."""
+    both = {rubric.id: _judged_and_measured(trials, rubric, quantiles) for rubric in rubrics}
     per_rubric = {rubric.id: agreement(rubric, both[rubric.id]) for rubric in rubrics}
     pooled = [pair for pairs in both.values() for pair in pairs]
     same = sum(entry["same_level"] * entry["n"] for entry in per_rubric.values() if entry["n"])
@@ -175,14 +176,14 @@ def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], spread: Sprea
     }
 
 
-def _opinions(trials: Sequence[Trial], rubric: Rubric, spread: Spread) -> list[tuple[float, float]]:
-    """(judged, measured) score of a rubric's rows that have both; of a rubric without measured criteria its check."""
+def _judged_and_measured(trials: Sequence[Trial], rubric: Rubric, quantiles: Quantiles) -> list[tuple[float, float]]:
+    """(judged, measured) score of a rubric's trials that have both; where nothing is measured, by its check."""
     pairs = []
     for trial in trials:
         if trial.rubric_id == rubric.id and trial.judged is not None:
             measured = trial.measured
             if not rubric.measured:
-                measured = check_score(rubric, spread.get(rubric.id, {}), trial.text)
+                measured = check_score(rubric, quantiles.get(rubric.id, {}), trial.text)
             if measured is not None:
                 pairs.append((trial.judged, measured))
     return pairs
@@ -193,30 +194,30 @@ def score_trials(
     rubrics: Sequence[Rubric],
     resamples: int,
     seed: int,
-    spread: Spread | None = None,
+    quantiles: Quantiles | None = None,
     log_probs: LogProbs | None = None,
 ) -> dict[str, Any]:
     """The content of results.json.
 
-    Per model ("base", "tuned"), over the rows with a held-out directive: `accuracy` (share of rows whose score falls in
-    the requested level's bin; a row without an answer is a miss, an answer without a grade is left out), `kendall_tau`
+    Per model ("base", "tuned"), over the trials with a held-out directive: `accuracy` (share whose score falls in the
+    requested level's bin; a trial without an answer is a miss, an answer without a grade is left out), `kendall_tau`
     and `spearman_rho` (requested anchor against score, rubrics pooled), each with `*_ci` [low, high]; `n` graded,
-    `ungraded` and `unanswered` rows; `per_rubric` the same by rubric id. Then the same again as `without_directive`
+    `ungraded` and `unanswered` trials; `per_rubric` the same by rubric id. Then the same again as `without_directive`
     (the same requests, unseen by the model) and as `measured`: the measured criteria alone instead of the whole score,
-    over the rubrics that have any, None if none has. `difference` is tuned minus base; `judge_agreement`
-    compares judged with measured scores over all rows that have both; per rubric with Cohen's kappa of the levels, in
+    over the rubrics that have any, None if none has. `difference` is tuned minus base; `judge_agreement` compares
+    judged with measured scores over all trials that have both; per rubric with Cohen's kappa of the levels, in
     quadratic weights (`agreement.py`).
 
     Of the dials (`dials.py`), by rubric id: `chance` (of being at the requested level), `slope`, `check` (the slope by
     the second measure), `crosstalk` (by model, dial turned and dial moved) and `levels` (means, counts). Under the
     directives that were trained on, `trained_directives` has all of this, and as `gap` how much more the slope is
-    there; None without such rows. `perplexity` is that of the answers under a held-out directive, by the base policy
+    there; None without such trials. `perplexity` is that of the answers under a held-out directive, by the base policy
     without a directive; None if it was not computed.
 
     Args:
         resamples: bootstrap resamples of prompts and directives behind each interval.
         seed: of the resampling.
-        spread: the run's spread.json, if it has one.
+        quantiles: of the writer's answers (`pool_spread`), if they are known.
     """
     scorer = _Scorer(rubrics, Resamples(trials, resamples, seed))
     directed = [trial for trial in trials if trial.directive is not None]
@@ -233,17 +234,19 @@ def score_trials(
     results["difference"] = _summary(tuned.statistics - base.statistics) | {
         "per_rubric": {name: _summary(tuned.per_rubric[name][1] - entry[1]) for name, entry in base.per_rubric.items()}
     }
-    results["judge_agreement"] = _agreement(trials, rubrics, spread or {})
+    results["judge_agreement"] = _agreement(trials, rubrics, quantiles or {})
     results["chance"] = {rubric.id: 1 / len(rubric.levels) for rubric in rubrics}
-    instrument = Instrument(held_out, rubrics, scorer.resamples, spread)
-    results |= instrument.summary()
-    results["trained_directives"] = _trained(scorer, trained, instrument, spread) if trained else None
+    readings = DialReadings(held_out, rubrics, scorer.resamples, quantiles)
+    results |= readings.summary()
+    results["trained_directives"] = _trained(scorer, trained, readings, quantiles) if trained else None
     results["perplexity"] = scorer.perplexity(held_out, log_probs) if log_probs else None
     return results
 
 
-def _trained(scorer: _Scorer, trials: Sequence[Trial], held_out: Instrument, spread: Spread | None) -> dict[str, Any]:
+def _trained(
+    scorer: _Scorer, trials: Sequence[Trial], held_out: DialReadings, quantiles: Quantiles | None
+) -> dict[str, Any]:
     """The same under the directives that were trained on, and how much more the dials move there."""
-    instrument = Instrument(trials, list(scorer.rubrics.values()), scorer.resamples, spread)
+    readings = DialReadings(trials, list(scorer.rubrics.values()), scorer.resamples, quantiles)
     arms = {model: arm.summary() for model, arm in scorer.arms(trials).items()}
-    return arms | instrument.summary() | {"gap": slope_gap(instrument, held_out)}
+    return arms | readings.summary() | {"gap": slope_gap(readings, held_out)}

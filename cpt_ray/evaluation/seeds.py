@@ -1,4 +1,4 @@
-"""A table over the evaluations of several trainings that differ in their seed alone."""
+"""A table over the evaluations of several trainings that differ in their seed alone, for jobs/benchmarks/table.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpt_ray.evaluation.resampling import MODELS
 from cpt_ray.evaluation.summary import DialRow, dial_rows
 
 
-class Range(NamedTuple):
+class OverSeeds(NamedTuple):
     """A number over the seeds in which it is defined."""
 
     mean: float
@@ -21,7 +21,7 @@ class Range(NamedTuple):
     high: float
 
 
-METRICS: dict[str, Callable[[DialRow], float | None]] = {
+COLUMNS: dict[str, Callable[[DialRow], float | None]] = {
     "accuracy": lambda row: row.accuracy,
     "tau": lambda row: row.tau,
     "rho": lambda row: row.rho,
@@ -32,14 +32,15 @@ METRICS: dict[str, Callable[[DialRow], float | None]] = {
 PERPLEXITY = "perplexity ratio"
 """Of tuned to base."""
 
-Table = dict[str, dict[str, dict[str, Range | None]]]
+Table = dict[str, dict[str, dict[str, OverSeeds | None]]]
 """Rubric id to metric to "base" and "tuned" ("tuned" alone for the perplexity ratio)."""
 
 
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> Table:
     """Mean and range over several results.json; UserError if they are not of the same rubrics.
 
-    Crosstalk is the size of the largest, whichever dial moves most. Seeds in which a number is undefined are left out.
+    Crosstalk is the absolute value of the largest, whichever dial it is. Seeds in which a number is undefined are left
+    out.
     """
     names = [list(evaluation["chance"]) for evaluation in results]
     if not names or any(other != names[0] for other in names):
@@ -51,7 +52,7 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> Table:
             metric: {
                 model: _range([read(row) for row in rows if (row.name, row.model) == (name, model)]) for model in MODELS
             }
-            for metric, read in METRICS.items()
+            for metric, read in COLUMNS.items()
         }
         | {PERPLEXITY: {"tuned": _range([_perplexity_ratio(evaluation, name) for evaluation in results])}}
         for name in names[0]
@@ -63,21 +64,21 @@ def _perplexity_ratio(results: Mapping[str, Any], name: str) -> float | None:
     return entry["ratio"] if entry else None
 
 
-def _range(values: Sequence[float | None]) -> Range | None:
+def _range(values: Sequence[float | None]) -> OverSeeds | None:
     known = [value for value in values if value is not None]
-    return Range(statistics.fmean(known), min(known), max(known)) if known else None
+    return OverSeeds(statistics.fmean(known), min(known), max(known)) if known else None
 
 
 def markdown(table: Table) -> str:
     """A row per dial; a cell is the base's mean, then the tuned model's mean and range. Empty columns are left out."""
-    metrics = [name for name in (*METRICS, PERPLEXITY) if any(entry[name]["tuned"] for entry in table.values())]
+    metrics = [name for name in (*COLUMNS, PERPLEXITY) if any(entry[name]["tuned"] for entry in table.values())]
     lines = [f"| dial | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     for name, entry in table.items():
         lines.append(f"| {name} | {' | '.join(_cell(entry[metric]) for metric in metrics)} |")
     return "\n".join(lines)
 
 
-def _cell(ranges: Mapping[str, Range | None]) -> str:
+def _cell(ranges: Mapping[str, OverSeeds | None]) -> str:
     base, tuned = ranges.get("base"), ranges["tuned"]
     start = f"{base.mean:.2f} → " if base else ""
     return f"{start}**{tuned.mean:.2f}** ({tuned.low:.2f} to {tuned.high:.2f})" if tuned else "-"

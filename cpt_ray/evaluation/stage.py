@@ -19,7 +19,7 @@ from cpt_ray.engines.losses import cut_note
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.perplexity import base_log_probs, likely_trials
+from cpt_ray.evaluation.perplexity import base_log_probs, trials_for_perplexity
 from cpt_ray.evaluation.report import write_report
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.summary import judge_check_line
@@ -39,7 +39,7 @@ TRIAL_FORMAT = 2
 
 
 def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial]]:
-    """The evaluation's rows (still unanswered) by shard name, the same for both models."""
+    """The evaluation's trials (still unanswered) by shard name, the same for both models."""
     settings = plan.config.evaluate
     directives = run.read("directives", shards.directives, Directive)
     prompts = sorted(plan.prompts_of("held_out"), key=lambda prompt: prompt.prompt_id)[: settings.prompts]
@@ -59,19 +59,19 @@ def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial
 def trials_of(
     rubric: Rubric, prompt: Prompt, directives: list[Directive], settings: EvaluateConfig, turn: int
 ) -> list[Trial]:
-    """A prompt's rows for each level; `turn`: the prompt's number, which says whose turn it is among the directives."""
+    """A prompt's trials for each level; `turn`: the prompt's number; the directives are used in rotation."""
     counts = {"held_out": settings.directives, "train": settings.trained_directives}
     rows = []
     for level in rubric.levels:
         of_level = [directive for directive in directives if directive.level == level.name]
         for split, count in counts.items():
-            chosen = in_turn([directive for directive in of_level if directive.split == split], count, turn)
+            chosen = rotated([directive for directive in of_level if directive.split == split], count, turn)
             rows += [_trial(rubric, level, prompt, directive) for directive in chosen]
         rows.append(_trial(rubric, level, prompt, None))
     return rows
 
 
-def in_turn(directives: Sequence[Directive], count: int, turn: int) -> list[Directive]:
+def rotated(directives: Sequence[Directive], count: int, turn: int) -> list[Directive]:
     """`count` of a level's directives (or all) for prompt number `turn`.
 
     Over all prompts each directive is used equally often, or once more where the numbers do not divide.
@@ -169,8 +169,8 @@ class GradeTrialsStep(JudgeStep):
 # ---------------------------------------------------------------- the stage
 
 
-def _say_of_answers(run: RunDir, step: Step, names: list[str], entry: dict[str, Any]) -> None:
-    """A line if answers came with thoughts, one if many were cut, one if over half of them were lost."""
+def _print_notes(run: RunDir, step: Step, names: list[str], entry: dict[str, Any]) -> None:
+    """Prints a line each if answers came with thoughts, if many were cut, and if over half were lost."""
     if note := thoughts_note(entry):
         say(f"{step.stage}: {entry['rows_in']:.0f} in{note}")
     if isinstance(step, AnswerStep):
@@ -228,7 +228,7 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
     for step, names in zip(steps, [*answered, graded], strict=True):
         entry = ledger_entry(run, step.table, names, step.model.price)
         run.add_to_ledger(step.stage, entry)
-        _say_of_answers(run, step, names, entry)
+        _print_notes(run, step, names, entry)
     run.prune("evaluation", graded)
     trials = run.read("evaluation", graded, Trial)
     results = _results(plan, run, shards, trials, runner)
@@ -242,9 +242,9 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
 def _results(plan: Plan, run: RunDir, shards: Shards, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
     """The content of results.json."""
     config = plan.config
-    spread = pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).read_or_make(run))
-    log_probs = base_log_probs(config, run, likely_trials(trials), runner)
-    results = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed, spread, log_probs)
+    quantiles = pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).read_or_make(run))
+    log_probs = base_log_probs(config, run, trials_for_perplexity(trials), runner)
+    results = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed, quantiles, log_probs)
     try:
         results["judge_check"] = check_judge(plan, run, shards, runner)
     except UserError as error:  # what else was measured is worth a report without it

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_ray.evaluation.resampling import MODELS
-from cpt_ray.evaluation.scoring import METRICS
+from cpt_ray.evaluation.scoring import STATISTICS
 from cpt_ray.evaluation.summary import (
     LOST,
     chance_of_accuracy,
@@ -48,12 +48,12 @@ def _wrapped(text: str, indent: int = 0, hanging: int = 0) -> list[str]:
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:
     """All results: estimates with 95% intervals."""
-    lines = [(" " * 20 + "".join(f"{name:<20}" for name in METRICS)).rstrip()]
+    lines = [(" " * 20 + "".join(f"{name:<20}" for name in STATISTICS)).rstrip()]
     for label, entries in result_groups(results):
         title = shortened(_SHORTER.get(label, label), 12)
         for row, entry in entries.items():
             sign = "+" if row == "change" else ""
-            cells = "".join(f"{_with_interval(entry, name, sign):<20}" for name in METRICS)
+            cells = "".join(f"{_with_interval(entry, name, sign):<20}" for name in STATISTICS)
             lines.append(f"{title:<13}{row:<7}{cells}".rstrip())
             title = ""  # on the first row of a group only
     for kind, text in LOST.items():

@@ -150,7 +150,7 @@ def places(engine: RecordingEngine, fits: list[Any]) -> dict[str, Any]:
         "steering.actors.VllmEngine": lambda model: engine,
         "steering.actors.PolicyScorer": KnownModel,
         "steering.actors.Embedder": KnownModel,
-        "steering.stage.train": functools.partial(_train_rewards, fits),
+        "steering.stage.train_missing": functools.partial(_train_rewards, fits),
         "steering.stage.load_reward_models": _untrained,
     }
 

@@ -31,7 +31,7 @@ from cpt_ray.serving.keys import Key, Keyring, Meter, key_hash
 from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.choices import Question
 from cpt_ray.steering.policy import SavedForm
-from cpt_ray.steering.scoring import sequence
+from cpt_ray.steering.scoring import answer_tokens
 from cpt_ray.tables.records import content_id, schema_of
 from cpt_ray.tables.rundir import KEYS_FILE, MODEL_INFO_FILE, SPENT_FILE, TABLES, RunDir
 from tests import toy
@@ -109,7 +109,7 @@ def test_the_policy_is_given_the_same_text_and_tokens() -> None:
         ids = " ".join(map(str, token_ids(tokenizer, messages)))
         shown[name] = {"messages": messages, "rendered": template.render(messages), "ids": ids}
         shown[name]["answered"] = template.render([*messages, answer], is_finished=True)
-    whole, start = sequence(tokenizer, directive, asked, "Blue.", {})
+    whole, start = answer_tokens(tokenizer, directive, asked, "Blue.", {})
     shown["scored"] = {"prompt": tokenizer.decode(whole[:start]), "answer": tokenizer.decode(whole[start:])}
     check({"conversations/policy.yaml": shown})
 

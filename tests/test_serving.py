@@ -51,7 +51,7 @@ from cpt_ray.serving.keys import Keyring, make_key
 from cpt_ray.steering.actors import Embedder
 from cpt_ray.steering.inference import Candidates, make_candidates
 from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm
-from cpt_ray.steering.scoring import sequence
+from cpt_ray.steering.scoring import answer_tokens
 from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, QUESTIONS_FILE, SPENT_FILE, RunDir
 from tests.builders import make_directives, make_rubric
 from tests.local_cluster import ROOT
@@ -628,7 +628,7 @@ def test_choices_are_scored_by_the_served_engine_as_by_transformers(url: str, ru
     model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
 
     def logprob(directive: str, answer: str) -> float:
-        ids, start = sequence(tokenizer, directive, choice["prompt"], answer, TEMPLATE_KWARGS)
+        ids, start = answer_tokens(tokenizer, directive, choice["prompt"], answer, TEMPLATE_KWARGS)
         with torch.no_grad():
             logps = model(torch.tensor([ids])).logits.log_softmax(dim=-1)[0]
         return float(sum(logps[at - 1, ids[at]] for at in range(start, len(ids))))

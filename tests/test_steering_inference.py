@@ -13,7 +13,7 @@ from cpt_ray.config import RunConfig
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.steering.answers import Answer, make_answer
-from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
+from cpt_ray.steering.choices import Choice, PreferenceState, Question, parse_choices
 from cpt_ray.steering.inference import Candidates, make_candidates
 from cpt_ray.steering.stage import read_choices
 from cpt_ray.steering.users import KINDS, Population, draw_taste
@@ -125,7 +125,7 @@ def test_users_need_answers_that_differ() -> None:
 
 @pytest.mark.parametrize(("liked", "disliked", "level"), [(90, 10, "high"), (10, 90, "low")])
 def test_a_taste_is_known_after_a_few_choices(liked: float, disliked: float, level: str) -> None:
-    one, state = candidates(), Preferences()
+    one, state = candidates(), PreferenceState()
     beliefs = [one.belief(state.margins)]
     for choice in choose(6, liked, disliked):
         one.add(state, [choice], KnownPolicy())
@@ -140,26 +140,26 @@ def test_a_taste_is_known_after_a_few_choices(liked: float, disliked: float, lev
 
 def test_a_taste_for_the_middle_is_found() -> None:
     middle = [Choice(prompt=f"p{at}", chosen="50 50", rejected=f"{(10, 90)[at % 2]} 50") for at in range(8)]
-    one, state = candidates(), Preferences()
+    one, state = candidates(), PreferenceState()
     one.add(state, middle, KnownPolicy())
     assert one.belief(state.margins).configuration == {"ornament": "mid"}
 
 
 def test_two_rubrics_are_combined() -> None:
     both = [Choice(prompt=f"p{at}", chosen="90 10", rejected=("10 10", "90 90")[at % 2]) for at in range(12)]
-    one, state = candidates(), Preferences()
+    one, state = candidates(), PreferenceState()
     one.add(state, both, KnownPolicy())
     assert one.belief(state.margins).configuration == {"ornament": "high", "mood": "low"}
 
 
 def test_contradictory_choices_leave_it_unknown() -> None:
-    one, state = candidates(), Preferences()
+    one, state = candidates(), PreferenceState()
     one.add(state, [*choose(10), *choose(10, 10, 90)], KnownPolicy())
     assert one.belief(state.margins).configuration is None
 
 
 def test_one_choice_more_or_less_can_only_move_the_odds_so_far() -> None:
-    one, state = candidates(lapse=0.1), Preferences()
+    one, state = candidates(lapse=0.1), PreferenceState()
     one.add(state, choose(5), KnownPolicy())
     margins = np.array(state.margins)
     hostile = np.vstack([margins, -1e6 * np.sign(margins[:1])])
@@ -193,7 +193,7 @@ def test_the_next_question_is_the_one_that_says_most() -> None:
         Question(prompt=prompt, first="a", second="b", margins=tuple(margins))
         for prompt, margins in zip(("clear", "same"), rows, strict=True)
     )
-    state = Preferences()
+    state = PreferenceState()
     assert one.next_question(state, [dull, clear]) is clear
     gains = one.information_gain(np.zeros((0, 6)), rows)
     assert gains[0] > 0.01 > abs(gains[1])
@@ -204,7 +204,7 @@ def test_the_next_question_is_the_one_that_says_most() -> None:
 
 
 def test_answers_to_known_questions_cost_nothing_and_twice_the_same_answer_is_scored_once() -> None:
-    one, policy, state = candidates(), KnownPolicy(), Preferences()
+    one, policy, state = candidates(), KnownPolicy(), PreferenceState()
     question = Question(prompt="p", first="90 50", second="10 50", margins=(-8, 0, 8, 0, 0, 0))
     one.add(state, [Choice(prompt="p", chosen="10 50", rejected="90 50")], policy, [question])
     assert policy.asked == 0
@@ -214,9 +214,9 @@ def test_answers_to_known_questions_cost_nothing_and_twice_the_same_answer_is_sc
 
 
 def test_a_state_survives_json_and_is_scored_again_for_another_policy() -> None:
-    one, policy, state = candidates(policy="a"), KnownPolicy(), Preferences()
+    one, policy, state = candidates(policy="a"), KnownPolicy(), PreferenceState()
     one.add(state, choose(4), policy)
-    back = Preferences.from_json(json.loads(json.dumps(state.to_json())))
+    back = PreferenceState.from_json(json.loads(json.dumps(state.to_json())))
     assert back == state
     assert one.belief(back.margins) == one.belief(state.margins)
     json.dumps(one.belief(back.margins).to_json())
@@ -226,11 +226,11 @@ def test_a_state_survives_json_and_is_scored_again_for_another_policy() -> None:
     assert policy.asked > before
     assert len(back.margins) == len(back.choices) == 5
     twice = {name: state.to_json()[name] * 2 for name in ("choices", "margins")}  # as earlier versions kept them
-    assert Preferences.from_json({**twice, "key": state.key}) == state
+    assert PreferenceState.from_json({**twice, "key": state.key}) == state
     with pytest.raises(UserError, match="not a saved state"):
-        Preferences.from_json({"choices": [], "margins": [[1.0]], "key": ""})
+        PreferenceState.from_json({"choices": [], "margins": [[1.0]], "key": ""})
     with pytest.raises(UserError, match="not a saved state"):
-        Preferences.from_json([1])
+        PreferenceState.from_json([1])
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -273,7 +273,7 @@ def test_random_choices_seldom_become_a_setting() -> None:
     one, rng, known = candidates(), np.random.default_rng(0), []
     for _ in range(40):
         tossed = [choice if rng.random() < 0.5 else choice.swapped() for choice in choose(10)]
-        state = Preferences()
+        state = PreferenceState()
         one.add(state, tossed, KnownPolicy())
         known.append(one.belief(state.margins).configuration is not None)
     assert np.mean(known) < 0.4

@@ -19,8 +19,8 @@ from cpt_ray.rubrics.measures import measures
 from cpt_ray.rubrics.rubric import Rubric, load_rubrics
 from cpt_ray.steering.fitting import answers_by_prompt, draw_answers
 from cpt_ray.steering.policy import ConditionalPolicy
-from cpt_ray.steering.reward import learn
-from cpt_ray.steering.scoring import sequence
+from cpt_ray.steering.reward import train_loop
+from cpt_ray.steering.scoring import answer_tokens
 from tests import toy
 from tests.tiny_model import make_tiny_model
 from tests.toy.world import level_text
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_policy(path: Path, form: Form, seed: int = 0) -> ConditionalPolicy:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     torch.manual_seed(seed)
-    return ConditionalPolicy(model, form, embedding=2, size=32)
+    return ConditionalPolicy(model, form, embedding=2, size=32, beta=0.1)
 
 
 def disturbed(policy: ConditionalPolicy) -> ConditionalPolicy:
@@ -54,7 +54,7 @@ def disturbed(policy: ConditionalPolicy) -> ConditionalPolicy:
 def texts(path: Path) -> list[tuple[list[int], int]]:
     """(ids, start) of each prompt's high and low answer in turn."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return [sequence(tokenizer, None, prompt, one, {}) for prompt in PROMPTS for one in ANSWERS]
+    return [answer_tokens(tokenizer, None, prompt, one, {}) for prompt in PROMPTS for one in ANSWERS]
 
 
 def plain_logp(model: Any, ids: list[int], start: int) -> float:
@@ -142,7 +142,7 @@ def test_choices_steer_both_kinds_of_users_and_a_policy_without_them_is_at_chanc
     policy = make_policy(tiny, form)
     with torch.no_grad():
         reference = policy.logps(texts(tiny))
-    learn(policy, lambda step: batch(tiny, step, step % 4, reference), 60, 1e-2)
+    train_loop(policy, lambda step: batch(tiny, step, step % 4, reference), 60, 1e-2)
     with torch.no_grad():
         sums = {}
         for count in (0, 3):
@@ -233,7 +233,10 @@ def test_choices_steer_what_is_written_and_flipped_choices_the_other_way() -> No
     tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     policy = make_policy(toy.MODEL, "gated_lora")
     pairs = [
-        [sequence(tokenizer, None, one, level_text(rng, rubrics, one, {"ornament": level}), {}) for level in (5, 1)]
+        [
+            answer_tokens(tokenizer, None, one, level_text(rng, rubrics, one, {"ornament": level}), {})
+            for level in (5, 1)
+        ]
         for one in WORLD_PROMPTS * 4
     ]
     answers = [one for pair in pairs for one in pair]
@@ -252,13 +255,13 @@ def test_choices_steer_what_is_written_and_flipped_choices_the_other_way() -> No
         preferred[:, 0, 1] = 1
         return choices(kinds), shown.tolist(), answers, reference, preferred
 
-    learn(policy, draw, 80, 3e-3)
+    train_loop(policy, draw, 80, 3e-3)
     torch.manual_seed(0)
     found = []
     for kind in (0, 1):
         shown = []
         for prompt in WORLD_PROMPTS:
-            ids, start = sequence(tokenizer, None, prompt, "", {})
+            ids, start = answer_tokens(tokenizer, None, prompt, "", {})
             with torch.no_grad(), policy.conditioned(policy.encoder(choices(torch.full((8,), kind)))):
                 made = policy.model.generate(
                     torch.tensor([ids[:start]] * 8), max_new_tokens=48, do_sample=True, pad_token_id=0

@@ -11,7 +11,7 @@ import torch
 
 from cpt_ray.errors import UserError
 from cpt_ray.steering.fitting import Reporter
-from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
+from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, train_loop
 from jobs.benchmarks.steering import World, WorldA, WorldB, best_accuracy, tasks
 
 CHOICES = (0, 1, 3, 5, 10)
@@ -25,7 +25,7 @@ def draw(world: World, seed: int, users: int, choices: int, targets: int = 20, c
 def learned(world: World, steps: int, seed: int = 0) -> RewardModel:
     torch.manual_seed(seed)
     model = RewardModel(world.pairs(np.random.default_rng(0), 1).shape[-1], 64)
-    learn(model, lambda step: draw(world, 1000 * seed + step, 16, (7 * step) % 11), steps, 5e-3)
+    train_loop(model, lambda step: draw(world, 1000 * seed + step, 16, (7 * step) % 11), steps, 5e-3)
     return model
 
 
@@ -88,7 +88,7 @@ def test_a_training_that_runs_away_ends_at_the_step_with_what_to_lower(steps: in
     model = RewardModel(WorldA().pairs(np.random.default_rng(0), 1).shape[-1], 64)
     reported: list[int] = []
     with pytest.raises(UserError, match=rf"step (\d+) of {steps}: .* not finite numbers; lower steer\.rate") as caught:
-        learn(
+        train_loop(
             model, lambda step: draw(WorldA(), step, 4, 2), steps, 1e30, "steer.rate",
             lambda step, loss: reported.append(step),
         )  # fmt: skip
@@ -97,7 +97,9 @@ def test_a_training_that_runs_away_ends_at_the_step_with_what_to_lower(steps: in
 
 def test_every_step_is_reported_with_its_loss() -> None:
     model, reported = RewardModel(WorldA().pairs(np.random.default_rng(0), 1).shape[-1], 64), []
-    losses = learn(model, lambda step: draw(WorldA(), step, 4, 2), 3, 1e-3, report=lambda *one: reported.append(one))
+    losses = train_loop(
+        model, lambda step: draw(WorldA(), step, 4, 2), 3, 1e-3, report=lambda *one: reported.append(one)
+    )
     assert reported == list(enumerate(losses, start=1))
 
 

@@ -18,7 +18,7 @@ from cpt_ray.cluster import connected
 from cpt_ray.config import ModelConfig
 from cpt_ray.evaluation.figures import steering_figure
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.steering.scoring import sequence
+from cpt_ray.steering.scoring import answer_tokens
 from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 from tests import toy
 from tests.builders import LEVELS, make_directives, make_rubric, rubric_dict
@@ -172,7 +172,7 @@ def test_the_engine_and_transformers_agree_on_log_probabilities(monkeypatch: pyt
     model = AutoModelForCausalLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     for one, value in zip(asked, found, strict=True):
-        ids, start = sequence(tokenizer, *one, {})
+        ids, start = answer_tokens(tokenizer, *one, {})
         with torch.no_grad():
             logps = model(torch.tensor([ids])).logits.log_softmax(dim=-1)[0]
         wanted = sum(float(logps[at - 1, ids[at]]) for at in range(start, len(ids)))

@@ -550,7 +550,9 @@ def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -
         rows = run.read("grades", [name], Grade)
         if rows[0].judge == "other":
             run.write("grades", name, [dataclasses.replace(one, score=0.0) for one in rows])
-    found = {(one.text.split()[0], one.scores["ornament"]) for one in Steering(plan, run, shards).learned_from.answers}
+    found = {
+        (one.text.split()[0], one.scores["ornament"]) for one in Steering(plan, run, shards).training_population.answers
+    }
     assert found == {("low", 5.0), ("mid", 25.0), ("high", 45.0)}
 
 

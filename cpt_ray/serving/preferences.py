@@ -30,9 +30,9 @@ from cpt_ray.serving.call import Adapter
 from cpt_ray.serving.conditioning import Conditioner
 from cpt_ray.serving.request import CHAT_PATH, PREFERENCES_PREFIX
 from cpt_ray.serving.store import JsonStore
-from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
+from cpt_ray.steering.choices import Choice, PreferenceState, Question, parse_choices
 from cpt_ray.steering.inference import Belief, Candidates, Scorer
-from cpt_ray.steering.scoring import SCORING, logprob_from, scored_sequences
+from cpt_ray.steering.scoring import SCORING, Triple, checked_answer_tokens, logprob_from
 
 ID = re.compile(PREFERENCES_PREFIX + "[0-9a-f]{24}", re.ASCII)
 MAX_STATES = 10_000
@@ -62,10 +62,10 @@ class EngineScorer:
         self._tokenizer, self._tokenizing = AutoTokenizer.from_pretrained(model.path), threading.Lock()
         self._template_kwargs, self._max_model_len = model.chat_template_kwargs, engine.model_config.max_model_len
 
-    def logprobs(self, asked: Sequence[tuple[str | None, str, str]]) -> list[float]:
+    def logprobs(self, triples: Sequence[Triple]) -> list[float]:
         """log pi(answer | directive, prompt) of each; UserError if one is too long."""
         with self._tokenizing:
-            sequences = scored_sequences(self._tokenizer, asked, self._template_kwargs, self._max_model_len)
+            sequences = checked_answer_tokens(self._tokenizer, triples, self._template_kwargs, self._max_model_len)
         return asyncio.run_coroutine_threadsafe(self._score(sequences), self._loop).result()
 
     async def _score(self, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
@@ -115,7 +115,7 @@ class PreferenceStore:
             return await self._in_thread(self._list, owner)
         return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
-    async def find(self, owner: str, name: str) -> Preferences | Refusal:
+    async def find(self, owner: str, name: str) -> PreferenceState | Refusal:
         """The state of an id, scored by the policy that is served."""
         state = await self._in_thread(self._read, owner, name) if ID.fullmatch(name) else None
         if state is not None and not self._is_scored(state):
@@ -123,7 +123,7 @@ class PreferenceStore:
                 state = await self._in_thread(self._current, owner, name, ())
         return UNKNOWN if state is None else state
 
-    async def steer(self, state: Preferences, path: str) -> tuple[dict[str, str], str, Adapter | None]:
+    async def steer(self, state: PreferenceState, path: str) -> tuple[dict[str, str], str, Adapter | None]:
         """The configuration that a state comes to, what to call its source, and the user's adapter if there is one."""
         configuration = self._belief(state).configuration or {}
         if self._conditioner is None or path != CHAT_PATH:
@@ -132,7 +132,7 @@ class PreferenceStore:
             adapter = await self._in_thread(self._conditioner.adapter, state.choices)
         return configuration, f"preferences, by {self._conditioner.form}", adapter
 
-    def _is_scored(self, state: Preferences) -> bool:
+    def _is_scored(self, state: PreferenceState) -> bool:
         return state.key == self._candidates.key or self._conditioner is not None
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
@@ -143,7 +143,7 @@ class PreferenceStore:
     # ------------------------------------------------------------ in a thread
 
     def _create(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
-        state = Preferences()
+        state = PreferenceState()
         self._add_to(state, choices)
         with self._store.changing(owner):
             if len(self._store.names(owner)) >= MAX_STATES:
@@ -156,19 +156,19 @@ class PreferenceStore:
         state = self._current(owner, name, choices)
         return UNKNOWN if state is None else self._described(name, state)
 
-    def _shown(self, name: str, state: Preferences) -> dict[str, Any]:
+    def _shown(self, name: str, state: PreferenceState) -> dict[str, Any]:
         return self._described(name, state) | {"choices": state.to_json()["choices"]}
 
     def _list(self, owner: str) -> dict[str, Any]:
         data = [{"id": name, "object": "preferences"} for name in self._store.names(owner)]
-        return {"object": "list", "data": data, "question": self._question(Preferences())}
+        return {"object": "list", "data": data, "question": self._question(PreferenceState())}
 
     def _delete(self, owner: str, name: str) -> dict[str, Any] | Refusal:
         with self._store.changing(owner):
             was_there = self._store.remove(f"{owner}/{name}.json")
         return UNKNOWN if not was_there else {"id": name, "object": "preferences", "deleted": True}
 
-    def _current(self, owner: str, name: str, choices: Sequence[Choice]) -> Preferences | None:
+    def _current(self, owner: str, name: str, choices: Sequence[Choice]) -> PreferenceState | None:
         """The state with these choices added, its margins those of the policy that is served; None if it is gone."""
         while (state := self._read(owner, name)) is not None:
             before = state.to_json()
@@ -182,7 +182,7 @@ class PreferenceStore:
                     return state
         return None
 
-    def _add_to(self, state: Preferences, choices: Sequence[Choice]) -> None:
+    def _add_to(self, state: PreferenceState, choices: Sequence[Choice]) -> None:
         kept = [*state.choices, *state.new(choices)]
         if len(kept) > MAX_KEPT:
             raise UserError(f"choices: {len(kept)} with those that are known; one state has at most {MAX_KEPT}")
@@ -193,30 +193,30 @@ class PreferenceStore:
         else:
             state.add_unscored(choices)
 
-    def _described(self, name: str, state: Preferences) -> dict[str, Any]:
+    def _described(self, name: str, state: PreferenceState) -> dict[str, Any]:
         belief = self._belief(state).to_json()
         return {"id": name, "object": "preferences", **belief, "question": self._question(state)}
 
-    def _belief(self, state: Preferences) -> Belief:
+    def _belief(self, state: PreferenceState) -> Belief:
         """What the choices say in directives: nothing where a conditioner makes adapters of them."""
         if self._conditioner is None:
             return self._candidates.belief(state.margins)
         return Belief(num_choices=len(state.choices))
 
-    def _question(self, state: Preferences) -> dict[str, str] | None:
+    def _question(self, state: PreferenceState) -> dict[str, str] | None:
         if self._conditioner is not None:  # by the prior alone
-            state = Preferences(choices=state.choices)
+            state = PreferenceState(choices=state.choices)
         question = self._candidates.next_question(state, self._questions)
         return None if question is None else question.to_json()
 
-    def _read(self, owner: str, name: str) -> Preferences | None:
+    def _read(self, owner: str, name: str) -> PreferenceState | None:
         try:
             data = self._store.read(f"{owner}/{name}.json")
-            return None if data is None else Preferences.from_json(data)
+            return None if data is None else PreferenceState.from_json(data)
         except ValueError:
             raise UserError("preferences: not a saved state; delete it and choose again") from None
 
-    def _write(self, owner: str, name: str, state: Preferences) -> None:
+    def _write(self, owner: str, name: str, state: PreferenceState) -> None:
         """RuntimeError, which is answered 500, if the disk refuses: a UserError would blame the request."""
         try:
             self._store.write(f"{owner}/{name}.json", state.to_json())

@@ -79,8 +79,8 @@ class LogprobActor:
 
     def __call__(self, rows: Sequence[Answer]) -> list[AnswerLogprobs]:
         """One row per answer."""
-        asked = [(directive, row.prompt, row.text) for row in rows for directive in self._directives]
-        logprobs = np.reshape(self._scorer.logprobs(asked), (len(rows), -1)).tolist()
+        triples = [(directive, row.prompt, row.text) for row in rows for directive in self._directives]
+        logprobs = np.reshape(self._scorer.logprobs(triples), (len(rows), -1)).tolist()
         return [AnswerLogprobs(answer_id=row.answer_id, logprobs=own) for row, own in zip(rows, logprobs, strict=True)]
 
 

@@ -29,7 +29,7 @@ class Answer:
 
 
 def make_answer(prompt_id: str, prompt: str, text: str, scores: Mapping[str, float]) -> Answer:
-    """With the content's hash as its id."""
+    """An answer whose id is the hash of its content."""
     answer_id = content_id(prompt, text)
     return Answer(answer_id=answer_id, prompt_id=prompt_id, prompt=prompt, text=text, scores=dict(scores))
 

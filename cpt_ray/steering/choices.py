@@ -66,7 +66,7 @@ class Question:
 
 
 @dataclass
-class Preferences:
+class PreferenceState:
     """One user's choices and their margins by the policy: the state that a server keeps."""
 
     choices: list[Choice] = field(default_factory=list)

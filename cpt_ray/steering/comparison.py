@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from cpt_ray.console import say
 from cpt_ray.steering.actors import AdapterActor
 from cpt_ray.steering.answers import Answer
-from cpt_ray.steering.arena import Arena, Bank, planned_answer
+from cpt_ray.steering.held_out_users import AnswerBank, HeldOutUsers, planned_answer
 from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.policy import RANK, ConditionalPolicy
 from cpt_ray.steering.stage import NUM_QUESTIONS, Steering, fit
@@ -39,63 +39,63 @@ PROMPT_SAMPLES = 2
 
 
 @contextlib.contextmanager
-def _nothing_has_no_mean() -> Iterator[None]:
+def _without_nan_warnings() -> Iterator[None]:
     """NaN without a warning, where a method was not tried or a user's rubric has no measure."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN", RuntimeWarning)
         yield
 
 
-@_nothing_has_no_mean()
+@_without_nan_warnings()
 def compare_rewards(steering: Steering) -> dict[str, Any]:
     """`fit`, then the reward models on held-out users; written and printed."""
-    arena = Arena(steering, fit(steering))
-    return _write(arena, arena.reward_accuracy(), {}, {})
+    held_out = HeldOutUsers(steering, fit(steering))
+    return _write(held_out, held_out.reward_accuracy(), {}, {})
 
 
-@_nothing_has_no_mean()
+@_without_nan_warnings()
 def evaluate(steering: Steering) -> dict[str, Any]:
     """All methods; written and printed."""
-    arena = Arena(steering, fit(steering))
-    bank = Bank(arena)
-    candidates, users, name = steering.candidates, arena.users, "inferred directive"
-    accuracies, satisfactions = arena.reward_accuracy(), {"NP-BTL, best of n": bank.reranked()}
-    values = candidates.values(steering.logprobs(steering.held_out.answers))
+    held_out = HeldOutUsers(steering, fit(steering))
+    bank = AnswerBank(held_out)
+    candidates, users, name = steering.candidates, held_out.users, "inferred directive"
+    accuracies, satisfactions = held_out.reward_accuracy(), {"NP-BTL, best of n": bank.reranked()}
+    values = candidates.values(steering.logprobs(steering.held_out_population.answers))
     chosen = [values[user.context[:, 0]] - values[user.context[:, 1]] for user in users]
     targets = [values[user.targets[:, 0]] - values[user.targets[:, 1]] for user in users]
-    anothers = [chosen[at] for at in arena.others.tolist()]
-    asked = [_interview(arena, candidates, user, values) for user in users]
-    accuracies[name] = _inferred_accuracy(arena, candidates, chosen, targets)
-    accuracies[f"{name}, another's choices"] = _inferred_accuracy(arena, candidates, anothers, targets)
+    anothers = [chosen[at] for at in held_out.others.tolist()]
+    of_asked = [_margins_of_asked(held_out, candidates, user, values) for user in users]
+    accuracies[name] = _inferred_accuracy(held_out, candidates, chosen, targets)
+    accuracies[f"{name}, another's choices"] = _inferred_accuracy(held_out, candidates, anothers, targets)
     satisfactions[name] = _inferred_satisfaction(bank, candidates, chosen)
-    satisfactions[f"{name}, asked"] = _inferred_satisfaction(bank, candidates, asked)
-    for policy in arena.fitted.policies:
+    satisfactions[f"{name}, asked"] = _inferred_satisfaction(bank, candidates, of_asked)
+    for policy in held_out.fitted.policies:
         name = f"NP-DPO {policy.form}"
-        accuracies[name] = _policy_accuracy(arena, policy)
+        accuracies[name] = _policy_accuracy(held_out, policy)
         if policy.form == "gated_lora":
-            satisfactions[name] = _policy_satisfaction(arena, bank, policy)
-    satisfactions["pairs in the prompt"] = _in_prompt(arena, bank)
+            satisfactions[name] = _policy_satisfaction(held_out, bank, policy)
+    satisfactions["pairs in the prompt"] = _in_prompt(held_out, bank)
     satisfactions["static"] = bank.under(lambda at, count: None)
-    satisfactions["random configuration"] = bank.by_chance()
-    favourite = bank.everybodys()
+    satisfactions["random configuration"] = bank.random_satisfaction()
+    favourite = bank.best_for_all()
     satisfactions["everybody's favourite"] = bank.under(lambda at, count: favourite)
     satisfactions["nearest configuration"] = bank.under(bank.nearest)
     satisfactions["oracle"] = bank.under(lambda at, count: bank.best(at))
-    return _write(arena, accuracies, satisfactions, _costs(arena))
+    return _write(held_out, accuracies, satisfactions, _costs(held_out))
 
 
 # ---------------------------------------------------------------- methods
 
 
 def _inferred_accuracy(
-    arena: Arena, candidates: Candidates, chosen: Sequence[Floats], targets: Sequence[Floats]
+    held_out: HeldOutUsers, candidates: Candidates, chosen: Sequence[Floats], targets: Sequence[Floats]
 ) -> Floats:
-    """On the margins of each user's targets, after the margins of their choices."""
-    return arena.filled(lambda at, count: _share(candidates.predict(chosen[at][:count], targets[at])))
+    """Accuracy on each user's target pairs, predicted from the margins of their choices."""
+    return held_out.table_of(lambda at, count: _share(candidates.predict(chosen[at][:count], targets[at])))
 
 
-def _inferred_satisfaction(bank: Bank, candidates: Candidates, chosen: Sequence[Floats]) -> Floats:
-    """Under what is inferred from the margins of each user's choices."""
+def _inferred_satisfaction(bank: AnswerBank, candidates: Candidates, chosen: Sequence[Floats]) -> Floats:
+    """Satisfaction under the configuration inferred from each user's choices."""
     return bank.under(lambda at, count: candidates.belief(chosen[at][:count]).configuration)
 
 
@@ -103,18 +103,18 @@ def _share(margins: Floats) -> float:
     return float(np.mean(margins > 0) + 0.5 * np.mean(margins == 0))
 
 
-def _interview(arena: Arena, candidates: Candidates, user: User, values: Floats) -> Floats:
+def _margins_of_asked(held_out: HeldOutUsers, candidates: Candidates, user: User, values: Floats) -> Floats:
     """Margins of a user's choices, each on the most informative question after those before, [count, directives]."""
-    crowd = arena.steering.held_out
-    liked = crowd.utilities(user.taste)
-    avoided = {crowd.answers[at].prompt_id for at in user.targets.flatten()}
-    inside = np.array([answer.prompt_id not in avoided for answer in crowd.answers])
-    pool = crowd.pairs[inside[crowd.pairs].all(axis=1)]
+    population = held_out.steering.held_out_population
+    liked = population.utilities(user.taste)
+    avoided = {population.answers[at].prompt_id for at in user.targets.flatten()}
+    inside = np.array([answer.prompt_id not in avoided for answer in population.answers])
+    pool = population.pairs[inside[population.pairs].all(axis=1)]
     rng = np.random.default_rng(0)
     pool = pool[rng.permutation(len(pool))[:NUM_QUESTIONS]]
     offered = values[pool[:, 0]] - values[pool[:, 1]]
     margins: list[Floats] = []
-    for _ in range(max(arena.counts)):
+    for _ in range(max(held_out.counts)):
         best = int(np.argmax(candidates.information_gain(np.array(margins), offered)))
         first, second = pool[best]
         takes_first = (liked[first] > liked[second]) != (rng.random() < user.taste.noise)
@@ -129,64 +129,64 @@ def pairs_in_prompt(choices: Sequence[tuple[Answer, Answer]]) -> str:
     return "\n\n".join([PROMPT_HEAD, *shown])
 
 
-def _in_prompt(arena: Arena, bank: Bank) -> Floats:
+def _in_prompt(held_out: HeldOutUsers, bank: AnswerBank) -> Floats:
     """Satisfaction where the policy is shown the pairs themselves; NaN where they do not fit."""
-    answers, planned = arena.steering.held_out.answers, {}
-    for at, user in enumerate(arena.users):
+    answers, planned = held_out.steering.held_out_population.answers, {}
+    for at, user in enumerate(held_out.users):
         prompt = bank.tested_prompts(at)[0]
-        for count in arena.counts:
+        for count in held_out.counts:
             pairs = [(answers[chosen], answers[rejected]) for chosen, rejected in user.context[:count]]
             system = pairs_in_prompt(pairs)
             planned[at, count] = [planned_answer(system, prompt, sample) for sample in range(PROMPT_SAMPLES)]
-    return arena.liking_of_cells(planned)
+    return held_out.liking_by_count(planned)
 
 
 @torch.no_grad()
-def _policy_accuracy(arena: Arena, policy: ConditionalPolicy) -> Floats:
-    """By the implicit rewards of a conditional policy."""
-    texts = arena.steering.texts(arena.steering.held_out.answers)
-    pairs = arena.tensors.targets[:PREDICTED_USERS, :POLICY_PAIRS]
+def _policy_accuracy(held_out: HeldOutUsers, policy: ConditionalPolicy) -> Floats:
+    """Accuracy of the implicit rewards of a conditional policy."""
+    tokens = held_out.steering.answer_tokens(held_out.steering.held_out_population.answers)
+    pairs = held_out.tensors.targets[:PREDICTED_USERS, :POLICY_PAIRS]
     places = sorted(set(pairs.flatten().tolist()))
-    reference = torch.zeros(len(texts))
-    reference[places] = policy.reference([texts[at] for at in places])
+    reference = torch.zeros(len(tokens))
+    reference[places] = policy.reference([tokens[at] for at in places])
 
     def value(at: int, count: int) -> float:
-        context = arena.tensors.tasks(slice(at, at + 1), count).context
-        rewards = policy.rewards(context, [pairs[at].flatten().tolist()], texts, reference).double()
+        context = held_out.tensors.tasks(slice(at, at + 1), count).context
+        rewards = policy.rewards(context, [pairs[at].flatten().tolist()], tokens, reference).double()
         chosen, rejected = rewards.view(-1, 2).numpy().T
         return _share(chosen - rejected)
 
-    return arena.filled(value, len(pairs))
+    return held_out.table_of(value, len(pairs))
 
 
 @torch.no_grad()
-def _policy_satisfaction(arena: Arena, bank: Bank, policy: ConditionalPolicy) -> Floats:
-    """With answers under the users' own adapters, by vLLM."""
-    folder = arena.steering.folder / "adapters"
+def _policy_satisfaction(held_out: HeldOutUsers, bank: AnswerBank, policy: ConditionalPolicy) -> Floats:
+    """Satisfaction with vLLM's answers under the users' own adapters."""
+    folder = held_out.steering.folder / "adapters"
     weights = content_id(*(float(tensor.double().sum()) for tensor in policy.own_state().values()))
     planned = {}
-    for at in range(len(arena.users))[:POLICY_USERS]:
-        for count in arena.counts:
-            z = policy.encoder(arena.tensors.tasks(slice(at, at + 1), count).context)[0]
+    for at in range(len(held_out.users))[:POLICY_USERS]:
+        for count in held_out.counts:
+            z = policy.encoder(held_out.tensors.tasks(slice(at, at + 1), count).context)[0]
             name = f"user-{content_id(weights, z.tolist())}"
-            policy.fold(z, folder / name, arena.steering.policy.path)
+            policy.fold(z, folder / name, held_out.steering.policy.path)
             planned[at, count] = [
                 planned_answer(name, prompt, 0) for prompt in bank.tested_prompts(at)[:POLICY_PROMPTS]
             ]
-    return arena.liking_of_cells(planned, AdapterActor, folder=folder, rank=RANK)
+    return held_out.liking_by_count(planned, AdapterActor, folder=folder, rank=RANK)
 
 
-def _costs(arena: Arena) -> dict[str, dict[str, int]]:
+def _costs(held_out: HeldOutUsers) -> dict[str, dict[str, int]]:
     """Per method, after all choices: policy tokens per user once, more of them per answer, bytes kept per user."""
-    steering, answers = arena.steering, arena.steering.held_out.answers
-    size, best_of, count = steering.config.size, steering.config.best_of, max(arena.counts)
-    texts = steering.texts(answers)
-    whole = float(np.mean([len(ids) for ids, _ in texts]))
-    own = float(np.mean([len(ids) - start for ids, start in texts]))
+    steering, answers = held_out.steering, held_out.steering.held_out_population.answers
+    size, best_of, count = steering.config.size, steering.config.best_of, max(held_out.counts)
+    tokens = steering.answer_tokens(answers)
+    whole = float(np.mean([len(ids) for ids, _ in tokens]))
+    own = float(np.mean([len(ids) - start for ids, start in tokens]))
     tokenizer = AutoTokenizer.from_pretrained(steering.policy.path)
     directives = [len(tokenizer(directive)["input_ids"]) for directive in steering.candidates.directives]
     directive = float(np.mean(directives))
-    shown = [[answers[at] for at in user.context.flatten()] for user in arena.users]
+    shown = [[answers[at] for at in user.context.flatten()] for user in held_out.users]
     chars = float(np.mean([sum(len(answer.text) + len(answer.prompt) / 2 for answer in pairs) for pairs in shown]))
     choices, margins = 2 * count * whole, 8 * count * len(directives)
     costs: dict[str, tuple[float, float, float]] = {
@@ -194,7 +194,7 @@ def _costs(arena: Arena) -> dict[str, dict[str, int]]:
         "inferred directive": (choices * len(directives), directive, margins),
         "inferred directive, asked": (0, directive, margins),
         "pairs in the prompt": (0, choices, chars),
-    } | {f"NP-DPO {policy.form}": (choices, 0, 4 * size) for policy in arena.fitted.policies}
+    } | {f"NP-DPO {policy.form}": (choices, 0, 4 * size) for policy in held_out.fitted.policies}
     names = ("tokens_once", "tokens_per_answer", "bytes")
     return {method: dict(zip(names, map(round, parts), strict=True)) for method, parts in costs.items()}
 
@@ -203,15 +203,18 @@ def _costs(arena: Arena) -> dict[str, dict[str, int]]:
 
 
 def _write(
-    arena: Arena, accuracies: dict[str, Floats], satisfactions: dict[str, Floats], costs: dict[str, dict[str, int]]
+    held_out: HeldOutUsers,
+    accuracies: dict[str, Floats],
+    satisfactions: dict[str, Floats],
+    costs: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
     """Means with intervals, saved and printed."""
     groups = {
-        "per_kind": np.array([user.taste.kind + ", flipped" * user.taste.flipped for user in arena.users]),
-        "per_rubric": np.array(["+".join(sorted(user.taste.targets)) for user in arena.users]),
+        "per_kind": np.array([user.taste.kind + ", flipped" * user.taste.flipped for user in held_out.users]),
+        "per_rubric": np.array(["+".join(sorted(user.taste.liked_scores)) for user in held_out.users]),
     }
-    steering, rng = arena.steering, np.random.default_rng(arena.steering.plan.config.seed)
-    results: dict[str, Any] = {"counts": arena.counts, "num_users": len(arena.users), "costs": costs}
+    steering, rng = held_out.steering, np.random.default_rng(held_out.steering.plan.config.seed)
+    results: dict[str, Any] = {"counts": held_out.counts, "num_users": len(held_out.users), "costs": costs}
     results["policy"] = steering.policy.identity
     for metric, methods in (("accuracy", accuracies), ("satisfaction", satisfactions)):
         results[metric] = {}

@@ -21,8 +21,8 @@ from cpt_ray.config import Form, Range, SteerConfig
 from cpt_ray.console import say
 from cpt_ray.engines.ray_train import WorkerGroup, run_workers
 from cpt_ray.errors import UserError
-from cpt_ray.steering.policy import ConditionalPolicy, Sequences
-from cpt_ray.steering.reward import RewardModel, Tasks, Tensors, learn
+from cpt_ray.steering.policy import AnswerTokens, ConditionalPolicy
+from cpt_ray.steering.reward import RewardModel, Tasks, Tensors, train_loop
 from cpt_ray.tables.files import replacing
 
 DATA, PROGRESS = "tensors.pt", "progress.json"
@@ -33,14 +33,14 @@ GUESSING = math.log(2)
 
 
 @dataclass(frozen=True)
-class Fit:
+class ModelToFit:
     """One kind of model to train, and how."""
 
     config: SteerConfig
     folder: Path
     """Of the models; absolute."""
     seed: int
-    kind: str
+    method: str
     """"np-btl"; the same model without any context ("static") or given the taste ("oracle"); or a form of NP-DPO."""
     policy: str = ""
     """Of NP-DPO alone: folder or name of the model."""
@@ -50,7 +50,7 @@ class Fit:
     @property
     def seeds(self) -> int:
         """How many are trained: those to compare with are one each."""
-        return self.config.seeds if self.kind == "np-btl" else 1
+        return self.config.seeds if self.method == "np-btl" else 1
 
     @property
     def steps(self) -> int:
@@ -59,11 +59,11 @@ class Fit:
 
     def name(self, number: int) -> str:
         """Of one seed's model."""
-        return self.kind if self.policy else f"{self.kind} {number}"
+        return self.method if self.policy else f"{self.method} {number}"
 
     def path(self, number: int) -> Path:
         """Of one seed's weights."""
-        return self.folder / f"{self.kind}-{number}.safetensors"
+        return self.folder / f"{self.method}-{number}.safetensors"
 
 
 class Reporter:
@@ -100,11 +100,11 @@ class Reporter:
             file.write(json.dumps(state).encode())
 
 
-def train(fits: Sequence[Fit], data: dict[str, Any]) -> None:
+def train_missing(fits: Sequence[ModelToFit], data: dict[str, Any]) -> None:
     """Trains the models whose files are not there yet, all by one worker group of Ray Train.
 
     Args:
-        data: "tensors", the fields of `Tensors`; for NP-DPO also "texts", the `Sequences` of their answers, and
+        data: "tensors", the fields of `Tensors`; for NP-DPO also "tokens", the `AnswerTokens` of their answers, and
             "prompts", the ids of these answers' prompts.
     """
     missing = [(fit, number) for fit in fits for number in range(fit.seeds) if not fit.path(number).exists()]
@@ -126,10 +126,10 @@ def train(fits: Sequence[Fit], data: dict[str, Any]) -> None:
             work,
             {"missing": missing},
             group,
-            name=f"steer-{first.kind}-{first.folder.name}",
+            name=f"steer-{first.method}-{first.folder.name}",
             storage=str(first.folder.parent / "checkpoints"),
             state=first.folder / PROGRESS,
-            title=f"steer {first.kind}",
+            title=f"steer {first.method}",
             steps=sum(fit.steps for fit, _ in missing),
         )
     for fit in fits:
@@ -137,15 +137,15 @@ def train(fits: Sequence[Fit], data: dict[str, Any]) -> None:
         loss = float(np.mean([json.loads(path.read_text())["loss"] for path in summaries]))
         guessing = f" (guessing: {GUESSING:.3f})" if loss >= GUESSING else ""
         count = f"{fit.seeds} models, " if fit.seeds > 1 else ""
-        say(f"steer fit    {fit.kind}: {count}loss {loss:.3f}{guessing}")
+        say(f"steer fit    {fit.method}: {count}loss {loss:.3f}{guessing}")
 
 
-def load_reward_models(fit: Fit, embedding: int) -> list[RewardModel]:
+def load_reward_models(fit: ModelToFit, embedding: int) -> list[RewardModel]:
     """The trained models of all seeds."""
     return [_reward_model(fit, embedding, fit.path(number)) for number in range(fit.seeds)]
 
 
-def _reward_model(fit: Fit, embedding: int, weights: Path) -> RewardModel:
+def _reward_model(fit: ModelToFit, embedding: int, weights: Path) -> RewardModel:
     from safetensors.torch import load_file
 
     model = RewardModel(embedding, fit.config.size)
@@ -153,7 +153,7 @@ def _reward_model(fit: Fit, embedding: int, weights: Path) -> RewardModel:
     return model.eval()
 
 
-def load_policy(fit: Fit, embedding: int) -> ConditionalPolicy:
+def load_policy(fit: ModelToFit, embedding: int) -> ConditionalPolicy:
     """The trained conditional policy."""
     from safetensors.torch import load_file
 
@@ -162,21 +162,21 @@ def load_policy(fit: Fit, embedding: int) -> ConditionalPolicy:
     return policy.eval()
 
 
-def _new_policy(fit: Fit, embedding: int) -> ConditionalPolicy:
+def _new_policy(fit: ModelToFit, embedding: int) -> ConditionalPolicy:
     """The untrained conditional policy around a frozen model."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if fit.config.use_gpu else torch.float32
     frozen = AutoModelForCausalLM.from_pretrained(fit.policy, dtype=dtype).eval()
     torch.manual_seed(fit.seed)
-    form: Form = fit.kind  # type: ignore[assignment]
+    form: Form = fit.method  # type: ignore[assignment]
     return ConditionalPolicy(frozen, form, embedding, fit.config.size, beta=fit.config.policy_beta)
 
 
 # ---------------------------------------------------------------- in a worker
 
 
-class Draws:
+class UserSampler:
     """Users of this rank, and choices of theirs, at random."""
 
     def __init__(self, tensors: Tensors, seed: int, rank: int, ranks: int):
@@ -198,8 +198,8 @@ class Draws:
         return self.tensors.embeddings[self.tensors.context[users][:, order]]
 
 
-class Lesson(NamedTuple):
-    """What `learn` trains, and on what."""
+class Training(NamedTuple):
+    """What `train_loop` trains, and on what."""
 
     module: nn.Module
     draw: Callable[[int], Any]
@@ -213,7 +213,7 @@ def work(settings: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    missing: list[tuple[Fit, int]] = settings["missing"]
+    missing: list[tuple[ModelToFit, int]] = settings["missing"]
     first, context = missing[0][0], ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if not first.config.use_gpu:
@@ -225,17 +225,17 @@ def work(settings: dict[str, Any]) -> None:
     def report(step: int, loss: float) -> None:
         reporter(done + step, f"{name}, loss {loss:.3f}")
 
-    def train_one(fit: Fit, number: int) -> None:
+    def train_one(fit: ModelToFit, number: int) -> None:
         """In a function of its own, at whose end the model is freed: a second policy need not fit beside it."""
         with reporter.failing(name):
-            draws = Draws(tensors, fit.seed + number, rank, ranks)
+            sampler = UserSampler(tensors, fit.seed + number, rank, ranks)
             reporter(done, f"{name}, preparing")  # NP-DPO's reference takes its time
-            lesson = _policy_lesson(fit, draws, **data) if fit.policy else _reward_lesson(fit, number, draws)
-            wrapped = prepare_model(lesson.module, parallel_strategy="ddp" if ranks > 1 else None)
-            losses = learn(wrapped, lesson.draw, fit.steps, lesson.learning_rate, lesson.setting, report)
+            training = _policy_training(fit, sampler, **data) if fit.policy else _reward_training(fit, number, sampler)
+            wrapped = prepare_model(training.module, parallel_strategy="ddp" if ranks > 1 else None)
+            losses = train_loop(wrapped, training.draw, fit.steps, training.learning_rate, training.setting, report)
         if rank == 0:
-            _save(fit, number, lesson.module, losses)
-        ray.train.report({fit.kind: number})
+            _save(fit, number, training.module, losses)
+        ray.train.report({fit.method: number})
 
     for fit, number in missing:
         name = fit.name(number)
@@ -245,7 +245,7 @@ def work(settings: dict[str, Any]) -> None:
         done += fit.steps
 
 
-def _save(fit: Fit, number: int, module: nn.Module, losses: Sequence[float]) -> None:
+def _save(fit: ModelToFit, number: int, module: nn.Module, losses: Sequence[float]) -> None:
     """The weights last, so that a file that is there is complete."""
     from safetensors.torch import save
 
@@ -255,49 +255,51 @@ def _save(fit: Fit, number: int, module: nn.Module, losses: Sequence[float]) -> 
         file.write(save({name: tensor.contiguous().cpu() for name, tensor in weights.items()}))
 
 
-def _reward_lesson(fit: Fit, number: int, draws: Draws) -> Lesson:
+def _reward_training(fit: ModelToFit, number: int, sampler: UserSampler) -> Training:
     """NP-BTL: targets of users and their twins, after any number of their choices."""
-    tensors, config = draws.tensors, fit.config
+    tensors, config = sampler.tensors, fit.config
 
     def draw(step: int) -> Tasks:
-        users = draws.users(config.batch_users)
-        is_oracle = fit.kind == "oracle"
-        context = tensors.tastes[users] if is_oracle else draws.context(users, 0 if fit.kind == "static" else None)
+        users = sampler.users(config.batch_users)
+        is_oracle = fit.method == "oracle"
+        context = tensors.tastes[users] if is_oracle else sampler.context(users, 0 if fit.method == "static" else None)
         return Tasks(context, tensors.embeddings[tensors.targets[users]]).with_twins()
 
     torch.manual_seed(fit.seed + number)
     model = RewardModel(tensors.embeddings.shape[1], config.size)
-    return Lesson(model, draw, config.learning_rate, "steer.learning_rate")
+    return Training(model, draw, config.learning_rate, "steer.learning_rate")
 
 
-def _policy_lesson(fit: Fit, draws: Draws, texts: Sequences, prompts: Sequence[str]) -> Lesson:
+def _policy_training(
+    fit: ModelToFit, sampler: UserSampler, tokens: Sequence[AnswerTokens], prompts: Sequence[str]
+) -> Training:
     """NP-DPO: some answers for users and their twins, and what NP-BTL says of every two of them.
 
     The policy has NP-BTL's encoder, which stays as it is: trained on, it fits the answers learned from and does worse
     on others.
     """
-    tensors, config, groups = draws.tensors, fit.config, answers_by_prompt(prompts)
+    tensors, config, groups = sampler.tensors, fit.config, answers_by_prompt(prompts)
     device, embedding = tensors.embeddings.device, tensors.embeddings.shape[1]
     policy, teacher = _new_policy(fit, embedding), _reward_model(fit, embedding, fit.reward)
     policy.encoder.load_state_dict(teacher.encoder.state_dict())
     policy.encoder.requires_grad_(False)
     policy.to(device)
     teacher.to(device)
-    reference = policy.reference(texts)
+    reference = policy.reference(tokens)
 
     def draw(step: int) -> tuple[Any, ...]:
-        users = draws.users(config.policy_users)
-        chosen = draws.context(users)
+        users = sampler.users(config.policy_users)
+        chosen = sampler.context(users)
         context = torch.cat([chosen, chosen.flip(2)])
-        drawn = [draw_answers(groups, config.policy_answers, draws.random) for _ in users] * 2
+        drawn = [draw_answers(groups, config.policy_answers, sampler.random) for _ in users] * 2
         answers, prompt_of = torch.tensor(drawn, device=device).unbind(-1)
         with torch.no_grad():
             rewards = teacher.reward(teacher.encoder(context), tensors.embeddings[answers])
         preferred = (rewards[:, :, None] - rewards[:, None]).sigmoid()
         preferred[prompt_of[:, :, None] != prompt_of[:, None]] = torch.nan
-        return context, answers.tolist(), texts, reference, preferred
+        return context, answers.tolist(), tokens, reference, preferred
 
-    return Lesson(policy, draw, config.policy_learning_rate, "steer.policy_learning_rate")
+    return Training(policy, draw, config.policy_learning_rate, "steer.policy_learning_rate")
 
 
 def answers_by_prompt(prompts: Sequence[str]) -> list[list[int]]:

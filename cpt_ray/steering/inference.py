@@ -22,32 +22,31 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.steering.choices import Choice, Preferences, Question
+from cpt_ray.steering.choices import Choice, PreferenceState, Question
+from cpt_ray.steering.scoring import Triple
+from cpt_ray.steering.users import Floats
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import QUESTIONS_FILE, RunDir
 
 PRIOR = (0.1, 0.6, 0.3)
 """Prior mass of no preference, of all configurations of one rubric, and of all those of two."""
-NEAR = 0.25
+NEIGHBOUR_SHARE = 0.25
 """Share of a rubric's span within which levels count as one in the confidence of a belief."""
 SHARPNESS = 8.0
 """How sure users choose between the two ends of a rubric: sigmoid(8) of them take the end they like."""
 MOST_RUBRICS = 2
 """In one configuration."""
 
-Floats = NDArray[np.float64]
-
 
 class Scorer(Protocol):
     """The tuned policy, as far as it is needed here."""
 
-    def logprobs(self, asked: Sequence[tuple[str | None, str, str]]) -> list[float]:
-        """log pi(answer | directive, prompt) of each (directive, prompt, answer), its end mark included."""
+    def logprobs(self, triples: Sequence[Triple]) -> list[float]:
+        """log pi(answer | directive, prompt) of each, its end mark included."""
         ...
 
 
@@ -61,7 +60,8 @@ class Belief:
     confidence: dict[str, float] = field(default_factory=dict)
     """Rubric id to the probability that its likeliest level, or one very near it, is meant."""
     probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Rubric id to level name to probability; what is missing to 1 is that the rubric does not matter."""
+    """Rubric id to level name to probability; the rest to 1 is the probability that the rubric does
+    not matter."""
     num_choices: int
     """How many count: a repeated choice does not."""
 
@@ -103,9 +103,9 @@ class Candidates:
             for levels in itertools.product(*(range(sizes[name]) for name in names))
         ]
         """Rubric id to level index."""
-        self._member: Floats = np.zeros((len(self.configurations), len(self.directives)))
+        self._has_directive: Floats = np.zeros((len(self.configurations), len(self.directives)))
         for row, configuration in enumerate(self.configurations):
-            self._member[row, [self._columns[name].start + level for name, level in configuration.items()]] = 1
+            self._has_directive[row, [self._columns[name].start + level for name, level in configuration.items()]] = 1
         self._log_prior = np.log(self._prior(prior))
 
     def _prior(self, care: Mapping[str, float]) -> Floats:
@@ -132,15 +132,18 @@ class Candidates:
     def score(self, scorer: Scorer, choices: Sequence[Choice]) -> Floats:
         """Margins of choices by the policy itself, [choices, directives]; one batch, each answer once."""
         answers = list(dict.fromkeys((each.prompt, text) for each in choices for text in (each.chosen, each.rejected)))
-        asked = [(directive, *answer) for answer in answers for directive in self.directives]
-        logprobs = np.array(scorer.logprobs(asked), dtype=np.float64).reshape(len(answers), -1)
+        triples = [(directive, *answer) for answer in answers for directive in self.directives]
+        logprobs = np.array(scorer.logprobs(triples), dtype=np.float64).reshape(len(answers), -1)
         values = dict(zip(answers, self.values(logprobs), strict=True))
         return np.array([values[each.prompt, each.chosen] - values[each.prompt, each.rejected] for each in choices])
 
     def add(
-        self, state: Preferences, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
+        self, state: PreferenceState, choices: Sequence[Choice], scorer: Scorer, questions: Sequence[Question] = ()
     ) -> None:
-        """Adds what is new of `choices` to a state. Answers to `questions` cost nothing; the rest is one batch."""
+        """Adds what is new of `choices` to a state.
+
+        Choices that answer `questions` have known margins; the rest are scored in one batch.
+        """
         known = {Choice(prompt=ask.prompt, chosen=ask.first, rejected=ask.second): ask.margins for ask in questions}
         known |= {choice.swapped(): tuple(-value for value in margins) for choice, margins in known.items()}
         if state.key != self.key:  # its margins belong to another policy
@@ -155,7 +158,7 @@ class Candidates:
 
     def _chances(self, margins: Floats) -> Floats:
         """Probability of each choice under each configuration, [configurations, choices]."""
-        total = self._member @ margins.reshape(-1, len(self.directives)).T
+        total = self._has_directive @ margins.reshape(-1, len(self.directives)).T
         chances: Floats = self.lapse / 2 + (1 - self.lapse) / (1 + np.exp(-np.clip(total, -50, 50)))
         return chances
 
@@ -174,7 +177,7 @@ class Candidates:
 
     def belief(self, margins: Any) -> Belief:
         """The posterior of margins [choices, directives] in terms of rubrics and levels."""
-        per_directive = self.posterior(np.array(margins, dtype=np.float64)) @ self._member
+        per_directive = self.posterior(np.array(margins, dtype=np.float64)) @ self._has_directive
         probabilities, likeliest, confidence = {}, {}, {}
         for rubric in self.catalog.rubrics:
             chances = per_directive[self._columns[rubric.id]]
@@ -182,7 +185,9 @@ class Candidates:
             best = int(np.argmax(chances))
             probabilities[rubric.id] = dict(zip(names, chances.tolist(), strict=True))
             likeliest[rubric.id] = names[best]
-            confidence[rubric.id] = float(chances[np.abs(anchors - anchors[best]) <= NEAR * np.ptp(anchors)].sum())
+            confidence[rubric.id] = float(
+                chances[np.abs(anchors - anchors[best]) <= NEIGHBOUR_SHARE * np.ptp(anchors)].sum()
+            )
         surest = sorted(confidence, key=lambda name: -confidence[name])[:MOST_RUBRICS]
         configuration = {name: likeliest[name] for name in surest if confidence[name] >= self.certainty}
         return Belief(
@@ -202,10 +207,10 @@ class Candidates:
         gain: Floats = _entropy(posterior @ chances) - posterior @ _entropy(chances)
         return gain
 
-    def next_question(self, state: Preferences, questions: Sequence[Question]) -> Question | None:
+    def next_question(self, state: PreferenceState, questions: Sequence[Question]) -> Question | None:
         """The most informative question about a prompt that has no choice yet; None if there is none left."""
-        asked = {choice.prompt for choice in state.choices}
-        left = [question for question in questions if question.prompt not in asked]
+        answered = {choice.prompt for choice in state.choices}
+        left = [question for question in questions if question.prompt not in answered]
         if not left:
             return None
         gains = self.information_gain(np.array(state.margins), np.array([question.margins for question in left]))

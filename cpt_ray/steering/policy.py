@@ -6,9 +6,9 @@ Two ways to let z in, with one encoder, data and loss; both start as the policy 
     gated_lora  W + B diag(g(z)) A; folds exactly into one plain adapter per user (`ConditionalPolicy.fold`)
 
 The loss is DPO's over every pair of a group of answers to the same prompt, each of which is a pass through the policy
-only once. In the place of a choice is the probability that the user prefers one to the other: what NP-BTL says of it
-after the same choices, which is free of luck (distilled rewards: Fisch et al., arXiv 2405.19316), or 1 for a choice as
-it was made. With p_ij that probability and m_i the implicit reward beta * (log pi(i|z) - log ref(i)):
+only once. The label of a pair is the probability that the user prefers one answer: NP-BTL's prediction after the same
+choices, which has less noise than a single choice (distilled rewards: Fisch et al., arXiv 2405.19316), or 1 for a
+choice as it was made. With p_ij that probability and m_i the implicit reward beta * (log pi(i|z) - log ref(i)):
 
     - mean over i < j of p_ij log sigmoid(m_i - m_j) + (1 - p_ij) log sigmoid(m_j - m_i)
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ from cpt_ray.errors import UserError
 from cpt_ray.steering.reward import ContextEncoder, mlp
 from cpt_ray.tables.rundir import RunDir
 
-Sequences = Sequence[tuple[list[int], int]]
-"""Token ids of (prompt, answer), and where the answer starts."""
+AnswerTokens = tuple[list[int], int]
+"""Token ids of prompt and answer, and where the answer starts."""
 
 RANK, SCALE = 8, 2.0
 """Of every adapter: what B diag(g) A is multiplied by, which PEFT calls alpha / r."""
@@ -81,9 +82,9 @@ def add_adapters(model: Any) -> dict[str, GatedLora]:
 
 
 class ConditionalPolicy(nn.Module):
-    """A frozen causal language model of transformers, and what makes it depend on z."""
+    """A frozen causal language model of transformers, and what makes it depend on z. `beta` is for training alone."""
 
-    def __init__(self, model: Any, form: Form, embedding: int, size: int = 128, beta: float = 0.1):
+    def __init__(self, model: Any, form: Form, embedding: int, size: int, beta: float = math.nan):
         super().__init__()
         self.model, self.form, self.beta = model.requires_grad_(False), form, beta
         self.encoder = ContextEncoder(embedding, size)
@@ -112,7 +113,7 @@ class ConditionalPolicy(nn.Module):
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items() if name in own}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
-        """The opposite; ValueError unless exactly what `own_state` gives is there."""
+        """Loads what `own_state` gave; ValueError for anything else."""
         own = self.own_state()
         wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
         if wrong:
@@ -142,7 +143,7 @@ class ConditionalPolicy(nn.Module):
             for adapter in self.adapters.values():
                 adapter.gates = None
 
-    def logps(self, sequences: Sequences, z: Tensor | None = None) -> Tensor:
+    def logps(self, sequences: Sequence[AnswerTokens], z: Tensor | None = None) -> Tensor:
         """log pi(answer | prompt, z) of each sequence, over its answer's tokens, [sequences].
 
         Args:
@@ -160,7 +161,7 @@ class ConditionalPolicy(nn.Module):
         return torch.zeros(len(ids), device=device).index_add(0, scored.nonzero()[:, 0], token_logps)
 
     @torch.no_grad()
-    def reference(self, sequences: Sequences, batch_size: int = 64) -> Tensor:
+    def reference(self, sequences: Sequence[AnswerTokens], batch_size: int = 64) -> Tensor:
         """log ref(answer | prompt) of every sequence, [sequences], on the CPU; no z changes it, so once is enough."""
         logps = torch.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at][0]))  # little padding
@@ -168,26 +169,28 @@ class ConditionalPolicy(nn.Module):
             logps[part] = self.logps([sequences[at] for at in part]).cpu()
         return logps
 
-    def rewards(self, context: Tensor, answers: Sequence[Sequence[int]], texts: Sequences, reference: Tensor) -> Tensor:
+    def rewards(
+        self, context: Tensor, answers: Sequence[Sequence[int]], tokens: Sequence[AnswerTokens], reference: Tensor
+    ) -> Tensor:
         """The implicit rewards of each user's answers, [users, a].
 
         Args:
             context: [users, k, 2, E].
-            answers: [users, a], indices of `texts`.
-            reference: log-probabilities of `texts` under the reference, [texts].
+            answers: [users, a], indices of `tokens`.
+            reference: log-probabilities of `tokens` under the reference, [tokens].
         """
         z = self.encoder(context)
         flat = [at for group in answers for at in group]
-        logps = self.logps([texts[at] for at in flat], z.repeat_interleave(len(flat) // len(z), dim=0))
+        logps = self.logps([tokens[at] for at in flat], z.repeat_interleave(len(flat) // len(z), dim=0))
         return self.beta * (logps - reference[flat].to(logps.device)).view(len(z), -1)
 
-    def forward(self, batch: tuple[Tensor, Sequence[Sequence[int]], Sequences, Tensor, Tensor]) -> Tensor:
+    def forward(self, batch: tuple[Tensor, Sequence[Sequence[int]], Sequence[AnswerTokens], Tensor, Tensor]) -> Tensor:
         """The loss of a batch: the arguments of `rewards`, and [users, a, a], how probably a user prefers i to j.
 
         It is NaN where i and j are no pair.
         """
-        context, answers, texts, reference, preferred = batch
-        rewards = self.rewards(context, answers, texts, reference)
+        context, answers, tokens, reference, preferred = batch
+        rewards = self.rewards(context, answers, tokens, reference)
         margins = rewards[:, :, None] - rewards[:, None]
         is_pair = ~preferred.isnan() & torch.ones_like(preferred, dtype=torch.bool).triu(1)
         return binary_cross_entropy_with_logits(margins[is_pair], preferred[is_pair])

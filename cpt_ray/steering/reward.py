@@ -24,6 +24,9 @@ from torch.nn.functional import logsigmoid
 from cpt_ray.errors import UserError
 from cpt_ray.steering.users import User
 
+HEADS = 8
+"""Of the attention over choices."""
+
 
 @dataclass(frozen=True)
 class Tasks:
@@ -63,14 +66,14 @@ class Tensors:
 
     @classmethod
     def of(cls, embeddings: NDArray[np.float32], users: Sequence[User], rubric_ids: Sequence[str]) -> Tensors:
-        """Of the users themselves; their twins are made in training."""
+        """The tensors of these users; their twins are made in training."""
         context = torch.tensor(np.array([user.context for user in users]))
         targets = torch.tensor(np.array([user.targets for user in users]))
         tastes = torch.zeros(len(users), 1, 2, embeddings.shape[1])
         for at, user in enumerate(users):
             for place, name in enumerate(rubric_ids):
                 weight = user.taste.weights.get(name, 0.0)
-                side = weight * (user.taste.targets.get(name, 50.0) - 50) / 20
+                side = weight * (user.taste.liked_scores.get(name, 50.0) - 50) / 20
                 tastes[at, 0, int(user.taste.flipped), 2 * place : 2 * place + 2] = torch.tensor([weight, side])
         return cls(torch.tensor(embeddings), context, targets, tastes)
 
@@ -79,9 +82,9 @@ class Tensors:
         context = self.embeddings[self.context[users][:, :num_choices]]
         return Tasks(context, self.embeddings[self.targets[users]])
 
-    def oracle_tasks(self, users: Tensor | slice = slice(None)) -> Tasks:
-        """The same with the users' taste in the place of their choices."""
-        return Tasks(self.tastes[users], self.embeddings[self.targets[users]])
+    def oracle_tasks(self) -> Tasks:
+        """Those of all users, with their taste in the place of their choices."""
+        return Tasks(self.tastes, self.embeddings[self.targets])
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -95,11 +98,11 @@ def mlp(*sizes: int) -> nn.Sequential:
 class ContextEncoder(nn.Module):
     """Choices [users, k, 2, E] to z [users, `size`], whatever their order."""
 
-    def __init__(self, embedding: int, size: int, heads: int = 8):
+    def __init__(self, embedding: int, size: int):
         super().__init__()
         self.project = nn.Linear(2 * embedding, size)
         self.null = nn.Parameter(torch.randn(size) * 0.02)
-        self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(size, HEADS, batch_first=True)
         self.head = mlp(size, size, size)
 
     def forward(self, context: Tensor) -> Tensor:
@@ -114,9 +117,9 @@ class ContextEncoder(nn.Module):
 class RewardModel(nn.Module):
     """r(y|z) and the encoder that gives z."""
 
-    def __init__(self, embedding: int, size: int = 256, heads: int = 8):
+    def __init__(self, embedding: int, size: int):
         super().__init__()
-        self.encoder = ContextEncoder(embedding, size, heads)
+        self.encoder = ContextEncoder(embedding, size)
         self.answer = mlp(embedding, size, size)
         self.score = mlp(2 * size, size, 1)
 
@@ -136,7 +139,7 @@ class RewardModel(nn.Module):
         return -logsigmoid(self.margins(tasks)).mean()
 
 
-def learn(
+def train_loop(
     module: nn.Module,
     draw: Callable[[int], Any],
     steps: int,

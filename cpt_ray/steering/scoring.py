@@ -14,8 +14,11 @@ from cpt_ray.errors import UserError
 SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 """vLLM's sampling parameters under which a prompt's own log-probabilities come back."""
 
+Triple = tuple[str | None, str, str]
+"""(directive, prompt, answer) to score."""
 
-def sequence(
+
+def answer_tokens(
     tokenizer: Any, directive: str | None, prompt: str, answer: str, template_kwargs: dict[str, Any]
 ) -> tuple[list[int], int]:
     """Token ids of the whole conversation, and where the answer starts in them."""
@@ -25,21 +28,21 @@ def sequence(
     return token_ids(tokenizer, messages, template_kwargs, is_finished=True), start
 
 
-def scored_sequences(
-    tokenizer: Any, asked: Sequence[tuple[str | None, str, str]], template_kwargs: dict[str, Any], max_model_len: int
+def checked_answer_tokens(
+    tokenizer: Any, triples: Sequence[Triple], template_kwargs: dict[str, Any], max_model_len: int
 ) -> list[tuple[list[int], int]]:
-    """`sequence` of each (directive, prompt, answer).
+    """`answer_tokens` of each (directive, prompt, answer).
 
     UserError if one is too long for the model, or has a control token, which would end its turn.
     """
     control = control_tokens(tokenizer)
-    for _, prompt, answer in asked:
+    for _, prompt, answer in triples:
         if token := find_control_token(control, prompt) or find_control_token(control, answer):
             raise UserError(f"choices: a text holds the control token {token!r}; leave it out, or write it otherwise")
-    sequences = [sequence(tokenizer, *each, template_kwargs) for each in asked]
+    sequences = [answer_tokens(tokenizer, *each, template_kwargs) for each in triples]
     longest, at = max((len(ids), at) for at, (ids, _) in enumerate(sequences))
     if longest >= max_model_len:
-        answer = asked[at][2][:40]
+        answer = triples[at][2][:40]
         raise UserError(f"too long: {answer!r} ... and its prompt have {longest} tokens, {max_model_len - 1} fit")
     return sequences
 
@@ -64,11 +67,11 @@ class PolicyScorer:
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len = self._llm.llm_engine.model_config.max_model_len
 
-    def logprobs(self, asked: Sequence[tuple[str | None, str, str]]) -> list[float]:
+    def logprobs(self, triples: Sequence[Triple]) -> list[float]:
         """log pi(answer | directive, prompt) of each, its end mark included; UserError if one is too long."""
         from vllm import SamplingParams
 
-        sequences = scored_sequences(self._tokenizer, asked, self._template_kwargs, self._max_model_len)
+        sequences = checked_answer_tokens(self._tokenizer, triples, self._template_kwargs, self._max_model_len)
         params = SamplingParams(**SCORING)
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids, _ in sequences], params, use_tqdm=False)
         return [logprob_from(output, start) for (_, start), output in zip(sequences, outputs, strict=True)]

@@ -31,19 +31,19 @@ from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.steering.actors import EmbedActor, Fill, LogprobActor
 from cpt_ray.steering.answers import Answer, grade_by_measures, make_answer, read_answers
-from cpt_ray.steering.choices import Choice, Preferences, Question, parse_choices
-from cpt_ray.steering.fitting import Fit, load_policy, load_reward_models, train
+from cpt_ray.steering.choices import Choice, PreferenceState, Question, parse_choices
+from cpt_ray.steering.fitting import ModelToFit, load_policy, load_reward_models, train_missing
 from cpt_ray.steering.inference import Candidates, make_candidates, read_questions
-from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm, Sequences
+from cpt_ray.steering.policy import VERSION, AnswerTokens, ConditionalPolicy, SavedForm
 from cpt_ray.steering.reward import RewardModel, Tensors
-from cpt_ray.steering.scoring import PolicyScorer, sequence
+from cpt_ray.steering.scoring import PolicyScorer, answer_tokens
 from cpt_ray.steering.users import Floats, Population, User, draw_taste
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
 from cpt_ray.tables.rundir import CATALOG_FILE, QUESTIONS_FILE, TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
 
 NUM_QUESTIONS = 200
-"""That are kept for users, or offered to a held-out one."""
+"""How many questions are kept for users, or offered to a held-out user."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Steering:
         return make_answer(prompt_id, prompt, text, known | grade_by_measures(self.plan.rubrics, text))
 
     @cached_property
-    def learned_from(self) -> Population:
+    def training_population(self) -> Population:
         """The writer's answers, to train prompts."""
         for name in self.config.held_out_rubrics:
             if name not in self.plan.by_id:
@@ -99,7 +99,7 @@ class Steering:
         if not rubrics:
             raise UserError("steer.held_out_rubrics: names every rubric; leave one to learn from")
         if self.shards is None:
-            return self._crowd(self._given["train"], rubrics)
+            return self._population(self._given["train"], rubrics)
         rows_of_judges = self.run.read("grades", self.shards.grades, Grade)
         grades = combine_judges(self.plan.rubrics, rows_of_judges, self.plan.config.synthesis.aggregate)
         answers = []
@@ -107,9 +107,9 @@ class Steering:
             keys = {name: (row.unit_id, name) for name in parts_of(row.rubric_id)}
             scores = {name: grades[key].score for name, key in keys.items() if key in grades}
             answers.append(self.answer(row.prompt_id, row.prompt, row.text, scores))
-        return self._crowd(answers, rubrics)
+        return self._population(answers, rubrics)
 
-    def _crowd(self, answers: Sequence[Answer], rubrics: Sequence[Rubric]) -> Population:
+    def _population(self, answers: Sequence[Answer], rubrics: Sequence[Rubric]) -> Population:
         distinct = list({answer.answer_id: answer for answer in answers}.values())
         return Population(distinct, rubrics, self.plan.config.seed, self.config.kinds)
 
@@ -120,33 +120,33 @@ class Steering:
         return read_answers(self.plan.config.prompts, self.config.answers, self.plan.rubrics, self.plan.prompts)
 
     @cached_property
-    def held_out(self) -> Population:
+    def held_out_population(self) -> Population:
         """Both models' answers in the evaluation, to held-out prompts; UserError if it was not run."""
         if self.shards is None:
-            return self._crowd(self._given["held_out"], self.plan.rubrics)
+            return self._population(self._given["held_out"], self.plan.rubrics)
         names = sorted(self.run.names("evaluation"))
         rows = [row for row in self.run.read("evaluation", names, Trial) if row.text]
         if not rows:
             raise UserError(f"{self.run.path}: no evaluation; run `cpt evaluate` with this run file first")
         answers = [self.answer(row.prompt_id, row.prompt, row.text, {row.rubric_id: row.score}) for row in rows]
-        return self._crowd(answers, self.plan.rubrics)
+        return self._population(answers, self.plan.rubrics)
 
     def users(
-        self, crowd: Population, count: int, salt: int, advance: Advance = lambda amount, note: None
+        self, population: Population, count: int, salt: int, advance: Advance = lambda amount, note: None
     ) -> list[User]:
         """Users of all kinds in turn; `advance` is called for each."""
         rng, config = np.random.default_rng([self.plan.config.seed, salt]), self.config
-        tastes = [draw_taste(rng, crowd.rubrics, config.kinds[at % len(config.kinds)]) for at in range(count)]
+        tastes = [draw_taste(rng, population.rubrics, config.kinds[at % len(config.kinds)]) for at in range(count)]
         users = []
         for taste in tastes:
-            users.append(crowd.user(rng, taste, config.choices, config.targets, config.conflicting))
+            users.append(population.user(rng, taste, config.choices, config.targets, config.conflicting))
             advance(1, "")
         return users
 
     @cached_property
     def test_users(self) -> list[User]:
         """Held-out users, each followed by its twin."""
-        drawn = self.users(self.held_out, max(1, self.config.test_users // 2), 1)
+        drawn = self.users(self.held_out_population, max(1, self.config.test_users // 2), 1)
         return [each for user in drawn for each in (user, user.twin())]
 
     def embeddings(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
@@ -161,10 +161,10 @@ class Steering:
         rows = self.table("steering_logprobs", answers, LogprobActor, self.policy, directives=directives)
         return np.array([row.logprobs for row in rows])
 
-    def texts(self, answers: Sequence[Answer]) -> Sequences:
-        """Token ids of each (prompt, answer) without a directive, and where the answer starts."""
+    def answer_tokens(self, answers: Sequence[Answer]) -> Sequence[AnswerTokens]:
+        """Of each (prompt, answer), without a directive."""
         tokenizer, kwargs = AutoTokenizer.from_pretrained(self.policy.path), self.policy.chat_template_kwargs
-        return [sequence(tokenizer, None, answer.prompt, answer.text, kwargs) for answer in answers]
+        return [answer_tokens(tokenizer, None, answer.prompt, answer.text, kwargs) for answer in answers]
 
     def table(self, name: str, rows: Sequence[Any], actor: Any, model: ModelConfig, **made_of: Any) -> list[Any]:
         """The table's rows for `rows`, in order; shards that are not there yet are made by a pool of actors.
@@ -223,21 +223,21 @@ def fit(steering: Steering) -> Fitted:
     config, seed = steering.config, steering.plan.config.seed
     with progress("steer users", config.users, "users") as advance:
         advance(0, "reading the answers")
-        crowd, held_out = steering.learned_from, steering.held_out
-        users = steering.users(crowd, config.users, 0, advance)
-    vectors = steering.embeddings([*crowd.answers, *held_out.answers])
+        population, held_out = steering.training_population, steering.held_out_population
+        users = steering.users(population, config.users, 0, advance)
+    vectors = steering.embeddings([*population.answers, *held_out.answers])
     if broken := int((~np.isfinite(vectors).all(axis=1)).sum()):
         problem = f"{broken} of {len(vectors)} embeddings are not finite numbers"
         raise UserError(f"steer.embedder: {problem}; give another one")
-    learned, tried = np.split(vectors, [len(crowd.answers)])
+    learned, tried = np.split(vectors, [len(population.answers)])
     scale = Scale(learned.mean(axis=0), learned.std(axis=0) + 1e-6)
     settings = config.model_dump(include=REWARD_SETTINGS)
     settings["variational"] = False  # a setting that was removed; without it, models of earlier versions are not found
-    graded = [[answer.answer_id, dict(answer.scores)] for answer in crowd.answers]
+    graded = [[answer.answer_id, dict(answer.scores)] for answer in population.answers]
     key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
     tensors = Tensors.of(scale(learned), users, list(steering.plan.by_id))
-    fits = [Fit(config, steering.folder / key, seed, kind) for kind in ("np-btl", "static", "oracle")]
-    train(fits, {"tensors": tensors.__dict__})
+    fits = [ModelToFit(config, steering.folder / key, seed, kind) for kind in ("np-btl", "static", "oracle")]
+    train_missing(fits, {"tensors": tensors.__dict__})
     models, static, oracle = (load_reward_models(each, vectors.shape[1]) for each in fits)
     policies = _fit_policies(steering, key, tensors, fits[0].path(0), scale) if config.forms else []
     if steering.shards is not None:
@@ -249,12 +249,12 @@ def _fit_policies(
     steering: Steering, key: str, tensors: Tensors, reward: Path, scale: Scale
 ) -> list[ConditionalPolicy]:
     """NP-DPO on the same users."""
-    config, answers, policy = steering.config, steering.learned_from.answers, steering.policy
+    config, answers, policy = steering.config, steering.training_population.answers, steering.policy
     settings = config.model_dump(include=POLICY_SETTINGS)
     folder = steering.folder / content_id(key, settings, policy.identity, VERSION)
-    fits = [Fit(config, folder, steering.plan.config.seed, form, policy.path, reward) for form in config.forms]
+    fits = [ModelToFit(config, folder, steering.plan.config.seed, form, policy.path, reward) for form in config.forms]
     prompts = [answer.prompt_id for answer in answers]
-    train(fits, {"tensors": tensors.__dict__, "texts": steering.texts(answers), "prompts": prompts})
+    train_missing(fits, {"tensors": tensors.__dict__, "tokens": steering.answer_tokens(answers), "prompts": prompts})
     for each in fits:
         saved = SavedForm(
             weights=str(each.path(0).relative_to(steering.run.path.absolute())),
@@ -264,24 +264,24 @@ def _fit_policies(
             mean=scale.mean.tolist(),
             deviation=scale.deviation.tolist(),
         )
-        steering.run.write_json(SavedForm.file(each.kind), asdict(saved))
+        steering.run.write_json(SavedForm.file(each.method), asdict(saved))
     return [load_policy(each, tensors.embeddings.shape[1]) for each in fits]
 
 
 def _write_questions(steering: Steering) -> None:
     """Pairs with their margins known, so that asking them costs a server nothing."""
-    crowd, candidates = steering.learned_from, steering.candidates
+    population, candidates = steering.training_population, steering.candidates
     saved = steering.run.read_json(QUESTIONS_FILE)
     if saved and saved["key"] == candidates.key:
         return
     rng = np.random.default_rng(steering.plan.config.seed)
-    pool = np.flatnonzero(crowd.conflicting) if crowd.conflicting.any() else np.arange(len(crowd.pairs))
-    pairs = crowd.pairs[rng.permutation(pool)[:NUM_QUESTIONS]]
+    pool = np.flatnonzero(population.conflicting) if population.conflicting.any() else np.arange(len(population.pairs))
+    pairs = population.pairs[rng.permutation(pool)[:NUM_QUESTIONS]]
     places, ranks = np.unique(pairs, return_inverse=True)
-    values = candidates.values(steering.logprobs([crowd.answers[at] for at in places]))[ranks.reshape(pairs.shape)]
+    values = candidates.values(steering.logprobs([population.answers[at] for at in places]))[ranks.reshape(pairs.shape)]
     questions = []
     for pair, margins in zip(pairs, values[:, 0] - values[:, 1], strict=True):
-        first, second = (crowd.answers[at] for at in pair)
+        first, second = (population.answers[at] for at in pair)
         question = Question(prompt=first.prompt, first=first.text, second=second.text, margins=tuple(margins.tolist()))
         questions.append(asdict(question))
     steering.run.write_json(QUESTIONS_FILE, {"key": candidates.key, "questions": questions})
@@ -290,15 +290,16 @@ def _write_questions(steering: Steering) -> None:
 def describe(steering: Steering) -> None:
     """What `fit` would learn from, without doing it: the data are read and checked."""
     config = steering.config
-    for title, crowd, count in (
-        ("learned from", steering.learned_from, 2 * config.users),
-        ("held out", steering.held_out, len(steering.test_users)),
+    for title, population, count in (
+        ("learned from", steering.training_population, 2 * config.users),
+        ("held out", steering.held_out_population, len(steering.test_users)),
     ):
         say(
-            f"{title:<13}{len(crowd.prompts)} prompts, {len(crowd.answers)} answers, {len(crowd.pairs)} pairs "
-            f"({crowd.conflicting.mean():.0%} conflicting); {count} users, twins included"
+            f"{title:<13}{len(population.prompts)} prompts, {len(population.answers)} answers, "
+            f"{len(population.pairs)} pairs ({population.conflicting.mean():.0%} conflicting); "
+            f"{count} users, twins included"
         )
-    steering.users(steering.learned_from, len(config.kinds), 0)  # says whether there are pairs enough
+    steering.users(steering.training_population, len(config.kinds), 0)  # says whether there are pairs enough
     model = config.embedder or steering.plan.config.policy
     say(f"embeddings   {model.model}, {model.num_actors} actors with {model.num_gpus:g} GPUs each")
     say(
@@ -312,7 +313,7 @@ def describe(steering: Steering) -> None:
 
 def infer(steering: Steering, choices: Sequence[Choice]) -> dict[str, Any]:
     """The belief after some choices, and the next question."""
-    candidates, state = steering.candidates, Preferences()
+    candidates, state = steering.candidates, PreferenceState()
     questions = read_questions(steering.run, candidates)
     candidates.add(state, choices, PolicyScorer(steering.policy), questions)
     following = candidates.next_question(state, questions)

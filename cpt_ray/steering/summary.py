@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# the same words are in evaluation/templates/steering.html
 METRICS = {
     "accuracy": "Share of a held-out user's other choices that are predicted.",
     "satisfaction": "How much a held-out user likes the answers to other prompts, by what is measured: 0 to 1.",

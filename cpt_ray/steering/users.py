@@ -28,7 +28,7 @@ MIN_DIFFERENCE = 0.05
 MINORITY = 0.25
 """A pair is conflicting if at least this share of users prefers each of its answers."""
 PAIRS_PER_PROMPT = 200
-JURY = 64
+NUM_SAMPLED_TASTES = 64
 """Tastes drawn to find the conflicting pairs."""
 
 Floats = NDArray[np.float64]
@@ -40,14 +40,14 @@ class Taste:
     """What a user likes."""
 
     kind: str
-    targets: Mapping[str, float]
+    liked_scores: Mapping[str, float]
     """Rubric id to preferred score."""
     weights: Mapping[str, float]
     """Rubric id to weight; they sum to 1."""
     noise: float = 0.0
     """Probability that a choice is the wrong way round."""
     flipped: bool = False
-    """Likes what is far from the targets."""
+    """Likes what is far from the liked scores."""
 
     def twin(self) -> Taste:
         """Every choice the other way."""
@@ -59,11 +59,11 @@ class Taste:
         Args:
             spans: rubric id to the distance between its highest and lowest anchor.
         """
-        if any(name not in scores for name in self.targets):
+        if any(name not in scores for name in self.liked_scores):
             return float("nan")
         utility = sum(
-            self.weights[name] * max(0.0, 1 - abs(scores[name] - target) / spans[name])
-            for name, target in self.targets.items()
+            self.weights[name] * max(0.0, 1 - abs(scores[name] - liked) / spans[name])
+            for name, liked in self.liked_scores.items()
         )
         return 1 - utility if self.flipped else utility
 
@@ -71,14 +71,14 @@ class Taste:
 def draw_taste(rng: np.random.Generator, rubrics: Sequence[Rubric], kind: str) -> Taste:
     """A taste of one kind: one rubric's end ("noisy" too), a score within its middle half, or a blend of two ends."""
     chosen = [rubrics[at] for at in rng.permutation(len(rubrics))[: 2 if kind == "mixture" else 1]]
-    targets = {}
+    liked_scores = {}
     for rubric in chosen:
         low, high = rubric.levels[0].score, rubric.levels[-1].score
         end = {"high": high, "low": low}.get(kind, high if rng.random() < 0.5 else low)
-        targets[rubric.id] = end if kind != "middle" else low + (high - low) * float(rng.uniform(0.25, 0.75))
+        liked_scores[rubric.id] = end if kind != "middle" else low + (high - low) * float(rng.uniform(0.25, 0.75))
     share = float(rng.uniform(0.35, 0.65)) if len(chosen) == 2 else 1.0
-    weights = dict(zip(targets, (share, 1 - share), strict=False))
-    return Taste(kind=kind, targets=targets, weights=weights, noise=NOISE if kind == "noisy" else 0.0)
+    weights = dict(zip(liked_scores, (share, 1 - share), strict=False))
+    return Taste(kind=kind, liked_scores=liked_scores, weights=weights, noise=NOISE if kind == "noisy" else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ class Population:
         return np.array([taste.utility(answer.scores, self.spans) for answer in self.answers])
 
     def _find_conflicting(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        tastes = [draw_taste(rng, self.rubrics, self.kinds[at % len(self.kinds)]) for at in range(JURY)]
+        tastes = [draw_taste(rng, self.rubrics, self.kinds[at % len(self.kinds)]) for at in range(NUM_SAMPLED_TASTES)]
         differences = np.array([self._differences(taste) for taste in tastes])
         for_first = (differences > MIN_DIFFERENCE).mean(axis=0)
         for_second = (differences < -MIN_DIFFERENCE).mean(axis=0)

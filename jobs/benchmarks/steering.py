@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.rubrics.catalog import Catalog, CatalogLevel, CatalogRubric
-from cpt_ray.steering.choices import Choice, Preferences
+from cpt_ray.steering.choices import Choice, PreferenceState
 from cpt_ray.steering.inference import Candidates
 from cpt_ray.steering.policy import RANK, ConditionalPolicy
-from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, learn
+from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, train_loop
 from cpt_ray.tables.records import SteeredAnswer
 
 COUNTS = (0, 1, 3, 5, 10)
@@ -156,7 +156,7 @@ def _learned(world: World, steps: int, seed: int) -> list[float]:
         made = tasks(world, rng, 16, int(rng.integers(11)), 20)
         return Tasks(*(torch.tensor(one, dtype=torch.float32) for one in made))
 
-    learn(model, draw, steps, 3e-3)
+    train_loop(model, draw, steps, 3e-3)
     made = tasks(world, np.random.default_rng(10**6 + seed), 500, 10, 40, conflicting=True)
     tried = Tasks(*(torch.tensor(one, dtype=torch.float32) for one in made))
     return [float(accuracy(model, tried.first(count)).mean()) for count in COUNTS]
@@ -190,7 +190,7 @@ def beliefs(num_users: int, num_rubrics: int) -> None:
         candidates.belief(one)
     seconds = time.monotonic() - start
     text = "w" * 300
-    state = Preferences(
+    state = PreferenceState(
         choices=[Choice(prompt=text[:60], chosen=text, rejected=text)] * 10,
         margins=[tuple(round(float(one), 2) for one in row) for row in margins[0]],
     )
@@ -222,7 +222,7 @@ def adapters(num_users: int, model: str, served: bool) -> None:
 
     path = ModelConfig(model=model).path
     policy = ConditionalPolicy(
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), "gated_lora", embedding=128
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), "gated_lora", embedding=128, size=128
     )
     with torch.no_grad():
         for one in policy.adapters.values():

@@ -24,12 +24,12 @@ from cpt_ray.tables.records import Prompt, SteeredAnswer
 COUNTS = (0, 1, 3, 5, 10)
 """Numbers of choices that results are given for, up to steer.choices."""
 
-Cell = tuple[int, int]
+UserAndCount = tuple[int, int]
 """A user and a number of their choices."""
 Configuration = dict[str, str] | None
 
 
-class Arena:
+class HeldOutUsers:
     """Held-out users, and what was learned."""
 
     def __init__(self, steering: Steering, fitted: Fitted):
@@ -39,7 +39,7 @@ class Arena:
         self.others = torch.randperm(len(self.users), generator=torch.Generator().manual_seed(0))
         """A user for each user, by chance: whose choices should tell nothing."""
 
-    def filled(self, value: Callable[[int, int], float], num_users: int | None = None) -> Floats:
+    def table_of(self, value: Callable[[int, int], float], num_users: int | None = None) -> Floats:
         """[users, counts, 1] of `value(user, count)`; NaN from user `num_users` on."""
         values = np.full((len(self.users), len(self.counts), 1), np.nan)
         for at in range(len(self.users))[:num_users]:
@@ -47,7 +47,7 @@ class Arena:
         return values
 
     def reward_accuracy(self) -> dict[str, Floats]:
-        """Of the reward models."""
+        """Accuracy of the reward models, by method."""
         chosen, oracle = [self.tensors.tasks(num_choices=count) for count in self.counts], self.tensors.oracle_tasks()
         exchanged = [Tasks(tasks.context[self.others], tasks.targets) for tasks in chosen]
         methods = {
@@ -63,7 +63,7 @@ class Arena:
 
     def liking(self, at: int, texts: Sequence[str]) -> float:
         """Mean utility of texts for a user; NaN if none has one."""
-        rubrics, spans = self.steering.plan.rubrics, self.steering.held_out.spans
+        rubrics, spans = self.steering.plan.rubrics, self.steering.held_out_population.spans
         taste = self.users[at].taste
         return float(np.nanmean([taste.utility(grade_by_measures(rubrics, text), spans) for text in texts]))
 
@@ -74,34 +74,35 @@ class Arena:
         made_of["seed"] = self.steering.plan.config.seed
         return self.steering.table("steering_answers", planned, actor, self.steering.policy, **made_of)
 
-    def liking_of_cells(
-        self, planned: Mapping[Cell, Sequence[SteeredAnswer]], actor: Any = AnswerActor, **made_of: Any
+    def liking_by_count(
+        self, planned: Mapping[UserAndCount, Sequence[SteeredAnswer]], actor: Any = AnswerActor, **made_of: Any
     ) -> Floats:
         """How much users like the policy's answers to the rows of each user and number of choices.
 
         NaN where there are none: "" is what comes of a prompt that does not fit.
         """
-        rows = self.answered([row for cell in planned.values() for row in cell], actor, **made_of)
-        cells = [cell for cell, own in planned.items() for _ in own]
-        texts: dict[Cell, list[str]] = defaultdict(list)
-        for cell, row in zip(cells, rows, strict=True):
-            texts[cell] += [row.text] if row.text else []
+        rows = self.answered([row for pair in planned.values() for row in pair], actor, **made_of)
+        pairs_of_rows = [pair for pair, own in planned.items() for _ in own]
+        texts: dict[UserAndCount, list[str]] = defaultdict(list)
+        for pair, row in zip(pairs_of_rows, rows, strict=True):
+            texts[pair] += [row.text] if row.text else []
         num_users = 1 + max(at for at, _ in planned)
-        return self.filled(lambda at, count: self.liking(at, texts[at, count]), num_users)
+        return self.table_of(lambda at, count: self.liking(at, texts[at, count]), num_users)
 
 
-class Bank:
-    """The policy's answers under every configuration, so that any number of users can be scored by looking up."""
+class AnswerBank:
+    """Answers of the policy under every configuration, sampled once: users are scored by looking them up."""
 
-    def __init__(self, arena: Arena):
-        self.arena, steering, crowd, config = arena, arena.steering, arena.steering.held_out, arena.steering.config
+    def __init__(self, held_out: HeldOutUsers):
+        self.held_out, steering = held_out, held_out.steering
+        population, config = steering.held_out_population, steering.config
         levels = {rubric.id: [level.name for level in rubric.levels] for rubric in steering.catalog.rubrics}
         self.configurations = [
             {name: levels[name][level] for name, level in configuration.items()}
             for configuration in steering.candidates.configurations
         ]
         """The first is none."""
-        prompt_of = {answer.prompt_id: answer.prompt for answer in crowd.answers}
+        prompt_of = {answer.prompt_id: answer.prompt for answer in population.answers}
         self.prompts = [Prompt(prompt_id=name, text=prompt_of[name], split="held_out") for name in sorted(prompt_of)]
         self._best_of = max(config.samples, config.best_of)
         planned = [
@@ -110,37 +111,37 @@ class Bank:
             for prompt in self.prompts
             for sample in range(config.samples if configuration else self._best_of)
         ]
-        rows = arena.answered(planned)
+        rows = held_out.answered(planned)
         answers = [steering.answer(row.prompt_id, row.prompt, row.text, {}) for row in rows]
-        tastes = [user.taste for user in arena.users]
-        liked = np.array([[taste.utility(answer.scores, crowd.spans) for answer in answers] for taste in tastes])
+        tastes = [user.taste for user in held_out.users]
+        liked = np.array([[taste.utility(answer.scores, population.spans) for answer in answers] for taste in tastes])
         self._undirected = answers[: len(self.prompts) * self._best_of]
         plain, directed = np.split(liked, [len(self._undirected)], axis=1)
         self._plain = plain.reshape(len(liked), len(self.prompts), self._best_of)
         directed = directed.reshape(len(liked), len(self.configurations) - 1, len(self.prompts), config.samples)
-        grids = np.concatenate([np.nanmean(self._plain, axis=2)[:, None], np.nanmean(directed, axis=3)], axis=1)
+        satisfaction = np.concatenate([np.nanmean(self._plain, axis=2)[:, None], np.nanmean(directed, axis=3)], axis=1)
         """[users, configurations, prompts], how much a user likes the answers."""
-        self.tested = self._asked([user.targets for user in arena.users])
+        self.tested = self._is_about([user.targets for user in held_out.users])
         """[users, prompts], those of the targets: satisfaction is on these."""
-        shown = self._asked([user.context for user in arena.users])
-        self._tested = np.where(self.tested[:, None], grids, np.nan)
-        self._shown = np.nanmean(np.where(shown[:, None], grids, np.nan), axis=2)
+        shown = self._is_about([user.context for user in held_out.users])
+        self._tested = np.where(self.tested[:, None], satisfaction, np.nan)
+        self._shown = np.nanmean(np.where(shown[:, None], satisfaction, np.nan), axis=2)
         """[users, configurations], on the prompts of the context."""
 
-    def _asked(self, pairs: Sequence[Indices]) -> NDArray[np.bool_]:
+    def _is_about(self, pairs: Sequence[Indices]) -> NDArray[np.bool_]:
         """[users, prompts], whether a user's pairs are about a prompt."""
         names = np.array([prompt.prompt_id for prompt in self.prompts])
-        asked = np.array([answer.prompt_id for answer in self.arena.steering.held_out.answers])
+        asked = np.array([answer.prompt_id for answer in self.held_out.steering.held_out_population.answers])
         return np.array([np.isin(names, asked[own]) for own in pairs])
 
     def tested_prompts(self, at: int) -> list[Prompt]:
-        """On which a user's satisfaction is."""
+        """The prompts on which a user's satisfaction is measured."""
         return [self.prompts[place] for place in np.flatnonzero(self.tested[at])]
 
     def under(self, configure: Callable[[int, int], Configuration]) -> Floats:
         """Satisfaction under the configuration for (user, number of choices)."""
         satisfaction = np.nanmean(self._tested, axis=2)
-        return self.arena.filled(
+        return self.held_out.table_of(
             lambda at, count: satisfaction[at, self.configurations.index(configure(at, count) or {})]
         )
 
@@ -152,36 +153,36 @@ class Bank:
     def nearest(self, at: int, count: int) -> Configuration:
         """The configuration whose scores are nearest to the mean of the chosen answers': what it leaves open is as in
         all answers. The simplest that reads choices at all."""
-        crowd = self.arena.steering.held_out
-        chosen = [crowd.answers[place] for place in self.arena.users[at].context[:count, 0]]
-        usual, wanted = (_mean_scores(crowd.rubrics, answers) for answers in (crowd.answers, chosen))
-        scores = {rubric.id: {level.name: level.score for level in rubric.levels} for rubric in crowd.rubrics}
+        population = self.held_out.steering.held_out_population
+        chosen = [population.answers[place] for place in self.held_out.users[at].context[:count, 0]]
+        usual, wanted = (_mean_scores(population.rubrics, answers) for answers in (population.answers, chosen))
+        scores = {rubric.id: {level.name: level.score for level in rubric.levels} for rubric in population.rubrics}
 
         def distance(configuration: Mapping[str, str]) -> float:
             asked = {name: scores[name][level] for name, level in configuration.items() if name in scores}
-            gaps = [(asked.get(name, usual[name]) - score) / crowd.spans[name] for name, score in wanted.items()]
+            gaps = [(asked.get(name, usual[name]) - score) / population.spans[name] for name, score in wanted.items()]
             return float(np.linalg.norm(gaps))
 
         return min(self.configurations, key=distance)
 
-    def everybodys(self) -> Configuration:
+    def best_for_all(self) -> Configuration:
         """The configuration that all users together like most on what they were shown."""
         return self.configurations[int(np.nanargmax(np.nanmean(self._shown, axis=0)))]
 
-    def by_chance(self) -> Floats:
+    def random_satisfaction(self) -> Floats:
         """Mean satisfaction under a configuration drawn at random."""
         satisfaction = np.nanmean(self._tested, axis=(1, 2))
-        return self.arena.filled(lambda at, count: satisfaction[at])
+        return self.held_out.table_of(lambda at, count: satisfaction[at])
 
     @torch.no_grad()
     def reranked(self) -> Floats:
         """Satisfaction with the best of n answers without a directive, by each seed's reward model."""
-        arena, fitted = self.arena, self.arena.fitted
-        vectors = torch.tensor(fitted.scale(arena.steering.embeddings(self._undirected)))
-        satisfaction = np.empty((len(arena.users), len(arena.counts), len(fitted.models)))
+        held_out, fitted = self.held_out, self.held_out.fitted
+        vectors = torch.tensor(fitted.scale(held_out.steering.embeddings(self._undirected)))
+        satisfaction = np.empty((len(held_out.users), len(held_out.counts), len(fitted.models)))
         for seed, model in enumerate(fitted.models):
-            for at, count in enumerate(arena.counts):
-                z = model.encoder(arena.tensors.tasks(num_choices=count).context)
+            for at, count in enumerate(held_out.counts):
+                z = model.encoder(held_out.tensors.tasks(num_choices=count).context)
                 rewards = model.reward(z, vectors.expand(len(z), -1, -1)).numpy().reshape(self._plain.shape)
                 picked = np.take_along_axis(self._plain, rewards.argmax(axis=2)[..., None], axis=2)[..., 0]
                 satisfaction[:, at, seed] = np.nanmean(np.where(self.tested, picked, np.nan), axis=1)
@@ -189,7 +190,7 @@ class Bank:
 
 
 def _mean_scores(rubrics: Sequence[Rubric], answers: Sequence[Answer]) -> dict[str, float]:
-    """By rubric, over the answers that have a score; rubrics without any are left out."""
+    """Mean score by rubric, over the answers that have one; rubrics without any are left out."""
     ids = [rubric.id for rubric in rubrics]
     scores = {name: [answer.scores[name] for answer in answers if name in answer.scores] for name in ids}
     return {name: float(np.mean(known)) for name, known in scores.items() if known}

@@ -16,7 +16,7 @@ from cpt_ray.errors import UserError, did_you_mean, first_line, shown
 from cpt_ray.rubrics.measures import folded, terms_of
 from cpt_ray.tables.by_hash import fraction
 from cpt_ray.tables.records import Prompt, Reject, content_id
-from cpt_ray.texts import half_character, is_blank, refuse_messages_in, unique_names
+from cpt_ray.texts import is_blank, lone_surrogate, refuse_messages_in, unique_names
 
 MAX_FIELD_CHARACTERS = 100_000_000
 """Of a CSV file's field; Python's own limit, 131,072, is less than a long conversation."""
@@ -80,7 +80,7 @@ def _cell(config: PromptsConfig, row: dict[str, Any], number: int, column: str) 
 def _text_of(value: Any, where: str) -> str:
     if not isinstance(value, str) or is_blank(value):
         raise UserError(f"{where} holds {shown(value)}; expected a non-empty text")
-    if escape := half_character(value):
+    if escape := lone_surrogate(value):
         raise UserError(f"{where}: half a character ({escape}); correct the text")
     refuse_messages_in(value, where)
     return value

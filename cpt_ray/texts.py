@@ -29,7 +29,7 @@ def same_text(text: str, other: str) -> bool:
     return unicodedata.normalize("NFC", text.strip()) == unicodedata.normalize("NFC", other.strip())
 
 
-def half_character(value: Any) -> str:
+def lone_surrogate(value: Any) -> str:
     """The first lone surrogate in a JSON value's texts and keys, as an escape; "" if there is none.
 
     JSON can hold one ("\\\\ud83d") and UTF-8 cannot, so neither a tokenizer nor parquet takes it.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cpt_ray.config import PreferencesConfig
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_rows
-from cpt_ray.texts import half_character, is_blank
+from cpt_ray.texts import is_blank, lone_surrogate
 from cpt_ray.training.comparisons import read_comparisons, unread_fields
 from cpt_ray.training.messages import is_empty_answer, same_answers
 
@@ -207,9 +207,9 @@ def test_what_nobody_can_see_is_an_empty_answer(text: str) -> None:
 
 @given(st.text(min_size=1))
 def test_only_half_characters_are_found_and_what_utf8_takes_is_not(text: str) -> None:
-    escape = half_character({"a": [text]})
+    escape = lone_surrogate({"a": [text]})
     assert bool(escape) == any("\ud800" <= character <= "\udfff" for character in text)
-    assert half_character({text + "\udfff": 1}) != ""
+    assert lone_surrogate({text + "\udfff": 1}) != ""
 
 
 def test_answers_that_look_the_same_are_the_same() -> None:

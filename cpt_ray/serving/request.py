@@ -20,7 +20,7 @@ from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.chat.templates import find_control_token
 from cpt_ray.errors import UserError, kind_of
 from cpt_ray.rubrics.catalog import Catalog, ResolvedConfiguration
-from cpt_ray.texts import half_character, strings_in, unique_names
+from cpt_ray.texts import lone_surrogate, strings_in, unique_names
 
 CHAT_PATH = "/v1/chat/completions"
 CHAT_PATHS = (CHAT_PATH, "/tokenize")
@@ -239,23 +239,23 @@ def read_object(body: bytes) -> dict[str, Any] | None:
         return None
     is_wide = b"\0" in body[:4]  # UTF-16 or UTF-32
     may_have = is_wide or any(pattern.search(body) for pattern in _SURROGATES)
-    if may_have and (where := _half_in(data) or _half_in_arguments(data)):
+    if may_have and (where := _surrogate_in(data) or _surrogate_in_arguments(data)):
         raise UserError(f"{where}: holds half a character (a lone surrogate, like \\ud83d); send whole ones")
     return data if isinstance(data, dict) else None
 
 
-def _half_in_arguments(data: Any) -> str | None:
+def _surrogate_in_arguments(data: Any) -> str | None:
     """The same, in the JSON texts of tool calls, which vLLM reads for the chat template."""
     messages = data.get("messages") if isinstance(data, dict) else None
     for at, message in enumerate(messages if isinstance(messages, list) else ()):
         with contextlib.suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
             for call in message["tool_calls"]:
-                if _half_in(json.loads(call["function"]["arguments"])) is not None:
+                if _surrogate_in(json.loads(call["function"]["arguments"])) is not None:
                     return f"messages[{at}].tool_calls"
     return None
 
 
-def _half_in(data: Any) -> str | None:
+def _surrogate_in(data: Any) -> str | None:
     """Where half a character is, like "messages[0].content"; None if there is none."""
     with contextlib.suppress(RecursionError):
         try:
@@ -266,12 +266,12 @@ def _half_in(data: Any) -> str | None:
     left = [("", data)]
     while left:
         where, value = left.pop()
-        if isinstance(value, str) and half_character(value):
+        if isinstance(value, str) and lone_surrogate(value):
             return where or "body"
         if isinstance(value, list):
             left += [(f"{where}[{at}]", item) for at, item in enumerate(value)]
         if isinstance(value, dict):
-            if half_character(list(value)):
+            if lone_surrogate(list(value)):
                 return f"{where}.(a name)" if where else "(a name)"
             left += [(f"{where}.{name[:MAX_FIELD_NAME]}".removeprefix("."), item) for name, item in value.items()]
     return None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.texts import half_character
+from cpt_ray.texts import lone_surrogate
 
 MAX_CHOICES = 64
 """In one request or file."""
@@ -42,7 +42,7 @@ def _parse_choice(entry: Any, where: str) -> Choice:
     for name, text in entry.items():
         if not (isinstance(text, str) and text.strip() and len(text) <= MAX_CHARS):
             raise UserError(f"{where}.{name}: expected a text of 1 to {MAX_CHARS} characters")
-        if half_character(text):
+        if lone_surrogate(text):
             raise UserError(f"{where}.{name}: holds half a character (a lone surrogate, like \\ud83d)")
     choice = Choice(**entry)
     if choice.chosen == choice.rejected:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cpt_ray.chat.conversations import ChatMessage
 from cpt_ray.errors import UserError, kind_of
-from cpt_ray.texts import common_length, half_character, is_blank, refuse_messages_in, squashed
+from cpt_ray.texts import common_length, is_blank, lone_surrogate, refuse_messages_in, squashed
 from cpt_ray.training.messages import Turns, from_json, is_empty, read_turns, without_nulls
 
 ANSWERS = ("chosen", "rejected")
@@ -110,7 +110,7 @@ def _comparison(row: Mapping[str, Any], has_system: bool) -> Comparison:
         if name in MEDIA_COLUMNS:
             raise UserError(f"column {name!r}: only text can be trained on; leave the row or the column out")
         if name in READ_COLUMNS:
-            _refuse_half_characters(columns[name], name)
+            _refuse_lone_surrogates(columns[name], name)
     chosen, rejected = (read_turns(row, name) for name in ANSWERS)
     prompt = read_turns(columns, "prompt") if "prompt" in columns else None
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -132,15 +132,15 @@ def _check(comparison: Comparison) -> None:
     if is_blank(prompt) if isinstance(prompt, str) else not prompt or is_empty(prompt[-1]):
         raise UserError("an empty prompt; give one, or leave the row out")
     for name in ("prompt", *ANSWERS, "template"):  # once more, for what stood in a text as JSON
-        _refuse_half_characters(getattr(comparison, name), name)
+        _refuse_lone_surrogates(getattr(comparison, name), name)
     if isinstance(prompt, list):
         _check_turns(comparison)
     elif template:
         raise UserError(f"{', '.join(template)}: only messages are rendered with it; give messages, not text")
 
 
-def _refuse_half_characters(value: Any, name: str) -> None:
-    if escape := half_character(value):
+def _refuse_lone_surrogates(value: Any, name: str) -> None:
+    if escape := lone_surrogate(value):
         raise UserError(f"{name}: half a character ({escape}); correct the text, or leave the row out")
 
 

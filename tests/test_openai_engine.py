@@ -353,13 +353,13 @@ def test_a_key_that_the_server_repeats_is_not_shown() -> None:
 
 
 def test_the_pace_is_kept() -> None:
-    server = Server()
+    start, server = time.monotonic(), Server()
     server.engine(requests_per_minute=600).run([Request(messages=ASK, max_tokens=9)] * 6)
-    assert max(server.times) - min(server.times) >= 0.45  # six requests, 0.1 s apart
-    by_tokens = Server()
+    assert max(server.times) - start >= 0.45  # six requests, 0.1 s apart
+    start, by_tokens = time.monotonic(), Server()
     asked = [Request(messages=ASK, max_tokens=9, samples=2)] * 6  # 2 (a guess) + 2 x 9 tokens each
     by_tokens.engine(tokens_per_minute=12_000).run(asked)
-    assert max(by_tokens.times) - min(by_tokens.times) >= 0.45
+    assert max(by_tokens.times) - start >= 0.45
     assert Pace(60, 4)._seconds_each == 4
 
 

@@ -234,11 +234,13 @@ class Trial:
     num_tokens: int = 0
     """Generated tokens, thoughts included."""
     is_cut: bool = False
-    """It ran into max_tokens and lost its unfinished sentence, if a whole one is left."""
+    """Whether the answer ran into max_tokens; its unfinished last sentence is then removed, if a whole one is left."""
     score: float | None = None
-    """The grade's score, 0-100; None if ungraded."""
+    """Score by the whole rubric, 0-100; None if ungraded."""
     judged: float | None = None
+    """Score by the judged criteria alone; None if there are none."""
     measured: float | None = None
+    """Score by the measured criteria alone; None if there are none."""
     reason: str = "not answered yet"
     """Why `score` is None; "" if it is not."""
 

@@ -51,7 +51,7 @@ class _Change:
 
 
 def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoint: Path) -> dict[str, Any]:
-    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; the driver writes MARK.
+    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; MODEL_INFO_FILE is the driver's.
 
     UserError, and nothing is written, if the exported weights are (as good as) the policy's own, or are not finite, or
     give no finite probabilities on a training row.

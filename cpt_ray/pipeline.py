@@ -64,7 +64,8 @@ def check(paths: Sequence[Path]) -> None:
     for path in files:
         rubric = load_rubric(path)
         measured = f", {len(rubric.measured)} measured" if rubric.measured else ""
-        say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {len(rubric.criteria)} criteria{measured})")
+        criteria = f"{len(rubric.criteria)} criteri{'on' if len(rubric.criteria) == 1 else 'a'}"
+        say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {criteria}{measured})")
 
 
 def _is_run_file(path: Path) -> bool:

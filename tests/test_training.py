@@ -150,7 +150,7 @@ def work_with_a_log(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
     from cpt_ray.training import trl_trainer
 
-    log = settings["job"].run.path / "samples.jsonl"
+    log = settings["task"].run.path / "samples.jsonl"
     group = broadcast_from_rank_zero(os.getpid())
     plain_collate, plain_loss = trl_trainer.collate, trl_trainer.GridTrainer.compute_loss
 

@@ -60,7 +60,7 @@ class Worker:
             if judges := [step.model for line in job.steps for step in line if needs_schema(step.model)]:
                 check_schema_is_enforced(self._engine, f"judge {job.model.model}", judges[0].sampling.max_tokens)
             self._attempts.end(start)
-        except Exception as error:
+        except Exception as error:  # of any kind: Ray would start an actor that failed here again, without end
             self._error = _described(error)
 
     def process(self, line: int, shard: str) -> tuple[str, Mapping[str, Counts]]:
@@ -93,7 +93,7 @@ class Worker:
         except EngineDiedError as died:
             self._attempts.note(name, one_line(died))
             raise
-        except Exception as failed:
+        except Exception as failed:  # of any kind: the caller ends the run with it, on Ray or here
             return _described(failed, f" ({step.stage} of shard {shard})")
         finally:
             Tally.abandon()

@@ -232,7 +232,6 @@ def fit(steering: Steering) -> Fitted:
     learned, tried = np.split(vectors, [len(population.answers)])
     scale = Scale(learned.mean(axis=0), learned.std(axis=0) + 1e-6)
     settings = config.model_dump(include=REWARD_SETTINGS)
-    settings["variational"] = False  # a setting that was removed; without it, models of earlier versions are not found
     graded = [[answer.answer_id, dict(answer.scores)] for answer in population.answers]
     key = content_id(settings, seed, graded, float(np.abs(vectors).sum()))
     tensors = Tensors.of(scale(learned), users, list(steering.plan.by_id))

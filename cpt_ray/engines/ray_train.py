@@ -58,7 +58,28 @@ def run_workers(
         state: a file that rank 0 replaces as it goes: {"done": steps, "note": what to show, "error": why it ends}.
         title: of the progress line. steps: of a whole run.
     """
-    trainer = _trainer(work, settings, group, name, storage)
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    least, most = group.num_workers
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=least if least == most else (least, most),
+            use_gpu=group.use_gpu,
+            resources_per_worker=dict(group.resources),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=group.max_failures, controller_failure_limit=START_MINUTES
+            ),  # a start that finds no room fails after a minute and is tried again
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
     state.unlink(missing_ok=True)
     outcome: dict[str, Any] = {}
 
@@ -88,34 +109,6 @@ def run_workers(
         why = read_progress(state).get("error") or explain_failure(outcome["error"], group)
         raise UserError(f"{group.stage}: {why}") from outcome["error"]
     return outcome["returned"]
-
-
-def _trainer(
-    work: Callable[[dict[str, Any]], Any], settings: dict[str, Any], group: WorkerGroup, name: str, storage: str
-) -> Any:
-    """What runs `work` on a worker group that is started again, from its last checkpoint, when workers die."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    least, most = group.num_workers
-    return TorchTrainer(
-        work,
-        train_loop_config=settings,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=least if least == most else (least, most),
-            use_gpu=group.use_gpu,
-            resources_per_worker=dict(group.resources),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(
-                max_failures=group.max_failures, controller_failure_limit=START_MINUTES
-            ),  # a start that finds no room fails after a minute and is tried again
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
 
 
 def read_progress(state: Path) -> dict[str, Any]:

@@ -47,6 +47,13 @@ class GradedAnswer:
     generation: Generation
     scores: Mapping[str, float]
     """By rubric id; rubrics by which it is ungraded are left out."""
+    first_scores: Mapping[str, float] = field(default_factory=dict)
+    """Where several judges graded it: the first one's scores. How far out an answer is on its own rubric is taken from
+    them alone, so that the other judges' scores say without selection how far apart a grid's answers are."""
+
+    def own_score(self, name: str) -> float | None:
+        """The score by which it is drawn for a grid of this rubric."""
+        return self.first_scores.get(name, self.scores.get(name))
 
     def level(self, rubrics: Sequence[Rubric], margin: float) -> LevelNames | None:
         """The level that it is at, by each rubric; None if it is between two, or not graded."""
@@ -167,7 +174,8 @@ class GridMaker:
         pool: Sequence[GradedAnswer],
         shifts: Shifts,
     ) -> dict[LevelNames, GradedAnswer]:
-        middle = {name: _median(pool, name) for name in self._names}
+        middle = {name: _median(_value(answer, name) for answer in pool) for name in self._names}
+        middle[rubric.id] = _median(answer.own_score(rubric.id) for answer in pool)
         grid: dict[LevelNames, GradedAnswer] = {}
         for level in rubric.levels:
             some = [answer for answer, at in free if at == (level.name,)]
@@ -182,15 +190,14 @@ class GridMaker:
         self, rubric: Rubric, answer: GradedAnswer, side: float, middle: Mapping[str, float], shifts: Shifts
     ) -> float:
         """Small where an answer is far out on its own rubric and in the prompt's middle on the others."""
-        own = self._in_sd(answer, rubric.id, middle)
+        own = self._in_sd(answer.own_score(rubric.id), rubric.id, middle)
         cost = -min(own * side, FAR) if abs(side) == 1 else abs(own - side)
         for name in self._others([rubric]):
-            away = self._in_sd(answer, name, middle)
+            away = self._in_sd(_value(answer, name), name, middle)
             cost += away * away / 2 + PUSH * shifts.taken[name] * side * away
         return cost
 
-    def _in_sd(self, answer: GradedAnswer, name: str, middle: Mapping[str, float]) -> float:
-        value = _value(answer, name)
+    def _in_sd(self, value: float | None, name: str, middle: Mapping[str, float]) -> float:
         return 0.0 if value is None or not self._sd[name] else (value - middle[name]) / self._sd[name]
 
     def _others(self, rubrics: Sequence[Rubric]) -> list[str]:
@@ -255,9 +262,9 @@ def _sd(answers: Sequence[GradedAnswer], name: str) -> float:
     return statistics.pstdev(values) if values else 0.0
 
 
-def _median(answers: Sequence[GradedAnswer], name: str) -> float:
-    values = [value for answer in answers if (value := _value(answer, name)) is not None]
-    return statistics.median(values) if values else 0.0
+def _median(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else 0.0
 
 
 def _difference(low: Sequence[GradedAnswer], high: Sequence[GradedAnswer], name: str) -> float:

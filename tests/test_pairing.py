@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt_ray.config import SynthesisConfig
+from cpt_ray.engines.ledger import NOT_IN_LEDGER
+from cpt_ray.judging.judge import Gradings
 from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.synthesis.levels import score_counts
 from cpt_ray.synthesis.pairing import Paired, pair_answers
 from cpt_ray.tables.records import CONTROL, Generation, Reject
 from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
@@ -59,7 +63,7 @@ def test_the_grade_decides_the_level_whatever_was_asked_for() -> None:
         "mid": "A high answer to p (0).",
     }
     assert paired.rejects == []
-    assert (paired.at_level.total(), paired.hit.total(), paired.kept.total()) == (3, 0, 3)
+    assert (paired.at_level.total(), paired.hit.total(), sum(map(len, paired.kept.values()))) == (3, 0, 3)
 
 
 def test_what_is_ungraded_between_two_levels_or_alone_is_rejected_with_its_reason() -> None:
@@ -196,3 +200,39 @@ def test_labels_follow_grades_and_nothing_is_lost(
         is_used = (generation.prompt_id, generation.text) in used
         is_first = by_text[generation.prompt_id, generation.text] is generation
         assert (is_used and is_first) != (generation.unit_id in rejected_ids)
+
+
+def test_answers_are_taken_by_the_first_judge_and_their_scores_are_reported_by_the_others() -> None:
+    noise = random.Random(0)
+    generations = [make_generation(level, sample=sample) for level in LEVELS for sample in range(60)]
+    true = {row.unit_id: noise.uniform(0, 100) for row in generations}
+    grades = [
+        dataclasses.replace(
+            make_grade(row.unit_id, min(100, max(0, true[row.unit_id] + noise.gauss(0, 15)))), judge=name
+        )
+        for name in ("first", "second")
+        for row in generations
+    ]
+    gradings = Gradings.of([RUBRIC], grades, "mean")
+    paired = pair_answers(
+        [RUBRIC], [], generations, gradings.combined, make_directives(), SynthesisConfig(grids=2), {}, gradings.first
+    )
+    counts = score_counts(paired, gradings)
+    taken_by, others = (
+        [counts[f"{NOT_IN_LEDGER}{what}/{RUBRIC.id}/{level}"] / 2 for level in ("low", "high")]
+        for what in ("taken_by", "others")
+    )
+    kept = {level: paired.kept[RUBRIC.id, level] for level in ("low", "high")}
+    for at, level in enumerate(("low", "high")):
+        first = [gradings.first[unit_id, RUBRIC.id].score or 0.0 for unit_id in kept[level]]
+        assert taken_by[at] == sum(first) / 2
+    assert taken_by[0] < others[0] < others[1] < taken_by[1]
+
+
+def test_with_one_judge_nothing_is_reported_by_others() -> None:
+    generations = [make_generation(level) for level in LEVELS]
+    gradings = Gradings.of([RUBRIC], [make_grade(row.unit_id, ANCHOR[row.level]) for row in generations], "mean")
+    paired = pair_answers([RUBRIC], [], generations, gradings.combined, make_directives(), SynthesisConfig(), {})
+    counts = score_counts(paired, gradings)
+    assert {key.removeprefix(NOT_IN_LEDGER).split("/")[0] for key in counts} == {"taken_by", "taken_by_n"}
+    assert counts[f"{NOT_IN_LEDGER}taken_by/{RUBRIC.id}/high"] == ANCHOR["high"]

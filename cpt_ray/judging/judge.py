@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from cpt_ray.chat.conversations import (
     judge_messages,
@@ -26,6 +27,8 @@ from cpt_ray.tables.records import CONTROL, CriterionGrade, Generation, Grade, p
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName
 
+Grades = Mapping[tuple[str, str], Grade]
+"""By (unit_id, rubric_id)."""
 GRADE_FORMAT = 5
 """Goes up when a row of `grades` means something else than before."""
 
@@ -198,10 +201,27 @@ class JudgeStep(Step):
         return judge_answers(engine, rubric, answers, self.model, tally) if rows else []
 
 
-def combine_judges(rubrics: Sequence[Rubric], grades: Sequence[Grade], how: str) -> dict[tuple[str, str], Grade]:
-    """One grade per (unit_id, rubric_id)."""
-    by_answer: dict[tuple[str, str], list[Grade]] = defaultdict(list)
-    for grade in grades:
-        by_answer[grade.unit_id, grade.rubric_id].append(grade)
-    by_id = {rubric.id: rubric for rubric in rubrics}
-    return {key: aggregate(by_id[key[1]], some, how) for key, some in by_answer.items()}
+@dataclass(frozen=True)
+class Gradings:
+    """The judges' grades of some answers."""
+
+    combined: Grades
+    """One grade of all judges: it decides the level."""
+    first: Grades
+    """The first judge's; empty where it is the only one."""
+    others: Grades
+    """The mean of all but the first; empty where there is but one."""
+
+    @classmethod
+    def of(cls, rubrics: Sequence[Rubric], grades: Iterable[Grade], how: str) -> Self:
+        """Of grades in the order of the judges; `how`: see `aggregate`."""
+        by_id = {rubric.id: rubric for rubric in rubrics}
+        by_answer: dict[tuple[str, str], list[Grade]] = defaultdict(list)
+        for grade in grades:
+            by_answer[grade.unit_id, grade.rubric_id].append(grade)
+        several = {key: some for key, some in by_answer.items() if len(some) > 1}
+        return cls(
+            combined={key: aggregate(by_id[key[1]], some, how) for key, some in by_answer.items()},
+            first={key: some[0] for key, some in several.items()},
+            others={key: aggregate(by_id[key[1]], some[1:], "mean") for key, some in several.items()},
+        )

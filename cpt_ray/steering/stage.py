@@ -24,7 +24,7 @@ from cpt_ray.console import Advance, progress, say
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner
 from cpt_ray.errors import UserError, did_you_mean
-from cpt_ray.judging.judge import combine_judges
+from cpt_ray.judging.judge import Gradings
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.rubrics.catalog import Catalog
@@ -101,7 +101,7 @@ class Steering:
         if self.shards is None:
             return self._population(self._given["train"], rubrics)
         rows_of_judges = self.run.read("grades", self.shards.grades, Grade)
-        grades = combine_judges(self.plan.rubrics, rows_of_judges, self.plan.config.synthesis.aggregate)
+        grades = Gradings.of(self.plan.rubrics, rows_of_judges, self.plan.config.synthesis.aggregate).combined
         answers = []
         for row in self.run.read("generations", self.shards.generations, Generation):
             keys = {name: (row.unit_id, name) for name in parts_of(row.rubric_id)}

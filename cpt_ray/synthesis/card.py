@@ -138,6 +138,11 @@ def _card(
     levels = [
         _level_row(survey, rubric.id, level.name) for rubric in survey.rubrics.values() for level in rubric.levels
     ]
+    apart = [
+        (rubric.id, level.name, *survey.levels.mean_scores(rubric.id, level.name))
+        for rubric in survey.rubrics.values()
+        for level in rubric.levels
+    ]
     shifts = [
         (rubric.id, survey.levels.grids(rubric.id), other, *both)
         for rubric in survey.rubrics.values()
@@ -158,6 +163,10 @@ def _card(
         "## Levels, by what the grades say\n\nHit: answers at the level they were asked to be at. Answers: all at the "
         "level, whatever they were asked to be.\n",
         _table(("rubric", "level", "asked", "hit", "answers", "in pairs", "pairs (chosen)"), levels),
+        "## How far apart the levels are\n\nMean score (0-100) of the answers in pairs. They were taken for being far "
+        "out by the first judge (or by the measure), which therefore overstates how far out they are. The other judges "
+        "had no part in it ('-': there is no other; `judges` in the run file adds one).\n",
+        _table(("rubric", "level", "by what took them", "by the other judges"), apart),
         "## What else differs within a grid\n\nThe grid's highest level less its lowest, on what its rubric does not "
         "dial, in standard deviations, mean over all grids: of all answers at those levels, and of those that were "
         "taken.\n",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from cpt_ray.engines.ledger import NOT_IN_LEDGER
+from cpt_ray.judging.judge import Gradings
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.synthesis.pairing import Paired
 from cpt_ray.tables.records import Generation, Unit
@@ -21,7 +22,8 @@ def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generatio
     for row in rows:
         tokens[row.rubric_id, row.level] += row.num_tokens
     counts: dict[str, float] = {}
-    named = {"asked": asked, "hit": paired.hit, "at": paired.at_level, "kept": paired.kept, "tokens": tokens}
+    kept = {key: len(ids) for key, ids in paired.kept.items()}
+    named = {"asked": asked, "hit": paired.hit, "at": paired.at_level, "kept": kept, "tokens": tokens}
     for what, by_level in named.items():
         counts |= {f"{NOT_IN_LEDGER}{what}/{rubric}/{level}": count for (rubric, level), count in by_level.items()}
     for rubric, shifts in paired.shifts.items():
@@ -29,6 +31,20 @@ def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generatio
         counts |= {f"{NOT_IN_LEDGER}drawn/{rubric}/{other}": total for other, total in shifts.taken.items()}
         counts |= {f"{NOT_IN_LEDGER}offered/{rubric}/{other}": total for other, total in shifts.offered.items()}
     return {**counts, "kept_answers": len(paired.used)}
+
+
+def score_counts(paired: Paired, gradings: Gradings) -> dict[str, float]:
+    """By rubric and level of the answers in pairs: the sums of the score that they were taken by, and of the score by
+    the judges that had no part in taking them, with how many have one; to be kept and summed as `level_counts`."""
+    counts: dict[str, float] = defaultdict(float)
+    for (rubric, level), ids in paired.kept.items():
+        for key in ((unit_id, rubric) for unit_id in ids):
+            taken_by, other = gradings.first.get(key) or gradings.combined.get(key), gradings.others.get(key)
+            for what, grade in (("taken_by", taken_by), ("others", other)):
+                if grade is not None and grade.score is not None:
+                    counts[f"{NOT_IN_LEDGER}{what}/{rubric}/{level}"] += grade.score
+                    counts[f"{NOT_IN_LEDGER}{what}_n/{rubric}/{level}"] += 1
+    return dict(counts)
 
 
 class LevelCounts:
@@ -56,6 +72,15 @@ class LevelCounts:
             name: (self._total[f"{prefix}{name}"] / grids, self._total[f"{NOT_IN_LEDGER}drawn/{rubric}/{name}"] / grids)
             for name in names
         }
+
+    def mean_scores(self, rubric: str, level: str) -> tuple[float | None, float | None]:
+        """Of the answers in pairs: the mean score that they were taken by, and that of the judges which had no part in
+        it (None where there are none)."""
+        return self._mean_score("taken_by", rubric, level), self._mean_score("others", rubric, level)
+
+    def _mean_score(self, what: str, rubric: str, level: str) -> float | None:
+        count = self._total[f"{NOT_IN_LEDGER}{what}_n/{rubric}/{level}"]
+        return self._total[f"{NOT_IN_LEDGER}{what}/{rubric}/{level}"] / count if count else None
 
     def grids(self, rubric: str) -> int:
         """Grids drawn of one rubric."""

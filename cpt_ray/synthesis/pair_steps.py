@@ -10,10 +10,10 @@ from cpt_ray.chat.layout import layout_hash
 from cpt_ray.config import PAIR_SETTINGS, ModelConfig, Range, SynthesisConfig
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
-from cpt_ray.judging.judge import combine_judges
+from cpt_ray.judging.judge import Gradings
 from cpt_ray.plan import PairInputs, Pass, Rubrics, Units
 from cpt_ray.synthesis.duplicates import NearDuplicates
-from cpt_ray.synthesis.levels import level_counts
+from cpt_ray.synthesis.levels import level_counts, score_counts
 from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import Directive, Generation, Grade, Reject, Unit
 from cpt_ray.tables.rundir import RunDir
@@ -21,7 +21,7 @@ from cpt_ray.tables.shard import ShardName, rejects_of
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""
-PAIR_FORMAT = 3
+PAIR_FORMAT = 4
 """The same for `pairs`."""
 PAIRED_PROMPTS = 500
 """Prompts of a shard of pairs, or more."""
@@ -85,14 +85,23 @@ class PairStep(Step):
         rubrics, inputs = list(self.rubrics.values()), self.pair_inputs[shard]
         rows = run.read("generations", inputs.generations, Generation)
         tally = Tally(len(rows))
-        grades = combine_judges(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
+        gradings = Gradings.of(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
         directives = run.read("directives", inputs.directives, Directive)
         repeats = {row.subject_id: row.detail for row in run.read("repeats", inputs.repeats, Reject)}
-        paired = pair_answers(rubrics, self.settings.combine, rows, grades, directives, self.settings, repeats)
+        paired = pair_answers(
+            rubrics,
+            self.settings.combine,
+            rows,
+            gradings.combined,
+            directives,
+            self.settings,
+            repeats,
+            gradings.first,
+        )
         for reject in paired.rejects:
             tally.reject(reject.reason)
         units = run.read("units", [name for name in inputs.generations if not ShardName.parse(name).is_control], Unit)
-        tally.counts.update(level_counts(paired, units, rows))
+        tally.counts.update(level_counts(paired, units, rows) | score_counts(paired, gradings))
         run.write("rejects", rejects_of(self.stage, shard), paired.rejects)
         run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
 

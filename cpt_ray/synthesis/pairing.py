@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grids import GradedAnswer, Grid, GridMaker, LevelNames, Shifts, levels_by_rubric
+from cpt_ray.judging.judge import Grades
 from cpt_ray.plan import cell_id_of, control_directive
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.catalog import compose_directives
@@ -36,8 +37,6 @@ from cpt_ray.tables.records import (
 from cpt_ray.texts import same_text
 
 CONTROL_LEVEL: LevelNames = (CONTROL,)
-Grades = Mapping[tuple[str, str], Grade]
-"""By (unit_id, rubric_id)."""
 
 
 @dataclass
@@ -50,8 +49,8 @@ class Paired:
     """Answers by (rubric, level) that they are at."""
     hit: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Those that were asked to be there."""
-    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Those that are in a pair of the rubric."""
+    kept: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    """unit_ids of those that are in a pair of the rubric."""
     used: set[str] = field(default_factory=set)
     """unit_ids of the answers that are in a pair."""
     shifts: dict[str, Shifts] = field(default_factory=dict)
@@ -63,7 +62,9 @@ class Paired:
         self.pairs += pairs
         self.rejects += rejects
         self.used |= grid_pairs.used
-        self.kept.update({(pair.rubric_id, pair.level) for pair in pairs})
+        for level, answer in grid.items():
+            if answer.unit_id in grid_pairs.used:
+                self.kept[_rubric_ids(grid_pairs.rubrics), joined(level)].append(answer.unit_id)
 
 
 def pair_answers(
@@ -74,6 +75,7 @@ def pair_answers(
     directives: Sequence[Directive],
     settings: SynthesisConfig,
     repeats: Mapping[str, str],
+    first_grades: Grades | None = None,
 ) -> Paired:
     """Pairs of all answers to some prompts, and each answer that is in none, with its reason.
 
@@ -83,6 +85,7 @@ def pair_answers(
         directives: only those of the train split are used.
         settings: how many grids, the margin between levels, and what may keep two good answers apart.
         repeats: unit_id of an answer to the one that it nearly repeats.
+        first_grades: where several judges graded, the first one's grades, by which the farthest answers are taken.
     """
     of_prompt: dict[str, list[Generation]] = defaultdict(list)
     for generation in generations:
@@ -93,7 +96,8 @@ def pair_answers(
             usable[directive.rubric_id, directive.level].append(directive)
     by_id = {rubric.id: rubric for rubric in rubrics}
     groups = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
-    pools = {name: _Pool(rubrics, some, grades, repeats) for name, some in of_prompt.items()}
+    first = first_grades or {}
+    pools = {name: _Pool(rubrics, some, grades, repeats, first) for name, some in of_prompt.items()}
     maker = GridMaker(rubrics, {name: pool.answers for name, pool in pools.items()}, settings.margin, settings.balance)
     paired = Paired()
     for group in groups:
@@ -137,6 +141,7 @@ class _Pool:
         generations: Sequence[Generation],
         grades: Grades,
         repeats: Mapping[str, str],
+        first_grades: Grades,
     ):
         self.prompt_id = generations[0].prompt_id
         self.answers: list[GradedAnswer] = []
@@ -145,6 +150,10 @@ class _Pool:
         for generation in generations:
             verdicts = [grades[key] for rubric in rubrics if (key := (generation.unit_id, rubric.id)) in grades]
             scores = {verdict.rubric_id: verdict.score for verdict in verdicts if verdict.score is not None}
+            keys = [(generation.unit_id, name) for name in scores]
+            first = {
+                key[1]: score for key in keys if key in first_grades and (score := first_grades[key].score) is not None
+            }
             problem = self._problem(generation, verdicts, scores, repeats)
             if generation.level == CONTROL and not problem:
                 own = [rubric for rubric in rubrics if rubric.id in parts_of(generation.rubric_id)]
@@ -154,7 +163,7 @@ class _Pool:
             elif generation.level == CONTROL:
                 self._controls[generation.rubric_id] = generation
             else:
-                self.answers.append(GradedAnswer(generation, scores))
+                self.answers.append(GradedAnswer(generation, scores, first))
 
     def control_of(self, rubric_id: str) -> Generation | None:
         """The policy's own answer that takes part in the rubric's first grid, if there is one."""

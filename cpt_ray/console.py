@@ -116,4 +116,4 @@ def flat(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key} / ")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", (", ".join(map(str, value)) or "none") if isinstance(value, list) else value

@@ -91,16 +91,19 @@ def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) 
     """For the terminal: a line per rubric and level, levels that the writer does not reach, pairs per 1,000 tokens."""
     counts = LevelCounts(run, shards.pairs)
     head = f"{'level':<28}{'asked':>8}{'hit':>8}{'answers':>9}{'in pairs':>9}{'tokens each':>13}"
-    lines, notes = [head], []
+    lines, notes, asked_for = [head], [], []
     for rubric in plan.rubrics:
         for level in rubric.levels:
             row = counts.level(rubric.id, level.name)
             each = f"{row['tokens'] / row['kept']:.0f}" if row["tokens"] and row["kept"] else "-"
             asked, hit = (row["asked"], row["hit"]) if row["asked"] else ("-", "-")
+            asked_for.append(bool(row["asked"]))
             name = f"{rubric.id} {level.name}"
             lines.append(f"{name:<28}{asked:>8}{hit:>8}{row['at']:>9}{row['kept']:>9}{each:>13}")
             if not row["at"]:
                 notes.append(f"note: no answer is at {name}: this writer does not reach it; it is in no pair")
+    if not all(asked_for):
+        lines.append("(-: no answer was asked to be at the level; those that are were not asked for it)")
     total = _totals(run, shards)
     if written_tokens:
         per_thousand = {name: 1000 * count / written_tokens for name, count in total.items()}

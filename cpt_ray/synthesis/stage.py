@@ -193,7 +193,7 @@ def _write_units(plan: Plan, run: RunDir, units: Mapping[str, Any]) -> None:
     num_units = int(ledger_entry(run, "units", units).get("rows_out", 0))
     say(
         f"plan         {len(plan.rubrics)} rubrics, {splits[0]} prompts (+ {splits[1]} held out): "
-        f"{num_units} answers in the first pass, in {len(units)} shards"
+        f"{num_units} answers in the first pass"
     )
     rows_in = sum(splits) + len(plan.rejects)
     run.add_to_ledger("plan", {"rows_in": rows_in, "rows_out": num_units, "rejected": reasons(plan.rejects)})

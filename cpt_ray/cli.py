@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = _add_command(commands, "serve", "serve the tuned model", pipeline.serve)
     _add_run_file(serve, verbose=output)
     serve.add_argument("--insecure", action="store_true", help="let everyone in, without a key")
+    serve.add_argument("--replace", action="store_true", help="take the name over from another run that has it")
     text = "copy the tuned model to a folder or to the Hugging Face Hub"
     push = _add_command(commands, "push", text, lambda verbose, **given: pipeline.push_model(**given))
     _add_run_file(push, ("target", "an empty folder, or hf://OWNER/NAME"), verbose=output)

@@ -695,7 +695,7 @@ class ServeConfig(_Section):
     """Arguments of vLLM's OpenAI server (enable_auto_tool_choice, tool_call_parser, ...), by vLLM's own names.
     allowed_origins lists the other origins whose pages may send requests; none unless given."""
     base: bool = False
-    """Serve the untuned model too, at /base, with as many replicas again."""
+    """Serve the untuned model too, at /<name>/base, with as many replicas again."""
     preferences: Literal["directive", "gated_lora"] = "directive"
     """How a user's choices steer a chat: by the inferred directive, or by the policy that `cpt steer fit` trained."""
     adapters: dict[str, StoragePath] = {}

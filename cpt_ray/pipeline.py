@@ -238,7 +238,7 @@ def _say_next(run_file: Path, config: RunConfig, overrides: Sequence[str]) -> No
     rubric = load_rubrics(config.rubric_paths)[0]
     say(f"\nServe it:    {command}")
     say(
-        f"Talk to it:  curl http://{config.serve.host}:{config.serve.port}/v1/chat/completions "
+        f"Talk to it:  curl http://{config.serve.host}:{config.serve.port}/{config.name}/v1/chat/completions "
         "-H 'Content-Type: application/json' \\\n"
         '               -H "Authorization: Bearer $CPT_API_KEY" -d '
         f'\'{{"model": "{config.name}", "configuration": {{"{rubric.id}": "{rubric.levels[-1].name}"}}, '
@@ -301,7 +301,7 @@ def steer(
                 update_report(plan, run, shards)
 
 
-def serve(run_file: Path, overrides: Sequence[str], insecure: bool, verbose: bool) -> None:
+def serve(run_file: Path, overrides: Sequence[str], insecure: bool, replace: bool, verbose: bool) -> None:
     """The tuned model behind an OpenAI-compatible endpoint, until stopped."""
     from cpt_ray.serving.deploy import serve_model
     from cpt_ray.serving.haproxy import serve_env
@@ -311,7 +311,7 @@ def serve(run_file: Path, overrides: Sequence[str], insecure: bool, verbose: boo
     config, _ = with_dtype(config, run)
     needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}
     convert_models({name: role for name, role in roles_of(config).items() if name in needed})
-    serve_model(config, run, api_key=None, insecure=insecure, connecting=connecting)
+    serve_model(config, run, api_key=None, insecure=insecure, replace_other=replace, connecting=connecting)
 
 
 # ---------------------------------------------------------------- keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -29,7 +30,8 @@ class LocalCluster:
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",
         }
         self.dashboard = f"http://127.0.0.1:{unused_port()}"
-        command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={unused_port()}"]
+        self.address = f"127.0.0.1:{unused_port()}"
+        command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={self.address.rpartition(':')[2]}"]
         command += [f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--dashboard-host=127.0.0.1"]
         command += [f"--ray-client-server-port={unused_port()}", f"--dashboard-agent-listen-port={unused_port()}"]
         # jobs find their cluster by what is in its folder; a short path, since sockets are in there too
@@ -56,6 +58,13 @@ class LocalCluster:
     def job(self, *arguments: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         command = [str(RAY), "job", arguments[0], "--address", self.dashboard, *arguments[1:]]
         return subprocess.run(command, env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+    def actors(self) -> set[str]:
+        """Names of the living actors that this package named."""
+        code = "import json, ray; ray.init(); print(json.dumps(ray.util.list_named_actors(all_namespaces=True)))"
+        env = self.env | {"RAY_ADDRESS": self.address}
+        listed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        return {actor["name"] for actor in json.loads(listed.stdout) if actor["namespace"] == "cpt"}
 
     def stop(self) -> None:
         self.process.terminate()

@@ -528,6 +528,8 @@ def test_behind_a_route_prefix_everything_is_where_it_was() -> None:
             closed = await client.get("/v1/configurations")
             listed = await client.get("/v1/configurations", headers=AUTHORIZED)
             asked = await client.post(CHAT, headers=AUTHORIZED, json={"model": "cpt:poet", "messages": USER})
+            bare = await client.get("http://front/base")
+            assert (bare.status_code, bare.headers["location"]) == (307, "/base/playground")
             return [closed, listed, asked, await client.get("/health")]
 
     closed, listed, asked, health = asyncio.run(go())

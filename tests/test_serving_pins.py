@@ -8,9 +8,12 @@ import inspect
 from typing import Any
 
 import fastapi.routing
+from ray.actor import ActorHandle
 from ray.serve._private import constants, haproxy_templates
 from ray.serve._private.client import ServeControllerClient
+from ray.serve._private.haproxy import HAProxyManager
 from ray.serve.context import _get_global_client
+from ray.serve.schema import DeploymentSchema
 from vllm import SamplingParams
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -79,3 +82,11 @@ def test_haproxys_retries_are_a_line_of_their_own_among_the_defaults() -> None:
 def test_rays_client_knows_where_serve_listens() -> None:
     assert callable(_get_global_client)
     assert isinstance(ServeControllerClient.http_config, property)
+
+
+def test_rays_client_knows_who_deployed_what_behind_which_proxy() -> None:
+    assert callable(ServeControllerClient.get_serve_details)
+    assert HAProxyManager.__ray_metadata__.class_name == "HAProxyManager"
+    assert "user_config" in DeploymentSchema.model_fields
+    source = inspect.getsource(ActorHandle)
+    assert "self._ray_actor_creation_function_descriptor = " in source

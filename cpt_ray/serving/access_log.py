@@ -25,15 +25,21 @@ class AccessLog:
     Requests that ended within a quarter of a second are written together; that many are lost if the process is killed.
     """
 
-    def __init__(self, run: RunDir):
+    def __init__(self, run: RunDir, application: str):
+        """`application`: Serve's name of it, a tag of every metric, since a cluster has one set for all servers."""
         from ray.util import metrics
 
-        self._requests = metrics.Counter("cpt_requests", "Requests, by key and status.", ("key", "status"))
-        self._tokens = metrics.Counter("cpt_tokens", "Prompt and answer tokens, by key.", ("key", "kind"))
-        self._configured = metrics.Counter("cpt_configured", "Requests that asked for a level.", ("rubric", "level"))
+        tags = ("application", "key", "status")
+        self._requests = metrics.Counter("cpt_requests", "Requests, by key and status.", tags)
+        tags = ("application", "key", "kind")
+        self._tokens = metrics.Counter("cpt_tokens", "Prompt and answer tokens, by key.", tags)
+        tags = ("application", "rubric", "level")
+        self._configured = metrics.Counter("cpt_configured", "Requests that asked for a level.", tags)
         bounds = [0.005 * 2**power for power in range(16)]
-        self._first = metrics.Histogram("cpt_first_byte_seconds", "Until the answer begins.", bounds)
-        self._whole = metrics.Histogram("cpt_request_seconds", "Until the answer ends.", bounds)
+        self._first = metrics.Histogram("cpt_first_byte_seconds", "Until the answer begins.", bounds, ("application",))
+        self._whole = metrics.Histogram("cpt_request_seconds", "Until the answer ends.", bounds, ("application",))
+        for metric in (self._requests, self._tokens, self._configured, self._first, self._whole):
+            metric.set_default_tags({"application": application})
         path = run.access / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log = logging.Logger("cpt_ray.access")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse
 
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import Catalog
@@ -111,6 +111,9 @@ class ConfiguredApp:
         headers = dict(scope["headers"])
         if method == "GET" and path in PAGE_PATHS:
             await self._page(scope, receive, send)
+            return
+        if method == "GET" and not path:  # the page asks for what is beside it
+            await RedirectResponse(f"{scope['root_path']}/playground")(scope, receive, send)
             return
         key = self._keyring.check(headers.get(b"authorization", b"")) if self._keyring else None
         if scope["type"] == "websocket":

@@ -10,40 +10,54 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cpt_ray.cluster import starts_own_cluster
-from cpt_ray.config import ModelConfig, RunConfig
+from cpt_ray.config import RunConfig
 from cpt_ray.console import progress, say
-from cpt_ray.engines.vllm import engine_env
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.serving.app import CONFIGURATIONS_PATH, HEALTH_PATH, PAGE_PATHS
-from cpt_ray.serving.haproxy import checked_port, on_head, reachable, running_port, wait_until_healthy
-from cpt_ray.serving.keys import KEY_VARIABLE, Meter, choose_keys
-from cpt_ray.serving.served import Served, plan_serving
-from cpt_ray.serving.vllm_app import MAX_CAUSE, VllmServer, last_error
+from cpt_ray.serving.haproxy import (
+    RunningServe,
+    checked_port,
+    on_head,
+    reachable,
+    running_serve,
+    wait_until_healthy,
+)
+from cpt_ray.serving.holders import (
+    NAMESPACE,
+    POLL_SECONDS,
+    TURN_SECONDS,
+    Application,
+    Holder,
+    applications,
+    check_free,
+    is_of,
+    is_taken_from,
+    taking_turns,
+)
+from cpt_ray.serving.keys import KEY_VARIABLE, Meter, choose_keys, is_loopback
+from cpt_ray.serving.served import Served, plan_serving, untuned_name
+from cpt_ray.serving.targets import make_targets, quiet_logging
+from cpt_ray.serving.vllm_app import MAX_CAUSE, last_error
 from cpt_ray.tables.rundir import SPENT_FILE, RunDir
 
-APPLICATION = "cpt"
 METER_FORMAT = 2
 """Goes up when `Key` or `Refusal` is another class: servers exchange them with a meter that outlives an upgrade."""
-MAX_ONGOING_REQUESTS = 1024
-"""Requests per replica that vLLM queues and batches itself; Serve holds back what is beyond."""
 START_TIMEOUT_SECONDS = 1800.0
 """Loading and compiling a large model takes minutes; a node may have to start first."""
 PROXY_PATH = "/-/healthz"
 """Serve's own: HEALTH_PATH is a replica's, and would wake a server that has gone to 0."""
-UPSCALE_SECONDS = 5.0
-"""How long more load must last before a replica is added; Serve's own 30 s lets a queue build up."""
-LEAST_LOOK_BACK_SECONDS = 11.0
-"""Serve measures the load every 10 s and averages over more than one measurement."""
 TAKEOVER_POLL_SECONDS = 1.0
 """How often a `cpt serve` looks whether another one has taken over."""
+STOP_SECONDS = 60.0
+"""How long replicas may take to finish what they are at."""
 
 
 def serve_model(
@@ -53,86 +67,209 @@ def serve_model(
     block: bool = True,
     model: Path | None = None,
     insecure: bool = False,
+    replace_other: bool = False,
     connecting: AbstractContextManager[None] | None = None,
 ) -> str:
-    """Serves the run's model (or `model`) until Ctrl-C or SIGTERM and returns its base URL.
+    """Serves the run's model (or `model`) until Ctrl-C or SIGTERM and returns its base URL, http://HOST:PORT/NAME.
 
     `connecting` connects to Ray, once all is checked that can be without it; without one, Ray is connected already.
 
-    Where a model is served already, this one takes its place, at the same address, without a request failing. The keys
-    are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there are none, one is made here and printed once.
-    `insecure` does without. With `block=False` it returns once the model answers; `ray.serve.shutdown()` then ends
-    it. UserError, naming the cause, for whatever keeps it from starting.
+    Where the run is served already, this one takes its place, at the same address, without a request failing. A name
+    that another run directory holds is refused, unless `replace_other` takes it over. Serve and the other applications
+    on the cluster are left as they are. The keys are the run's (`cpt keys`) and `api_key` (else CPT_API_KEY); if there
+    are none, one is made here and printed once. `insecure` does without. With `block=False` it returns once the model
+    answers; `ray.serve.delete(NAME)` then ends it. UserError, naming the cause, for whatever keeps it from starting.
     """
     served = plan_serving(config, run, model or run.model)
     fixed, new_key = choose_keys(config.serve.host, run, api_key, insecure)
     served = replace(served, fixed_keys=fixed)
-    if (
-        connecting is not None and starts_own_cluster()
-    ):  # refused before Ray starts; asked again below, on the head node
+    owns_cluster = connecting is not None and starts_own_cluster()
+    if owns_cluster:  # refused before Ray starts; asked again below, on the head node
         checked_port(config.serve.host, config.serve.port)
-    with connecting or contextlib.nullcontext():
-        return _serve(config, run, served, new_key, block)
-
-
-def _serve(config: RunConfig, run: RunDir, served: Served, new_key: str | None, block: bool) -> str:
-    from ray import serve
-
-    status = serve.status()
-    is_replacing = APPLICATION in status.applications
-    if status.proxies and not is_replacing:
-        raise UserError("Ray Serve already runs something else on this cluster; stop it first (serve shutdown --yes)")
-    host = config.serve.host
-    port = running_port() if is_replacing else on_head(checked_port, host, config.serve.port)
-    url = f"http://{reachable(host)}:{port}"
-    with _interrupted_by_sigterm():
+    holder = Holder(run_name=config.name, run_dir=str(run.path), meter=_meter_name(run))
+    with connecting or contextlib.nullcontext(), _interrupted_by_sigterm():
+        server = _Server(config, served, holder, owns_cluster)
         try:
-            targets = _applications(config, served)
-            _start(config, targets, port)
-            for name in set(status.applications) - {target.name for target in targets}:
-                serve.delete(name)  # an untuned model that is no longer asked for
-            asleep = config.serve.replicas.least == 0
-            on_head(wait_until_healthy, url, PROXY_PATH if asleep else HEALTH_PATH)
+            url = server.start(replace_other)
             _print_examples(config, served.catalogs, url, new_key, block)
             if block:
-                _block(run)
+                server.block()
         except BaseException as error:
-            if not is_replacing or isinstance(error, KeyboardInterrupt):
-                _stop(run)
+            if server.previous is None or isinstance(error, KeyboardInterrupt):
+                server.stop()
             raise
     return url
 
 
-def _block(run: RunDir) -> None:
-    """Until Ctrl-C, which stops the server; or until another `cpt serve` has taken over, which keeps it."""
+class _Server:
+    """The applications of one run on the cluster, as long as they are this process's."""
+
+    def __init__(self, config: RunConfig, served: Served, holder: Holder, owns_cluster: bool):
+        self._config, self._served, self._holder, self._owns_cluster = config, served, holder, owns_cluster
+        self._names = [config.name, *([served.untuned["model"]] if served.untuned else [])]
+        self.previous: Holder | None = None
+        """Who is taken over from."""
+        self._old_meter = ""
+        """Of a run that was taken over from, to be ended."""
+
+    def start(self, replace_other: bool) -> str:
+        """Deploys and waits until the model answers; returns its URL."""
+        with progress("serve", max(self._config.serve.replicas.least, 1) * len(self._names), "replicas") as advance:
+            advance(0, "starting Serve")
+            running = self._deploy(replace_other)
+            self._wait(advance)
+        host, port = self._config.serve.host, self._config.serve.port
+        if running.host != host or port not in (0, running.port):
+            say(
+                f"note: Serve was on this cluster already and listens on {running.host}:{running.port}; "
+                f"serve.host={host} and serve.port={port} do not apply"
+            )
+        self._end_untuned()
+        origin, path = f"http://{reachable(running.host)}:{running.port}", f"/{self._config.name}"
+        asleep = self._config.serve.replicas.least == 0
+        on_head(wait_until_healthy, origin, PROXY_PATH if asleep else path + HEALTH_PATH)
+        return origin + path
+
+    def _deploy(self, replace_other: bool) -> RunningServe:
+        """Takes the run's name."""
+        from ray import serve
+        from ray.exceptions import RayTaskError
+
+        config, name = self._config, self._config.name
+        with taking_turns(name):
+            routes = [f"/{name}", f"/{name}/base"][: len(self._names)]
+            previous = check_free(self._names, routes, self._holder, replace_other)
+            running = _started_serve(config)
+            if self._served.fixed_keys is None and is_loopback(config.serve.host) and not is_loopback(running.host):
+                raise UserError(
+                    f"serve.host: Serve on this cluster listens on {running.host}, which is open to the network; leave "
+                    f"out --insecure, or give serve.host={running.host} with it"
+                )
+            self._holder = replace(self._holder, previous=previous.id if previous else "")
+            self.previous, self._old_meter = previous, previous.meter if previous else ""
+            meter = _start_meter(self._served.run)
+            targets = make_targets(config, self._served, self._holder, meter, running.has_haproxy())
+            try:
+                serve.run_many(targets, wait_for_applications_running=False)
+            except RayTaskError as error:  # somebody took the path meanwhile
+                raise UserError(f"name: {_shortened(str(error.cause))}") from None
+            deadline = time.monotonic() + TURN_SECONDS
+            while (there := applications().get(name)) is None or there.holder != self._holder:
+                if time.monotonic() > deadline:
+                    raise UserError(f"Serve has not taken up {name} after {TURN_SECONDS:.0f} s; look at its controller")
+                time.sleep(POLL_SECONDS)
+        return running
+
+    def _wait(self, advance: Callable[[int, str], None]) -> None:
+        """Until every replica runs; UserError with the replica's own reason if one cannot."""
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        running = 0
+        while True:
+            there = applications()
+            parts = [there[name] for name in self._names if name in there]
+            if taker := next((part.holder for part in parts if is_taken_from(self._holder, part)), None):
+                raise UserError(f"name: {self._config.name} was taken over by {taker}, while this one started")
+            if len(parts) < len(self._names):
+                raise UserError("the server was stopped while it started")
+            why = "\n".join(part.why for part in parts)
+            before, running = running, sum(part.replicas["RUNNING"] for part in parts)
+            if all(part.status == "RUNNING" for part in parts):
+                advance(running - before, "")
+                return
+            # a replica that no node has room for is only told from others by Serve's text (Ray 2.60)
+            advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
+            if any(part.status == "DEPLOY_FAILED" for part in parts):
+                raise UserError(f"the model cannot be served: {last_error(why) or _shortened(why)}")
+            if time.monotonic() > deadline:
+                raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_shortened(why)}")
+            time.sleep(POLL_SECONDS)
+
+    def _end_untuned(self) -> None:
+        """Deletes the untuned model of who was here before, if it is no longer asked for."""
+        from ray import serve
+
+        run_name, name = self._config.name, untuned_name(self._config)
+        if name in self._names or name not in applications():
+            return
+        with taking_turns(run_name):
+            there = applications()
+            other = there[name].holder if name in there else None
+            if other is not None and other.run_name == run_name and there[run_name].holder == self._holder:
+                serve.delete(name, _blocking=False)
+
+    def block(self) -> None:
+        """Until Ctrl-C, which stops the server; or until another `cpt serve` has taken over, which keeps it."""
+        name = self._config.name
+        try:
+            while True:
+                time.sleep(TAKEOVER_POLL_SECONDS)
+                there = applications().get(name)
+                if there is None or there.is_going:
+                    say("the server was stopped")
+                    self.stop()  # what else there is of it
+                    break
+                if there.status == "RUNNING" and is_taken_from(self._holder, there):
+                    say(f"{there.holder} has taken over {name}; this one ends, and leaves the server to it")
+                    break
+                self._end_old_meter(there)
+        except KeyboardInterrupt:
+            say("stopping")
+            self.stop()
+
+    def _end_old_meter(self, there: Application) -> None:
+        """Ends the meter of the run that was taken over from, once the last of its replicas has counted."""
+        if self._old_meter and set(there.replicas) <= {"RUNNING"}:
+            _end_meter(self._old_meter)
+            self._old_meter = ""
+
+    def stop(self) -> None:
+        """Gives back all that is this process's, and nothing else: the name may be another's by now."""
+        from ray import serve
+
+        with taking_turns(self._config.name):
+            there = applications()
+            mine = [name for name in self._names if name in there and is_of(self._holder, there[name])]
+            for name in mine:
+                serve.delete(name, _blocking=False)
+        deadline = time.monotonic() + STOP_SECONDS
+        while mine and not applications().keys().isdisjoint(mine) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        with taking_turns(self._config.name):  # nobody begins to count with it meanwhile
+            _end_meter(self._holder.meter)
+        if self._owns_cluster:
+            with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller has ended, as intended
+                serve.shutdown()
+
+
+def _started_serve(config: RunConfig) -> RunningServe:
+    """Serve as it runs already, whoever started it, else started here with what the run file says."""
     from ray import serve
 
-    deployed = serve.status().applications[APPLICATION].last_deployed_time_s
-    try:
-        while True:
-            time.sleep(TAKEOVER_POLL_SECONDS)
-            application = serve.status().applications.get(APPLICATION)
-            if application is None or application.last_deployed_time_s != deployed:
-                say("the server was stopped" if application is None else "another `cpt serve` has taken over")
-                return
-    except KeyboardInterrupt:
-        say("stopping")
-        _stop(run)
+    host, port = config.serve.host, config.serve.port
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if running_serve() is None:
+        options = {"host": host, "port": on_head(checked_port, host, port)}
+        with contextlib.suppress(ValueError):  # another one has just started it
+            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet_logging())
+    running = running_serve()
+    if running is None:
+        raise UserError("Ray Serve did not start on this cluster; look at its controller")
+    return running
 
 
 def _meter_name(run: RunDir) -> str:
-    """One per run directory: what a key has spent is written there."""
+    """One per run directory, whatever the run's name: what a key has spent is written there."""
     return f"meter {METER_FORMAT} of {run.path}"
 
 
-def _stop(run: RunDir) -> None:
+def _end_meter(name: str) -> None:
+    """Ends a run's meter, unless an application still counts with it."""
     import ray
-    from ray import serve
 
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller has ended, which is intended
-        serve.shutdown()
+    if any(part.holder is not None and part.holder.meter == name for part in applications().values()):
+        return
     with contextlib.suppress(ValueError):  # it never started
-        ray.kill(ray.get_actor(_meter_name(run), namespace=APPLICATION))
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 def _start_meter(run: RunDir) -> Any:
@@ -140,12 +277,12 @@ def _start_meter(run: RunDir) -> Any:
     import ray
 
     with contextlib.suppress(ValueError):  # an earlier version's outlives its server, and would write the same file
-        ray.kill(ray.get_actor(f"meter of {run.path}", namespace=APPLICATION))
+        ray.kill(ray.get_actor(f"meter of {run.path}", namespace=NAMESPACE))
     return (
         ray.remote(Meter)
         .options(
             name=_meter_name(run),
-            namespace=APPLICATION,
+            namespace=NAMESPACE,
             get_if_exists=True,
             lifetime="detached",  # outlives a `cpt serve` that another one takes over from
             num_cpus=0,
@@ -154,103 +291,6 @@ def _start_meter(run: RunDir) -> Any:
         )
         .remote(run.path / SPENT_FILE)
     )
-
-
-def _applications(config: RunConfig, served: Served) -> list[Any]:
-    """The Serve applications: the tuned model and, if it is asked for, the untuned one."""
-    from ray import serve
-
-    policy, options = config.policy, config.serve
-    count = 2 if served.untuned else 1
-    meter = _start_meter(served.run)
-    least, most = options.replicas
-    scaling: dict[str, Any] = {"num_replicas": most}
-    if least != most:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": least,
-                "initial_replicas": max(least, 1),
-                "max_replicas": most,
-                "target_ongoing_requests": options.target_ongoing_requests,
-                "upscale_delay_s": UPSCALE_SECONDS,
-                "downscale_delay_s": options.idle_seconds,
-                "look_back_period_s": min(30.0, max(options.idle_seconds, LEAST_LOOK_BACK_SECONDS)),
-            }
-        }
-    deployment = serve.deployment(
-        serve.ingress()(VllmServer),
-        **scaling,
-        ray_actor_options={
-            "num_cpus": policy.num_cpus,
-            "num_gpus": policy.num_gpus,
-            "runtime_env": {"env_vars": engine_env(policy)},
-        },
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_constructor_retry_count=1,  # what fails to start once fails again; after a first start Serve retries
-        max_surge_percent=100 if _has_room(policy, count) else 0,  # newer weights start beside the older ones
-    )
-    quiet = _quiet_logging()
-    tuned = deployment.options(name=APPLICATION).bind(served, meter)
-    targets = [serve.RunTarget(tuned, name=APPLICATION, logging_config=quiet)]
-    if base := served.untuned:
-        untuned = replace(
-            served,
-            model=served.model.model_copy(update={"model": policy.model}),
-            name=base["model"],
-            adapters={},
-            catalogs={base["model"]: next(iter(served.catalogs.values()))},
-            candidates=None,
-            conditioning=None,
-            untuned=None,
-        )
-        bound = deployment.options(name=base["model"]).bind(untuned, meter)
-        targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=base["path"], logging_config=quiet))
-    return targets
-
-
-def _has_room(policy: ModelConfig, count: int) -> bool:
-    """Whether the cluster could hold `count` more replicas now."""
-    import ray
-
-    free: dict[str, float] = ray.available_resources()
-    return free.get("CPU", 0) >= policy.num_cpus * count and free.get("GPU", 0) >= policy.num_gpus * count
-
-
-def _quiet_logging() -> Any:
-    from ray.serve.schema import LoggingConfig
-
-    return LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
-def _start(config: RunConfig, targets: list[Any], port: int) -> None:
-    """Deploys and waits until every replica runs; UserError with the replica's own reason if one cannot."""
-    from ray import serve
-
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    wanted = max(config.serve.replicas.least, 1)
-    with progress("serve", wanted * len(targets), "replicas") as advance:
-        advance(0, "starting Serve")
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        http_options = {"host": config.serve.host, "port": port}
-        serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=_quiet_logging())
-        serve.run_many(targets, wait_for_applications_running=False)
-        running = 0
-        while True:
-            status = serve.status().applications
-            applications = [status[target.name] for target in targets]
-            deployments = [part for application in applications for part in application.deployments.values()]
-            why = "\n".join(part.message for part in (*applications, *deployments))
-            before, running = running, sum(part.replica_states.get("RUNNING", 0) for part in deployments)
-            if all(application.status == "RUNNING" for application in applications):
-                advance(running - before, "")
-                return
-            # a replica that no node has room for is only told from others by Serve's text (Ray 2.60)
-            advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
-            if any(application.status == "DEPLOY_FAILED" for application in applications):
-                raise UserError(f"the model cannot be served: {last_error(why) or _shortened(why)}")
-            if time.monotonic() > deadline:
-                raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_shortened(why)}")
-            time.sleep(0.25)
 
 
 def _shortened(text: str) -> str:

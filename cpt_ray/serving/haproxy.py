@@ -5,12 +5,14 @@ All settings of HAProxy and of Ray Serve's processes are here, and what it takes
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cpt_ray.cluster import unused_port
@@ -22,6 +24,7 @@ REQUEST_SECONDS = 20
 """Time that a client has to send a request, or its first 64 KB."""
 BUFFER_BYTES = 64 << 10
 """What HAProxy holds of a request: it can only repeat one that it holds whole."""
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 SERVE_ENV = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Python alone may take more than Serve's 5 s
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # else a replica that is replaced stays for 30 s
@@ -37,12 +40,12 @@ def serve_env() -> dict[str, str]:
     own ports, so it is the default on a cluster of one machine only.
     """
     if os.environ.get("RAY_ADDRESS"):
-        return SERVE_ENV | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+        return SERVE_ENV | {HAPROXY_VARIABLE: "0"}
     # any free ones, since several servers may be on a machine
     ports = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
     return {
         **SERVE_ENV,
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        HAPROXY_VARIABLE: "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "\n    ".join(_retry_lines()),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         **{name: str(unused_port()) for name in ports},
@@ -80,11 +83,45 @@ def on_head(work: Callable[..., Result], *arguments: Any) -> Result:
     return result
 
 
-def running_port() -> int:
-    """Where Serve listens already; its client alone knows the HTTP options that it was started with (Ray 2.60)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningServe:
+    """Ray Serve as it runs on the cluster, whoever started it."""
+
+    host: str
+    port: int
+    proxies: tuple[str, ...]
+    """Names of the actors."""
+    applications: dict[str, dict[str, Any]]
+    """`ray.serve.schema.ApplicationDetails` by the application's name."""
+
+    def has_haproxy(self) -> bool:
+        """Whether HAProxy is in front, else Ray's proxy in Python: only the actor's class tells (Ray 2.60)."""
+        import ray
+
+        for name in self.proxies:
+            with contextlib.suppress(ValueError):  # its node has just gone
+                actor = ray.get_actor(name, namespace="serve")
+                return bool(actor._ray_actor_creation_function_descriptor.class_name == "HAProxyManager")
+        return os.environ.get(HAPROXY_VARIABLE) == "1"
+
+
+def running_serve() -> RunningServe | None:
+    """None where Serve does not run.
+
+    Only its client knows how Serve listens, and `serve.status()` leaves the deployments' settings out (Ray 2.60).
+    """
     from ray.serve.context import _get_global_client
 
-    return int(_get_global_client().http_config.port)
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    details, listening = client.get_serve_details(), client.http_config
+    return RunningServe(
+        host=str(listening.host),
+        port=int(listening.port),
+        proxies=tuple(proxy["actor_name"] for proxy in details["proxies"].values()),
+        applications=details["applications"],
+    )
 
 
 def checked_port(host: str, port: int) -> int:
@@ -108,11 +145,11 @@ def reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def wait_until_healthy(url: str, path: str) -> None:
-    """UserError if it does not answer 200 in time."""
+def wait_until_healthy(origin: str, path: str) -> None:
+    """UserError if `path` at `origin` (http://HOST:PORT) does not answer 200 in time."""
     deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
     while True:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=HEALTH_TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection(origin.removeprefix("http://"), timeout=HEALTH_TIMEOUT_SECONDS)
         try:
             connection.request("GET", path)
             answer = f"status {connection.getresponse().status}"
@@ -123,5 +160,5 @@ def wait_until_healthy(url: str, path: str) -> None:
         if answer == "status 200":
             return
         if time.monotonic() > deadline:
-            raise UserError(f"{url}{path} does not answer after {HEALTH_TIMEOUT_SECONDS:.0f} s ({answer})")
+            raise UserError(f"{origin}{path} does not answer after {HEALTH_TIMEOUT_SECONDS:.0f} s ({answer})")
         time.sleep(0.1)

@@ -252,7 +252,7 @@ def choose_keys(
     spent = run.read_json(SPENT_FILE) or {}
     if any(key.state(spent.get(key.name, 0)) == "open" for key in Keyring(run.path / KEYS_FILE).keys):
         return (), None
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise UserError(
             f"serve.host: {host} is open to the network and there is no open key; make one (cpt keys add RUN_FILE "
             f"NAME), set {KEY_VARIABLE}, or let everyone in with --insecure"
@@ -261,7 +261,8 @@ def choose_keys(
     return (key,), secret
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -42,7 +42,7 @@ class Served:
     listing_extras: dict[str, Any]
     """Fields of `GET /v1/configurations` beside the catalog's."""
     untuned: dict[str, str] | None
-    """Path and name of the untuned model where it is an application of its own; None: it is not."""
+    """Name of the untuned model, and its path behind the run's own, where it is an application of its own; or None."""
     candidates: Candidates | None
     """What preferences are inferred among; None: there are no preferences."""
     conditioning: ConditionerSettings | None = None
@@ -52,7 +52,7 @@ class Served:
 def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
     """What is served, checked as far as can be without starting it."""
     serve = config.serve
-    name = f"{config.name}-base" if serve.adapters else config.name
+    name = untuned_name(config) if serve.adapters else config.name
     policy, data = _over_base(config) if serve.adapters else _tuned(config, run, model)
     conditioning = None if serve.preferences == "directive" else _plan_conditioning(config, run, policy)
     if template := serve.frontend.get("chat_template"):  # the model's own is one that it was tuned with
@@ -62,7 +62,7 @@ def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
     if serve.adapters:  # what is under the adapters is the untuned model, at this same address
         base = {"path": "", "model": name}
     elif serve.base:
-        base = {"path": "/base", "model": f"{config.name}-base"}
+        base = {"path": "/base", "model": untuned_name(config)}
     return Served(
         model=policy.model_copy(update={"engine": _evaluated_sampling(policy) | policy.engine}),
         name=name,
@@ -76,6 +76,11 @@ def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
         candidates=None if serve.adapters else make_candidates(config, catalogs[name], policy),
         conditioning=conditioning,
     )
+
+
+def untuned_name(config: RunConfig) -> str:
+    """Of the untuned model, and of its application where it has one."""
+    return f"{config.name}-base"
 
 
 def _tuned(config: RunConfig, run: RunDir, model: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -45,6 +45,8 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         """What `serve.ingress()` without an app asks a replica for: only there is an engine, and its event loop."""
+        from ray import serve
+
         served = self._served
         frontend, engine = _frontend_arguments(served), _engine_arguments(served)
         self._engine = await _start(engine)
@@ -54,7 +56,7 @@ class VllmServer:
         self._engine.generate = wrapped_generate(self._engine.generate, can_score, served.model.sampling)
         app = await _openai_app(self._engine, argparse.Namespace(**(vars(frontend) | vars(engine))))
         keyring = None if served.fixed_keys is None else Keyring(served.run.path / KEYS_FILE, served.fixed_keys)
-        self._log = AccessLog(served.run)
+        self._log = AccessLog(served.run, serve.get_replica_context().app_name)
         app_with_keys = ConfiguredApp(
             app,
             served.catalogs,
@@ -79,6 +81,9 @@ class VllmServer:
         questions = read_questions(served.run, served.candidates)
         conditioner = Conditioner(served.run, served.model, served.conditioning) if served.conditioning else None
         return PreferenceStore(served.run.preferences, served.candidates, scorer, questions, conditioner)
+
+    def reconfigure(self, mark: Any) -> None:
+        """Does nothing: Serve wants it where a deployment has a user_config, here the mark of who deployed it."""
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""

@@ -1,7 +1,7 @@
 """Dial positions through a running server beside the evaluation's: does what is served turn as what was measured does?
 
 make serve                                                        # in another terminal; prints a key
-CPT_API_KEY=... python jobs/benchmarks/dials.py jobs/quickstart.yaml --url http://127.0.0.1:8000
+CPT_API_KEY=... python jobs/benchmarks/dials.py jobs/quickstart.yaml
 
 Two columns come from the server. `same requests`: the evaluation's prompts and directives once more, each directive as
 a system message; it must agree with the evaluation but for sampling. `by configuration`: the same prompts at each
@@ -72,7 +72,7 @@ async def ask(session: aiohttp.ClientSession, model: str, trial: Trial, slots: a
         body["configuration"] = {trial.rubric_id: trial.level}
     else:
         messages.insert(0, {"role": "system", "content": str(trial.directive)})
-    async with slots, session.post("/v1/chat/completions", json=body) as answer:
+    async with slots, session.post("v1/chat/completions", json=body) as answer:
         if answer.status != 200:
             raise UserError(f"the server answered {answer.status}: {(await answer.text())[:300]}")
         (choice,) = (await answer.json())["choices"]
@@ -83,8 +83,8 @@ async def ask(session: aiohttp.ClientSession, model: str, trial: Trial, slots: a
 async def ask_all(url: str, key: str, trials: Sequence[Trial], by: str) -> list[Trial]:
     """All of them, answered."""
     slots = asyncio.Semaphore(CLIENTS)
-    async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as session:
-        async with session.get("/v1/models") as answer:
+    async with aiohttp.ClientSession(f"{url}/", headers={"Authorization": f"Bearer {key}"}) as session:
+        async with session.get("v1/models") as answer:
             if answer.status != 200:
                 raise UserError(f"{url}/v1/models answered {answer.status}; CPT_API_KEY is the key of `make serve`")
             model = (await answer.json())["data"][0]["id"]
@@ -121,9 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", help="of the run's server; by default where the run file has it")
     options = parser.parse_args()
     try:
+        config = load_config(options.run_file, options.overrides)
+        options.url = options.url or f"http://{config.serve.host}:{config.serve.port}/{config.name}"
         rubrics, trials, spread = read_run(options.run_file, options.overrides)
         key = os.environ.get("CPT_API_KEY", "")
         answers = {EVALUATION: trials, SAME: asyncio.run(ask_all(options.url, key, trials, SAME))}

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -129,16 +130,17 @@ async def ask_for(server: Server, clients: int, seconds: float, tokens: int, str
 
     The rate is clients / mean seconds per answer, which does not depend on where in an answer the time runs out.
     """
-    loop, port = asyncio.get_running_loop(), int(server.url.rpartition(":")[2])
+    loop, where = asyncio.get_running_loop(), urlsplit(server.url)
     before, end = cpu_seconds(server.process), time.perf_counter() + seconds
     took: list[float] = []
     firsts: list[float] = []
 
     async def client(number: int) -> None:
-        transport, one = await loop.create_connection(Client, "127.0.0.1", port)
+        transport, one = await loop.create_connection(Client, "127.0.0.1", where.port or 80)
         body = server.body(PROMPTS[number % len(PROMPTS)], tokens, stream)
         headers = "".join(f"{name}: {value}\r\n" for name, value in server.headers.items())
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        head = f"POST {where.path}/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        head += f"{headers}Content-Length: {len(body)}\r\n\r\n"
         while (start := time.perf_counter()) < end:
             firsts.append(1000 * await one.ask(transport, head.encode() + body))
             took.append(time.perf_counter() - start)
@@ -167,11 +169,11 @@ async def check_equal(servers: Sequence[Server], tokens: int) -> None:
     """Every prompt's greedy answer, token by token, from all servers; SystemExit if two differ."""
     answers = []
     for server in servers:
-        async with aiohttp.ClientSession(server.url, headers=server.headers) as session:
+        async with aiohttp.ClientSession(f"{server.url}/", headers=server.headers) as session:
             found = []
             for prompt in PROMPTS:
                 body = {**json.loads(server.body(prompt, tokens, False)), "return_token_ids": True}
-                async with session.post("/v1/chat/completions", json=body) as answer:
+                async with session.post("v1/chat/completions", json=body) as answer:
                     data = await answer.json()
                     found.append((data["prompt_token_ids"], data["choices"][0]["token_ids"]))
         answers.append(found)

@@ -1,0 +1,90 @@
+"""What a run deploys on Ray Serve: the settings of its applications."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from cpt_ray.config import ModelConfig, RunConfig
+from cpt_ray.engines.vllm import engine_env
+from cpt_ray.serving.haproxy import HAPROXY_VARIABLE
+from cpt_ray.serving.holders import Holder, marked
+from cpt_ray.serving.served import Served
+from cpt_ray.serving.vllm_app import VllmServer
+
+MAX_ONGOING_REQUESTS = 1024
+"""Requests per replica that vLLM queues and batches itself; Serve holds back what is beyond."""
+UPSCALE_SECONDS = 5.0
+"""How long more load must last before a replica is added; Serve's own 30 s lets a queue build up."""
+LEAST_LOOK_BACK_SECONDS = 11.0
+"""Serve measures the load every 10 s and averages over more than one measurement."""
+
+
+def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, is_haproxy: bool) -> list[Any]:
+    """`serve.RunTarget`s: the tuned model and, if it is asked for, the untuned one."""
+    from ray import serve
+
+    policy, options = config.policy, config.serve
+    count = 2 if served.untuned else 1
+    least, most = options.replicas
+    scaling: dict[str, Any] = {"num_replicas": most}
+    if least != most:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "initial_replicas": max(least, 1),
+                "max_replicas": most,
+                "target_ongoing_requests": options.target_ongoing_requests,
+                "upscale_delay_s": UPSCALE_SECONDS,
+                "downscale_delay_s": options.idle_seconds,
+                "look_back_period_s": min(30.0, max(options.idle_seconds, LEAST_LOOK_BACK_SECONDS)),
+            }
+        }
+    deployment = serve.deployment(
+        serve.ingress()(VllmServer),
+        **scaling,
+        ray_actor_options={
+            "num_cpus": policy.num_cpus,
+            "num_gpus": policy.num_gpus,
+            # a replica listens by itself where HAProxy is in front, which may be another job's choice
+            "runtime_env": {"env_vars": engine_env(policy) | {HAPROXY_VARIABLE: str(int(is_haproxy))}},
+        },
+        user_config=marked(holder),
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_constructor_retry_count=1,  # what fails to start once fails again; after a first start Serve retries
+        max_surge_percent=100 if _has_room(policy, count) else 0,  # newer weights start beside the older ones
+    )
+    quiet = quiet_logging()
+    name = config.name
+    tuned = deployment.options(name=name).bind(served, meter)
+    targets = [serve.RunTarget(tuned, name=name, route_prefix=f"/{name}", logging_config=quiet)]
+    if base := served.untuned:
+        untuned = replace(
+            served,
+            model=served.model.model_copy(update={"model": policy.model}),
+            name=base["model"],
+            adapters={},
+            catalogs={base["model"]: next(iter(served.catalogs.values()))},
+            candidates=None,
+            conditioning=None,
+            untuned=None,
+        )
+        bound = deployment.options(name=base["model"]).bind(untuned, meter)
+        route = f"/{name}{base['path']}"
+        targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=route, logging_config=quiet))
+    return targets
+
+
+def _has_room(policy: ModelConfig, count: int) -> bool:
+    """Whether the cluster could hold `count` more replicas now."""
+    import ray
+
+    free: dict[str, float] = ray.available_resources()
+    return free.get("CPU", 0) >= policy.num_cpus * count and free.get("GPU", 0) >= policy.num_gpus * count
+
+
+def quiet_logging() -> Any:
+    """Serve's `LoggingConfig` without its line per request: the access log has them."""
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)

@@ -719,7 +719,8 @@ class ServeConfig(_Section):
 class TuneConfig(_Section):
     """What training needs, whether on a run's pairs or on a preference set."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    """Of the run, of its server (http://HOST:PORT/<name>), and of the server's log files, which hold it twice."""
     run_dir: LocalPath = ""
     """The run directory; "runs/<name>" unless given. On a cluster: a folder that every node sees."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -138,6 +138,12 @@ def test_neighbours_are_left_alone(cluster: LocalCluster, tmp_path: Path, model:
         taker.end(signal.SIGTERM)
         assert (taker.process.returncode, twos.ask(other), httpx.get(hello).text) == (0, 404, "hello")
 
+        failed = Server(cluster, first, "one", "policy.engine.no_such_argument=1")
+        assert failed.process.wait(timeout=WAIT_SECONDS) == 1
+        assert "the model cannot be served: " in failed.said
+        load.wait_for(2, since=time.monotonic())
+        assert ones.process.poll() is None
+
         again = [Server(cluster, first, "one"), Server(cluster, first, "one")]  # at the same moment
         until(lambda: [server.process.poll() for server in (ones, *again)].count(None) == 1, ones)
         (winner,) = (server for server in again if server.process.poll() is None)
@@ -224,6 +230,6 @@ def test_who_failed_to_take_over_has_not() -> None:
 
 
 def test_a_name_that_cannot_be_a_path_is_refused() -> None:
-    for name in ("a b", "a/b", "", "-a", "ä", "a?b", "a%2e"):
+    for name in ("a b", "a/b", "", "-a", "ä", "a?b", "a%2e", "a" * 81):
         with pytest.raises(UserError, match=r"name: found"):
             load_config(toy.RUN_FILE, [f"name={name!r}"])

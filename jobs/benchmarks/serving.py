@@ -285,7 +285,7 @@ def main() -> None:
                 uvloop.run(measure([bare, this], options))
                 from ray import serve
 
-                serve.shutdown()
+                serve.delete(config.name)
         finally:
             process.terminate()
             process.wait(timeout=60)

@@ -21,7 +21,8 @@ from cpt_ray.cluster import unused_port
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
 from cpt_ray.serving import holders
-from cpt_ray.serving.haproxy import serve_env
+from cpt_ray.serving.deploy import started_serve
+from cpt_ray.serving.haproxy import RunningServe, serve_env
 from cpt_ray.serving.holders import Application, Holder, check_free, is_taken_from
 from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 from tests import toy
@@ -218,6 +219,18 @@ def test_the_same_run_directory_takes_over_and_another_one_only_if_told_to(
     assert check_free(["one"], ["/one"], make_holder(), replaces) is mine
     there(monkeypatch, one=make_application(OTHERS, "/one"))
     assert check_free(["one"], ["/one"], make_holder(), True) is OTHERS
+
+
+def test_a_network_that_the_run_file_does_not_know_of_is_not_let_in_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    running = RunningServe(host="0.0.0.0", port=8000, proxies=(), applications={})
+    monkeypatch.setattr("cpt_ray.serving.deploy.running_serve", lambda: running)
+    config = make_config(RunDir(tmp_path))
+    with pytest.raises(UserError, match=r"^serve.host: Serve on this cluster listens on 0.0.0.0, .* --insecure"):
+        started_serve(config, needs_no_key=True)
+    assert started_serve(config, needs_no_key=False) is running
+    assert started_serve(make_config(RunDir(tmp_path), host="0.0.0.0"), needs_no_key=True) is running
 
 
 def test_who_failed_to_take_over_has_not() -> None:

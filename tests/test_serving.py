@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import which
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -445,14 +446,14 @@ def begin(url: str, sent: float, name: str) -> socket.socket:
     """A request for a long answer of which only a part was sent, by a client that reads little at a time."""
     options = {"model": "tiny", "messages": USER, "max_tokens": 200, "logprobs": True, "top_logprobs": 9}
     body = json.dumps({**options, "stream": True, "ignore_eos": True}).encode()
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    headers = {**AUTHORIZED, "Host": host, "X-Request-ID": name}
+    where = urlsplit(url)
+    headers = {**AUTHORIZED, "Host": str(where.hostname), "X-Request-ID": name}
     headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    lines = [f"POST {where.path}{CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     request = "\r\n".join(lines).encode() + body
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.connect((host, int(port)))
+    client.connect((where.hostname, where.port))
     client.sendall(request[: int(sent * len(request))])
     return client
 

@@ -139,12 +139,7 @@ class _Server:
         with taking_turns(name):
             routes = [f"/{name}", f"/{name}/base"][: len(self._names)]
             previous = check_free(self._names, routes, self._holder, replace_other)
-            running = _started_serve(config)
-            if self._served.fixed_keys is None and is_loopback(config.serve.host) and not is_loopback(running.host):
-                raise UserError(
-                    f"serve.host: Serve on this cluster listens on {running.host}, which is open to the network; leave "
-                    f"out --insecure, or give serve.host={running.host} with it"
-                )
+            running = started_serve(config, needs_no_key=self._served.fixed_keys is None)
             self._holder = replace(self._holder, previous=previous.id if previous else "")
             self.previous, self._old_meter = previous, previous.meter if previous else ""
             meter = _start_meter(self._served.run)
@@ -241,8 +236,11 @@ class _Server:
                 serve.shutdown()
 
 
-def _started_serve(config: RunConfig) -> RunningServe:
-    """Serve as it runs already, whoever started it, else started here with what the run file says."""
+def started_serve(config: RunConfig, needs_no_key: bool) -> RunningServe:
+    """Serve as it runs already, whoever started it, else started here with what the run file says.
+
+    UserError if it lets a network in that the run file does not, and nobody needs a key.
+    """
     from ray import serve
 
     host, port = config.serve.host, config.serve.port
@@ -254,6 +252,11 @@ def _started_serve(config: RunConfig) -> RunningServe:
     running = running_serve()
     if running is None:
         raise UserError("Ray Serve did not start on this cluster; look at its controller")
+    if needs_no_key and is_loopback(host) and not is_loopback(running.host):
+        raise UserError(
+            f"serve.host: Serve on this cluster listens on {running.host}, which is open to the network; leave out "
+            f"--insecure, or give serve.host={running.host} with it"
+        )
     return running
 
 

@@ -161,7 +161,8 @@ def test_choices_steer_real_answers_and_are_held_against_the_baselines(
 def served(cluster: LocalCluster, loop: tuple[RunDir, str]) -> Iterator[openai.OpenAI]:
     """`jobs/serve.py` on the finished run, as a job that `ray job stop` ends, and the real client."""
     port = unused_port()
-    url, env = f"http://127.0.0.1:{port}/toy", json.dumps({"env_vars": {"CPT_API_KEY": "a-test-key"}})
+    url, variables = f"http://127.0.0.1:{port}/toy", {"CPT_API_KEY": "a-test-key", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    env = json.dumps({"env_vars": variables})
     options = ("--no-wait", "--submission-id", "serving", "--working-dir", ".", "--runtime-env-json", env)
     job = ("--", sys.executable, "jobs/serve.py", RUN_FILE, f"run_dir={loop[0].path}", f"serve.port={port}")
     assert cluster.job("submit", *options, *job).returncode == 0

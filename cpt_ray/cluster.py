@@ -127,6 +127,7 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 
 def _quiet_ray() -> None:
+    import ray._private.worker
     import ray.data
 
     for name in ("ray", "ray.data", "ray.train"):
@@ -134,3 +135,9 @@ def _quiet_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # what Ray says of lost nodes and retries is printed to stdout whatever `log_to_driver` is; private, in Ray 2.60
+    ray._private.worker.print_to_stdstream = _print_to_stderr
+
+
+def _print_to_stderr(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    print(*data["lines"], sep="\n", file=sys.stderr, flush=True)

@@ -252,4 +252,14 @@ def test_a_failed_health_check_has_health_check_failure() -> None:
     assert WorkerHealthCheckFailedError("text", cause).health_check_failure is cause
 
 
+# ---------------------------------------------------------------- Ray 2.60: cluster.py
+
+
+def test_what_ray_says_of_lost_nodes_goes_through_print_to_stdstream_alone() -> None:
+    from ray._private import worker
+
+    assert parameters(worker.print_to_stdstream) == ["data", "ignore_prefix"]
+    assert 'print_to_stdstream( { "lines": [error_message],' in source(worker.listen_error_messages)
+
+
 # ---------------------------------------------------------------- vLLM 0.32

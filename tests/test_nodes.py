@@ -1,0 +1,128 @@
+"""All stages by submitted jobs on a cluster whose nodes have nothing in common but a folder, while nodes die.
+
+The tests are one story, in order: each goes on with the run of the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
+from jobs.benchmarks.faults import compare
+from tests.nodes import ROOT, Job, Node, Nodes, OneMachineNodes, missing
+
+RUN_FILE = "tests/toy/run.yaml"
+SETTINGS = (
+    *("prompts.limit=24", "synthesis.shard_rows=20", "synthesis.paraphrases=6", "writer.num_actors=2"),
+    *("train.max_pairs=400", "train.batch_size=16", "train.save_steps=5", "evaluate.prompts=3"),
+    "policy.num_actors=2",
+)
+NUM_STEPS, SAVED_EVERY = 25, 5
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A head without CPUs and three workers of one CPU."""
+    with OneMachineNodes() if missing() else Nodes() as cluster:
+        for _ in range(3):
+            cluster.add()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
+    """The same synthesis on this machine, begun before the cluster is; to be called for its directory."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = [sys.executable, "-m", "cpt_ray", "synthesize", RUN_FILE, *SETTINGS, f"run_dir={run}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def finished() -> Path:
+        assert process.wait(300) == 0
+        return run
+
+    yield finished
+    process.kill()
+
+
+def submit(nodes: Nodes, stage: str, *more: str) -> Job:
+    env = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    return nodes.submit(f"jobs/{stage}.py", RUN_FILE, f"run_dir={nodes.shared}/run", *SETTINGS, *more, env=env)
+
+
+def until(is_so: Callable[[], bool], job: Job, seconds: float = 240) -> None:
+    """Waits for something that comes while the job runs."""
+    deadline, looked = time.monotonic() + seconds, time.monotonic()
+    while not is_so():
+        assert time.monotonic() < deadline, f"not after {seconds:.0f} s: {job.output[-3000:]}"
+        if time.monotonic() > looked + 2:
+            assert job.is_running, f"the job ended before: {job.output[-3000:]}"
+            looked = time.monotonic()
+        time.sleep(0.01)
+
+
+def holder(nodes: Nodes, process: str) -> Node:
+    """A worker on which a process of this name runs."""
+    return next(
+        node
+        for node in nodes.workers
+        if any(process in " ".join(one.cmdline()) for one in node.processes() if one.is_running())
+    )
+
+
+def finished(job: Job) -> str:
+    assert job.wait() == "SUCCEEDED", job.output[-3000:]
+    return job.output
+
+
+def test_a_node_killed_in_writing_loses_doubles_and_changes_no_row(
+    undisturbed: Callable[[], Path], nodes: Nodes
+) -> None:
+    run = nodes.files("run")
+    job = submit(nodes, "synthesize")
+    until(lambda: any((run / "attempts").glob("write-*")), job)
+    nodes.kill(holder(nodes, "StepActor"))
+    assert "(raylet)" not in finished(job)
+    difference = compare(undisturbed(), run)
+    assert difference.pop("rows") > 500
+    assert set(difference.values()) == {0}, difference
+
+
+def test_a_node_killed_in_training_costs_the_steps_since_the_last_checkpoint(nodes: Nodes) -> None:
+    nodes.add()
+    run = nodes.files("run")
+    job = submit(nodes, "train")
+    state, steps = run / TRAIN_PROGRESS_FILE, set[int]()
+
+    def has_reached(step: int) -> bool:
+        if state.exists():
+            steps.add(json.loads(state.read_text())["done"])
+        return max(steps, default=0) >= step
+
+    until(lambda: has_reached(SAVED_EVERY + 1), job)
+    nodes.kill(holder(nodes, "RayTrainWorker"))
+    steps.clear()
+    until(lambda: has_reached(NUM_STEPS), job)
+    assert min(steps) > SAVED_EVERY
+    assert f"({NUM_STEPS} steps on 400 pairs" in finished(job)
+    history = RunDir(run).read_json("model/cpt_ray.json")["summary"]["history"]
+    assert [step["step"] for step in history] == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_node_that_is_cut_off_for_seconds_goes_on(nodes: Nodes) -> None:
+    run = nodes.files("run")
+    job = submit(nodes, "evaluate")
+    until(lambda: any((run / "attempts").glob("*-*")), job)
+    node = holder(nodes, "StepActor")
+    nodes.cut(node)
+    time.sleep(5)
+    nodes.mend(node)
+    assert "tuned" in finished(job)
+    assert (run / "report" / "results.json").exists()

@@ -209,9 +209,8 @@ class Bench:
         self.written, self.trained = undisturbed / "written", undisturbed / "trained"
         if not (self.trained / "model").exists():
             print("# the undisturbed run, on this machine alone", flush=True)
-            shutil.rmtree(undisturbed, ignore_errors=True)
             self._run_here("synthesize", self.written)
-            shutil.copytree(self.written, self.trained)
+            shutil.copytree(self.written, self.trained, dirs_exist_ok=True)
             self._run_here("train", self.trained)
 
     def _run_here(self, stage: str, run: Path) -> None:

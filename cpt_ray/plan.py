@@ -236,6 +236,13 @@ class Units(Iterable[Unit]):
     def __iter__(self) -> Iterator[Unit]:
         return self.source.first_pass(self.prompts)
 
+    @property
+    def count(self) -> int:
+        """How many they are. The writer's are as many for every prompt, so that one is enough to count them."""
+        if isinstance(self.source, WriterUnits):
+            return len(self.prompts) * sum(1 for _ in self.source.first_pass(self.prompts[:1]))
+        return sum(1 for _ in self)
+
 
 def writer_units(plan: Plan) -> WriterUnits:
     """What makes the run's units."""
@@ -257,7 +264,7 @@ def plan_units(plan: Plan) -> dict[str, Units]:
     )
     # shard_rows is what an engine has under way, in that many files
     rows = settings.shard_rows // SHARDS_IN_FLIGHT
-    per_shard = max(1, rows // max(1, sum(1 for _ in writer.first_pass(prompts[:1]))))
+    per_shard = max(1, rows // max(1, Units(writer, prompts[:1]).count))
     shards: dict[str, Units] = {}
     for number, start in enumerate(range(0, len(prompts), per_shard)):
         chunk = prompts[start : start + per_shard]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from cpt_ray.chat.conversations import (
     judge_messages,
@@ -135,9 +136,14 @@ class JudgeStep(Step):
 
     def output(self, shard: str) -> str:
         """Depends on the answers, the judge and the rubrics."""
+        return ShardName.parse(shard).made_of("judge", *self._settings)
+
+    @functools.cached_property
+    def _settings(self) -> tuple[Any, ...]:
+        """Kept, since it takes longer than the name of a shard, of which a run has thousands."""
         rubrics = [self.spread.key] if self.spread else [rubric.grading_hash for rubric in self.rubrics.values()]
-        settings = (GRADE_FORMAT, rubrics, self.grids, self.margin)
-        return ShardName.parse(shard).made_of("judge", self.model.answer_key, layout_hash(self.model.mode), *settings)
+        key, layout = self.model.answer_key, layout_hash(self.model.mode)
+        return key, layout, GRADE_FORMAT, rubrics, self.grids, self.margin
 
     def wait(self, run: RunDir) -> None:
         """Waits until the levels are known."""

@@ -23,8 +23,8 @@ from cpt_ray.tables.records import CONTROL, Generation, Grade, Pair, content_id,
 from cpt_ray.tables.rundir import CARD_FILE, JUDGES_FILE, RunDir
 
 EXAMPLE_CHARACTERS = 600
-MAX_SURVEYED = 2000
-"""Shards of pairs that the card's numbers are of, evenly spread, where there are more."""
+MAX_SURVEYED = 50
+"""Shards of pairs, of 500 prompts each, that the card's numbers are of, evenly spread, where there are more."""
 Scores = dict[str, list[tuple[float, float]]]
 """Rubric id to two graders' scores of the same answers."""
 
@@ -112,9 +112,10 @@ def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any])
 
 def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
     """A pattern for the whole folder, or the names where it holds shards of other settings too."""
-    if run.names(table) <= {*names}:
+    there = run.names(table)
+    if there <= {*names}:
         return f"{table}/*.parquet"
-    return [f"{table}/{name}.parquet" for name in names if run.has(table, name)]
+    return [f"{table}/{name}.parquet" for name in names if name in there]
 
 
 def _head(info: Mapping[str, Any], files: Mapping[str, list[str] | str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from cpt_ray.engines.ledger import NOT_IN_LEDGER
+from cpt_ray.engines.ledger import NOT_IN_LEDGER, counts_of
 from cpt_ray.judging.judge import Gradings
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.synthesis.pairing import Paired
@@ -51,12 +51,7 @@ class LevelCounts:
     """The sum over a run's shards of pairs."""
 
     def __init__(self, run: RunDir, pairs: Sequence[str]):
-        total: Counter[str] = Counter()
-        for name in pairs:
-            total.update(
-                {key: value for key, value in run.counts("pairs", name).items() if key.startswith(NOT_IN_LEDGER)}
-            )
-        self._total = total
+        self._total = counts_of(run, "pairs", pairs)
 
     def level(self, rubric: str, level: str) -> dict[str, int]:
         """`asked` to be there, `hit` by those, `at` it in all, `kept` in pairs, `tokens` of those asked for."""
@@ -86,6 +81,12 @@ class LevelCounts:
         """Grids drawn of one rubric."""
         return int(self._total[f"{NOT_IN_LEDGER}grids/{rubric}"])
 
+    def totals(self) -> dict[str, int]:
+        """Answers in pairs, pairs, and grids of all rubrics."""
+        grids = sum(value for key, value in self._total.items() if key.startswith(f"{NOT_IN_LEDGER}grids/"))
+        kept, pairs = self._total["kept_answers"], self._total["rows_out"]
+        return {"kept_answers": int(kept), "pairs": int(pairs), "grids": int(grids)}
+
 
 def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) -> list[str]:
     """For the terminal: a line per rubric and level, levels that the writer does not reach, pairs per 1,000 tokens."""
@@ -104,7 +105,7 @@ def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) 
                 notes.append(f"note: no answer is at {name}: this writer does not reach it; it is in no pair")
     if not all(asked_for):
         lines.append("(-: no answer was asked to be at the level; those that are were not asked for it)")
-    total = _totals(run, shards)
+    total = counts.totals()
     if written_tokens:
         per_thousand = {name: 1000 * count / written_tokens for name, count in total.items()}
         lines.append(
@@ -112,13 +113,3 @@ def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) 
             f"{per_thousand['grids']:.1f} grids, {per_thousand['pairs']:.1f} ordered pairs"
         )
     return [*lines, *notes]
-
-
-def _totals(run: RunDir, shards: Shards) -> Counter[str]:
-    total = Counter(kept_answers=0, pairs=0, grids=0)
-    for name in shards.pairs:
-        counts = run.counts("pairs", name)
-        total["kept_answers"] += int(counts.get("kept_answers", 0))
-        total["pairs"] += int(counts.get("rows_out", 0))
-        total["grids"] += int(sum(value for key, value in counts.items() if key.startswith(f"{NOT_IN_LEDGER}grids/")))
-    return total

@@ -183,14 +183,14 @@ def synthesize(plan: Plan, run: RunDir, runner: Runner = run_lines) -> None:
     say(f"             {time.monotonic() - start:.0f} s for synthesis")
 
 
-def _write_units(plan: Plan, run: RunDir, units: Mapping[str, Any]) -> None:
+def _write_units(plan: Plan, run: RunDir, units: Mapping[str, Units]) -> None:
     complete = run.names("units")
     for name, planned in units.items():
         if name not in complete:
             rows = list(planned)
             run.write("units", name, rows, {"rows_out": len(rows)})
     splits = [len(plan.prompts_of(split)) for split in ("train", "held_out")]
-    num_units = int(ledger_entry(run, "units", units).get("rows_out", 0))
+    num_units = sum(planned.count for planned in units.values())
     say(
         f"plan         {len(plan.rubrics)} rubrics, {splits[0]} prompts (+ {splits[1]} held out): "
         f"{num_units} answers in the first pass"

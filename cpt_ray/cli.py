@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGE_HELP.items():
         stage = _add_command(commands, name, text, functools.partial(pipeline.run_stage, name))
         _add_run_file(stage, verbose=output)
+        stage.add_argument(
+            "--dry-run", action="store_true", help="say what it would ask for and take, and start nothing"
+        )
+        stage.add_argument("--rates", metavar="RUN", help="of --dry-run: an earlier run's directory, for its rates")
     serve = _add_command(commands, "serve", "serve the tuned model", pipeline.serve)
     _add_run_file(serve, verbose=output)
     serve.add_argument("--insecure", action="store_true", help="let everyone in, without a key")

@@ -27,11 +27,12 @@ from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtyp
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import endpoint_key
 from cpt_ray.errors import UserError
-from cpt_ray.plan import Plan, Shards, make_plan, plan_units, run_info
+from cpt_ray.gguf_model import is_converted
+from cpt_ray.plan import Plan, make_plan, run_info
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.serving.keys import Keyring, make_key
-from cpt_ray.synthesis.stage import name_shards, not_complete, synthesize, with_levels
+from cpt_ray.synthesis.stage import finished_synthesis, synthesize
 from cpt_ray.tables.files import file_hash
 from cpt_ray.tables.records import Directive, content_id
 from cpt_ray.tables.rundir import (
@@ -55,35 +56,19 @@ TRAIN_FORMAT = 2
 
 def check(paths: Sequence[Path]) -> None:
     """Checks rubric and run files without starting anything; UserError with a line per problem."""
+    from cpt_ray.estimate.dry_run import describe_run_file
+
     files = rubric_files(list(paths))
-    run_files = [path for path in files if _is_run_file(path)]
+    run_files = [path for path in files if not {"policy", "writer", "preferences"}.isdisjoint(read_yaml(path))]
     files = [path for path in files if path not in run_files]
     load_rubrics(files)
     for path in run_files:
-        _check_run_file(path)
+        describe_run_file(path)
     for path in files:
         rubric = load_rubric(path)
         measured = f", {len(rubric.measured)} measured" if rubric.measured else ""
         criteria = f"{len(rubric.criteria)} criteri{'on' if len(rubric.criteria) == 1 else 'a'}"
         say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {criteria}{measured})")
-
-
-def _is_run_file(path: Path) -> bool:
-    return not {"policy", "writer", "preferences"}.isdisjoint(read_yaml(path))
-
-
-def _check_run_file(path: Path) -> None:
-    config = load_any_config(path)
-    if not isinstance(config, RunConfig):
-        say(f"{path}: ok (a training on {config.preferences.source})")
-        return
-    plan = make_plan(config)
-    answers = sum(len(list(units)) for units in plan_units(plan).values())
-    train, held_out = (len(plan.prompts_of(split)) for split in ("train", "held_out"))
-    say(
-        f"{path}: ok ({len(plan.rubrics)} rubrics, {train} prompts and {held_out} held out, {answers} answers in the "
-        f"first pass; run directory {config.run_dir})"
-    )
 
 
 def status(run: Path) -> None:
@@ -107,16 +92,6 @@ def train_key(config: TuneConfig, *data: object) -> str:
     """
     settings = {**config.train.model_dump(exclude=TRAIN_PLACES), "format": TRAIN_FORMAT}
     return content_id(*data, settings, config.policy.policy_key, config.seed)
-
-
-def finished_synthesis(plan: Plan, run: RunDir) -> tuple[Plan, Shards]:
-    """The plan with its levels, and the names of the synthesis tables; UserError if they are not complete."""
-    units = plan_units(plan)
-    shards = name_shards(plan, units)
-    plan = with_levels(plan, run, units)
-    if not all(run.has("pairs", name) for name in shards.pairs):
-        raise not_complete(run)
-    return plan, shards
 
 
 def _train(plan: Plan, run: RunDir) -> None:
@@ -158,24 +133,47 @@ RESUMABLE: dict[str, Callable[[Plan, RunDir], object]] = {
 """Commands that resume where they were stopped."""
 
 
-def run_stage(command: str, run_file: Path, overrides: Sequence[str], verbose: bool) -> None:
-    """One stage of a run (or, for "run", all of them), on the cluster this process belongs to."""
+def run_stage(
+    command: str,
+    run_file: Path,
+    overrides: Sequence[str],
+    verbose: bool,
+    dry_run: bool = False,
+    rates: str | None = None,
+) -> None:
+    """One stage of a run (or, for "run", all of them), on the cluster this process belongs to.
+
+    Args:
+        dry_run: only say what it would ask for; `rates` is an earlier run's directory, for that.
+    """
+    if rates and not dry_run:
+        raise UserError("--rates: is read by --dry-run alone; add that, or leave --rates out")
     if command == "train" and isinstance(alone := load_any_config(run_file, overrides), PreferenceRunConfig):
+        if dry_run:
+            raise UserError("train --dry-run: says what a run's pairs ask for; it does not read preference sets")
         _train_alone(alone, verbose)
         return
     config = load_config(run_file, overrides)
     run = RunDir(Path(config.run_dir).absolute())
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
-    convert_models(roles_of(config))
+    roles = roles_of(config)
+    if dry_run:  # which writes nothing, so it converts nothing
+        roles = {name: role for name, role in roles.items() if not role.gguf or is_converted(role.gguf)}
+    convert_models(roles)
     for role in _roles_called_by(command, plan).values():
         endpoint_key(role)  # only for its UserError: a missing key ends the command now
-    if command == "run":  # now: training comes hours later, and must not fail then
+    if command == "run" and "policy" in roles:  # now: training comes hours later, and must not fail then
         from cpt_ray.training.checks import open_policy
 
         open_policy(config).tokeniser.check()
     if command in ("train", "evaluate") and not run.path.exists():
         raise UserError(f"{run.path}: nothing is there; run `cpt synthesize` with this run file first")
+    if dry_run:
+        from cpt_ray.estimate.dry_run import describe
+
+        describe(command, plan, run, rates, lambda shards: train_key(plan.config, shards.pairs))
+        return
     with run.locked():
         run.check_format()
         _write_run(run, config, dtype, **run_info(plan))

@@ -15,6 +15,7 @@ RANKS = [
     ("__main__",),
     ("cli",),
     ("pipeline",),
+    ("estimate",),
     ("serving",),
     ("steering", "synthesis", "evaluation", "training"),
     ("judging",),

@@ -167,11 +167,12 @@ def _entry(total: Counts, price: PriceConfig | None) -> dict[str, Any]:
     if entry.get("generated_tokens") and entry.get("engine_seconds"):
         entry["generated_tokens_per_second"] = round(entry["generated_tokens"] / entry["engine_seconds"], 1)
     if price and price != PriceConfig():
-        entry["cost"] = round(_cost(total, price), 6)
+        entry["cost"] = round(cost_of(total, price), 6)
     return entry
 
 
-def _cost(total: Counts, price: PriceConfig) -> float:
+def cost_of(total: Counts, price: PriceConfig) -> float:
+    """What some tokens and engine seconds cost."""
     prompt, cached, generated, seconds = (
         total.get(key, 0) for key in ("prompt_tokens", "cached_tokens", "generated_tokens", "engine_seconds")
     )

@@ -42,18 +42,30 @@ def plan_trials(plan: Plan, run: RunDir, shards: Shards) -> dict[str, list[Trial
     """The evaluation's trials (still unanswered) by shard name, the same for both models."""
     settings = plan.config.evaluate
     directives = run.read("directives", shards.directives, Directive)
-    prompts = sorted(plan.prompts_of("held_out"), key=lambda prompt: prompt.prompt_id)[: settings.prompts]
+    prompts = evaluated_prompts(plan)
     planned: dict[str, list[Trial]] = {}
     for rubric in plan.rubrics:
         own = [directive for directive in directives if directive.rubric_id == rubric.id]
-        per_prompt = len(rubric.levels) * (settings.directives + settings.trained_directives + 1)
-        step = max(1, plan.config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
+        step = prompts_per_shard(plan, rubric)
         for start in range(0, len(prompts), step):
             chunk = list(enumerate(prompts))[start : start + step]
             rows = [row for turn, prompt in chunk for row in trials_of(rubric, prompt, own, settings, turn)]
             ids = content_id(*(row.trial_id for row in rows), rubric.content_hash, TRIAL_FORMAT)
             planned[ShardName(rubric.id, start // step).keyed(ids)] = rows
     return planned
+
+
+def evaluated_prompts(plan: Plan) -> list[Prompt]:
+    """The held-out prompts that are asked, chosen by hash."""
+    prompts = sorted(plan.prompts_of("held_out"), key=lambda prompt: prompt.prompt_id)
+    return prompts[: plan.config.evaluate.prompts]
+
+
+def prompts_per_shard(plan: Plan, rubric: Rubric) -> int:
+    """Prompts whose trials of a rubric are one shard."""
+    settings = plan.config.evaluate
+    per_prompt = len(rubric.levels) * (settings.directives + settings.trained_directives + 1)
+    return max(1, plan.config.synthesis.shard_rows // SHARDS_IN_FLIGHT // per_prompt)
 
 
 def trials_of(
@@ -187,7 +199,7 @@ def _print_notes(run: RunDir, step: Step, names: list[str], entry: dict[str, Any
         say(f"note: {step.stage}: {lost} of {entry['rows_in']:.0f} were lost, most to: {reasons.most_common(1)[0][0]}")
 
 
-def _lines(plan: Plan, run: RunDir, shards: Shards) -> list[Line]:
+def trial_lines(plan: Plan, run: RunDir, shards: Shards) -> list[Line]:
     """The tuned model's trials and the base model's: answered, then graded."""
     config = plan.config
     planned = plan_trials(plan, run, shards)
@@ -200,7 +212,7 @@ def _lines(plan: Plan, run: RunDir, shards: Shards) -> list[Line]:
     return lines
 
 
-def _outputs(lines: Sequence[Line]) -> tuple[list[list[str]], list[str]]:
+def trial_outputs(lines: Sequence[Line]) -> tuple[list[list[str]], list[str]]:
     """Names of the answered shards, line by line, and of all graded ones."""
     answered = [[line.steps[0].output(name) for name in line.shards] for line in lines]
     graded = [line.steps[1].output(name) for line, names in zip(lines, answered, strict=True) for name in names]
@@ -209,7 +221,7 @@ def _outputs(lines: Sequence[Line]) -> tuple[list[list[str]], list[str]]:
 
 def update_report(plan: Plan, run: RunDir, shards: Shards) -> None:
     """Renders the report of an evaluation with these settings again, if there is one: steering has new results."""
-    _, graded = _outputs(_lines(plan, run, shards))
+    _, graded = trial_outputs(trial_lines(plan, run, shards))
     if run.read_json(RESULTS_FILE) and all(run.has("evaluation", name) for name in graded):
         say(f"report       {write_report(plan, run, run.read('evaluation', graded, Trial))}")
     elif (run.path / REPORT_FILE).exists():
@@ -221,9 +233,9 @@ def update_report(plan: Plan, run: RunDir, shards: Shards) -> None:
 def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines) -> dict[str, Any]:
     """Answers, grades and scores both models; writes report/ and prints the table. Returns results.json's content."""
     start = time.monotonic()
-    lines = _lines(plan, run, shards)
+    lines = trial_lines(plan, run, shards)
     runner(run, lines)
-    answered, graded = _outputs(lines)
+    answered, graded = trial_outputs(lines)
     steps = [*(line.steps[0] for line in lines), lines[0].steps[1]]
     for step, names in zip(steps, [*answered, graded], strict=True):
         entry = ledger_entry(run, step.table, names, step.model.price)

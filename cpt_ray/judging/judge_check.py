@@ -51,8 +51,7 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> dict
         return None
     first = surveyed_shards([passes[0].generations for passes in shards.passes.values()])
     rubric = with_points(rubric, survey([rubric], run.read("generations", first, Generation))[rubric.id])
-    count = math.ceil(plan.config.evaluate.judge_check_answers / len(first))
-    step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=count)
+    step = CheckStep(rubrics={rubric.id: rubric}, model=plan.config.judge, count=num_checked(plan, len(first)))
     runner(run, [Line(list(first), [step])])
     names = [step.output(name) for name in first]
     run.add_to_ledger(step.stage, ledger_entry(run, step.table, names, step.model.price))
@@ -61,3 +60,8 @@ def check_judge(plan: Plan, run: RunDir, shards: Shards, runner: Runner) -> dict
     both = [(judged, measured) for judged, measured in scores if judged is not None and measured is not None]
     named = {"rubric": rubric.title, "judge": plan.config.judge.model, "asked": len(grades)}
     return named | agreement(rubric, both)
+
+
+def num_checked(plan: Plan, num_shards: int) -> int:
+    """Answers of each shard that is looked at."""
+    return math.ceil(plan.config.evaluate.judge_check_answers / num_shards)

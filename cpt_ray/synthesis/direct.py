@@ -41,11 +41,16 @@ class DirectStep(Step):
         settings = (self.paraphrases, self.held_out, self.seed, layout_hash("direct"))
         return ShardName(shard).made_of(rubric.content_hash, given, self.model.answer_key, *settings)
 
+    @property
+    def num_asked(self) -> int:
+        """Directives asked for per level without any."""
+        return self.paraphrases * DIRECTOR_OVERSAMPLING
+
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Makes one rubric's directives."""
         rubric, name = self.rubrics[shard], self.output(shard)
         missing = [level for level in rubric.levels if not level.directives]
-        wanted = self.paraphrases * DIRECTOR_OVERSAMPLING
+        wanted = self.num_asked
         tally = Tally(wanted * len(missing))
         requests = [
             sampling_request(
@@ -110,7 +115,7 @@ class DirectStep(Step):
 
     def _split(self, rubric: Rubric, level: str, texts: list[str]) -> list[Directive]:
         given = set(rubric.level(level).directives)
-        num_held_out = min(len(texts) - 1, max(1, round(self.held_out * len(texts))))
+        aside = num_held_out(len(texts), self.held_out)
         ordered = shuffled(texts, lambda text: (rubric.id, level, text))
         return [
             Directive(
@@ -118,8 +123,13 @@ class DirectStep(Step):
                 rubric_id=rubric.id,
                 level=level,
                 text=text,
-                split="held_out" if at < num_held_out else "train",
+                split="held_out" if at < aside else "train",
                 source="rubric" if text in given else self.model.model,
             )
             for at, text in enumerate(ordered)
         ]
+
+
+def num_held_out(count: int, share: float) -> int:
+    """Of a level's directives; at least one is held out, and one is not."""
+    return min(count - 1, max(1, round(share * count)))

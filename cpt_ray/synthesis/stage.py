@@ -157,6 +157,15 @@ def not_complete(run: RunDir) -> UserError:
     return UserError(f"{run.path}: synthesis is not complete for this run file; run `cpt synthesize` first")
 
 
+def finished_synthesis(plan: Plan, run: RunDir) -> tuple[Plan, Shards]:
+    """The plan with its levels, and the names of the synthesis tables; UserError if they are not complete."""
+    units = plan_units(plan)
+    shards = name_shards(plan, units)
+    if not run.names("pairs") >= set(shards.pairs):
+        raise not_complete(run)
+    return with_levels(plan, run, units), shards
+
+
 def synthesize(plan: Plan, run: RunDir, runner: Runner = run_lines) -> None:
     """direct, write, judge, pair; what is complete already is not done again."""
     start = time.monotonic()

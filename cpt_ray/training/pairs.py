@@ -61,6 +61,11 @@ class TokenPairs(list[TokenPair]):
         super().__init__(pairs)
         self.rejects = list(rejects)
 
+    def add(self, more: TokenPairs) -> None:
+        """Pairs and rejects of further rows."""
+        self.extend(more)
+        self.rejects += more.rejects
+
 
 def own_pairs(pairs: Iterable[Pair], tokeniser: Tokeniser) -> TokenPairs:
     """The run's pairs, tokenised; one that cannot be goes with its twin."""

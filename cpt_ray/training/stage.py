@@ -27,7 +27,7 @@ from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training.checks import check_rows, check_vocabulary, check_workers, open_policy, policy_path
-from cpt_ray.training.pairs import counted, end_pairs, own_pairs, preference_pairs, select_pairs
+from cpt_ray.training.pairs import TokenPairs, counted, end_pairs, own_pairs, preference_pairs, select_pairs
 from cpt_ray.training.publishing import write_cards
 from cpt_ray.training.row_making import make_rows, steps_per_epoch
 from cpt_ray.training.worker import TrainingTask, work
@@ -121,11 +121,17 @@ def _tokenised(
     else:
         for note in tokeniser.check():
             say(f"note: {note}")
-        own = run.read("pairs", pair_shards, Pair)
-        wanted, unwanted = end_pairs(own, rubrics) if settings.contrast == "ends" else (own, [])
-        for name in sorted({pair.rubric_id for pair in own} - {pair.rubric_id for pair in wanted}):
+        pairs, seen = TokenPairs(), set[str]()
+        for shard in pair_shards:  # one after the other, since texts take ten times the memory of their tokens
+            own = run.read("pairs", [shard], Pair)
+            seen |= {pair.rubric_id for pair in own}
+            wanted, others = end_pairs(own, rubrics) if settings.contrast == "ends" else (own, [])
+            unwanted += others
+            pairs.add(own_pairs(wanted, tokeniser))
+            tokeniser.forget()
+        kept_rubrics = {pair.rubric_id for pair in pairs} | {reject.rubric_id for reject in pairs.rejects}
+        for name in sorted(seen - kept_rubrics):
             say(f"note: rubric {name}: no pair has both answers at its ends, so nothing of it is trained on")
-        pairs = own_pairs(wanted, tokeniser)
     kept, held_out, rejects = select_pairs(pairs, policy.max_length, settings.max_pairs, settings.held_out, config.seed)
     lost = pairs.rejects + unwanted + rejects
     run.write("rejects", f"train-{key}", lost)

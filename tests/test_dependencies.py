@@ -1,4 +1,4 @@
-"""What the package imports, pyproject.toml declares, in versions that the lock has."""
+"""What the package imports, pyproject.toml declares, in versions that the locks have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -54,13 +55,17 @@ def test_what_benchmarks_and_tests_import_is_declared() -> None:
     assert missing("tests", ("cpu", "cuda", "dev")) == set()
 
 
-def test_the_lock_has_what_is_declared_in_versions_that_fit() -> None:
-    lock = (ROOT / "requirements-cpu.lock").read_text(encoding="utf-8")
+NOT_ON_NODES = {"cpu", "dev", "benchmarks", "smollm2"}
+
+
+@pytest.mark.parametrize(("device", "left_out"), [("cpu", {"cuda"}), ("cuda", NOT_ON_NODES)])
+def test_a_lock_has_what_is_declared_in_versions_that_fit(device: str, left_out: set[str]) -> None:
+    lock = (ROOT / f"requirements-{device}.lock").read_text(encoding="utf-8")
     versions = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.M)}
     extras = declared()
     unfit = [
         str(one)
-        for extra in sorted(extras.keys() - {"cuda"})
+        for extra in sorted(extras.keys() - left_out)
         for one in extras[extra]
         if not one.specifier.contains(versions.get(canonicalize_name(one.name), "0"), prereleases=True)
     ]

@@ -23,7 +23,7 @@ def converted_models(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["CPT_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")
 
 
-LONGEST = ("loop", "nodes", "training", "real_model", "serving", "steering_stage", "faults", "jobs")
+LONGEST = ("loop", "nodes", "training", "real_model", "serving", "steering_stage", "clusters", "faults", "jobs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -86,7 +86,7 @@ def serve_model(
     owns_cluster = connecting is not None and starts_own_cluster()
     if owns_cluster:  # refused before Ray starts; asked again below, on the head node
         checked_port(config.serve.host, config.serve.port)
-    holder = Holder(run_name=config.name, run_dir=str(run.path), meter=_meter_name(run))
+    holder = Holder(run_name=config.name, run_dir=str(run.path), meter=meter_name(run))
     with connecting or contextlib.nullcontext(), _interrupted_by_sigterm():
         server = _Server(config, served, holder, owns_cluster)
         try:
@@ -142,7 +142,7 @@ class _Server:
             running = started_serve(config, needs_no_key=self._served.fixed_keys is None)
             self._holder = replace(self._holder, previous=previous.id if previous else "")
             self.previous, self._old_meter = previous, previous.meter if previous else ""
-            meter = _start_meter(self._served.run)
+            meter = start_meter(self._served.run)
             targets = make_targets(config, self._served, self._holder, meter, running.has_haproxy())
             try:
                 serve.run_many(targets, wait_for_applications_running=False)
@@ -260,7 +260,7 @@ def started_serve(config: RunConfig, needs_no_key: bool) -> RunningServe:
     return running
 
 
-def _meter_name(run: RunDir) -> str:
+def meter_name(run: RunDir) -> str:
     """One per run directory, whatever the run's name: what a key has spent is written there."""
     return f"meter {METER_FORMAT} of {run.path}"
 
@@ -275,7 +275,7 @@ def _end_meter(name: str) -> None:
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
-def _start_meter(run: RunDir) -> Any:
+def start_meter(run: RunDir) -> Any:
     """The run's meter: the one that is there already, or a new one."""
     import ray
 
@@ -284,7 +284,7 @@ def _start_meter(run: RunDir) -> Any:
     return (
         ray.remote(Meter)
         .options(
-            name=_meter_name(run),
+            name=meter_name(run),
             namespace=NAMESPACE,
             get_if_exists=True,
             lifetime="detached",  # outlives a `cpt serve` that another one takes over from

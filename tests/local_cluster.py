@@ -37,6 +37,7 @@ class LocalCluster:
         # jobs find their cluster by what is in its folder; a short path, since sockets are in there too
         self._home = tempfile.TemporaryDirectory(prefix="cpt-", ignore_cleanup_errors=True)
         command += [f"--temp-dir={self._home.name}"]
+        self.home = Path(self._home.name)
         self.log = folder / "ray.log"
         self.process = subprocess.Popen(
             command, env=self.env, stdout=self.log.open("w"), stderr=subprocess.STDOUT, cwd=folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
@@ -177,6 +179,47 @@ def test_the_cuda_lock_resolves_to_itself(build: ImageBuild) -> None:
     assert sorted(resolved.split()) == sorted(
         f"{name}=={version}" for name, version in pins("requirements-cuda.lock").items()
     )
+
+
+# ---------------------------------------------------------------- the operating page
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    table = page.split(f"## {heading}\n")[1].split("\n|", 1)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_memory_of_every_model_is_as_the_page_says_that_it_is_counted() -> None:
+    page = (ROOT / "jobs" / "operating.md").read_text(encoding="utf-8")
+    shapes = {
+        name: ([int(number) for number in numbers.split(",")], apart == "yes")
+        for name, numbers, apart in re.findall(r"-([\d.]+\w)\s((?:[\d\s]+,){6}[\d\s]+),\s(yes|no)", page)
+    }
+    rows = rows_of(page, "Machines by model size")
+    assert [row[0] for row in rows] == list(shapes)
+    for name, weights, cache, gpus, answers, training, _ in rows:
+        (layers, hidden, inner, heads, kv_heads, size, vocabulary), apart = shapes[name]
+        widths = [(hidden, heads * size)] * 2 + [(hidden, kv_heads * size)] * 2 + [(hidden, inner)] * 3
+        layer, head = sum(wide * narrow for wide, narrow in widths), vocabulary * hidden
+        all_weights = 2 * (layers * layer + head * (1 + apart)) / 1e9
+        token = 2 * layers * kv_heads * size * 2 / 1e9
+        assert (weights, cache) == (f"{all_weights:.2f}", f"{1000 * token:.3f}")
+        count, memory = map(int, re.findall(r"\d+", gpus))
+        assert int(answers) == int((0.92 * count * memory - all_weights - 2 * count) / (2000 * token))
+        adapter = 16 * 16 * layers * sum(wide + narrow for wide, narrow in widths) / 1e9
+        activations = (3300 * (2 * hidden * layers + 2 * (10 * hidden + 6 * inner)) + 3000 * 4 * hidden) / 1e9
+        held = all_weights / 8 + 2 * (2 * layer + head * (1 + apart)) / 1e9 if "fsdp" in training else all_weights
+        assert float(training.split()[0]) == round(held + adapter + activations, 1)
+
+
+def test_alerts_are_about_metrics_that_there_are() -> None:
+    rules = [rule for group in load(ROOT / "jobs" / "alerts.yaml")["groups"] for rule in group["rules"]]
+    own = (ROOT / "cpt_ray" / "serving" / "access_log.py").read_text(encoding="utf-8")
+    for rule in rules:
+        for name in re.findall(r"\bray_(\w+)", rule["expr"]):
+            base = re.sub("_(total|bucket)$", "", name)
+            assert name in METRICS_GAUGES or f'"{base}"' in own, name
 
 
 # ---------------------------------------------------------------- ray up
@@ -339,6 +382,21 @@ def test_the_ray_of_every_file_is_the_locks() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in [*LAUNCHED, *CLUSTERS.iterdir()])
     assert set(re.findall(r"rayproject/ray:([\d.]+)-py311", text)) == {RAY}
     assert {ray_cluster(load(path))["spec"]["rayVersion"] for path in ON_KUBERNETES} == {RAY}
+
+
+@pytest.mark.slow
+def test_the_token_guards_jobs_and_the_dashboard_but_no_metrics(cluster: LocalCluster) -> None:
+    token = cluster.env["RAY_AUTH_TOKEN"]
+    for path in ("/api/jobs/", "/api/serve/applications/", "/nodes?view=summary"):
+        statuses = [
+            httpx.get(cluster.dashboard + path, headers=headers, timeout=60).status_code
+            for headers in ({}, {"Authorization": f"Bearer {'0' * 64}"}, {"Authorization": f"Bearer {token}"})
+        ]
+        assert statuses == [401, 403, 200]
+    targets = json.loads((cluster.home / "prom_metrics_service_discovery.json").read_text(encoding="utf-8"))[0][
+        "targets"
+    ]
+    assert {httpx.get(f"http://{target}/metrics", timeout=60).status_code for target in targets} == {200}
 
 
 @pytest.mark.slow

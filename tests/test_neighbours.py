@@ -133,13 +133,13 @@ def test_neighbours_are_left_alone(cluster: LocalCluster, tmp_path: Path, model:
         assert refused.process.wait(timeout=WAIT_SECONDS) == 1
         assert f"name: two is served already, by {second.path} (process {twos.process.pid} on" in refused.said
         taker = Server(cluster, third, "two", "--replace")
+        failed = Server(cluster, first, "one", "policy.engine.no_such_argument=1")
         assert taker.url == other
         assert [twos.ask(other), taker.ask(other)] == [401, 200]
         until(lambda: cluster.actors() == {f"meter 2 of {run.path}" for run in (first, third)}, taker)
         taker.end(signal.SIGTERM)
         assert (taker.process.returncode, twos.ask(other), httpx.get(hello).text) == (0, 404, "hello")
 
-        failed = Server(cluster, first, "one", "policy.engine.no_such_argument=1")
         assert failed.process.wait(timeout=WAIT_SECONDS) == 1
         assert "the model cannot be served: " in failed.said
         load.wait_for(2, since=time.monotonic())

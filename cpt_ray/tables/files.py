@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from cpt_ray.errors import UserError
+from cpt_ray.tables.store_path import PART_BYTES, AnyPath, StorePath
 
 
 def file_hash(path: Path) -> str:
@@ -37,13 +39,26 @@ def exclusive(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o666, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A file that becomes `path`, whole, when the block ends well; UserError if the disk refuses.
+def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A file that becomes `path`, whole, when the block ends well; UserError if the disk or the store refuses.
+
+    In an object store it is one put, which is atomic, of what was written on this machine.
 
     Args:
-        mode: its permissions from the start, less the umask.
+        mode: its permissions from the start, less the umask; those of an object are its bucket's.
         sync: whether to wait for the disk, so that it outlives the machine's death too.
     """
+    if isinstance(path, StorePath):
+        with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as spool:
+            yield spool
+            if spool.tell() <= PART_BYTES:
+                spool.seek(0)
+                path.put(spool.read())
+            else:
+                spool.rollover()
+                spool.seek(0)
+                path.put(spool)
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

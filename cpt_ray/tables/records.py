@@ -13,7 +13,6 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from cpt_ray.errors import UserError
+from cpt_ray.tables.store_path import AnyPath, StorePath
 
 CONTROL = "control"
 """In place of a level: the policy's own answer, without a rubric's directive."""
@@ -314,9 +314,9 @@ def _adapter(record: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(record)
 
 
-def read_records(path: Path, record: type[Record]) -> list[Record]:
+def read_records(path: AnyPath, record: type[Record]) -> list[Record]:
     """All rows of one parquet file; UserError if its schema is another one's."""
-    table = pq.read_table(path)
+    table = pq.read_table(pa.BufferReader(path.read_bytes()) if isinstance(path, StorePath) else path)
     if table.schema.names != schema_of(record).names:
         raise UserError(
             f"{path}: columns {', '.join(table.schema.names)} are not those of {record.__name__} "

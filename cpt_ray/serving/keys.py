@@ -5,6 +5,7 @@ A running server sees a change of the file within a second. `Meter` counts for a
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import hmac
@@ -12,17 +13,18 @@ import ipaddress
 import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.asgi import Refusal
 from cpt_ray.serving.store import JsonStore
+from cpt_ray.tables.address import StoreError
 from cpt_ray.tables.rundir import KEYS_FILE, SPENT_FILE, RunDir
+from cpt_ray.tables.store_path import AnyPath
 
 KEY_VARIABLE = "CPT_API_KEY"
 """Holds a key beside those of the file."""
@@ -89,18 +91,23 @@ UNKNOWN_KEY = Refusal(
 class Keyring:
     """The keys of one run: those of the file `path`, and `fixed` ones that live as long as the server."""
 
-    def __init__(self, path: Path, fixed: tuple[Key, ...] = ()):
+    def __init__(self, path: AnyPath, fixed: tuple[Key, ...] = ()):
         self._store, self._path, self._fixed = JsonStore(path.parent), path, fixed
         self._keys: tuple[Key, ...] = ()
-        self._seen: tuple[int, int] | None = None
+        self._seen: object = None
         self._reread_at = 0.0
+        self._was_read, self._rereading = False, threading.Thread()
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """All of them, revoked ones too; UserError if the file is not one of keys."""
         if time.monotonic() >= self._reread_at:
             self._reread_at = time.monotonic() + REREAD_SECONDS
-            self._read()
+            if not (self._was_read and self._store.is_remote):
+                self._read()
+            elif not self._rereading.is_alive():  # a slow store must not hold up a server
+                self._rereading = threading.Thread(target=self._read, name="keys", daemon=True)
+                self._rereading.start()
         return self._fixed + self._keys
 
     def _read(self) -> None:
@@ -109,10 +116,13 @@ class Keyring:
             if version != self._seen:
                 self._keys = tuple(Key(**entry) for entry in self._store.read(self._path.name) or ())
                 self._seen = version
+            self._was_read = True
         except (OSError, TypeError, ValueError) as error:
-            if self._seen is not None:  # a server that runs keeps the keys it knows
+            if self._was_read:  # a server that runs keeps the keys it knows
                 return
-            raise UserError(f"{self._path}: cannot be read as keys ({error}); repair or remove it") from None
+            if isinstance(error, StoreError):
+                raise
+            raise self._unreadable(error) from None
 
     def check(self, authorization: bytes) -> Key | Refusal:
         """The key in an Authorization header; compares with every known one, so that the time tells nothing."""
@@ -137,10 +147,13 @@ class Keyring:
                 f"keys: found the name {key.name[: MAX_KEY_NAME + 1]!a}; give one of at most {MAX_KEY_NAME} printable "
                 "characters, without spaces around it: it is a line of `cpt keys list`"
             )
-        with self._locked_and_reread():
-            if any(other.name == key.name for other in self.keys):
+
+        def added(keys: tuple[Key, ...]) -> tuple[Key, ...]:
+            if any(other.name == key.name for other in self._fixed + keys):
                 raise UserError(f"{self._path}: there is a key named {key.name!r} (or was: a revoked name stays taken)")
-            self._write((*self._keys, key))
+            return *keys, key
+
+        self._change(added)
 
     def revoke(self, name: str) -> None:
         """Marks a key as revoked; UserError if there is none of that name."""
@@ -148,23 +161,30 @@ class Keyring:
             raise UserError(
                 f"{self._path}: no key named {name[: MAX_KEY_NAME + 1]!a}{did_you_mean(name[:MAX_KEY_NAME], known)}"
             )
-        with self._locked_and_reread():
-            self._write(tuple(dataclasses.replace(key, revoked=key.revoked or key.name == name) for key in self._keys))
+        self._change(
+            lambda keys: tuple(dataclasses.replace(key, revoked=key.revoked or key.name == name) for key in keys)
+        )
 
-    @contextmanager
-    def _locked_and_reread(self) -> Iterator[None]:
-        """Holds the folder's lock with the file's newest keys read."""
+    def _change(self, changed: Callable[[tuple[Key, ...]], tuple[Key, ...]]) -> None:
+        """Replaces the file's newest keys."""
         try:
-            with self._store.changing():
-                self._reread_at = 0.0
-                _ = self.keys
-                yield
+            self._store.change(
+                self._path.name, lambda data: [dataclasses.asdict(key) for key in changed(self._parsed(data))]
+            )
+        except StoreError:
+            raise
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from None
+        self._reread_at, self._seen = 0.0, None
 
-    def _write(self, keys: tuple[Key, ...]) -> None:
-        self._store.write(self._path.name, [dataclasses.asdict(key) for key in keys])
-        self._reread_at = 0.0
+    def _parsed(self, data: Any) -> tuple[Key, ...]:
+        try:
+            return tuple(Key(**entry) for entry in data or ())
+        except TypeError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"{self._path}: cannot be read as keys ({error}); repair or remove it")
 
 
 def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, str]:
@@ -206,10 +226,11 @@ class Meter:
     the next request waits for it. What a budget has spent is on disk after every answer; the minutes are in memory.
     """
 
-    def __init__(self, spent_file: Path, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, spent_file: AnyPath, clock: Callable[[], float] = time.monotonic):
         self._store, self._name, self._clock = JsonStore(spent_file.parent), spent_file.name, clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}
         self._spent: dict[str, int] = self._store.read(self._name) or {}
+        self._writing, self._changes, self._kept = asyncio.Lock(), 0, 0
 
     def _bucket(self, key: Key, unit: str, per_minute: int) -> _Bucket:
         bucket = self._buckets.get((key.name, unit))
@@ -235,7 +256,17 @@ class Meter:
             self._bucket(key, "tokens", key.tokens_per_minute).take(tokens)
         if key.budget is not None:
             self._spent[key.name] = self._spent.get(key.name, 0) + tokens
-            self._store.write(self._name, self._spent, sync=False)
+            await self._keep()
+
+    async def _keep(self) -> None:
+        """Writes what was spent. Answers that end while it is being written are written together, by the next."""
+        self._changes += 1
+        own = self._changes
+        async with self._writing:
+            if self._kept < own:
+                kept, spent = self._changes, dict(self._spent)
+                await asyncio.to_thread(self._store.write, self._name, spent, sync=False)
+                self._kept = kept
 
 
 def choose_keys(

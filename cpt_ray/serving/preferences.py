@@ -20,7 +20,6 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
@@ -33,6 +32,8 @@ from cpt_ray.serving.store import JsonStore
 from cpt_ray.steering.choices import Choice, PreferenceState, Question, parse_choices
 from cpt_ray.steering.inference import Belief, Candidates, Scorer
 from cpt_ray.steering.scoring import SCORING, Triple, checked_answer_tokens, logprob_from
+from cpt_ray.tables.address import StoreError
+from cpt_ray.tables.store_path import AnyPath
 
 ID = re.compile(PREFERENCES_PREFIX + "[0-9a-f]{24}", re.ASCII)
 MAX_STATES = 10_000
@@ -87,7 +88,7 @@ class PreferenceStore:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         candidates: Candidates,
         scorer: Scorer,
         questions: Sequence[Question],
@@ -145,11 +146,10 @@ class PreferenceStore:
     def _create(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
         state = PreferenceState()
         self._add_to(state, choices)
-        with self._store.changing(owner):
-            if len(self._store.names(owner)) >= MAX_STATES:
-                return FULL
-            name = f"preferences-{secrets.token_hex(12)}"
-            self._write(owner, name, state)
+        if len(self._store.names(owner)) >= MAX_STATES:
+            return FULL
+        name = f"preferences-{secrets.token_hex(12)}"
+        self._change(owner, name, lambda latest: state)
         return self._described(name, state)
 
     def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
@@ -164,8 +164,7 @@ class PreferenceStore:
         return {"object": "list", "data": data, "question": self._question(PreferenceState())}
 
     def _delete(self, owner: str, name: str) -> dict[str, Any] | Refusal:
-        with self._store.changing(owner):
-            was_there = self._store.remove(f"{owner}/{name}.json")
+        was_there = self._store.remove(f"{owner}/{name}.json")
         return UNKNOWN if not was_there else {"id": name, "object": "preferences", "deleted": True}
 
     def _current(self, owner: str, name: str, choices: Sequence[Choice]) -> PreferenceState | None:
@@ -175,12 +174,15 @@ class PreferenceStore:
             if not choices and self._is_scored(state):
                 return state
             self._add_to(state, choices)
-            with self._store.changing(owner):
-                latest = self._read(owner, name)
-                if latest is not None and latest.to_json() == before:  # else another request came in between
-                    self._write(owner, name, state)
-                    return state
+            if self._replace(owner, name, before, state):  # else another request came in between
+                return state
         return None
+
+    def _replace(self, owner: str, name: str, before: dict[str, Any], state: PreferenceState) -> bool:
+        """Whether the state that is kept was still as it was `before`; `state` then takes its place."""
+        return self._change(
+            owner, name, lambda latest: state if latest is not None and latest.to_json() == before else None
+        )
 
     def _add_to(self, state: PreferenceState, choices: Sequence[Choice]) -> None:
         kept = [*state.choices, *state.new(choices)]
@@ -213,12 +215,24 @@ class PreferenceStore:
         try:
             data = self._store.read(f"{owner}/{name}.json")
             return None if data is None else PreferenceState.from_json(data)
+        except StoreError as error:
+            raise RuntimeError(str(error)) from error
         except ValueError:
             raise UserError("preferences: not a saved state; delete it and choose again") from None
 
-    def _write(self, owner: str, name: str, state: PreferenceState) -> None:
-        """RuntimeError, which is answered 500, if the disk refuses: a UserError would blame the request."""
+    def _change(
+        self, owner: str, name: str, changed: Callable[[PreferenceState | None], PreferenceState | None]
+    ) -> bool:
+        """Replaces a state unless `changed` gives None; whether it was.
+
+        RuntimeError, which is answered 500, if the disk or the store refuses: a UserError would blame the request.
+        """
+
+        def changed_json(data: Any) -> Any:
+            state = changed(None if data is None else PreferenceState.from_json(data))
+            return None if state is None else state.to_json()
+
         try:
-            self._store.write(f"{owner}/{name}.json", state.to_json())
-        except UserError as error:
+            return self._store.change(f"{owner}/{name}.json", changed_json) is not None
+        except (UserError, OSError) as error:
             raise RuntimeError(str(error)) from error

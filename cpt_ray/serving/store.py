@@ -1,42 +1,51 @@
 """Small private JSON files that several processes read and change: keys, what they have spent, users' preferences.
 
-A file is replaced whole, so that reading needs no lock. Whoever changes what is in a file holds the folder's lock from
-reading it to writing it.
+A file is replaced whole, so that reading needs no lock. It is changed on the condition that nobody else changed it in
+between: under the folder's lock, or in an object store by puts that replace the version that was read and no other.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
+from cpt_ray.tables.address import ChangedError, StoreError, Version
 from cpt_ray.tables.files import exclusive, replacing
+from cpt_ray.tables.store_path import AnyPath, StorePath
+
+TRIES = 20
+"""How often an object is read again because somebody else changed it just then."""
+TRY_SECONDS = 0.05
+"""Before it is read again, at random up to twice this long, and longer each time."""
 
 
 class JsonStore:
     """The JSON files under one folder; names are relative to it."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: AnyPath):
         self.root = root
         self._threads = threading.Lock()  # some file systems have no locks: this process's threads at least take turns
 
-    @contextmanager
-    def changing(self, folder: str = "") -> Iterator[None]:
-        """Nobody else changes the files of `folder` meanwhile, on any node; OSError if it cannot be written."""
-        with self._threads, exclusive(self.root / folder):
-            yield
+    @property
+    def is_remote(self) -> bool:
+        """Whether a look at a file may take long."""
+        return isinstance(self.root, StorePath)
 
     def names(self, folder: str = "") -> list[str]:
         """The names of a folder's files, in order, without their ending."""
-        return sorted(path.stem for path in (self.root / folder).glob("*.json"))
+        return sorted(path.stem for path in (self.root / folder if folder else self.root).glob("*.json"))
 
-    def version(self, name: str) -> tuple[int, int] | None:
+    def version(self, name: str) -> Version | tuple[int, int] | None:
         """Differs whenever the file was replaced; None if there is none."""
+        path = self.root / name
+        if isinstance(path, StorePath):
+            return path.version()
         try:
-            status = (self.root / name).stat()
+            status = path.stat()
         except FileNotFoundError:
             return None
         return status.st_mtime_ns, status.st_ino
@@ -44,26 +53,72 @@ class JsonStore:
     def read(self, name: str) -> Any:
         """None if there is no such file; ValueError if it is not JSON."""
         try:
-            data = json.loads((self.root / name).read_text(encoding="utf-8"))
+            return _decoded((self.root / name).read_bytes())
         except FileNotFoundError:
             return None
-        if data is None:
-            raise ValueError("found null")
-        return data
 
     def write(self, name: str, data: object, sync: bool = True) -> None:
-        """Writes a file that only its owner can read; UserError if the disk refuses.
+        """Writes a file that only its owner can read; UserError if the disk or the store refuses.
 
         Args:
             sync: whether to wait for the disk, so that it outlives the machine's death too.
         """
         with replacing(self.root / name, mode=0o600, sync=sync) as file:
-            file.write(json.dumps(data, indent=2).encode())
+            file.write(_encoded(data))
+
+    def change(self, name: str, changed: Callable[[Any], Any]) -> Any:
+        """Replaces a file's content by what `changed` makes of it and returns that; nobody else changes it meanwhile.
+
+        `changed` is given None for a file that is not there, may be called several times, and leaves all as it is by
+        returning None or raising. OSError if the file cannot be written.
+        """
+        path = self.root / name
+        if isinstance(path, StorePath):
+            return self._swap(path, changed)
+        with self._threads, exclusive(path.parent):
+            data = changed(self.read(name))
+            if data is not None:
+                self.write(name, data)
+            return data
+
+    def _swap(self, path: StorePath, changed: Callable[[Any], Any]) -> Any:
+        for number in range(1, TRIES + 1):
+            before = path.read_versioned()
+            data = changed(None if before is None else _decoded(before[0]))
+            if data is None:
+                return None
+            try:
+                path.put_if(_encoded(data), before[1] if before else None)
+                return data
+            except ChangedError:
+                latest = path.read_versioned()
+                if latest and latest[0] == _encoded(data):  # this very put, whose answer was lost
+                    return data
+                time.sleep(TRY_SECONDS * number * random.uniform(0, 2))
+        raise StoreError(f"{path}: changed by others {TRIES} times in a row; try again")
 
     def remove(self, name: str) -> bool:
         """Removes a file and what a killed process left of its replacement; returns whether the file was there."""
         path = self.root / name
-        was_there = path.exists()
-        for part in (path, *path.parent.glob(f".{path.name}.*.tmp")):
-            part.unlink(missing_ok=True)
+        if isinstance(path, StorePath):
+            was_there = path.is_file()
+            path.unlink(missing_ok=True)
+            return was_there
+        if not path.parent.is_dir():
+            return False
+        with self._threads, exclusive(path.parent):
+            was_there = path.exists()
+            for part in (path, *path.parent.glob(f".{path.name}.*.tmp")):
+                part.unlink(missing_ok=True)
         return was_there
+
+
+def _encoded(data: object) -> bytes:
+    return json.dumps(data, indent=2).encode()
+
+
+def _decoded(content: bytes) -> Any:
+    data = json.loads(content.decode("utf-8"))
+    if data is None:
+        raise ValueError("found null")
+    return data

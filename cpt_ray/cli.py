@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "paths", nargs="+", metavar="PATH", type=Path, help="a rubric file, a folder of them, or a run file"
     )
     status = _add_command(commands, "status", "what a run has done so far and what it cost", pipeline.status)
-    status.add_argument("run", metavar="RUN", type=Path, help="the directory of a run")
+    status.add_argument("run", metavar="RUN", help="the directory of a run, or its address in an object store")
     output = "show what Ray and vLLM print, and tracebacks"
     for name, text in STAGE_HELP.items():
         stage = _add_command(commands, name, text, functools.partial(pipeline.run_stage, name))

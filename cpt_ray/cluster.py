@@ -8,13 +8,16 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from cpt_ray.errors import UserError
-from cpt_ray.gguf_model import CACHE_ENV, cache_folder
+from cpt_ray.tables.address import StoreError
+from cpt_ray.tables.node_cache import CACHE_ENV, cache_folder
+from cpt_ray.tables.store_path import AnyPath, StorePath
 
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -38,7 +41,7 @@ ENGINE_ENV = {
 
 @contextmanager
 def connected(
-    verbose: bool = False, log: Path | None = None, more_env: Mapping[str, str] | None = None
+    verbose: bool = False, log: AnyPath | None = None, more_env: Mapping[str, str] | None = None
 ) -> Iterator[None]:
     """Ray, for as long as the block runs: the cluster in RAY_ADDRESS, else one that starts and ends with it.
 
@@ -112,18 +115,25 @@ def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) ->
 
 
 @contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Sends file descriptor 2 to the end of a file: Ray's C++ core writes there, past sys.stderr."""
+def _stderr_to(path: AnyPath) -> Iterator[None]:
+    """Sends file descriptor 2 to the end of a file: Ray's C++ core writes there, past sys.stderr.
+
+    An object cannot be added to: it is put at the end, and has what the last command printed.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
-    with path.open("ab") as file:
+    with tempfile.TemporaryFile() if isinstance(path, StorePath) else path.open("ab") as file:
         os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            if isinstance(path, StorePath) and file.seek(0, os.SEEK_END):
+                file.seek(0)
+                with contextlib.suppress(StoreError):  # what led here is said, not this
+                    path.put(file.read())
 
 
 def _quiet_ray() -> None:

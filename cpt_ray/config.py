@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -34,7 +35,10 @@ from pydantic import (
 
 from cpt_ray import gguf_model
 from cpt_ray.errors import UserError, shown
+from cpt_ray.tables.address import check_address, scheme_of
+from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.records import content_id
+from cpt_ray.tables.store_path import AnyPath, StorePath
 from cpt_ray.yaml_file import StrictLoader, read_yaml, validation_lines
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -71,7 +75,6 @@ NoneOrMore = Annotated[Range, BeforeValidator(functools.partial(_read_range, lea
 
 _VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}|%[A-Za-z_]\w{2,}%")
 """What only a shell replaces."""
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -93,18 +96,16 @@ def expanded_path(text: str) -> str:
 
 def local_path(text: str) -> str:
     """`expanded_path`; ValueError for an address (s3://...) too, since it would create a folder named "s3:"."""
-    if scheme := _SCHEME.match(text):
-        what = "the path alone" if scheme[1].lower() == "file" else "a path of this machine, or of a shared disk"
-        raise ValueError(f"found {text!r}; addresses ({scheme[1]}:) are not read or written here; give {what}")
+    if scheme := scheme_of(text):
+        what = "the path alone" if scheme == "file" else "a path of this machine, or of a shared disk"
+        raise ValueError(f"found {text!r}; addresses ({scheme}:) are not read or written here; give {what}")
     return expanded_path(text)
 
 
-def _storage_path(text: str) -> str:
-    """`expanded_path`; addresses are fine if they are whole."""
-    scheme = _SCHEME.match(text)
-    if scheme and not text.startswith(f"{scheme[1]}://"):
-        raise ValueError(f"found {text!r}; an address begins with {scheme[1]}://")
-    return text if scheme and not _VARIABLE.search(text.replace("%", "")) else expanded_path(text)
+def storage_path(text: str) -> str:
+    """`expanded_path`; addresses of object stores are fine if they are whole."""
+    check_address(text)
+    return text if scheme_of(text) and not _VARIABLE.search(text.replace("%", "")) else expanded_path(text)
 
 
 def _source(text: str) -> str:
@@ -112,7 +113,7 @@ def _source(text: str) -> str:
     try:
         return local_path(text)
     except ValueError as error:
-        raise ValueError(f"{error}, or a Hugging Face data set's name" if _SCHEME.match(text) else str(error)) from None
+        raise ValueError(f"{error}, or a Hugging Face data set's name" if scheme_of(text) else str(error)) from None
 
 
 def _model_name(text: str) -> str:
@@ -128,8 +129,8 @@ def _with_homes(value: Any) -> Any:
 
 
 LocalPath = Annotated[str, AfterValidator(local_path)]
-StoragePath = Annotated[str, AfterValidator(_storage_path)]
-"""A folder, or a URI."""
+StoragePath = Annotated[str, AfterValidator(storage_path)]
+"""A folder, or an address in an object store."""
 Source = Annotated[str, AfterValidator(_source)]
 VllmArguments = Annotated[dict[str, Any], AfterValidator(_with_homes)]
 
@@ -357,18 +358,25 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _is_a_path_or_name(self) -> Self:
-        is_remote = "://" in self.model.removeprefix("file://")  # vLLM reads some
         if self.endpoint is None:
             try:
-                (expanded_path if is_remote else local_path)(self.model)
+                storage_path(self.model)
             except ValueError as error:
                 raise ValueError(f"model: {error}") from None
         return self
 
     @property
     def path(self) -> str:
-        """What the engine and transformers load; a GGUF that this machine has not converted yet is converted here."""
-        return str(gguf_model.converted(self.gguf)) if self.gguf else self.model
+        """What the engine and transformers load, on this machine: a GGUF that it has not converted yet is converted
+        here, a model in an object store that it has no copy of is copied."""
+        if self.gguf:
+            return str(gguf_model.converted(self.gguf))
+        return str(local_copy(self.model)) if self.is_stored else self.model
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether `model` is the address of a folder in an object store."""
+        return self.endpoint is None and scheme_of(self.model) != ""
 
     @property
     def gguf(self) -> str:
@@ -382,6 +390,8 @@ class ModelConfig(_Section):
             return content_id(self.model, self.endpoint.base_url, self.endpoint.extra_body)
         if self.gguf:
             return content_id(gguf_model.gguf_hash(self.gguf), gguf_model.CONVERTER)
+        if self.is_stored:
+            return _stored_identity(self.model, int(time.monotonic()))
         folder = Path(self.model)
         if not folder.is_dir():
             return self.model
@@ -431,16 +441,25 @@ class JudgeConfig(ModelConfig):
         return content_id(super().answer_key, self.mode, self.votes)
 
 
+@functools.lru_cache(maxsize=16)
+def _stored_identity(address: str, _second: int) -> str:
+    """The same as of the same files in a folder; looked up once a second at most, since every shard's name has it."""
+    folder = StorePath.parse(address)
+    files = {name: version for name, version in folder.files().items() if "/" not in name}
+    return content_id([[name, _fingerprint(folder / name, version)] for name, version in sorted(files.items())])
+
+
 def file_fingerprint(path: Path) -> str:
     """Hash of a file's size and its first and last MiB: weights are told apart without reading all of them."""
     return _fingerprint(path, path.stat().st_mtime_ns)
 
 
 @functools.cache
-def _fingerprint(path: Path, _modified_ns: int) -> str:
-    size, part = path.stat().st_size, 1 << 20
+def _fingerprint(path: AnyPath, _version: object) -> str:
+    part = 1 << 20
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(part))
+        size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - part))
         digest.update(file.read())
     return f"{size}-{digest.hexdigest()[:20]}"
@@ -560,7 +579,7 @@ class TrainConfig(_Section):
     save_steps: Positive = 50
     """Optimizer steps between checkpoints, and between measurements on the held-out pairs."""
     checkpoints: StoragePath | None = None
-    """Where checkpoints are kept: a folder or a URI (s3://, gs://, hdfs://); the run directory unless given."""
+    """Where checkpoints are kept: a folder or an address (s3://, gs://, abfs://); the run directory unless given."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group is restarted from the last checkpoint."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
@@ -721,8 +740,9 @@ class TuneConfig(_Section):
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
     """Of the run, of its server (http://HOST:PORT/<name>), and of the server's log files, which hold it twice."""
-    run_dir: LocalPath = ""
-    """The run directory; "runs/<name>" unless given. On a cluster: a folder that every node sees."""
+    run_dir: StoragePath = ""
+    """The run directory; "runs/<name>" unless given. On a cluster: a folder that every node sees, or an address
+    in an object store (s3://, gs://, abfs://)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     policy: ModelConfig
     """The model that is tuned, evaluated and served; its untuned form is the reference."""
@@ -831,10 +851,10 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
         copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
         problems = [f"{_origin_of(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
         raise UserError("\n".join(problems)) from None
-    if JOB_ENV in os.environ and not os.path.isabs(config.run_dir):
+    if JOB_ENV in os.environ and not (os.path.isabs(config.run_dir) or scheme_of(config.run_dir)):
         raise UserError(
             f"{path}: run_dir: {config.run_dir!r} is relative, and inside a Ray job that is a folder that goes away "
-            "with the job; give an absolute path that every node sees (run_dir=/shared/runs/NAME)"
+            "with the job; give an absolute path that every node sees (run_dir=/shared/runs/NAME), or an address (s3://BUCKET/NAME)"
         )
     return config
 

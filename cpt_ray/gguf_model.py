@@ -26,22 +26,13 @@ from typing import Any
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean, first_line
 from cpt_ray.tables.files import exclusive
+from cpt_ray.tables.node_cache import CACHE_ENV, cache_folder
 from cpt_ray.tables.records import content_id
 
-CACHE_ENV = "CPT_CACHE"
-"""The environment variable with the folder of converted models; on a cluster best one that every node sees."""
 CONVERTER = 1
 """Goes up when the same file is converted to another model than before."""
 _ENDING = ".gguf"
 _IN_PACKAGE = re.compile(r"([\w-]+):(?!/)(.*)")
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept; UserError for an address."""
-    given = os.environ.get(CACHE_ENV) or "~/.cache/cpt_ray"
-    if "://" in given:
-        raise UserError(f"{CACHE_ENV}: found {given!r}; give a folder of this machine, or of a shared disk")
-    return Path(os.path.expanduser(given)).absolute()
 
 
 def is_gguf(name: str) -> bool:

@@ -21,6 +21,7 @@ from cpt_ray.config import (
     load_any_config,
     load_config,
     local_path,
+    storage_path,
 )
 from cpt_ray.console import say, status_lines
 from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
@@ -71,9 +72,9 @@ def check(paths: Sequence[Path]) -> None:
         say(f"{path}: ok ({rubric.title}: {len(rubric.levels)} levels, {criteria}{measured})")
 
 
-def status(run: Path) -> None:
+def status(run: str) -> None:
     """What a run has done and what it cost, read from its directory alone."""
-    folder = RunDir(run)
+    folder = RunDir.at(run)
     info, ledger = folder.read_yaml(RUN_INFO_FILE), folder.read_json(LEDGER_FILE) or {}
     if not isinstance(info, dict) or "name" not in info:
         raise UserError(f"{run}: no run.yaml there that names a run; give the directory of a run (runs/NAME)")
@@ -154,7 +155,7 @@ def run_stage(
         _train_alone(alone, verbose)
         return
     config = load_config(run_file, overrides)
-    run = RunDir(Path(config.run_dir).absolute())
+    run = RunDir.at(config.run_dir)
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
     roles = roles_of(config)
@@ -177,7 +178,7 @@ def run_stage(
     with run.locked():
         run.check_format()
         _write_run(run, config, dtype, **run_info(plan))
-        with connected(verbose, run.ray_log):
+        with connected(verbose, run.ray_log, run.environment):
             _check_room(command, plan)
             RESUMABLE[command](plan, run)
             if command == "run":
@@ -188,7 +189,7 @@ def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
     """A model from a preference set, without a synthesis."""
     from cpt_ray.training.stage import train
 
-    source, run = config.preferences.source, RunDir(Path(config.run_dir).absolute())
+    source, run = config.preferences.source, RunDir.at(config.run_dir)
     path = Path(source)
     config, dtype = with_dtype(config, run)
     convert_models(roles_of(config))
@@ -196,7 +197,7 @@ def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
     with run.locked():
         _write_run(run, config, dtype, name=config.name, preferences=data)
         key = train_key(config, data, config.preferences.data_split)
-        train(config, run, (), key, connected(verbose, run.ray_log))
+        train(config, run, (), key, connected(verbose, run.ray_log, run.environment))
 
 
 def _write_run(run: RunDir, config: TuneConfig, dtype: str | None, **info: object) -> None:
@@ -249,14 +250,14 @@ def _say_next(run_file: Path, config: RunConfig, overrides: Sequence[str]) -> No
 
 def push_model(run_file: Path, target: str, overrides: Sequence[str]) -> None:
     """The run's model to a folder or to the Hugging Face Hub."""
-    run = RunDir(Path(load_any_config(run_file, overrides).run_dir))
-    push(run, target if target.startswith(HUB) else str(_given_path("TARGET", target)))
+    run = RunDir.at(load_any_config(run_file, overrides).run_dir)
+    push(run, target if target.startswith(HUB) else _given_path("TARGET", target, storage_path))
 
 
-def _given_path(name: str, text: str) -> Path:
-    """A path among the arguments, with its ~ replaced; UserError for an address."""
+def _given_path(name: str, text: str, read: Callable[[str], str] = local_path) -> str:
+    """A path among the arguments, with its ~ replaced; UserError for an address that is not read or written."""
     try:
-        return Path(local_path(text))
+        return read(text)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
 
@@ -266,7 +267,7 @@ def steer(
 ) -> None:
     """One action of few-shot steering ("fit", "infer" or "evaluate"), on the cluster this process belongs to."""
     config = load_config(run_file, overrides)
-    run = RunDir(Path(config.run_dir).absolute())
+    run = RunDir.at(config.run_dir)
     config, _ = with_dtype(config, run, report=lambda _: None)  # `steer infer` prints its JSON alone
     plan = make_plan(config)
     convert_models(roles_of(config))
@@ -287,8 +288,8 @@ def steer(
     if dry_run:
         stage.describe(steering)
         return
-    choices_made = stage.read_choices(_given_path("--choices", choices)) if action == "infer" and choices else []
-    with run.locked(), connected(verbose, run.ray_log):
+    choices_made = stage.read_choices(Path(_given_path("--choices", choices))) if action == "infer" and choices else []
+    with run.locked(), connected(verbose, run.ray_log, run.environment):
         if choices_made:
             say(json.dumps(stage.infer(steering, choices_made), indent=2, ensure_ascii=False))
         elif action == "fit":
@@ -305,7 +306,8 @@ def serve(run_file: Path, overrides: Sequence[str], insecure: bool, replace: boo
     from cpt_ray.serving.haproxy import serve_env
 
     config = load_config(run_file, overrides)
-    run, connecting = RunDir(Path(config.run_dir).absolute()), connected(verbose, more_env=serve_env())
+    run = RunDir.at(config.run_dir)
+    connecting = connected(verbose, more_env={**serve_env(), **run.environment})
     config, _ = with_dtype(config, run)
     needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}
     convert_models({name: role for name, role in roles_of(config).items() if name in needed})
@@ -316,7 +318,7 @@ def serve(run_file: Path, overrides: Sequence[str], insecure: bool, replace: boo
 
 
 def _keyring(run_file: Path, overrides: Sequence[str]) -> tuple[RunDir, Keyring]:
-    run = RunDir(Path(load_config(run_file, overrides).run_dir).absolute())
+    run = RunDir.at(load_config(run_file, overrides).run_dir)
     return run, Keyring(run.path / KEYS_FILE)
 
 

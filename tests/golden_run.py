@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from cpt_ray.cli import main
 from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.engines.step import Line
 from cpt_ray.steering.reward import RewardModel
+from cpt_ray.tables.files import replacing
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
 from tests import toy
 from tests.builders import LEVELS, rubric_dict
@@ -122,10 +122,10 @@ def run_pool(engine: RecordingEngine, run: RunDir, lines: Sequence[Line], open_e
 
 def _train(config: Any, run: RunDir, pairs: Any, key: str, **_: Any) -> None:
     """A tuned model that is never loaded: a tokenizer, and the mark."""
-    run.model.mkdir(exist_ok=True)
     for path in toy.MODEL.iterdir():
         if path.suffix != ".safetensors":
-            shutil.copy(path, run.model / path.name)
+            with replacing(run.model / path.name, sync=False) as file:
+                file.write(path.read_bytes())
     run.write_json(MODEL_INFO_FILE, {"key": key, "summary": {}})
 
 

@@ -261,8 +261,8 @@ def test_what_only_a_shell_replaces_is_refused(override: str, text: str) -> None
         overridden(override.format(json.dumps(text) if "[" in override else text))
 
 
-@pytest.mark.parametrize("override", ["run_dir={}", "rubrics=[{}]", "prompts.source={}"])
-@pytest.mark.parametrize("address", ["s3://bucket/a", "gs:/a", "https://host/a.jsonl", "C:/a"])
+@pytest.mark.parametrize("override", ["rubrics=[{}]", "prompts.source={}"])
+@pytest.mark.parametrize("address", ["s3://bucket/a", "gs:/a", "https://host/a.jsonl", "C:/a", "ftp://host/a"])
 def test_an_address_where_a_path_belongs_is_refused(override: str, address: str) -> None:
     with pytest.raises(UserError, match="are not read or written here; give a path") as caught:
         overridden(override.format(address))
@@ -271,8 +271,8 @@ def test_an_address_where_a_path_belongs_is_refused(override: str, address: str)
 
 def test_addresses_are_kept_where_they_are_read() -> None:
     address = "s3://bucket/%20a%20c%C3%A9"
-    found = overridden(f"train.checkpoints={address}", f"serve.adapters.a={address}")
-    assert (found.train.checkpoints, found.serve.adapters) == (address, {"a": address})
+    found = overridden(f"run_dir={address}", f"train.checkpoints={address}", f"serve.adapters.a={address}")
+    assert (found.run_dir, found.train.checkpoints, found.serve.adapters) == (address, address, {"a": address})
     with pytest.raises(UserError, match="an address begins with s3://"):
         overridden("train.checkpoints=s3:/bucket/a")
 

@@ -121,7 +121,7 @@ def test_a_model_that_is_not_there_is_not_pushed(run_file: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("target", ["s3://bucket/a", "file:///a", "$OUT/a"])
+@pytest.mark.parametrize("target", ["ftp://host/a", "s3:/bucket/a", "file:///a", "$OUT/a"])
 def test_a_target_that_would_become_a_folder_of_that_name_is_refused(
     run_file: Path, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import Job, StepActor, Worker, endpoint_key, make_engine, one_line
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.store_path import remove_tree
 
 SHARDS_IN_FLIGHT = 2
 """Shards an engine works on at a time: while one runs out, the next keeps it full."""
@@ -83,7 +83,7 @@ def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None
     ]
     if not todo:
         return
-    shutil.rmtree(run.attempts, ignore_errors=True)
+    remove_tree(run.attempts)
     model = lines[0].steps[0].model
     open_engine = open_engine or functools.partial(make_engine, key=endpoint_key(model))
     job = Job(run, model, [line.steps for line in lines], open_engine)
@@ -92,7 +92,7 @@ def _run_pool(run: RunDir, lines: Sequence[Line], open_engine: OpenEngine | None
         advance(0, f"starting {model.num_actors} x {model.model}")
         for counts in map_shards(job, todo):
             advance(1, live.add(counts))
-    shutil.rmtree(run.attempts, ignore_errors=True)
+    remove_tree(run.attempts)
 
 
 @contextmanager

@@ -10,12 +10,12 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cpt_ray.config import Range
 from cpt_ray.console import progress
 from cpt_ray.errors import UserError, first_line
+from cpt_ray.tables.store_path import AnyPath
 
 START_MINUTES = 15
 """How long the cluster may take to find room for the workers (autoscaling included)."""
@@ -47,7 +47,7 @@ def run_workers(
     *,
     name: str,
     storage: str,
-    state: Path,
+    state: AnyPath,
     title: str,
     steps: int,
 ) -> Any:
@@ -111,7 +111,7 @@ def run_workers(
     return outcome["returned"]
 
 
-def read_progress(state: Path) -> dict[str, Any]:
+def read_progress(state: AnyPath) -> dict[str, Any]:
     """What rank 0 last said of its progress; nothing if it cannot be read now."""
     try:
         content: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -23,6 +22,7 @@ from cpt_ray.engines.vllm import VllmEngine
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.store_path import AnyPath
 
 MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""
@@ -143,7 +143,7 @@ class Attempts:
     Kept in files, because the crash being counted also kills the process that could remember it.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: AnyPath):
         self._folder = folder
 
     def begin(self, name: str, what: str) -> None:

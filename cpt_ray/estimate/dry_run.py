@@ -24,7 +24,7 @@ def describe(command: str, plan: Plan, run: RunDir, earlier: str | None, train_k
     run.check_format()
     if command in ("train", "evaluate"):
         finished_synthesis(plan, run)  # only for its UserError
-    rates = Rates.read(plan, RunDir(Path(earlier)) if earlier else run, is_named=bool(earlier))
+    rates = Rates.read(plan, RunDir.at(earlier) if earlier else run, is_named=bool(earlier))
     estimate = Estimate(plan, run, rates, train_key)
     stages = estimate.stages(command)
     say(f"{'stage':<14}{'rows':>11}{'at most':>11}{'prompt tokens':>15}{'written':>13}{'at most':>13}{'files':>8}"

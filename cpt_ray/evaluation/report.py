@@ -41,12 +41,13 @@ from cpt_ray.rubrics.bins import confirms, nearest_level
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
 from cpt_ray.tables.rundir import LEDGER_FILE, REPORT_FILE, RESULTS_FILE, STEERING_RESULTS_FILE, RunDir
+from cpt_ray.tables.store_path import AnyPath
 
 Results = Mapping[str, Any]
 MAX_ANSWER_CHARS = 900
 
 
-def write_report(plan: Plan, run: RunDir, trials: Sequence[Trial]) -> Path:
+def write_report(plan: Plan, run: RunDir, trials: Sequence[Trial]) -> AnyPath:
     """Renders report.html from results.json and steering.json, if that is of the same tuned model; returns its path.
 
     Args:

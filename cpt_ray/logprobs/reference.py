@@ -25,6 +25,7 @@ from cpt_ray.logprobs.rows import SHARD_ROWS, Row, sequence_ids, write_rows
 from cpt_ray.tables.records import ReferenceLogProb, content_id
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import DIGITS, ShardName
+from cpt_ray.tables.store_path import path_of, readable
 
 TABLE = "reference"
 
@@ -68,7 +69,7 @@ class ReferenceStep(Step):
 
     def __call__(self, engine: ReferenceModel, run: RunDir, shard: str) -> None:
         """Computes one shard."""
-        rows = pq.ParquetFile(self.rows).read_row_group(self.groups[shard]).to_pylist()
+        rows = pq.ParquetFile(readable(path_of(self.rows))).read_row_group(self.groups[shard]).to_pylist()
         tally = Tally(len(rows))
         tally.counts["prompt_tokens"] = sum(len(row["prompt"]) + sum(map(len, row["answers"])) for row in rows)
         logps_of_rows = engine.run(rows)

@@ -4,7 +4,6 @@ kept in files."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
 
@@ -17,6 +16,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.store_path import AnyPath, readable
 
 NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 """No further arguments of a template."""
@@ -167,14 +167,14 @@ def num_tokens(row: Row) -> int:
 # ---------------------------------------------------------------- the training set's file
 
 
-def rows_path(run: RunDir, name: str) -> Path:
+def rows_path(run: RunDir, name: str) -> AnyPath:
     """Where `write_rows` puts them."""
     return run.train_rows.absolute() / f"{name}.parquet"
 
 
-def read_rows_file(path: Path) -> list[Row]:
+def read_rows_file(path: AnyPath) -> list[Row]:
     """The rows that `write_rows` wrote."""
-    rows: list[Row] = pq.read_table(path).to_pylist()
+    rows: list[Row] = pq.read_table(readable(path)).to_pylist()
     return rows
 
 

@@ -52,14 +52,14 @@ class Conditioner:
     form = FORM
 
     def __init__(self, run: RunDir, model: ModelConfig, conditioning: ConditionerSettings):
-        from safetensors.torch import load_file
+        from safetensors.torch import load
         from transformers import AutoConfig, AutoModelForCausalLM
 
         saved = conditioning.saved
         with torch.device("meta"):  # the engine has the weights
             frozen = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.path))
         self._policy = ConditionalPolicy(frozen, FORM, len(saved.mean), saved.size).eval()
-        self._policy.load_own_state(load_file(run.path / saved.weights))
+        self._policy.load_own_state(load((run.path / saved.weights).read_bytes()))
         self._embedder = Embedder(conditioning.embedder.model_copy(update={"num_gpus": 0}))
         self._mean, self._deviation = torch.tensor(saved.mean), torch.tensor(saved.deviation)
         self._model, self._numbers, self._embedding = model.path, itertools.count(1), threading.Lock()

@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from cpt_ray.cluster import starts_own_cluster
@@ -47,6 +46,7 @@ from cpt_ray.serving.served import Served, plan_serving, untuned_name
 from cpt_ray.serving.targets import make_targets, quiet_logging
 from cpt_ray.serving.vllm_app import MAX_CAUSE, last_error
 from cpt_ray.tables.rundir import SPENT_FILE, RunDir
+from cpt_ray.tables.store_path import AnyPath
 
 METER_FORMAT = 2
 """Goes up when `Key` or `Refusal` is another class: servers exchange them with a meter that outlives an upgrade."""
@@ -65,7 +65,7 @@ def serve_model(
     run: RunDir,
     api_key: str | None,
     block: bool = True,
-    model: Path | None = None,
+    model: AnyPath | None = None,
     insecure: bool = False,
     replace_other: bool = False,
     connecting: AbstractContextManager[None] | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,9 @@ from cpt_ray.errors import UserError, kind_of
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.keys import Key
 from cpt_ray.steering.inference import Candidates, make_candidates
+from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
+from cpt_ray.tables.store_path import AnyPath
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""
@@ -49,7 +50,7 @@ class Served:
     """How users' adapters are made, where these and not directives steer; None: directives do."""
 
 
-def plan_serving(config: RunConfig, run: RunDir, model: Path) -> Served:
+def plan_serving(config: RunConfig, run: RunDir, model: AnyPath) -> Served:
     """What is served, checked as far as can be without starting it."""
     serve = config.serve
     name = untuned_name(config) if serve.adapters else config.name
@@ -83,7 +84,7 @@ def untuned_name(config: RunConfig) -> str:
     return f"{config.name}-base"
 
 
-def _tuned(config: RunConfig, run: RunDir, model: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def _tuned(config: RunConfig, run: RunDir, model: AnyPath) -> tuple[ModelConfig, dict[str, Any]]:
     """The tuned model and its catalog, by name."""
     if not (model / "config.json").exists():
         raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
@@ -135,7 +136,7 @@ def _rank(name: str, folder: Path) -> int:
     return rank
 
 
-def _read_json(path: Path, remedy: str) -> Any:
+def _read_json(path: AnyPath, remedy: str) -> Any:
     """The object in a file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -147,18 +148,3 @@ def _read_json(path: Path, remedy: str) -> Any:
     if not isinstance(data, dict):
         raise UserError(f"{path}: found {kind_of(data)}; {remedy}")
     return data
-
-
-def local_copy(where: str) -> Path:
-    """A folder on this machine: `where` itself, or a copy of what a URI (s3://, gs://, file://) names."""
-    if "://" not in where:
-        return Path(where)
-    from pyarrow import fs
-
-    target = tempfile.mkdtemp(prefix="cpt-adapter-")
-    try:
-        source, path = fs.FileSystem.from_uri(where)
-        fs.copy_files(path, target, source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be copied ({error})") from None
-    return Path(target)

@@ -40,14 +40,16 @@ def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, 
                 "look_back_period_s": min(30.0, max(options.idle_seconds, LEAST_LOOK_BACK_SECONDS)),
             }
         }
+    # a replica listens by itself where HAProxy is in front, which may be another job's choice; and Serve, which starts
+    # it, may be older than this job, so that it does not have its environment
+    environment = engine_env(policy) | {HAPROXY_VARIABLE: str(int(is_haproxy))} | served.run.environment
     deployment = serve.deployment(
         serve.ingress()(VllmServer),
         **scaling,
         ray_actor_options={
             "num_cpus": policy.num_cpus,
             "num_gpus": policy.num_gpus,
-            # a replica listens by itself where HAProxy is in front, which may be another job's choice
-            "runtime_env": {"env_vars": engine_env(policy) | {HAPROXY_VARIABLE: str(int(is_haproxy))}},
+            "runtime_env": {"env_vars": environment},
         },
         user_config=marked(holder),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,

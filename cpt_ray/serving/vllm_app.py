@@ -24,8 +24,9 @@ from cpt_ray.serving.app import ConfiguredApp, Steerer
 from cpt_ray.serving.asgi import AsgiApp, Json, Refusal, with_cors
 from cpt_ray.serving.call import CALL, Call
 from cpt_ray.serving.keys import Key, Keyring
-from cpt_ray.serving.served import Served, local_copy
+from cpt_ray.serving.served import Served
 from cpt_ray.steering.inference import read_questions
+from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.rundir import KEYS_FILE
 
 MAX_CAUSE = 400
@@ -92,7 +93,7 @@ class VllmServer:
 
     def __del__(self) -> None:
         if self._log is not None:
-            self._log.write()
+            self._log.close()
         if self._engine is not None:
             self._engine.shutdown()
 

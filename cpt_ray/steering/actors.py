@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,10 @@ from cpt_ray.engines.step import Step
 from cpt_ray.engines.vllm import VllmEngine, engine_arguments, vllm_sampling
 from cpt_ray.steering.answers import Answer
 from cpt_ray.steering.scoring import PolicyScorer
+from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.records import AnswerEmbedding, AnswerLogprobs, SteeredAnswer, content_id
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.store_path import AnyPath
 
 _TURN = threading.Lock()
 """A pool calls its actors from several threads; those of this module take one call at a time."""
@@ -119,7 +120,7 @@ def _subject(row: SteeredAnswer) -> str:
 class AdapterActor:
     """Planned answers, whose `directive` is the name of a folded adapter -> answers of the policy under it."""
 
-    def __init__(self, model: ModelConfig, folder: Path, rank: int, seed: int):
+    def __init__(self, model: ModelConfig, folder: AnyPath, rank: int, seed: int):
         from vllm import LLM
 
         lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 8}
@@ -147,7 +148,7 @@ class AdapterActor:
         from vllm.lora.request import LoRARequest
 
         number = self._numbers.setdefault(name, len(self._numbers) + 1)
-        return LoRARequest(name, number, str(self._folder / name))
+        return LoRARequest(name, number, str(local_copy(self._folder / name)))
 
     def _text(self, output: Any) -> str:
         is_begun = opens_thoughts(self._tokenizer, output.prompt_token_ids or ())

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpt_ray.config import Form, Range, SteerConfig
+from cpt_ray.config import Form, ModelConfig, Range, SteerConfig
 from cpt_ray.console import say
 from cpt_ray.engines.ray_train import WorkerGroup, run_workers
 from cpt_ray.errors import UserError
 from cpt_ray.steering.policy import AnswerTokens, ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, Tensors, train_loop
 from cpt_ray.tables.files import replacing
+from cpt_ray.tables.store_path import AnyPath
 
 DATA, PROGRESS = "tensors.pt", "progress.json"
 """In the models' folder: what workers read, and how far they are."""
@@ -37,14 +38,14 @@ class ModelToFit:
     """One kind of model to train, and how."""
 
     config: SteerConfig
-    folder: Path
+    folder: AnyPath
     """Of the models; absolute."""
     seed: int
     method: str
     """"np-btl"; the same model without any context ("static") or given the taste ("oracle"); or a form of NP-DPO."""
     policy: str = ""
-    """Of NP-DPO alone: folder or name of the model."""
-    reward: Path = Path()
+    """Of NP-DPO alone: folder, address or name of the model."""
+    reward: AnyPath = Path()
     """Of NP-DPO alone: weights of the NP-BTL model that says what users prefer."""
 
     @property
@@ -61,7 +62,7 @@ class ModelToFit:
         """Of one seed's model."""
         return self.method if self.policy else f"{self.method} {number}"
 
-    def path(self, number: int) -> Path:
+    def path(self, number: int) -> AnyPath:
         """Of one seed's weights."""
         return self.folder / f"{self.method}-{number}.safetensors"
 
@@ -69,13 +70,13 @@ class ModelToFit:
 class Reporter:
     """How far a worker group is, in a file of the models' folder that `run_workers` shows; rank 0 writes it."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: AnyPath, rank: int):
         self._path, self._rank, self._next = folder / PROGRESS, rank, 0.0
         if (state := self.read(folder)).get("error"):  # Ray Train tries again what would fail again
             raise UserError(state["error"])
 
     @staticmethod
-    def read(folder: Path) -> dict[str, Any]:
+    def read(folder: AnyPath) -> dict[str, Any]:
         """{"done": steps, "note": ..., "error": ...}, as far as there is any of it."""
         path = folder / PROGRESS
         return json.loads(path.read_text()) if path.exists() else {}
@@ -111,7 +112,8 @@ def train_missing(fits: Sequence[ModelToFit], data: dict[str, Any]) -> None:
     if missing:
         first = missing[0][0]
         first.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(data, first.folder / DATA)
+        with replacing(first.folder / DATA) as file:
+            torch.save(data, file)
         config = first.config
         group = WorkerGroup(
             stage="steer",
@@ -145,20 +147,20 @@ def load_reward_models(fit: ModelToFit, embedding: int) -> list[RewardModel]:
     return [_reward_model(fit, embedding, fit.path(number)) for number in range(fit.seeds)]
 
 
-def _reward_model(fit: ModelToFit, embedding: int, weights: Path) -> RewardModel:
-    from safetensors.torch import load_file
+def _reward_model(fit: ModelToFit, embedding: int, weights: AnyPath) -> RewardModel:
+    from safetensors.torch import load
 
     model = RewardModel(embedding, fit.config.size)
-    model.load_state_dict(load_file(weights), strict=True)
+    model.load_state_dict(load(weights.read_bytes()), strict=True)
     return model.eval()
 
 
 def load_policy(fit: ModelToFit, embedding: int) -> ConditionalPolicy:
     """The trained conditional policy."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     policy = _new_policy(fit, embedding)
-    policy.load_own_state(load_file(fit.path(0)))
+    policy.load_own_state(load(fit.path(0).read_bytes()))
     return policy.eval()
 
 
@@ -167,7 +169,7 @@ def _new_policy(fit: ModelToFit, embedding: int) -> ConditionalPolicy:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if fit.config.use_gpu else torch.float32
-    frozen = AutoModelForCausalLM.from_pretrained(fit.policy, dtype=dtype).eval()
+    frozen = AutoModelForCausalLM.from_pretrained(ModelConfig(model=fit.policy).path, dtype=dtype).eval()
     torch.manual_seed(fit.seed)
     form: Form = fit.method  # type: ignore[assignment]
     return ConditionalPolicy(frozen, form, embedding, fit.config.size, beta=fit.config.policy_beta)
@@ -218,7 +220,8 @@ def work(settings: dict[str, Any]) -> None:
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if not first.config.use_gpu:
         torch.set_num_threads(1)
-    data = torch.load(first.folder / DATA)
+    with (first.folder / DATA).open("rb") as file:
+        data = torch.load(file)
     tensors = Tensors(**{name: tensor.to(get_device()) for name, tensor in data.pop("tensors").items()})
     reporter, done = Reporter(first.folder, rank), 0
 

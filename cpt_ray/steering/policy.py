@@ -24,8 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,11 @@ from torch.nn.utils.rnn import pad_sequence
 from cpt_ray.config import Form, ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.steering.reward import ContextEncoder, mlp
+from cpt_ray.tables.files import replacing
 from cpt_ray.tables.rundir import RunDir
+from cpt_ray.tables.store_path import AnyPath
+
+Folder = TypeVar("Folder", bound=AnyPath)
 
 AnswerTokens = tuple[list[int], int]
 """Token ids of prompt and answer, and where the answer starts."""
@@ -198,9 +201,9 @@ class ConditionalPolicy(nn.Module):
     # ------------------------------------------------------------ serving
 
     @torch.no_grad()
-    def fold(self, z: Tensor, folder: Path, base_model: str) -> Path:
+    def fold(self, z: Tensor, folder: Folder, base_model: str) -> Folder:
         """One user's plain LoRA adapter in PEFT's layout, diag(g(z)) folded into A; z [size]."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         assert self.form == "gated_lora"
         gates, weights = self.gates(z[None])[0], {}
@@ -217,9 +220,12 @@ class ConditionalPolicy(nn.Module):
             "bias": "none",
             "target_modules": sorted({name.rpartition(".")[2] for name in self.adapters}),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        for name, content in {
+            "adapter_model.safetensors": save(weights, metadata={"format": "pt"}),
+            "adapter_config.json": json.dumps(config, indent=2).encode(),
+        }.items():
+            with replacing(folder / name, sync=False) as file:
+                file.write(content)
         return folder
 
 

@@ -41,6 +41,7 @@ from cpt_ray.steering.users import Floats, Population, User, draw_taste
 from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
 from cpt_ray.tables.rundir import CATALOG_FILE, QUESTIONS_FILE, TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
+from cpt_ray.tables.store_path import AnyPath
 
 NUM_QUESTIONS = 200
 """How many questions are kept for users, or offered to a held-out user."""
@@ -62,7 +63,7 @@ class Steering:
         return self.plan.config.steer
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> AnyPath:
         """Of the trained models."""
         return self.run.steering.absolute()
 
@@ -245,18 +246,18 @@ def fit(steering: Steering) -> Fitted:
 
 
 def _fit_policies(
-    steering: Steering, key: str, tensors: Tensors, reward: Path, scale: Scale
+    steering: Steering, key: str, tensors: Tensors, reward: AnyPath, scale: Scale
 ) -> list[ConditionalPolicy]:
     """NP-DPO on the same users."""
     config, answers, policy = steering.config, steering.training_population.answers, steering.policy
     settings = config.model_dump(include=POLICY_SETTINGS)
     folder = steering.folder / content_id(key, settings, policy.identity, VERSION)
-    fits = [ModelToFit(config, folder, steering.plan.config.seed, form, policy.path, reward) for form in config.forms]
+    fits = [ModelToFit(config, folder, steering.plan.config.seed, form, policy.model, reward) for form in config.forms]
     prompts = [answer.prompt_id for answer in answers]
     train_missing(fits, {"tensors": tensors.__dict__, "tokens": steering.answer_tokens(answers), "prompts": prompts})
     for each in fits:
         saved = SavedForm(
-            weights=str(each.path(0).relative_to(steering.run.path.absolute())),
+            weights=str(each.path(0)).removeprefix(f"{steering.run.path.absolute()}/"),
             policy=policy.identity,
             embedder=(config.embedder or policy).identity,
             size=config.size,

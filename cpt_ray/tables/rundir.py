@@ -1,27 +1,28 @@
 """The run directory: the one module that knows its paths, and how a stage completes a shard.
 
 A table is a folder of shard files. A stage maps an input shard to an output shard (`shard.py` has their names); the
-file is written under a temporary name and renamed, so a file that is there is complete, and is not made again.
+file is written under a temporary name and renamed, or put into an object store whole, so a file that is there is
+complete, and is not made again. Two workers that make the same shard (one was thought dead) write the same name, since
+it is a hash of all inputs: the last one stays, whole, and its counts are in the file itself, so that nothing is counted
+twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow.parquet as pq
 import yaml
 
-from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
+from cpt_ray.tables.address import StoreError
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.records import (
     AnswerEmbedding,
@@ -38,6 +39,8 @@ from cpt_ray.tables.records import (
     read_records,
     to_table,
 )
+from cpt_ray.tables.run_lock import LOCK_FILE, is_held, run_lock
+from cpt_ray.tables.store_path import AnyPath, StorePath, cloud_environment, path_of, remove_tree
 
 TABLES: dict[str, type[Any]] = {
     "units": Unit,
@@ -80,25 +83,30 @@ RESULTS_FILE, STEERING_RESULTS_FILE = "report/results.json", "report/steering.js
 """Of `cpt evaluate` and of `cpt steer evaluate`."""
 REPORT_FILE = "report/report.html"
 """Shows both."""
-LOCK_FILE = ".lock"
 TRACES = {LOCK_FILE, RUN_INFO_FILE, "attempts", "units", LEDGER_FILE}
 """What a command leaves in the run directory before it has any result: `units` are planned, not made."""
+READERS = 16
+"""Shards of an object store that are read at a time."""
 Record = TypeVar("Record")
 _COUNTS = b"cpt_ray.counts"
 
 
-def _holds_files(path: Path) -> bool:
+def _holds_files(path: AnyPath) -> bool:
     """Whether there is a file with something in it; a log may be empty."""
+    if isinstance(path, StorePath):
+        return True  # an object that is empty is never put
     files = path.rglob("*") if path.is_dir() else [path]
     return any(file.is_file() and file.stat().st_size > 0 for file in files)
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+def _parsed(path: AnyPath, parse: Callable[[str], Any]) -> Any:
     """A small file's content, or None if it is not there; UserError if it is broken."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except StoreError:
+        raise
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); remove it, or mend it") from None
 
@@ -107,67 +115,77 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
 class RunDir:
     """`runs/<name>`; cheap to make, picklable, the same on every node that sees the folder."""
 
-    path: Path
+    path: AnyPath
+
+    @classmethod
+    def at(cls, place: str) -> Self:
+        """Of a run file's `run_dir`: a path of this machine, or an address."""
+        return cls(path_of(place))
 
     @property
-    def model(self) -> Path:
+    def environment(self) -> dict[str, str]:
+        """Variables that every process needs to reach it: credentials, for an object store."""
+        return cloud_environment(self.path)
+
+    @property
+    def model(self) -> AnyPath:
         """Merged weights and tokenizer, Hugging Face layout."""
         return self.path / "model"
 
     @property
-    def adapter(self) -> Path:
+    def adapter(self) -> AnyPath:
         """The LoRA alone."""
         return self.path / "adapter"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         """Ray Train's storage."""
         return self.path / "checkpoints"
 
     @property
-    def attempts(self) -> Path:
+    def attempts(self) -> AnyPath:
         """Marks of what was begun and not finished."""
         return self.path / "attempts"
 
     @property
-    def train_rows(self) -> Path:
+    def train_rows(self) -> AnyPath:
         """What a training reads: tokenized pairs with the reference model's log-probabilities."""
         return self.path / "train_rows"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> AnyPath:
         """TensorBoard's files, by the key of the training."""
         return self.path / "tensorboard"
 
     @property
-    def steering(self) -> Path:
+    def steering(self) -> AnyPath:
         """What `cpt steer` trained."""
         return self.path / "steering"
 
     @property
-    def preferences(self) -> Path:
+    def preferences(self) -> AnyPath:
         """Choices that the server's clients made, by the hash of their key."""
         return self.path / "preferences"
 
     @property
-    def access(self) -> Path:
+    def access(self) -> AnyPath:
         """Who asked what and when, a file per server process."""
         return self.path / "access"
 
     @property
-    def ray_log(self) -> Path:
+    def ray_log(self) -> AnyPath:
         """What Ray and vLLM printed."""
         return self.path / "ray.log"
 
-    def temporary_folder(self, folder: Path) -> Path:
+    def temporary_folder(self, folder: AnyPath) -> AnyPath:
         """Where a folder of the run is written before it takes the place of `folder`."""
         return self.path / f".{folder.name}.tmp"
 
-    def table(self, table: str) -> Path:
+    def table(self, table: str) -> AnyPath:
         """The folder of a table's shards."""
         return self.path / table
 
-    def shard(self, table: str, name: str) -> Path:
+    def shard(self, table: str, name: str) -> AnyPath:
         """Path of one shard of a table."""
         return self.table(table) / f"{name}.parquet"
 
@@ -196,14 +214,19 @@ class RunDir:
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""
-        metadata = pq.read_schema(self.shard(table, name)).metadata or {}
+        path = self.shard(table, name)
+        metadata = pq.read_schema(path.open_end() if isinstance(path, StorePath) else path).metadata or {}
         loaded: dict[str, float] = json.loads(metadata.get(_COUNTS, b"{}"))
         return loaded
 
     def read(self, table: str, names: Sequence[str], record: type[Record]) -> list[Record]:
         """The rows of the named shards, in order; `record` is the table's class."""
         assert TABLES[table] is record
-        return [row for name in names for row in read_records(self.shard(table, name), record)]
+        paths = [self.shard(table, name) for name in names]
+        if not isinstance(self.path, StorePath):
+            return [row for path in paths for row in read_records(path, record)]
+        with ThreadPoolExecutor(READERS) as readers:  # each waits for the store most of the time
+            return [row for rows in readers.map(read_records, paths, itertools.repeat(record)) for row in rows]
 
     def prune(self, table: str, keep: Iterable[str], prefix: str = "") -> None:
         """Removes the shards (of one prefix) of a cheap table that the present settings no longer name."""
@@ -214,14 +237,14 @@ class RunDir:
 
     # ------------------------------------------------------------ small files
 
-    def write_text(self, relative: str, text: str) -> Path:
+    def write_text(self, relative: str, text: str) -> AnyPath:
         """Writes one small file atomically and returns its path."""
         path = self.path / relative
         with replacing(path) as file:
             file.write(text.encode())
         return path
 
-    def write_json(self, relative: str, data: Any) -> Path:
+    def write_json(self, relative: str, data: Any) -> AnyPath:
         """Writes `data` as JSON."""
         return self.write_text(relative, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
@@ -250,12 +273,16 @@ class RunDir:
 
         What ends in a UserError before there is a result leaves nothing behind that was not there before.
         """
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with self._lock_file() as is_new:
+        missing: list[Path] = []
+        if isinstance(self.path, Path):
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with run_lock(self.path) as is_new:
             names = {path.name for path in self.path.iterdir()}
-            before = names - {LOCK_FILE} if is_new else names
-            for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
-                left_behind.unlink(missing_ok=True)
+            before = names
+            if isinstance(self.path, Path):  # a store has no temporary names, and removes its lease itself
+                before = names - {LOCK_FILE} if is_new else names
+                for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
+                    left_behind.unlink(missing_ok=True)
             try:
                 yield
             except UserError:
@@ -274,44 +301,11 @@ class RunDir:
             if has_result or set(self.read_json(LEDGER_FILE) or ()) - {"plan"}:
                 return
             for path in new:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_tree(path) if path.is_dir() else path.unlink()
             for folder in missing:
                 folder.rmdir()
 
-    @contextmanager
-    def _lock_file(self) -> Iterator[bool]:
-        """Holds the lock and yields whether its file is new; opens it again if another process just removed it."""
-        path = self.path / LOCK_FILE
-        while True:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                is_new = not path.exists()
-                handle = path.open("a+")
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another run_dir") from None
-            with handle:
-                self._flock(handle)
-                with suppress(FileNotFoundError):
-                    if path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
-                        yield is_new
-                        return
-
-    def _flock(self, handle: IO[str]) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process works on this run; wait for it or stop it") from None
-        except OSError as error:
-            say(f"note: {self.path} cannot be locked ({error.strerror}); see that one process works on it at a time")
-
     @property
     def busy(self) -> bool:
-        """Whether some process on this machine holds the run."""
-        try:
-            with (self.path / LOCK_FILE).open() as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        """Whether some process (of this machine, unless the run is in a store) holds the run."""
+        return is_held(self.path)

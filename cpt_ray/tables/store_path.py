@@ -326,7 +326,10 @@ def remove_tree(path: AnyPath) -> None:
 
 
 def cloud_environment(path: AnyPath) -> dict[str, str]:
-    """What other processes need of this one's environment to reach a path: nothing for one of this machine."""
-    if not isinstance(path, StorePath):
+    """What has to be sent to other processes so that they reach a path: nothing for one of this machine.
+
+    Nothing either to a cluster that this process starts, which inherits all: what is sent is in Ray's logs as well.
+    """
+    if not isinstance(path, StorePath) or not os.environ.get("RAY_ADDRESS"):
         return {}
     return {name: value for name, value in os.environ.items() if name.startswith(CLOUD_VARIABLES)}

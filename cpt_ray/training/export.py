@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pyarrow.parquet as pq
 from cpt_ray.config import TrainConfig
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
+from cpt_ray.tables.store_path import AnyPath, StorePath, path_of, readable, remove_tree
 
 PROBE_TOKENS = 64
 """Tokens of a training row on which the exported weights are tried."""
@@ -75,16 +79,14 @@ def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoin
         )
     (run.path / MODEL_INFO_FILE).unlink(missing_ok=True)
     if settings.lora:
-        adapter = empty_folder(run.temporary_folder(run.adapter))
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy(checkpoint / name, adapter)
-        _replace_folder(adapter, run.adapter)
+        with _replacing_folder(run, run.adapter) as folder:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copy(checkpoint / name, folder)
     else:
-        shutil.rmtree(run.adapter, ignore_errors=True)
-    folder = empty_folder(run.temporary_folder(run.model))
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
-    _replace_folder(folder, run.model)
+        remove_tree(run.adapter)
+    with _replacing_folder(run, run.model) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
     return {"dtype": dtype, "kept_share": change.share, "trained": change.trained, "unchanged": change.unchanged}
 
 
@@ -134,7 +136,7 @@ def _check_finite(model: Any, rows: str) -> None:
     wrong = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if wrong:
         raise UserError(f"{len(wrong)} exported tensors are not finite, the first is {wrong[0]}; {DIVERGED}")
-    row = next(pq.ParquetFile(rows).iter_batches(batch_size=1)).to_pylist()[0]
+    row = next(pq.ParquetFile(readable(path_of(rows))).iter_batches(batch_size=1)).to_pylist()[0]
     ids = torch.tensor([[*row["prompt"], *row["answers"][0]][:PROBE_TOKENS]])
     with torch.no_grad():
         is_finite = bool(torch.isfinite(model.eval()(ids).logits).all())
@@ -149,11 +151,24 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
-def _replace_folder(new: Path, final: Path) -> None:
-    """Replaces a folder by renaming, so that a folder of that name is always complete."""
+@contextmanager
+def _replacing_folder(run: RunDir, final: AnyPath) -> Iterator[Path]:
+    """A folder to write to that then takes the place of `final`.
+
+    By renaming, so that a folder of that name is always complete; in an object store file by file, where
+    MODEL_INFO_FILE, which is not there meanwhile, tells the same.
+    """
+    if isinstance(final, StorePath):
+        with tempfile.TemporaryDirectory(prefix="cpt-export-") as folder:
+            yield Path(folder)
+            final.upload(Path(folder))
+        return
+    temporary = run.temporary_folder(final)
+    assert isinstance(temporary, Path)
+    yield empty_folder(temporary)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    new.rename(final)
+    temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)

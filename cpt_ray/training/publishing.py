@@ -12,7 +12,9 @@ from typing import Any
 from cpt_ray.config import PreferenceRunConfig, RunConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
+from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
+from cpt_ray.tables.store_path import StorePath, path_of
 
 HUB = "hf://"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -94,17 +96,22 @@ def _refusal(error: Exception) -> str:
 
 
 def push(run: RunDir, target: str) -> None:
-    """The tuned model, its card, and its adapter in `adapter/`, to a folder or to hf://OWNER/NAME (made private)."""
+    """The tuned model, its card, and its adapter in `adapter/`, to a folder (of this machine or an object store) or to
+    hf://OWNER/NAME (made private)."""
     parts = {"": run.model} | ({"adapter": run.adapter} if run.adapter.exists() else {})
     if not (run.path / MODEL_INFO_FILE).exists():
         state = "the tuned model is not complete" if run.model.exists() else "there is no tuned model"
         raise UserError(f"{run.model}: {state}; run `cpt train` with this run file first")
+    sources = {name: local_copy(part) for name, part in parts.items()}
     if not target.startswith(HUB):
-        folder = Path(target)
+        folder = path_of(target)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: is not an empty folder; give another one, or {HUB}OWNER/NAME for the Hub")
-        for name, source in parts.items():
-            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        for name, source in sources.items():
+            if isinstance(folder, StorePath):
+                (folder / name if name else folder).upload(source)
+            else:
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
         say(f"pushed       {folder}")
         return
     from huggingface_hub import HfApi
@@ -113,7 +120,7 @@ def push(run: RunDir, target: str) -> None:
     api, name = HfApi(), target.removeprefix(HUB)
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        for inside, source in parts.items():
+        for inside, source in sources.items():
             api.upload_folder(repo_id=name, folder_path=source, path_in_repo=inside or None)
     except HFValidationError as error:
         raise UserError(f"{target}: no name for a repository ({first_line(error)}); give {HUB}OWNER/NAME") from None

@@ -9,6 +9,7 @@ never the trainer's memory.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,7 @@ from cpt_ray.logprobs.rows import Row, read_rows_file, rows_path, write_rows
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Pair, Reject
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, TRAIN_PROGRESS_FILE, RunDir
+from cpt_ray.tables.store_path import StorePath
 from cpt_ray.training.checks import check_rows, check_vocabulary, check_workers, open_policy, policy_path
 from cpt_ray.training.pairs import TokenPairs, counted, end_pairs, own_pairs, preference_pairs, select_pairs
 from cpt_ray.training.publishing import write_cards
@@ -62,6 +64,8 @@ def train(
         return dict(done["summary"])
     start = time.monotonic()
     settings = config.train
+    if isinstance(run.path, StorePath) and "mlflow" in settings.report_to and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise UserError("train.report_to: mlflow: its file cannot be in an object store; set MLFLOW_TRACKING_URI")
     begun = _started_rows(run, key)
     data = begun or _tokenised(config, run, pair_shards, key, rubrics)
     num_pairs, num_held_out = (sum(len(row["chosen"]) for row in rows) for rows in (data.rows, data.held_out))
@@ -172,7 +176,7 @@ def _summary(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _task(config: TuneConfig, run: RunDir, key: str, data: _TrainingSet) -> TrainingTask:
-    name = config.policy.gguf  # which each node converts for itself
+    name = config.policy.model if config.policy.is_stored else config.policy.gguf  # each node has its own of these
     return TrainingTask(
         config,
         RunDir(run.path.absolute()),

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from cpt_ray.errors import UserError
 from cpt_ray.logprobs.precision import is_autocast, load_arguments
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
+from cpt_ray.tables.store_path import StorePath, path_of
 from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import empty_folder, export
 
 LN_2 = math.log(2)
+TENSORBOARD = "tensorboard"
+PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,10 @@ def _train_rank(task: TrainingTask, folder: Path, checkpoint: str | None) -> Non
     settings = task.config.train
     if not settings.use_gpu:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    _name_trackers(task)
+    _name_trackers(task, folder)
     datasets.disable_progress_bars()
     rows, held_out = (
-        datasets.Dataset.from_parquet(path, cache_dir=str(folder / "cache")) if path else None
+        datasets.Dataset.from_parquet(_on_this_node(path, folder), cache_dir=str(folder / "cache")) if path else None
         for path in (task.rows, task.held_out)
     )
     trainer = GridTrainer(
@@ -118,11 +122,24 @@ def _train_rank(task: TrainingTask, folder: Path, checkpoint: str | None) -> Non
         wandb.finish()  # Ray ends this process before wandb has written everything
 
 
-def _name_trackers(task: TrainingTask) -> None:
-    """Where TensorBoard, wandb and MLflow write, and under which name; transformers reads it from the environment."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.run.tensorboard / task.key)
+def _on_this_node(where: str, folder: Path) -> str:
+    """A file, or its copy in `folder` if it is in an object store."""
+    path = path_of(where)
+    if isinstance(path, StorePath):
+        path.download(folder / path.name)
+        return str(folder / path.name)
+    return where
+
+
+def _name_trackers(task: TrainingTask, folder: Path) -> None:
+    """Where TensorBoard, wandb and MLflow write, and under which name; transformers reads it from the environment.
+
+    Nothing can be added to an object: there, what TensorBoard wrote is put with every checkpoint.
+    """
+    is_stored = isinstance(task.run.path, StorePath)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD if is_stored else task.run.tensorboard / task.key)
     for name, value in (
-        ("WANDB_DIR", str(task.run.path)),
+        ("WANDB_DIR", str(folder if is_stored else task.run.path)),
         ("WANDB_PROJECT", task.config.name),
         ("WANDB_RUN_ID", task.key),  # a worker group that starts again goes on with the same run
         ("WANDB_RESUME", "allow"),
@@ -174,6 +191,14 @@ def _reporter(task: TrainingTask, folder: Path) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
+        shown_at = -math.inf
+
+        def show(self, progress: dict[str, Any]) -> None:
+            """Once a second at most where it is a request to a store."""
+            if not isinstance(task.run.path, StorePath) or time.monotonic() - self.shown_at >= PROGRESS_SECONDS:
+                self.shown_at = time.monotonic()
+                task.run.write_json(TRAIN_PROGRESS_FILE, progress)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_evaluate |= task.held_out is not None and state.global_step >= state.max_steps
 
@@ -187,11 +212,14 @@ def _reporter(task: TrainingTask, folder: Path) -> Any:
                 workers = ray.train.get_context().get_world_size()
                 note = f"loss {logs['loss']:.3f}, reward accuracy {logs['rewards/accuracies']:.2f}, {workers} workers"
                 progress = {"done": state.global_step, "note": note, "num_workers": workers, "pid": os.getpid()}
-                task.run.write_json(TRAIN_PROGRESS_FILE, progress)
+                self.show(progress)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Each rank has a folder of its own: rank 0's holds everything but the other ranks' random states.
             # Ray uploads each rank's files into one checkpoint, and is the barrier.
+            shown = task.run.tensorboard / task.key
+            if isinstance(shown, StorePath) and state.is_world_process_zero:
+                shown.upload(folder / TENSORBOARD)
             saved = ray.train.Checkpoint.from_directory(folder / "out" / f"checkpoint-{state.global_step}")
             ray.train.report({"step": state.global_step}, checkpoint=saved, delete_local_checkpoint_after_upload=True)
 

@@ -120,23 +120,28 @@ def runner(on_ray: bool, log: Path) -> Iterator[Runner]:
 # ---------------------------------------------------------------- measuring
 
 
-class Memory:
-    """This process's resident set in MiB, every 50 ms."""
+class Usage:
+    """This process's resident set in MiB and its CPU seconds, every 50 ms."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
+        self._seen = [(time.time(), 0, time.process_time())]
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         page = resource.getpagesize()
         while True:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            self._seen.append((time.time(), pages * page >> 20))
+            self._seen.append((time.time(), pages * page >> 20, time.process_time()))
             time.sleep(0.05)
 
-    def peak(self, start: float, end: float) -> int:
-        """The highest between two times; 0 if none was seen."""
-        return max((size for when, size in list(self._seen) if start <= when <= end), default=0)
+    def between(self, start: float, end: float) -> tuple[int, float]:
+        """(highest MiB, CPU seconds) between two times."""
+        seen = list(self._seen)
+        before = max((seconds for when, _, seconds in seen if when <= start), default=0.0)
+        return (
+            max((size for when, size, _ in seen if start <= when <= end), default=0),
+            max((seconds for when, _, seconds in seen if when <= end), default=before) - before,
+        )
 
 
 PARTS = {"plan": "units", "write and judge": "grades", "pair": "pairs"}
@@ -148,30 +153,30 @@ class Clock:
     """When each part of a command ended, read off the files, so that nothing has to be built into the stages."""
 
     run: RunDir
-    memory: Memory
+    usage: Usage
     start: float
 
     def results(self, planned: float, end: float) -> dict[str, Any]:
-        """Of the command so far: seconds, peak MiB, and of each part (seconds, peak MiB, new rows)."""
-        written = [path.stat().st_mtime for path in files_of(self.run, "generations")]
+        """Of the command so far: seconds, peak MiB; of each part (seconds, peak MiB, CPU seconds, new rows)."""
+        written = [path.stat().st_mtime for path in self.run.table("generations").glob("*.parquet")]
         first = min((when for when in written if when >= self.start), default=end)
-        parts, last = {"read": (planned - self.start, self.memory.peak(self.start, planned), 0)}, planned
+        parts, last = {"read": (planned - self.start, *self.usage.between(self.start, planned), 0)}, planned
         for part, table in PARTS.items():
-            new = [path for path in files_of(self.run, table) if path.stat().st_mtime >= self.start]
+            new = [path for path in self.run.table(table).glob("*.parquet") if path.stat().st_mtime >= self.start]
             if part == "plan":  # later passes plan as well
                 new = [path for path in new if path.stat().st_mtime <= first]
             until = max([last, *(path.stat().st_mtime for path in new)])
             rows = sum(pq.read_metadata(path).num_rows for path in new)
-            parts[part] = (until - last, self.memory.peak(last, until), rows)
+            parts[part] = (until - last, *self.usage.between(last, until), rows)
             last = until
-        parts["ledger and card"] = (end - last, self.memory.peak(last, end), 0)
+        parts["ledger and card"] = (end - last, *self.usage.between(last, end), 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         return {"parts": parts, "seconds": end - self.start, "first_row": first - self.start, "peak": peak}
 
 
 def one_run(run_file: Path, on_ray: bool, limit: float, results: Any) -> None:
     """One command, in a process of its own, which ends it after `limit` seconds."""
-    clock = Clock(RunDir(run_file.parent / "run"), Memory(), time.time())
+    clock = Clock(RunDir(run_file.parent / "run"), Usage(), time.time())
     plan = make_plan(load_config(run_file))
     planned = time.time()
 
@@ -182,7 +187,7 @@ def one_run(run_file: Path, on_ray: bool, limit: float, results: Any) -> None:
     timer = threading.Timer(limit, stop)
     timer.daemon = True
     timer.start()
-    with clock.run.locked(), runner(on_ray, Path(str(clock.run.ray_log))) as take:
+    with clock.run.locked(), runner(on_ray, clock.run.ray_log) as take:
         synthesize(plan, clock.run, take)
         end = time.time()
     timer.cancel()
@@ -202,16 +207,11 @@ def measured(run_file: Path, on_ray: bool, limit: float) -> Mapping[str, Any]:
         return dict(results)
 
 
-def files_of(run: RunDir, table: str) -> list[Path]:
-    """A table's shards in a folder of this machine."""
-    return sorted(Path(str(run.table(table))).glob("*.parquet"))
-
-
 def remove_one_of_a_hundred(run: RunDir) -> int:
     """Removes shards as a run that was stopped at 99% lacks them; returns how many files."""
     gone = 0
     for table in ("generations", "grades", "pairs"):
-        for path in files_of(run, table)[::100]:
+        for path in sorted(run.table(table).glob("*.parquet"))[::100]:
             path.unlink()
             gone += 1
     return gone
@@ -221,9 +221,9 @@ def report(title: str, results: Mapping[str, Any]) -> None:
     stopped = ", stopped" if results["stopped"] else ""
     print(f"{title}: {results['seconds']:.1f} s{stopped}, peak {results['peak']} MiB, first row after "
           f"{results['first_row']:.1f} s")  # fmt: skip
-    for part, (seconds, peak, rows) in results["parts"].items():
-        rate = f", {rows:,} rows, {rows / seconds:,.0f} rows/s" if rows else ""
-        print(f"  {part:<16} {seconds:6.1f} s, peak {peak} MiB{rate}", flush=True)
+    for part, (seconds, peak, cpu, rows) in results["parts"].items():
+        rate = f", {rows:,} rows, {rows / cpu:,.0f} per CPU second" if rows and cpu else ""
+        print(f"  {part:<16} {seconds:6.1f} s, {cpu:6.1f} s of CPU, peak {peak} MiB{rate}", flush=True)
 
 
 def main() -> None:
@@ -250,7 +250,7 @@ def main() -> None:
     gone = remove_one_of_a_hundred(run)
     report(f"99% done ({gone} files removed)", take())
     for table in TABLES:
-        sizes = [path.stat().st_size for path in files_of(run, table)]
+        sizes = [path.stat().st_size for path in run.table(table).glob("*.parquet")]
         print(f"  {table}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 

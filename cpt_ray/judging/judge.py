@@ -6,7 +6,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 from cpt_ray.chat.conversations import (
     judge_messages,
@@ -136,14 +136,16 @@ class JudgeStep(Step):
 
     def output(self, shard: str) -> str:
         """Depends on the answers, the judge and the rubrics."""
-        return ShardName.parse(shard).made_of("judge", *self._settings)
+        key, rubrics = self._hashed
+        settings = (GRADE_FORMAT, rubrics, self.grids, self.margin)
+        return ShardName.parse(shard).made_of("judge", key, layout_hash(self.model.mode), *settings)
 
     @functools.cached_property
-    def _settings(self) -> tuple[Any, ...]:
-        """Kept, since it takes longer than the name of a shard, of which a run has thousands."""
+    def _hashed(self) -> tuple[str, list[str]]:
+        """The model's key and the rubrics', kept: they take longer than the name of a shard, of which there are
+        thousands."""
         rubrics = [self.spread.key] if self.spread else [rubric.grading_hash for rubric in self.rubrics.values()]
-        key, layout = self.model.answer_key, layout_hash(self.model.mode)
-        return key, layout, GRADE_FORMAT, rubrics, self.grids, self.margin
+        return self.model.answer_key, rubrics
 
     def wait(self, run: RunDir) -> None:
         """Waits until the levels are known."""

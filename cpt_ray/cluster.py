@@ -1,4 +1,7 @@
-"""Connecting to Ray: the running cluster inside a job, else a local one; and where its output goes."""
+"""Connecting to Ray: the running cluster inside a job, else a local one; where its output goes; its key-value store.
+
+The key-value store is private in Ray; what is used of it is that of 2.60 (tests/test_contracts.py).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from cpt_ray.config import NO_PROGRESS_MINUTES
 from cpt_ray.errors import UserError
 from cpt_ray.tables.address import StoreError
 from cpt_ray.tables.node_cache import CACHE_ENV, cache_folder
@@ -36,18 +40,32 @@ ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Actors that wait are what brings nodes. Ray Data would ask for more of its own accord where those that there are
+    # are busy, by CPUs and GPUs alone, so that other nodes than those that an actor can run on would start.
+    **{
+        f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD": "1e9"
+        for resource in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")
+    },
 }
+
+
+Result = TypeVar("Result")
 
 
 @contextmanager
 def connected(
-    verbose: bool = False, log: AnyPath | None = None, more_env: Mapping[str, str] | None = None
+    verbose: bool = False,
+    log: AnyPath | None = None,
+    more_env: Mapping[str, str] | None = None,
+    patience: float = NO_PROGRESS_MINUTES,
 ) -> Iterator[None]:
     """Ray, for as long as the block runs: the cluster in RAY_ADDRESS, else one that starts and ends with it.
 
     Unless `verbose`, what Ray and the libraries under it print to stderr meanwhile goes to the file `log`. `more_env`
-    is for the processes of Ray, and this one, unless it has been set.
+    is for the processes of Ray, and this one, unless it has been set. `patience`: `patience_minutes` of this process.
     """
+    global _patience
+    _patience = patience
     is_own = not os.environ.get("RAY_ADDRESS")
     if is_own and "RAY_AUTH_MODE" not in os.environ:
         # Ray listens on every interface: nobody else gets in
@@ -100,18 +118,61 @@ def unused_port() -> int:
             return port
 
 
-def check_room(what: str, each: Mapping[str, float], count: int, remedy: str) -> None:
-    """UserError if a cluster that cannot grow will never have `count` times these resources."""
-    import ray
+def patience_minutes() -> float:
+    """How long this process waits without any progress, where nothing is pending; what it connected with."""
+    return _patience
 
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    here = ray.cluster_resources()
-    for name, amount in each.items():
-        if amount * count > here.get(name, 0):
-            raise UserError(
-                f"{what}: {count} x {amount:g} {name} wanted, this machine gives Ray {here.get(name, 0):g}; {remedy}"
-            )
+
+_patience = NO_PROGRESS_MINUTES
+
+
+def on_head(work: Callable[..., Result], *arguments: Any) -> Result:
+    """`work(*arguments)` on the cluster's head node: here, if this is it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    heads = [node["NodeID"] for node in ray.nodes() if HEAD in node["Resources"]]
+    if not heads or ray.get_runtime_context().get_node_id() in heads:
+        return work(*arguments)
+    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
+    try:
+        result: Result = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(work).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return result
+
+
+HEAD = "node:__internal_head__"
+"""Ray has no public name for the head node; it gives it this resource (2.60)."""
+
+
+# ---------------------------------------------------------------- notes that processes leave for their driver
+
+_NOTES = "cpt"
+"""The namespace, in Ray's key-value store, of what actors say of themselves: an actor that is still starting can be
+asked nothing, and a further actor to tell it to would cost every pool a process."""
+
+
+def leave_note(key: str, text: str) -> None:
+    """Replaces the note of that key."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(key, text, namespace=_NOTES)
+
+
+def read_notes(prefix: str) -> dict[str, str]:
+    """The notes whose keys begin so."""
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+
+    keys = _internal_kv_list(prefix, namespace=_NOTES)
+    return {key.decode(): (_internal_kv_get(key, namespace=_NOTES) or b"").decode() for key in keys}
+
+
+def remove_notes(prefix: str) -> None:
+    """Removes them."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(prefix, del_by_prefix=True, namespace=_NOTES)
 
 
 @contextmanager

@@ -335,11 +335,16 @@ class ModelConfig(_Section):
     """A server to ask; `engine` and `num_gpus` are then ignored."""
     price: PriceConfig = PriceConfig()
     num_actors: OneOrMore = Range(1, 1)
-    """Engine actors; [min, max] lets the pool grow with the cluster."""
+    """Engine actors. With [min, max], as many as the cluster has or can have room for, and the shards keep busy, are
+    asked for at once, and work begins with the first."""
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs per engine actor."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs per engine actor; set engine.tensor_parallel_size to the same number if it is above 1."""
+    """GPUs per engine actor; set engine.tensor_parallel_size to the same number if it is above 1. With 0.5, two small
+    engines share one (engine.gpu_memory_utilization then below 0.5)."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Further resources per engine actor, by Ray's names: one that only some nodes have, or a kind of GPU, as in
+    {"accelerator_type:L4": 0.001}."""
     engine: VllmArguments = {}
     """vLLM engine arguments (dtype, max_model_len, gpu_memory_utilization, ...), checked by vLLM's own names. Without a
     GPU, dtype is what the CPU is fast with unless given: bfloat16 if it computes in it, else float32 (see roles.py)."""
@@ -364,6 +369,12 @@ class ModelConfig(_Section):
             except ValueError as error:
                 raise ValueError(f"model: {error}") from None
         return self
+
+    @property
+    def actor_resources(self) -> dict[str, float]:
+        """Of one engine actor, by Ray's names; one that asks a server needs no GPU."""
+        gpus = 0.0 if self.endpoint else self.num_gpus
+        return {"CPU": self.num_cpus, **({"GPU": gpus} if gpus else {}), **self.resources}
 
     @property
     def path(self) -> str:
@@ -412,7 +423,7 @@ class ModelConfig(_Section):
     @property
     def engine_key(self) -> str:
         """Roles with the same key can share an engine."""
-        fields = {"model", "endpoint", "num_actors", "num_cpus", "num_gpus", "engine"}
+        fields = {"model", "endpoint", "num_actors", "num_cpus", "num_gpus", "resources", "engine"}
         return content_id(self.model_dump(mode="json", include=fields), self.chat_template_kwargs)
 
 
@@ -735,6 +746,10 @@ class ServeConfig(_Section):
         return frontend
 
 
+NO_PROGRESS_MINUTES = 30.0
+"""`no_progress_minutes` unless given."""
+
+
 class TuneConfig(_Section):
     """What training needs, whether on a run's pairs or on a preference set."""
 
@@ -744,6 +759,10 @@ class TuneConfig(_Section):
     """The run directory; "runs/<name>" unless given. On a cluster: a folder that every node sees, or an address
     in an object store (s3://, gs://, abfs://)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    no_progress_minutes: Annotated[float, Field(gt=0)] = NO_PROGRESS_MINUTES
+    """A stage ends, with what it waited for, after so long without any progress. A node that is launching, a download,
+    an engine that loads or compiles, and a finished shard or step are all progress; waiting for a node that nobody
+    launches is not."""
     policy: ModelConfig
     """The model that is tuned, evaluated and served; its untuned form is the reference."""
     train: TrainConfig = TrainConfig()

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cpt_ray.cluster import check_room, connected
+from cpt_ray.capacity import node_types
+from cpt_ray.cluster import connected
 from cpt_ray.config import (
     TRAIN_PLACES,
     ModelConfig,
@@ -178,7 +179,7 @@ def run_stage(
     with run.locked():
         run.check_format()
         _write_run(run, config, dtype, **run_info(plan))
-        with connected(verbose, run.ray_log, run.environment):
+        with connected(verbose, run.ray_log, run.environment, config.no_progress_minutes):
             _check_room(command, plan)
             RESUMABLE[command](plan, run)
             if command == "run":
@@ -197,7 +198,8 @@ def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
     with run.locked():
         _write_run(run, config, dtype, name=config.name, preferences=data)
         key = train_key(config, data, config.preferences.data_split)
-        train(config, run, (), key, connected(verbose, run.ray_log, run.environment))
+        connecting = connected(verbose, run.ray_log, run.environment, config.no_progress_minutes)
+        train(config, run, (), key, connecting)
 
 
 def _write_run(run: RunDir, config: TuneConfig, dtype: str | None, **info: object) -> None:
@@ -222,11 +224,10 @@ def _check_room(command: str, plan: Plan) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
     from cpt_ray.training.checks import check_workers
 
+    types = node_types()
     for name, role in _roles_called_by(command, plan).items():
-        if role.endpoint is None:
-            each = {"CPU": role.num_cpus, "GPU": role.num_gpus}
-            remedy = f"lower {name}.num_actors, {name}.num_cpus or {name}.num_gpus, or run on a cluster (RAY_ADDRESS)"
-            check_room(name, each, role.num_actors.least, remedy)
+        remedy = f"lower {name}.num_actors, num_cpus or num_gpus"
+        types.check(f"the {name}", role.actor_resources, role.num_actors.least, remedy)
     if command in ("run", "train"):
         check_workers(plan.config.train)
 
@@ -289,7 +290,7 @@ def steer(
         stage.describe(steering)
         return
     choices_made = stage.read_choices(Path(_given_path("--choices", choices))) if action == "infer" and choices else []
-    with run.locked(), connected(verbose, run.ray_log, run.environment):
+    with run.locked(), connected(verbose, run.ray_log, run.environment, config.no_progress_minutes):
         if choices_made:
             say(json.dumps(stage.infer(steering, choices_made), indent=2, ensure_ascii=False))
         elif action == "fit":
@@ -307,7 +308,8 @@ def serve(run_file: Path, overrides: Sequence[str], insecure: bool, replace: boo
 
     config = load_config(run_file, overrides)
     run = RunDir.at(config.run_dir)
-    connecting = connected(verbose, more_env={**serve_env(), **run.environment})
+    more_env = {**serve_env(), **run.environment}
+    connecting = connected(verbose, more_env=more_env, patience=config.no_progress_minutes)
     config, _ = with_dtype(config, run)
     needed = {"steer.embedder", *(("policy",) if config.serve.base or config.serve.adapters else ())}
     convert_models({name: role for name, role in roles_of(config).items() if name in needed})

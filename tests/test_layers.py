@@ -22,6 +22,7 @@ RANKS = [
     ("plan",),
     ("logprobs",),
     ("engines",),
+    ("capacity",),
     ("cluster",),
     ("prompts",),
     ("config",),
@@ -39,8 +40,8 @@ RANKS = [
 LIGHT = [
     *("chat", "rubrics", "tables", "evaluation.report", "evaluation.terminal", "training.row_making"),
     *("training.metrics", "training.publishing", "serving.app", "serving.keys", "synthesis.pairing", "judging.spread"),
-    *("engines.losses", "engines.roles", "cluster", "prompts", "config", "grids", "gguf_model", "yaml_file", "texts"),
-    *("console", "errors"),
+    *("engines.losses", "engines.roles", "capacity", "cluster", "prompts", "config", "grids", "gguf_model"),
+    *("yaml_file", "texts", "console", "errors"),
 ]
 HEAVY = ("ray", "torch", "vllm", "transformers", "matplotlib")
 """matplotlib is wanted only where a report is rendered."""

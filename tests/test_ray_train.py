@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RuntimeEnvSetupError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cpt_ray.config import Range
 from cpt_ray.engines.ray_train import WorkerGroup, explain_failure, read_progress
@@ -35,10 +35,7 @@ def test_a_failure_is_explained_by_its_cause_and_not_by_what_the_other_ranks_saw
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (
-            ControllerError(WorkerGroupStartupTimeoutError(2)),
-            "no room for 2 workers of {'CPU': 1} in 15 minutes;",
-        ),
+        (ControllerError(RuntimeEnvSetupError("pip failed")), "the job's runtime environment could not be set up on"),
         (of_workers(OutOfMemoryError("the node is low on memory")), "out of memory; lower steer.batch_users (the node"),
         (
             of_workers(WorkerHealthCheckFailedError("no answer", RayActorError())),

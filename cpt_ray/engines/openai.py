@@ -26,6 +26,7 @@ from pydantic import SecretStr
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.engines.engine import CUT_OFF, Completion, Request, completion_with, log_sum, why_unfinished
+from cpt_ray.engines.waiting import count_answer
 from cpt_ray.errors import UserError
 
 CHARACTERS_PER_TOKEN = 3
@@ -171,6 +172,7 @@ class OpenAIEngine:
             text = self._without_key(" ".join(str(error).split())[:200])
             raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
         kind.answered()
+        count_answer()
         return self._completions(request, answer)
 
     def _refusal(self, error: openai.APIStatusError, kind: _Kind) -> Completion:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from cpt_ray.capacity import node_types
 from cpt_ray.config import ModelConfig
 from cpt_ray.console import progress
 from cpt_ray.engines.engine import EngineDiedError
 from cpt_ray.engines.ledger import LiveLedger
 from cpt_ray.engines.step import Counts, Line, OpenEngine, Step
 from cpt_ray.engines.vllm import engine_env
-from cpt_ray.engines.worker import Job, StepActor, Worker, endpoint_key, make_engine, one_line
+from cpt_ray.engines.waiting import Waiting, explained
+from cpt_ray.engines.worker import Job, StepActor, Worker, endpoint_key, make_engine
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.store_path import remove_tree
@@ -141,30 +144,61 @@ def _map_here(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Cou
 
 def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Counts]]:
     import ray.data
-    from ray.exceptions import RayError
+    from ray.data._internal.execution.execution_callback import ExecutionCallback  # 2.60: test_contracts.py
 
-    model = job.model
+    model, stages = job.model, "+".join(dict.fromkeys(step.stage for line in job.steps for step in line))
+    types, least, remedy = node_types(), min(model.num_actors.least, len(todo)), _remedy(model)
+    types.check(f"{stages} ({model.model})", model.actor_resources, least, remedy)
+    each = types.placed(model.actor_resources, least)
+    size = _pool_size(model, types.room(each), len(todo))
+    waiting = Waiting(stages, each, size, remedy)
+    done = 0
+
+    class Look(ExecutionCallback):  # type: ignore[misc]
+        """What it raises ends the execution."""
+
+        def on_execution_step(self, executor: object) -> None:
+            """Called several times a second."""
+            waiting.look(done)
+
+    asked = dict(each)
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
-        fn_constructor_args=(job,),
+        fn_constructor_args=(replace(job, pulse=waiting.pulse),),
         batch_size=1,
+        # all at once, so that their nodes start together; those that never get one cost nothing
         compute=ray.data.ActorPoolStrategy(
-            min_size=min(model.num_actors.least, len(todo)),
-            max_size=min(model.num_actors.most, len(todo)),
+            size=size,
             max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
             max_tasks_in_flight_per_actor=2 * SHARDS_IN_FLIGHT,
             enable_true_multi_threading=True,
         ),
-        num_cpus=model.num_cpus,
-        num_gpus=model.num_gpus,
+        num_cpus=asked.pop("CPU"),
+        num_gpus=asked.pop("GPU", 0),
+        resources=asked,
         runtime_env={"env_vars": engine_env(model)},
     )
+    shards.context.execution_no_progress_timeout_s = -1  # `waiting` knows what is pending
+    shards.context.custom_execution_callback_classes = [Look]
     try:
         with _ended(iter(shards.iter_rows())) as rows:
             for row in rows:
                 _raise_failure(model, row["error"])
+                done += 1
                 yield json.loads(row["counts"])
-    except RayError as error:
-        cause: BaseException = getattr(error, "cause", None) or error
-        cause = cause.__cause__ or cause  # Ray Data wraps what an actor raises
-        raise UserError(f"{model.model}: Ray gave up ({one_line(cause)}); what is finished is kept") from error
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: what Ray and Ray Data raise has no class in common
+        raise UserError(f"{stages} ({model.model}): {explained(error)}; what is finished is kept") from error
+    finally:
+        waiting.close()
+
+
+def _pool_size(model: ModelConfig, room: float, num_shards: int) -> int:
+    """Actors to ask for: as many as the shards keep busy and the cluster can have, within `num_actors`."""
+    least, most = model.num_actors
+    return int(max(min(least, num_shards), min(most, math.ceil(num_shards / SHARDS_IN_FLIGHT), room)))
+
+
+def _remedy(model: ModelConfig) -> str:
+    return f"lower num_actors, num_cpus or num_gpus of {model.model}"

@@ -1,7 +1,7 @@
 """A function on every rank of a Ray Train worker group, with its progress shown and its failures explained.
 
-What is private in Ray Train is used here alone, for ray 2.60 (tests/test_contracts.py): the exception of a worker group
-that finds no room, and the attributes of exceptions that lead to the first cause. Ray's own message is a traceback.
+What is private in Ray Train is used for ray 2.60 (tests/test_contracts.py): the attributes of exceptions that lead to
+the first cause. Ray's own message is a traceback.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from cpt_ray.capacity import node_types
 from cpt_ray.config import Range
 from cpt_ray.console import progress
-from cpt_ray.errors import UserError, first_line
+from cpt_ray.engines.waiting import Pulse, Waiting, explained, first_cause
+from cpt_ray.errors import UserError
 from cpt_ray.tables.store_path import AnyPath
 
-START_MINUTES = 15
-"""How long the cluster may take to find room for the workers (autoscaling included)."""
 POLL_SECONDS = 0.5
 
 
@@ -62,21 +63,24 @@ def run_workers(
     from ray.train.torch import TorchTrainer
 
     least, most = group.num_workers
+    types, remedy = node_types(), f"lower {group.stage}.num_workers"
+    types.check(f"the training of {group.stage}", group.resources, least, remedy)
+    each = types.placed(group.resources, least)
+    waiting = Waiting(group.stage, each, least, remedy, "workers")
     trainer = TorchTrainer(
-        work,
-        train_loop_config=settings,
+        _work_with_pulse,
+        train_loop_config={"work": work, "settings": settings, "pulse": waiting.pulse},
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=group.use_gpu,
-            resources_per_worker=dict(group.resources),
+            resources_per_worker=each,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(
-                max_failures=group.max_failures, controller_failure_limit=START_MINUTES
-            ),  # a start that finds no room fails after a minute and is tried again
+            # a start that finds no room in a minute is tried again, as long as `waiting` lets it
+            failure_config=ray.train.FailureConfig(max_failures=group.max_failures, controller_failure_limit=-1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -93,8 +97,9 @@ def run_workers(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     done, note = 0, f"starting {group.num_workers} workers"
-    with progress(title, steps, "steps") as advance:
+    with progress(title, steps, "steps") as advance, closing(waiting):
         while thread.is_alive():
+            waiting.look((done, note))
             advance(0, note)
             thread.join(POLL_SECONDS)
             latest = read_progress(state)
@@ -111,6 +116,15 @@ def run_workers(
     return outcome["returned"]
 
 
+def _work_with_pulse(config: dict[str, Any]) -> Any:
+    """On each rank: `work(settings)`, while the rank says that it gets on."""
+    import ray
+
+    pulse: Pulse = config["pulse"]
+    pulse.start(ray.get_runtime_context().get_actor_id(), "at work")
+    return config["work"](config["settings"])
+
+
 def read_progress(state: AnyPath) -> dict[str, Any]:
     """What rank 0 last said of its progress; nothing if it cannot be read now."""
     try:
@@ -122,29 +136,14 @@ def read_progress(state: AnyPath) -> dict[str, Any]:
 
 def explain_failure(error: BaseException, group: WorkerGroup) -> str:
     """Why a worker group failed, in one line: the cause, not what the other ranks made of it."""
-    from ray.exceptions import OutOfMemoryError, RayActorError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.exceptions import RayActorError
 
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
-    causes = [_first_cause(failure) for failure in failures.values()]
+    causes = [first_cause(failure) for failure in failures.values()]
     cause = min(causes, key=lambda error: "Dist" in type(error).__name__ or "onnection" in str(error))
-    if isinstance(cause, WorkerGroupStartupTimeoutError):
-        wanted = f"{group.num_workers.least} workers of {dict(group.resources)}"
-        return f"no room for {wanted} in {START_MINUTES} minutes; lower {group.stage}.num_workers or add nodes"
-    if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in type(cause).__name__:
-        return f"out of memory; lower {group.less_memory} ({first_line(cause)})"
     if isinstance(cause, RayActorError):
         return (
             f"a worker died more than {group.max_failures} times (killed from outside, or out of memory); "
             f"the same command goes on {group.resumes_from}"
         )
-    return f"{type(cause).__name__}: {first_line(cause)}"
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The innermost of Ray's wrappers: of a worker that did not answer, and of a task that raised."""
-    for name in ("health_check_failure", "cause"):
-        inner = getattr(error, name, None)
-        if isinstance(inner, BaseException):
-            return _first_cause(inner)
-    return error
+    return explained(cause, group.less_memory)

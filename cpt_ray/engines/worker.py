@@ -19,6 +19,7 @@ from cpt_ray.engines.engine import Engine, EngineDiedError, check_schema_is_enfo
 from cpt_ray.engines.ledger import Meters, Tally
 from cpt_ray.engines.step import Counts, OpenEngine, Step
 from cpt_ray.engines.vllm import VllmEngine
+from cpt_ray.engines.waiting import Pulse
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.rundir import RunDir
@@ -37,6 +38,8 @@ class Job:
     steps: Sequence[Sequence[Step]]
     """By line."""
     open_engine: OpenEngine
+    pulse: Pulse | None = None
+    """Where remote workers say that they get on."""
 
 
 class Worker:
@@ -124,7 +127,10 @@ class StepActor:
         import ray
 
         name = ray.get_runtime_context().get_actor_id()
+        beats = job.pulse.start(name, "starting") if job.pulse else None
         self._worker = Worker(job, name, Meters().add)
+        if beats:
+            beats.at("at work")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:

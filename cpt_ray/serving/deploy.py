@@ -15,16 +15,16 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from cpt_ray.cluster import starts_own_cluster
+from cpt_ray.cluster import on_head, starts_own_cluster
 from cpt_ray.config import RunConfig
 from cpt_ray.console import progress, say
+from cpt_ray.engines.waiting import Pulse, Waiting
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.serving.app import CONFIGURATIONS_PATH, HEALTH_PATH, PAGE_PATHS
 from cpt_ray.serving.haproxy import (
     RunningServe,
     checked_port,
-    on_head,
     reachable,
     running_serve,
     wait_until_healthy,
@@ -43,15 +43,13 @@ from cpt_ray.serving.holders import (
 )
 from cpt_ray.serving.keys import KEY_VARIABLE, Meter, choose_keys, is_loopback
 from cpt_ray.serving.served import Served, plan_serving, untuned_name
-from cpt_ray.serving.targets import make_targets, quiet_logging
+from cpt_ray.serving.targets import make_targets, quiet_logging, waiting_for
 from cpt_ray.serving.vllm_app import MAX_CAUSE, last_error
 from cpt_ray.tables.rundir import SPENT_FILE, RunDir
 from cpt_ray.tables.store_path import AnyPath
 
 METER_FORMAT = 2
 """Goes up when `Key` or `Refusal` is another class: servers exchange them with a meter that outlives an upgrade."""
-START_TIMEOUT_SECONDS = 1800.0
-"""Loading and compiling a large model takes minutes; a node may have to start first."""
 PROXY_PATH = "/-/healthz"
 """Serve's own: HEALTH_PATH is a replica's, and would wake a server that has gone to 0."""
 TAKEOVER_POLL_SECONDS = 1.0
@@ -114,10 +112,11 @@ class _Server:
 
     def start(self, replace_other: bool) -> str:
         """Deploys and waits until the model answers; returns its URL."""
-        with progress("serve", max(self._config.serve.replicas.least, 1) * len(self._names), "replicas") as advance:
+        waiting = waiting_for(self._config, len(self._names))
+        with contextlib.closing(waiting), progress("serve", waiting.count, "replicas") as advance:
             advance(0, "starting Serve")
-            running = self._deploy(replace_other)
-            self._wait(advance)
+            running = self._deploy(replace_other, waiting.pulse)
+            self._wait(advance, waiting)
         host, port = self._config.serve.host, self._config.serve.port
         if running.host != host or port not in (0, running.port):
             say(
@@ -130,7 +129,7 @@ class _Server:
         on_head(wait_until_healthy, origin, PROXY_PATH if asleep else path + HEALTH_PATH)
         return origin + path
 
-    def _deploy(self, replace_other: bool) -> RunningServe:
+    def _deploy(self, replace_other: bool, pulse: Pulse) -> RunningServe:
         """Takes the run's name."""
         from ray import serve
         from ray.exceptions import RayTaskError
@@ -143,7 +142,8 @@ class _Server:
             self._holder = replace(self._holder, previous=previous.id if previous else "")
             self.previous, self._old_meter = previous, previous.meter if previous else ""
             meter = start_meter(self._served.run)
-            targets = make_targets(config, self._served, self._holder, meter, running.has_haproxy())
+            served = replace(self._served, pulse=pulse)
+            targets = make_targets(config, served, self._holder, meter, running.has_haproxy())
             try:
                 serve.run_many(targets, wait_for_applications_running=False)
             except RayTaskError as error:  # somebody took the path meanwhile
@@ -155,9 +155,8 @@ class _Server:
                 time.sleep(POLL_SECONDS)
         return running
 
-    def _wait(self, advance: Callable[[int, str], None]) -> None:
+    def _wait(self, advance: Callable[[int, str], None], waiting: Waiting) -> None:
         """Until every replica runs; UserError with the replica's own reason if one cannot."""
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
         running = 0
         while True:
             there = applications()
@@ -175,8 +174,7 @@ class _Server:
             advance(running - before, "no node has room yet" if "be scheduled" in why else "starting the engine")
             if any(part.status == "DEPLOY_FAILED" for part in parts):
                 raise UserError(f"the model cannot be served: {last_error(why) or _shortened(why)}")
-            if time.monotonic() > deadline:
-                raise UserError(f"the model is not served after {START_TIMEOUT_SECONDS:.0f} s: {_shortened(why)}")
+            waiting.look(running)
             time.sleep(POLL_SECONDS)
 
     def _end_untuned(self) -> None:

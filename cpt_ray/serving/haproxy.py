@@ -11,9 +11,8 @@ import http.client
 import os
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from cpt_ray.cluster import unused_port
 from cpt_ray.errors import UserError
@@ -30,7 +29,6 @@ SERVE_ENV = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # else a replica that is replaced stays for 30 s
 }
 """Ray Serve reads these when it is imported, in every process of its own."""
-Result = TypeVar("Result")
 
 
 def serve_env() -> dict[str, str]:
@@ -64,23 +62,6 @@ def _retry_lines() -> tuple[str, ...]:
         "option http-buffer-request",
         f"timeout http-request {REQUEST_SECONDS}s",
     )
-
-
-def on_head(work: Callable[..., Result], *arguments: Any) -> Result:
-    """`work(*arguments)` on the cluster's head node, where Serve listens: here, if this is it."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # Ray has no public name for the head node; it gives it this resource (Ray 2.60)
-    heads = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
-    if not heads or ray.get_runtime_context().get_node_id() in heads:
-        return work(*arguments)
-    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
-    try:
-        result: Result = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(work).remote(*arguments))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.engines.vllm import check_template
+from cpt_ray.engines.waiting import Pulse
 from cpt_ray.errors import UserError, kind_of
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.keys import Key
@@ -48,6 +49,8 @@ class Served:
     """What preferences are inferred among; None: there are no preferences."""
     conditioning: ConditionerSettings | None = None
     """How users' adapters are made, where these and not directives steer; None: directives do."""
+    pulse: Pulse | None = None
+    """Where a replica that starts says that it gets on."""
 
 
 def plan_serving(config: RunConfig, run: RunDir, model: AnyPath) -> Served:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from cpt_ray.capacity import node_types
 from cpt_ray.config import ModelConfig, RunConfig
 from cpt_ray.engines.vllm import engine_env
+from cpt_ray.engines.waiting import Waiting
 from cpt_ray.serving.haproxy import HAPROXY_VARIABLE
 from cpt_ray.serving.holders import Holder, marked
 from cpt_ray.serving.served import Served
@@ -49,6 +51,7 @@ def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, 
         ray_actor_options={
             "num_cpus": policy.num_cpus,
             "num_gpus": policy.num_gpus,
+            "resources": policy.resources,
             "runtime_env": {"env_vars": environment},
         },
         user_config=marked(holder),
@@ -75,6 +78,14 @@ def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, 
         route = f"/{name}{base['path']}"
         targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=route, logging_config=quiet))
     return targets
+
+
+def waiting_for(config: RunConfig, num_applications: int) -> Waiting:
+    """For the replicas; UserError if the cluster can never have them."""
+    each, count = config.policy.actor_resources, max(config.serve.replicas.least, 1) * num_applications
+    remedy = "lower serve.replicas, policy.num_cpus or policy.num_gpus"
+    node_types().check("the server", each, count, remedy)
+    return Waiting("serve", each, count, remedy, "replicas")
 
 
 def _has_room(policy: ModelConfig, count: int) -> bool:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import re
+import secrets
 import traceback
 import types
 from collections import Counter
@@ -50,7 +51,10 @@ class VllmServer:
 
         served = self._served
         frontend, engine = _frontend_arguments(served), _engine_arguments(served)
+        beats = served.pulse.start(secrets.token_hex(8), "starting") if served.pulse else None
         self._engine = await _start(engine)
+        if beats:
+            beats.end("at work")
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         can_score = served.model.num_gpus > 0 or not engine.enable_lora
         # the one method that all of vLLM's routes call, and that no setting or middleware could change

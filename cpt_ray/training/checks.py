@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt_ray.capacity import node_types
 from cpt_ray.chat.templates import stop_tokens
-from cpt_ray.cluster import check_room
 from cpt_ray.config import LoraConfig, TrainConfig, TuneConfig
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.logprobs.rows import Tokeniser
@@ -127,6 +127,6 @@ def check_rows(settings: TrainConfig, num_rows: int, num_steps: int) -> None:
 
 
 def check_workers(settings: TrainConfig) -> None:
-    """UserError if a cluster that cannot grow has no room for the workers."""
+    """UserError if the cluster neither has nor can have room for the workers."""
     remedy = "lower train.num_workers or train.resources_per_worker"
-    check_room("train.num_workers", settings.worker_resources, settings.num_workers.least, remedy)
+    node_types().check("the training", settings.worker_resources, settings.num_workers.least, remedy)

@@ -44,7 +44,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
     config = load_config(Path(given.run_file), given.overrides)
     if config.serve.base:
         raise UserError("serve.base: a Serve config file has one application for each model; leave it out")
-    run = RunDir(Path(config.run_dir).absolute())
+    run = RunDir.at(config.run_dir)
     config, _ = with_dtype(config, run)
     fixed, _ = choose_keys(EVERY_INTERFACE, run, api_key=None, insecure=False)
     served = replace(plan_serving(config, run, run.model), fixed_keys=fixed)

@@ -148,6 +148,11 @@ PARTS = {"plan": "units", "write and judge": "grades", "pair": "pairs"}
 """What is timed, by the table that it fills last."""
 
 
+def files_of(run: RunDir, table: str) -> list[Path]:
+    """A table's shards, in a folder of this machine."""
+    return [Path(str(path)) for path in run.table(table).glob("*.parquet")]
+
+
 @dataclass
 class Clock:
     """When each part of a command ended, read off the files, so that nothing has to be built into the stages."""
@@ -158,11 +163,11 @@ class Clock:
 
     def results(self, planned: float, end: float) -> dict[str, Any]:
         """Of the command so far: seconds, peak MiB; of each part (seconds, peak MiB, CPU seconds, new rows)."""
-        written = [path.stat().st_mtime for path in self.run.table("generations").glob("*.parquet")]
+        written = [path.stat().st_mtime for path in files_of(self.run, "generations")]
         first = min((when for when in written if when >= self.start), default=end)
         parts, last = {"read": (planned - self.start, *self.usage.between(self.start, planned), 0)}, planned
         for part, table in PARTS.items():
-            new = [path for path in self.run.table(table).glob("*.parquet") if path.stat().st_mtime >= self.start]
+            new = [path for path in files_of(self.run, table) if path.stat().st_mtime >= self.start]
             if part == "plan":  # later passes plan as well
                 new = [path for path in new if path.stat().st_mtime <= first]
             until = max([last, *(path.stat().st_mtime for path in new)])
@@ -187,7 +192,7 @@ def one_run(run_file: Path, on_ray: bool, limit: float, results: Any) -> None:
     timer = threading.Timer(limit, stop)
     timer.daemon = True
     timer.start()
-    with clock.run.locked(), runner(on_ray, clock.run.ray_log) as take:
+    with clock.run.locked(), runner(on_ray, Path(str(clock.run.ray_log))) as take:
         synthesize(plan, clock.run, take)
         end = time.time()
     timer.cancel()
@@ -211,7 +216,7 @@ def remove_one_of_a_hundred(run: RunDir) -> int:
     """Removes shards as a run that was stopped at 99% lacks them; returns how many files."""
     gone = 0
     for table in ("generations", "grades", "pairs"):
-        for path in sorted(run.table(table).glob("*.parquet"))[::100]:
+        for path in sorted(files_of(run, table))[::100]:
             path.unlink()
             gone += 1
     return gone
@@ -250,7 +255,7 @@ def main() -> None:
     gone = remove_one_of_a_hundred(run)
     report(f"99% done ({gone} files removed)", take())
     for table in TABLES:
-        sizes = [path.stat().st_size for path in run.table(table).glob("*.parquet")]
+        sizes = [path.stat().st_size for path in files_of(run, table)]
         print(f"  {table}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 

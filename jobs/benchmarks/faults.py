@@ -64,8 +64,9 @@ def compare(reference: Path, disturbed: Path) -> Counter[str]:
         found["rows"] += len(expected)
         found["lost"] += len(expected.keys() - got.keys())
         found["added"] += len(got.keys() - expected.keys())
-        found["duplicated"] += sum(len(rows) - 1 for rows in got.values())
-        found["differing"] += sum(expected[key] != got[key] for key in expected.keys() & got.keys())
+        # the director may write, and so reject, the same text twice
+        found["duplicated"] += sum(max(0, len(rows) - len(expected.get(key, rows[:1]))) for key, rows in got.items())
+        found["differing"] += sum(set(expected[key]) != set(got[key]) for key in expected.keys() & got.keys())
     return found
 
 

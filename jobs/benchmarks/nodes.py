@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -206,16 +207,25 @@ class Bench:
     """The undisturbed run, and stages that are disturbed."""
 
     def __init__(self, undisturbed: Path):
-        self.written, self.trained = undisturbed / "written", undisturbed / "trained"
-        if not (self.trained / "model").exists():
-            print("# the undisturbed run, on this machine alone", flush=True)
-            self._run_here("synthesize", self.written)
-            shutil.copytree(self.written, self.trained, dirs_exist_ok=True)
-            self._run_here("train", self.trained)
+        self._undisturbed = undisturbed
 
-    def _run_here(self, stage: str, run: Path) -> None:
+    @cached_property
+    def written(self) -> Path:
+        """The undisturbed synthesis."""
+        return self._run_here("synthesize", self._undisturbed / "written")
+
+    @cached_property
+    def trained(self) -> Path:
+        """The undisturbed training on it."""
+        run = self._undisturbed / "trained"
+        shutil.copytree(self.written, run, dirs_exist_ok=True)
+        return self._run_here("train", run)
+
+    def _run_here(self, stage: str, run: Path) -> Path:
+        """On this machine alone; at once, if it is there already."""
         command = [sys.executable, "-m", "cpt_ray", stage, RUN_FILE, *SETTINGS, f"run_dir={run}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_SECONDS)
+        return run
 
     def submit(self, nodes: Nodes, stage: str, cpus: int = 0) -> Job:
         env = {"VLLM_LOGGING_LEVEL": "ERROR", "CPT_API_KEY": KEY}

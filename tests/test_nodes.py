@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cpt_ray.cluster import unused_port
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from jobs.benchmarks.faults import compare
 from tests.nodes import ROOT, Job, Node, Nodes, OneMachineNodes, missing
@@ -25,6 +26,7 @@ SETTINGS = (
     "policy.num_actors=2",
 )
 NUM_STEPS, SAVED_EVERY = 25, 5
+KEY = "a-test-key"
 pytestmark = pytest.mark.slow
 
 
@@ -53,7 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
 
 def submit(nodes: Nodes, stage: str, *more: str) -> Job:
-    env = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", "CPT_API_KEY": KEY}
     return nodes.submit(f"jobs/{stage}.py", RUN_FILE, f"run_dir={nodes.shared}/run", *SETTINGS, *more, env=env)
 
 
@@ -126,3 +128,22 @@ def test_a_node_that_is_cut_off_for_seconds_goes_on(nodes: Nodes) -> None:
     nodes.mend(node)
     assert "tuned" in finished(job)
     assert (run / "report" / "results.json").exists()
+
+
+def test_a_second_server_takes_over_and_the_first_ones_job_ends(nodes: Nodes) -> None:
+    port = unused_port()
+    url = f"http://{nodes.head.address}:{port}/toy/v1/models"
+
+    def answers() -> bool:
+        time.sleep(0.3)
+        return nodes.get(url, {"Authorization": f"Bearer {KEY}"})[0] == 200
+
+    first = submit(nodes, "serve", "serve.host=0.0.0.0", f"serve.port={port}")
+    until(answers, first)
+    second = submit(nodes, "serve", "serve.host=0.0.0.0", f"serve.port={port}")
+    assert "has taken over" in finished(first)
+    assert second.is_running
+    assert answers()
+    nodes.stop_job(second)
+    second.wait()
+    assert not answers()

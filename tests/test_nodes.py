@@ -6,18 +6,15 @@ The tests are one story, in order: each goes on with the run of the one before i
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from cpt_ray.cluster import unused_port
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from jobs.benchmarks.faults import compare
-from tests.nodes import ROOT, Job, Node, Nodes, OneMachineNodes, missing
+from tests.nodes import Job, Node, Nodes, OneMachineNodes, missing
 
 RUN_FILE = "tests/toy/run.yaml"
 SETTINGS = (
@@ -39,24 +36,10 @@ def nodes() -> Iterator[Nodes]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
-    """The same synthesis on this machine, begun before the cluster is; to be called for its directory."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [sys.executable, "-m", "cpt_ray", "synthesize", RUN_FILE, *SETTINGS, f"run_dir={run}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-    def finished() -> Path:
-        assert process.wait(300) == 0
-        return run
-
-    yield finished
-    process.kill()
-
-
-def submit(nodes: Nodes, stage: str, *more: str) -> Job:
+def submit(nodes: Nodes, stage: str, *more: str, run: str = "run") -> Job:
+    """A stage's job on a run in the shared folder."""
     env = {"VLLM_LOGGING_LEVEL": "ERROR", "CPT_API_KEY": KEY}
-    return nodes.submit(f"jobs/{stage}.py", RUN_FILE, f"run_dir={nodes.shared}/run", *SETTINGS, *more, env=env)
+    return nodes.submit(f"jobs/{stage}.py", RUN_FILE, f"run_dir={nodes.shared}/{run}", *SETTINGS, *more, env=env)
 
 
 def until(is_so: Callable[[], bool], job: Job, seconds: float = 240) -> None:
@@ -84,15 +67,14 @@ def finished(job: Job) -> str:
     return job.output
 
 
-def test_a_node_killed_in_writing_loses_doubles_and_changes_no_row(
-    undisturbed: Callable[[], Path], nodes: Nodes
-) -> None:
+def test_a_node_killed_in_writing_loses_doubles_and_changes_no_row(nodes: Nodes) -> None:
     run = nodes.files("run")
     job = submit(nodes, "synthesize")
     until(lambda: any((run / "attempts").glob("write-*")), job)
     nodes.kill(holder(nodes, "StepActor"))
     assert "(raylet)" not in finished(job)
-    difference = compare(undisturbed(), run)
+    finished(submit(nodes, "synthesize", run="undisturbed"))
+    difference = compare(nodes.files("undisturbed"), run)
     assert difference.pop("rows") > 500
     assert set(difference.values()) == {0}, difference
 

@@ -103,7 +103,9 @@ def local_path(text: str) -> str:
 
 
 def storage_path(text: str) -> str:
-    """`expanded_path`; addresses of object stores are fine if they are whole."""
+    """`expanded_path`; addresses of object stores are fine if they are whole. `file:///a` is the path `/a`."""
+    if text.startswith("file:///"):
+        return expanded_path(text.removeprefix("file://"))
     check_address(text)
     return text if scheme_of(text) and not _VARIABLE.search(text.replace("%", "")) else expanded_path(text)
 

@@ -275,6 +275,7 @@ def test_addresses_are_kept_where_they_are_read() -> None:
     assert (found.run_dir, found.train.checkpoints, found.serve.adapters) == (address, address, {"a": address})
     with pytest.raises(UserError, match="an address begins with s3://"):
         overridden("train.checkpoints=s3:/bucket/a")
+    assert overridden("train.checkpoints=file:///shared/kept").train.checkpoints == "/shared/kept"
 
 
 def test_the_run_file_itself_says_what_it_means_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

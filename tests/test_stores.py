@@ -22,12 +22,13 @@ from cpt_ray.cluster import unused_port
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
 from cpt_ray.serving.keys import Keyring, make_key
+from cpt_ray.serving.served import check_whole, plan_serving
 from cpt_ray.serving.store import JsonStore
 from cpt_ray.tables import address, run_lock
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.node_cache import cache_folder, local_copy
 from cpt_ray.tables.records import Reject
-from cpt_ray.tables.rundir import KEYS_FILE, SPENT_FILE, TABLES, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, MODEL_INFO_FILE, SPENT_FILE, TABLES, RunDir
 from cpt_ray.tables.store_path import PART_BYTES, StorePath
 from tests.golden_run import RecordingEngine, places, write_run_file
 from tests.local_cluster import LocalCluster
@@ -360,6 +361,22 @@ def test_a_node_copies_a_folder_once_per_content_and_drops_the_old_one(
     assert (newer / "part" / "weights").read_text() == "new"
     assert [path.name for path in newer.parent.iterdir() if path.is_dir()] == [newer.name]
     assert newer.is_relative_to(cache_folder())
+
+
+def test_a_model_that_a_training_has_not_put_whole_is_not_served(store: str, tmp_path: Path) -> None:
+    run, config = RunDir.at(store), load_config(Path(run_file(tmp_path, store)))
+    run.write_json("model/config.json", {})
+    run.write_json(CATALOG_FILE, {})
+    model = str(run.model)
+    with pytest.raises(UserError, match="model: the model is not complete"):
+        plan_serving(config, run, run.model)
+    half = local_copy(run.model)
+    with pytest.raises(UserError, match="model: the model is not complete"):
+        check_whole(run, model, half)
+    run.write_json(MODEL_INFO_FILE, {})
+    check_whole(run, model, run.model)
+    check_whole(run, model, local_copy(run.model))
+    check_whole(run, "the/untuned/model", half)
 
 
 # ---------------------------------------------------------------- what is refused

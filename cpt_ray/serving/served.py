@@ -15,8 +15,8 @@ from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.keys import Key
 from cpt_ray.steering.inference import Candidates, make_candidates
 from cpt_ray.tables.node_cache import local_copy
-from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
-from cpt_ray.tables.store_path import AnyPath
+from cpt_ray.tables.rundir import CATALOG_FILE, MODEL_INFO_FILE, RunDir
+from cpt_ray.tables.store_path import AnyPath, StorePath
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""
@@ -91,8 +91,22 @@ def _tuned(config: RunConfig, run: RunDir, model: AnyPath) -> tuple[ModelConfig,
     """The tuned model and its catalog, by name."""
     if not (model / "config.json").exists():
         raise UserError(f"{model}: no model here; run `cpt train RUN_FILE` first")
+    check_whole(run, str(model), model)
     catalog = _read_json(run.path / CATALOG_FILE, "run `cpt train RUN_FILE` first")
     return config.policy.model_copy(update={"model": str(model)}), {config.name: catalog}
+
+
+def check_whole(run: RunDir, model: str, place: AnyPath) -> None:
+    """UserError if `model` is the run's own in an object store and `place`, it or a copy of it, is not all of it.
+
+    A training replaces its files there one by one. MODEL_INFO_FILE, which is removed first and put last, tells.
+    """
+    is_stored = isinstance(run.model, StorePath) and model == str(run.model)
+    if is_stored and not (place / Path(MODEL_INFO_FILE).name).is_file():
+        raise UserError(
+            f"{model}: the model is not complete; a training is putting it there, or was stopped while it did; wait "
+            "for it, or run `cpt train RUN_FILE` again"
+        )
 
 
 def _over_base(config: RunConfig) -> tuple[ModelConfig, dict[str, Any]]:

@@ -25,7 +25,7 @@ from cpt_ray.serving.app import ConfiguredApp, Steerer
 from cpt_ray.serving.asgi import AsgiApp, Json, Refusal, with_cors
 from cpt_ray.serving.call import CALL, Call
 from cpt_ray.serving.keys import Key, Keyring
-from cpt_ray.serving.served import Served
+from cpt_ray.serving.served import Served, check_whole
 from cpt_ray.steering.inference import read_questions
 from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.rundir import KEYS_FILE
@@ -123,13 +123,15 @@ def _frontend_arguments(served: Served) -> Any:
 
 
 def _engine_arguments(served: Served) -> Any:
-    """vLLM's `AsyncEngineArgs`."""
+    """vLLM's `AsyncEngineArgs`; UserError if the model is not whole: a training may replace it at any time."""
     from vllm import AsyncEngineArgs
     from vllm.config import StructuredOutputsConfig
 
     from cpt_ray.serving.conditioning import ENGINE_ARGUMENTS
 
+    check_whole(served.run, served.model.model, served.run.model)  # before a copy takes the place of a whole one
     arguments = (ENGINE_ARGUMENTS if served.conditioning else {}) | engine_arguments(served.model)
+    check_whole(served.run, served.model.model, Path(arguments["model"]))
     if isinstance(outputs := arguments.get("structured_outputs_config"), dict):  # vLLM's batch engine does this itself
         arguments["structured_outputs_config"] = StructuredOutputsConfig(**outputs)
     return AsyncEngineArgs(**arguments, served_model_name=[served.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,7 +22,8 @@ from cpt_ray.cli import main
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
-from cpt_ray.serving.keys import Keyring, make_key
+from cpt_ray.serving.asgi import Refusal
+from cpt_ray.serving.keys import Keyring, Meter, make_key
 from cpt_ray.serving.served import check_whole, plan_serving
 from cpt_ray.serving.store import JsonStore
 from cpt_ray.tables import address, run_lock
@@ -314,7 +316,7 @@ def test_a_put_whose_answer_was_lost_is_not_done_twice(store: str, monkeypatch: 
 def test_a_server_keeps_its_keys_while_the_store_is_away_and_sees_a_revoked_one_after(
     server: ObjectStore, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpt_ray.serving.keys.REREAD_SECONDS", 0.0)
+    monkeypatch.setattr("cpt_ray.serving.keys.REREAD_SECONDS", 0.05)
     path = RunDir.at(store).path / KEYS_FILE
     key, secret = make_key("who")
     Keyring(path).add(key)
@@ -334,6 +336,41 @@ def test_a_server_keeps_its_keys_while_the_store_is_away_and_sees_a_revoked_one_
         while serving.check(f"Bearer {secret}".encode()) == key:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_a_key_revoked_while_nobody_asks_is_refused_at_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpt_ray.serving.keys.REREAD_SECONDS", 0.05)
+    path = RunDir.at(store).path / KEYS_FILE
+    key, secret = make_key("who")
+    Keyring(path).add(key)
+    idle = Keyring(path)
+    assert idle.check(f"Bearer {secret}".encode()) == key
+    Keyring(path).revoke("who")
+    looks, version = threading.Semaphore(0), JsonStore.version
+
+    def counted(self: JsonStore, name: str) -> Any:
+        looks.release()
+        return version(self, name)
+
+    monkeypatch.setattr(JsonStore, "version", counted)
+    for _ in range(2):  # once the second look begins, the first has ended
+        assert looks.acquire(timeout=60)
+    assert isinstance(idle.check(f"Bearer {secret}".encode()), Refusal)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_two_meters_of_a_run_lose_nothing_that_a_key_has_spent(store: str, tmp_path: Path, is_stored: bool) -> None:
+    folder, key = StorePath.parse(store) if is_stored else tmp_path, make_key("who", budget=1000)[0]
+    meters = [Meter(folder / SPENT_FILE) for _ in range(2)]
+
+    async def count() -> list[Refusal | None]:
+        await asyncio.gather(*(meters[at % 2].charge(key, 30 + at) for at in range(8)))
+        await meters[0].charge(key, 700)
+        await meters[1].charge(key, 100)
+        return [await meter.admit(key) for meter in (meters[1], Meter(folder / SPENT_FILE))]
+
+    assert all(isinstance(answer, Refusal) for answer in asyncio.run(count()))
+    assert JsonStore(folder).read(SPENT_FILE) == {"who": 8 * 30 + 28 + 800}
 
 
 # ---------------------------------------------------------------- copies on a node

@@ -15,6 +15,8 @@ import re
 import secrets
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -96,21 +98,26 @@ class Keyring:
         self._keys: tuple[Key, ...] = ()
         self._seen: object = None
         self._reread_at = 0.0
-        self._was_read, self._rereading = False, threading.Thread()
+        self._was_read, self._follower = False, threading.Thread()
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """All of them, revoked ones too; UserError if the file is not one of keys."""
-        if time.monotonic() >= self._reread_at:
+        if not self._follower.is_alive() and time.monotonic() >= self._reread_at:
             self._reread_at = time.monotonic() + REREAD_SECONDS
-            if not (self._was_read and self._store.is_remote):
-                self._read()
-            elif not self._rereading.is_alive():  # a slow store must not hold up a server
-                self._rereading = threading.Thread(target=self._read, name="keys", daemon=True)
-                self._rereading.start()
+            self.reread()
         return self._fixed + self._keys
 
-    def _read(self) -> None:
+    def _follow(self) -> None:
+        """Has a store's file read in a thread from now on: a slow store must not hold up a server, and the first
+        request after an idle hour must not be answered from the keys of an hour ago."""
+        if self._store.is_remote and self._was_read and not self._follower.is_alive():
+            reference = weakref.ref(self)
+            self._follower = threading.Thread(target=_reread_always, args=(reference,), name="keys", daemon=True)
+            self._follower.start()
+
+    def reread(self) -> None:
+        """Looks whether the file has changed; UserError if it cannot be read and never was."""
         try:
             version = self._store.version(self._path.name)
             if version != self._seen:
@@ -128,8 +135,9 @@ class Keyring:
         """The key in an Authorization header; compares with every known one, so that the time tells nothing."""
         scheme, _, given = authorization.partition(b" ")
         hashed = hashlib.sha256(given.strip()).hexdigest()
-        match = None
-        for key in self.keys:
+        match, keys = None, self.keys
+        self._follow()
+        for key in keys:
             if hmac.compare_digest(hashed, key.hash):
                 match = key
         if match is None or scheme.lower() != b"bearer":
@@ -187,6 +195,14 @@ class Keyring:
         return UserError(f"{self._path}: cannot be read as keys ({error}); repair or remove it")
 
 
+def _reread_always(reference: weakref.ref[Keyring]) -> None:
+    """Until nobody else holds the keyring."""
+    while (keyring := reference()) is not None:
+        keyring.reread()
+        del keyring
+        time.sleep(REREAD_SECONDS)
+
+
 def make_key(name: str, days: float | None = None, **limits: Any) -> tuple[Key, str]:
     """(what is kept, the key itself: shown once, kept nowhere); `limits` are those of `Key`."""
     secret = f"cpt-{secrets.token_urlsafe(24)}"
@@ -224,12 +240,14 @@ class Meter:
 
     An answer's tokens are known, and counted, when it ends: answers in flight together may overdraw the minute, and
     the next request waits for it. What a budget has spent is on disk after every answer; the minutes are in memory.
+    Another meter of the run may count meanwhile (an upgrade to a new cluster): each adds to the file what is its own.
     """
 
     def __init__(self, spent_file: AnyPath, clock: Callable[[], float] = time.monotonic):
         self._store, self._name, self._clock = JsonStore(spent_file.parent), spent_file.name, clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}
-        self._spent: dict[str, int] = self._store.read(self._name) or {}
+        self._spent: Counter[str] = Counter(self._store.read(self._name))
+        self._unwritten: Counter[str] = Counter()
         self._writing, self._changes, self._kept = asyncio.Lock(), 0, 0
 
     def _bucket(self, key: Key, unit: str, per_minute: int) -> _Bucket:
@@ -240,7 +258,7 @@ class Meter:
 
     async def admit(self, key: Key) -> Refusal | None:
         """None, and one request counted, if the key's limits leave room for it."""
-        if key.state(self._spent.get(key.name, 0)) == "spent":
+        if key.state(self._spent[key.name] + self._unwritten[key.name]) == "spent":
             return Refusal(status=403, code="budget_spent", text=f"This API key's {key.budget} tokens are used up.")
         for unit, limit in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
             if limit is not None and (seconds := self._bucket(key, unit, limit).wait(self._clock())) > 0:
@@ -255,17 +273,22 @@ class Meter:
         if key.tokens_per_minute is not None:
             self._bucket(key, "tokens", key.tokens_per_minute).take(tokens)
         if key.budget is not None:
-            self._spent[key.name] = self._spent.get(key.name, 0) + tokens
+            self._unwritten[key.name] += tokens
             await self._keep()
 
     async def _keep(self) -> None:
-        """Writes what was spent. Answers that end while it is being written are written together, by the next."""
+        """Adds what was spent to the file. Answers that end meanwhile are written together, by the next."""
         self._changes += 1
         own = self._changes
         async with self._writing:
             if self._kept < own:
-                kept, spent = self._changes, dict(self._spent)
-                await asyncio.to_thread(self._store.write, self._name, spent, sync=False)
+                kept, new = self._changes, self._unwritten.copy()
+                self._spent = Counter(
+                    await asyncio.to_thread(
+                        self._store.change, self._name, lambda spent: Counter(spent) + new, sync=False
+                    )
+                )
+                self._unwritten -= new
                 self._kept = kept
 
 

@@ -66,11 +66,11 @@ class JsonStore:
         with replacing(self.root / name, mode=0o600, sync=sync) as file:
             file.write(_encoded(data))
 
-    def change(self, name: str, changed: Callable[[Any], Any]) -> Any:
+    def change(self, name: str, changed: Callable[[Any], Any], sync: bool = True) -> Any:
         """Replaces a file's content by what `changed` makes of it and returns that; nobody else changes it meanwhile.
 
         `changed` is given None for a file that is not there, may be called several times, and leaves all as it is by
-        returning None or raising. OSError if the file cannot be written.
+        returning None or raising. `sync`: as `write`. OSError if the file cannot be written.
         """
         path = self.root / name
         if isinstance(path, StorePath):
@@ -78,7 +78,7 @@ class JsonStore:
         with self._threads, exclusive(path.parent):
             data = changed(self.read(name))
             if data is not None:
-                self.write(name, data)
+                self.write(name, data, sync)
             return data
 
     def _swap(self, path: StorePath, changed: Callable[[Any], Any]) -> Any:

@@ -8,11 +8,14 @@ import inspect
 from typing import Any
 
 import fastapi.routing
+import pytest
 from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError
+from ray.serve import context
 from ray.serve._private import constants, haproxy_templates
 from ray.serve._private.client import ServeControllerClient
 from ray.serve._private.haproxy import HAProxyManager
-from ray.serve.context import _get_global_client
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import DeploymentSchema
 from vllm import SamplingParams
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -21,7 +24,7 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from cpt_ray.serving.haproxy import serve_env
+from cpt_ray.serving.haproxy import running_serve, serve_env
 
 
 def parameters(function: Any) -> list[str]:
@@ -82,6 +85,18 @@ def test_haproxys_retries_are_a_line_of_their_own_among_the_defaults() -> None:
 def test_rays_client_knows_where_serve_listens() -> None:
     assert callable(_get_global_client)
     assert isinstance(ServeControllerClient.http_config, property)
+
+
+def test_a_serve_that_somebody_has_shut_down_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfTheDead:
+        def get_serve_details(self) -> Any:
+            raise ActorDiedError
+
+    assert parameters(_disconnect) == []
+    monkeypatch.setattr(context, "_cached_client_from_current_session", lambda: True)
+    monkeypatch.setattr(context, "_global_client", OfTheDead())
+    assert running_serve() is None
+    assert context._global_client is None
 
 
 def test_rays_client_knows_who_deployed_what_behind_which_proxy() -> None:

@@ -89,14 +89,20 @@ class RunningServe:
 def running_serve() -> RunningServe | None:
     """None where Serve does not run.
 
-    Only its client knows how Serve listens, and `serve.status()` leaves the deployments' settings out (Ray 2.60).
+    Only its client knows how Serve listens, and `serve.status()` leaves the deployments' settings out (Ray 2.60). Ray
+    keeps the client, also of a Serve that somebody has shut down since, and has no public way to forget it.
     """
-    from ray.serve.context import _get_global_client
+    from ray.exceptions import ActorDiedError
+    from ray.serve.context import _disconnect, _get_global_client
 
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
+    try:
+        client = _get_global_client(raise_if_no_controller_running=False)
+        if client is None:
+            return None
+        details, listening = client.get_serve_details(), client.http_config
+    except ActorDiedError:  # one that restarts is waited for by Ray
+        _disconnect()
         return None
-    details, listening = client.get_serve_details(), client.http_config
     return RunningServe(
         host=str(listening.host),
         port=int(listening.port),

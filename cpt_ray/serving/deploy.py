@@ -186,8 +186,8 @@ class _Server:
             return
         with taking_turns(run_name):
             there = applications()
-            other = there[name].holder if name in there else None
-            if other is not None and other.run_name == run_name and there[run_name].holder == self._holder:
+            other, tuned = (there[part].holder if part in there else None for part in (name, run_name))
+            if other is not None and other.run_name == run_name and tuned == self._holder:
                 serve.delete(name, _blocking=False)
 
     def block(self) -> None:

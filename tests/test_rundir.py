@@ -56,6 +56,11 @@ def test_a_result_keeps_all_that_tells_of_it(tmp_path: Path, result: str) -> Non
     assert {*PLANNED, result, ".lock"} <= tree(tmp_path)
 
 
+def test_a_file_that_a_command_misses_is_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing here"), RunDir(tmp_path / "a").locked():
+        raise FileNotFoundError("nothing here")
+
+
 def test_who_is_refused_because_another_is_at_work_touches_nothing(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a")
     with run.locked():

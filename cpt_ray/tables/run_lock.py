@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -33,19 +33,26 @@ RENEW_SECONDS = 5.0
 """How often the owner of a lease puts it anew."""
 STALE_SECONDS = 45.0
 """How long a lease has to stand still before another process takes it over."""
-LOST_SECONDS = 20.0
-"""How long its owner may fail to put it anew before it gives the lease up: less, so that it ends before, even if the
-last try took its time."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What this process knows of the run that it holds."""
+
+    is_new: bool
+    """Nobody has held it before."""
+    is_ours: Callable[[], bool] = lambda: True
+    """Whether that is still so; StoreError if the store cannot be asked."""
 
 
 @contextmanager
-def run_lock(folder: AnyPath) -> Iterator[bool]:
-    """Holds the run for this process and yields whether nobody has held it before.
+def run_lock(folder: AnyPath) -> Iterator[Hold]:
+    """Holds the run for this process.
 
-    UserError if another process has it, if it cannot be written or, in a store, if it was lost meanwhile.
+    UserError if another process has it, if it cannot be written or, in a store, if another has taken it over meanwhile.
     """
-    with _lease(folder) if isinstance(folder, StorePath) else _kernel_lock(folder) as is_new:
-        yield is_new
+    with _lease(folder) if isinstance(folder, StorePath) else _kernel_lock(folder) as hold:
+        yield hold
 
 
 def is_held(folder: AnyPath) -> bool:
@@ -70,7 +77,7 @@ def is_held(folder: AnyPath) -> bool:
 
 
 @contextmanager
-def _kernel_lock(folder: Path) -> Iterator[bool]:
+def _kernel_lock(folder: Path) -> Iterator[Hold]:
     """Opens the lock's file again if another process just removed it."""
     path = folder / LOCK_FILE
     while True:
@@ -82,10 +89,16 @@ def _kernel_lock(folder: Path) -> Iterator[bool]:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); give another run_dir") from None
         with handle:
             _flock(folder, handle)
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
-                    yield is_new
-                    return
+            if _is_at(path, handle):
+                yield Hold(is_new)
+                return
+
+
+def _is_at(path: Path, handle: IO[str]) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(handle.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _flock(folder: Path, handle: IO[str]) -> None:
@@ -146,7 +159,10 @@ class _Owner:
 
 
 class _Lease:
-    """Held from the making of it; `is_lost` once another process has it or the store could not be reached for long."""
+    """Held from the making of it; `is_lost` once another process has it.
+
+    A store that cannot be reached loses nothing: the next put that it answers settles whose the lease is.
+    """
 
     def __init__(self, path: StorePath):
         self._path = path
@@ -191,8 +207,12 @@ class _Lease:
         held = replace(self._path, seconds=RENEW_SECONDS).read_versioned()
         return held[1] if held and _Owner.parse(held[0]).owner == self._own.owner else None
 
+    def is_ours(self) -> bool:
+        """By the store's word, now."""
+        return not self.is_lost and self._landed() is not None
+
     def _renew(self) -> None:
-        path, last = replace(self._path, seconds=RENEW_SECONDS), time.monotonic()
+        path = replace(self._path, seconds=RENEW_SECONDS)
         while not self._ended.wait(RENEW_SECONDS):
             try:
                 try:
@@ -202,10 +222,8 @@ class _Lease:
                     if landed is None:
                         break
                     self._version = landed
-                last = time.monotonic()
             except (StoreError, FileNotFoundError):  # it may answer again
-                if time.monotonic() - last > LOST_SECONDS:
-                    break
+                continue
         if not self._ended.is_set():
             self.is_lost = True
             os.kill(os.getpid(), signal.SIGINT)  # ends the command, and waits in C too, as Ctrl-C would
@@ -227,17 +245,35 @@ class _Lease:
 
 
 @contextmanager
-def _lease(folder: StorePath) -> Iterator[bool]:
+def _interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt in the block: a shell ignores it for what it starts with &, and whoever starts a
+    job may have blocked it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def _lease(folder: StorePath) -> Iterator[Hold]:
     lease = _Lease(folder / LOCK_FILE)
     try:
-        yield lease.is_new
+        with _interruptible():
+            try:
+                yield Hold(lease.is_new, lease.is_ours)
+            finally:
+                lease.give_back()
     except KeyboardInterrupt:
         if not lease.is_lost:
             raise
-    finally:
-        lease.give_back()
     if lease.is_lost:
         raise UserError(
-            f"{folder}: another process has taken over this run, or the store could not be reached for "
-            f"{LOST_SECONDS:.0f} s; this command ends (what is finished is kept, the same command goes on)"
+            f"{folder}: another process has taken over this run; this command ends (what is finished is kept, the same "
+            "command goes on)"
         )

@@ -276,17 +276,19 @@ class RunDir:
         missing: list[Path] = []
         if isinstance(self.path, Path):
             missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with run_lock(self.path) as is_new:
+        with run_lock(self.path) as hold:
             names = {path.name for path in self.path.iterdir()}
             before = names
             if isinstance(self.path, Path):  # a store has no temporary names, and removes its lease itself
-                before = names - {LOCK_FILE} if is_new else names
+                before = names - {LOCK_FILE} if hold.is_new else names
                 for left_behind in itertools.chain(self.path.glob("*/.*.tmp"), self.path.glob("steering/*/.*.tmp")):
                     left_behind.unlink(missing_ok=True)
             try:
                 yield
             except UserError:
-                self._remove_traces(before, missing)  # while nobody else can be at work here
+                with suppress(OSError):  # what led here is said, not this
+                    if hold.is_ours():  # else they may be those of a process that has taken over
+                        self._remove_traces(before, missing)
                 raise
 
     def _remove_traces(self, before: Set[str], missing: Sequence[Path]) -> None:
@@ -295,15 +297,14 @@ class RunDir:
         Args:
             missing: folders that were not there, the deepest first.
         """
-        with suppress(OSError):  # what led here is said, not this
-            new = [path for path in self.path.iterdir() if path.name not in before]
-            has_result = any(_holds_files(path) for path in new if path.name not in TRACES)
-            if has_result or set(self.read_json(LEDGER_FILE) or ()) - {"plan"}:
-                return
-            for path in new:
-                remove_tree(path) if path.is_dir() else path.unlink()
-            for folder in missing:
-                folder.rmdir()
+        new = [path for path in self.path.iterdir() if path.name not in before]
+        has_result = any(_holds_files(path) for path in new if path.name not in TRACES)
+        if has_result or set(self.read_json(LEDGER_FILE) or ()) - {"plan"}:
+            return
+        for path in new:
+            remove_tree(path) if path.is_dir() else path.unlink()
+        for folder in missing:
+            folder.rmdir()
 
     @property
     def busy(self) -> bool:

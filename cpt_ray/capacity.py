@@ -25,6 +25,8 @@ NO_GPU = "no_gpu"
 runs there alone, so that it starts no GPU node and keeps none from ending."""
 _SHARE = 0.001
 """Of NO_GPU, for each actor."""
+_MEMORY, _NODE = "memory", "node:"
+"""Ray's names: bytes of a node, and the beginning of a name that one node alone has."""
 _ROUNDING = 1e-6
 """A CPU holds ten times a tenth."""
 
@@ -40,13 +42,15 @@ class NodeType:
     """How many there can be."""
 
     def holds(self, each: Mapping[str, float]) -> float:
-        """How many times one node has these resources."""
-        wanted = {name: amount for name, amount in each.items() if amount}
+        """How many times one node has these resources; which node is asked for by its address does not count."""
+        wanted = {name: amount for name, amount in each.items() if amount and not name.startswith(_NODE)}
         times = (self.resources.get(name, 0) / amount for name, amount in wanted.items())
         return min((math.floor(count + _ROUNDING) for count in times), default=math.inf)
 
-    def __str__(self) -> str:
-        return f"{self.name}: {shown_resources({'CPU': 0, **self.resources})}"
+    def shown(self, each: Mapping[str, float]) -> str:
+        """As in "cpu: {CPU: 16}"; the memory, which every node has, only if it is asked for."""
+        names = {"CPU", *(self.resources.keys() - {_MEMORY}), *(each.keys() & {_MEMORY})}
+        return f"{self.name}: {shown_resources({name: self.resources.get(name, 0) for name in names})}"
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class NodeTypes:
         remedy += ", or add such nodes" if os.environ.get("RAY_ADDRESS") else ", or run on a cluster (RAY_ADDRESS)"
         if room < 1:
             whose = "no node type of this cluster has that" if self.to_come else "no node here has that"
-            raise UserError(f"{what} needs {wanted} on one node; {whose} ({self}); {remedy}")
-        raise UserError(f"{what} needs {count} x {wanted}; there is room for {room:g} ({self}); {remedy}")
+            raise UserError(f"{what} needs {wanted} on one node; {whose} ({self._shown(each)}); {remedy}")
+        raise UserError(f"{what} needs {count} x {wanted}; there is room for {room:g} ({self._shown(each)}); {remedy}")
 
     def placed(self, each: Mapping[str, float], count: int = 1) -> dict[str, float]:
         """The resources to ask for: with a share of NO_GPU if there is no GPU or custom resource among them, and there
@@ -92,9 +96,14 @@ class NodeTypes:
         is_for_cpus = set(asked) <= {"CPU", "memory"}
         return with_share if is_for_cpus and is_there and self.room(with_share) >= count else asked
 
-    def __str__(self) -> str:
+    def may_hold(self, name: str, each: Mapping[str, float]) -> bool:
+        """Whether a node of the type of this name can have these resources, as far as that is known."""
+        kinds = [kind for kind in self.to_come if kind.name == name and kind.resources]
+        return not kinds or any(kind.holds(each) >= 1 for kind in kinds)
+
+    def _shown(self, each: Mapping[str, float]) -> str:
         kinds = self.to_come and [kind for kind in self.here if kind.name == "head"]
-        return ", ".join(map(str, [*(kinds or self.here), *self.to_come]))
+        return ", ".join(dict.fromkeys(kind.shown(each) for kind in [*(kinds or self.here), *self.to_come]))
 
 
 def node_types() -> NodeTypes:
@@ -140,8 +149,8 @@ def _autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
 
 
 def _plain(resources: Mapping[str, float]) -> dict[str, float]:
-    """Without what Ray adds to every node by itself."""
-    added = ("node:", "object_store_memory", "memory")
+    """Without what Ray adds to every node by itself, but for the memory, which may be asked for."""
+    added = (_NODE, "object_store_memory")
     return {name: amount for name, amount in resources.items() if not name.startswith(added)}
 
 

@@ -762,9 +762,9 @@ class TuneConfig(_Section):
     in an object store (s3://, gs://, abfs://)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     no_progress_minutes: Annotated[float, Field(gt=0)] = NO_PROGRESS_MINUTES
-    """A stage ends, with what it waited for, after so long without any progress. A node that is launching, a download,
-    an engine that loads or compiles, and a finished shard or step are all progress; waiting for a node that nobody
-    launches is not."""
+    """A stage ends, with what it waited for, after so long without any progress. A download, an engine that loads or
+    compiles, and a finished shard or step are all progress; waiting for a node that nobody launches is not. Launching
+    nodes that can hold what is waited for are given three times as long."""
     policy: ModelConfig
     """The model that is tuned, evaluated and served; its untuned form is the reference."""
     train: TrainConfig = TrainConfig()

@@ -25,7 +25,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from cpt_ray import cluster
+from cpt_ray import capacity, cluster
 from cpt_ray.capacity import Growth, NodeType, NodeTypes
 from cpt_ray.config import ModelConfig
 from cpt_ray.engines import pool, waiting
@@ -70,6 +70,17 @@ def test_what_no_node_type_has_is_refused_with_all_types_named() -> None:
 )
 def test_needs_are_counted_node_by_node_and_within_the_clusters_limits(each: dict[str, float], room: float) -> None:
     assert NodeTypes([HEAD], [GPU, CPU], 5).room(each) == room
+
+
+def test_memory_that_is_asked_for_is_counted_and_a_node_asked_for_by_its_address_is_not_refused() -> None:
+    told = {"CPU": 16, "memory": 64e9, "object_store_memory": 1e9, "node:10.0.0.1": 1}
+    types = NodeTypes([NodeType("node", capacity._plain(told), 2)])
+    assert types.room({"CPU": 4, "memory": 30e9}) == 4
+    assert types.room({"CPU": 4, "node:10.0.0.1": 0.01}) == 8
+    with pytest.raises(UserError, match=r"no node here has that \(node: \{CPU: 16, memory: 6.4e\+10\}\)"):
+        types.check("the training", {"CPU": 4, "memory": 65e9}, 1, "")
+    with pytest.raises(UserError, match=r"no node here has that \(node: \{CPU: 16\}\)"):
+        types.check("the training", {"CPU": 32}, 1, "")
 
 
 def test_where_nodes_may_come_that_nobody_tells_of_nothing_is_refused() -> None:
@@ -171,7 +182,7 @@ def test_a_node_that_launches_an_engine_that_loads_and_a_shard_that_is_done_are_
 ) -> None:
     watch = Waiting("write", {"GPU": 1}, 1, "")
     told.growth = Growth({"gpu": 1}, [])
-    let_pass(watch, clock, 30)
+    let_pass(watch, clock, 25)
     told.growth = Growth({}, [])
     for work in range(5):
         told.notes["a"] = note("starting", work)
@@ -180,6 +191,27 @@ def test_a_node_that_launches_an_engine_that_loads_and_a_shard_that_is_done_are_
         let_pass(watch, clock, 9, done)
     with pytest.raises(UserError, match=r"no progress for 10 minutes; engines: 1 starting; "):
         let_pass(watch, clock, 9, 4)
+
+
+def test_nodes_that_launch_and_never_come_are_waited_for_within_a_bound(clock: list[float], told: Told) -> None:
+    watch = Waiting("write", {"GPU": 1}, 1, "")
+    told.growth = Growth({"gpu": 1}, [])
+    with pytest.raises(UserError, match=r"no progress for 3 times 10 minutes, in which nodes launched and did not"):
+        let_pass(watch, clock, 31)
+    watch = Waiting("write", {"GPU": 1}, 1, "")
+    with pytest.raises(UserError, match="did not come"):
+        for minute in range(40):  # a pod that is refused again and again
+            told.growth = Growth({"gpu": 1} if minute % 8 < 4 else {}, [])
+            let_pass(watch, clock, 1)
+
+
+def test_launching_nodes_that_hold_none_of_what_is_waited_for_are_no_progress(clock: list[float], told: Told) -> None:
+    watch = Waiting("write", {"GPU": 1}, 1, "", types=NodeTypes([HEAD], [GPU, CPU], 5))
+    told.growth = Growth({"gpu": 1}, [])
+    let_pass(watch, clock, 20)
+    told.growth = Growth({"cpu": 4}, [])
+    with pytest.raises(UserError, match=r"no progress for 10 minutes; .*launching 4 x cpu"):
+        let_pass(watch, clock, 10)
 
 
 @pytest.mark.parametrize(

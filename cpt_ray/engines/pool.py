@@ -151,7 +151,7 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
     types.check(f"{stages} ({model.model})", model.actor_resources, least, remedy)
     each = types.placed(model.actor_resources, least)
     size = _pool_size(model, types.room(each), len(todo))
-    waiting = Waiting(stages, each, size, remedy)
+    waiting = Waiting(stages, each, size, remedy, types=types)
     done = 0
 
     class Look(ExecutionCallback):  # type: ignore[misc]

@@ -66,7 +66,7 @@ def run_workers(
     types, remedy = node_types(), f"lower {group.stage}.num_workers"
     types.check(f"the training of {group.stage}", group.resources, least, remedy)
     each = types.placed(group.resources, least)
-    waiting = Waiting(group.stage, each, least, remedy, "workers")
+    waiting = Waiting(group.stage, each, least, remedy, "workers", types)
     trainer = TorchTrainer(
         _work_with_pulse,
         train_loop_config={"work": work, "settings": settings, "pulse": waiting.pulse},

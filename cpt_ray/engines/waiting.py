@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpt_ray.capacity import growth, shown_resources
+from cpt_ray.capacity import NodeTypes, growth, shown_resources
 from cpt_ray.cluster import leave_note, patience_minutes, read_notes, remove_notes
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, first_line
@@ -26,6 +26,9 @@ LINE_SECONDS = 30.0
 """Between two lines on what is waited for."""
 LOOK_SECONDS = 5.0
 """Between two looks at the cluster."""
+LAUNCHING_TIMES = 3
+"""Times the patience that launching nodes are waited for without any progress: of a pod that no machine can take, the
+autoscaler says for ever that it is launching."""
 BEAT_SECONDS = 10.0
 """Between two looks of an actor at itself."""
 BUSY_SHARE, BUSY_BYTES = 0.05, 1 << 20
@@ -121,18 +124,28 @@ def _bytes_moved(process: int) -> float:
 class Waiting:
     """Watches a pool or worker group; `look` is called often, and looks every few seconds."""
 
-    def __init__(self, what: str, each: Mapping[str, float], count: int, remedy: str, unit: str = "engines"):
+    def __init__(
+        self,
+        what: str,
+        each: Mapping[str, float],
+        count: int,
+        remedy: str,
+        unit: str = "engines",
+        types: NodeTypes | None = None,
+    ):
         """
         Args:
             what: the stage, for the lines. each: resources of an actor. count: actors that were asked for.
             remedy: what a person could change. unit: what the actors are called.
+            types: if given, launching nodes of a type that holds no actor are not waited for.
         """
         minutes = patience_minutes()
         self.pulse = Pulse(seconds=min(BEAT_SECONDS, minutes * 60 / 6))
         self._what, self._each, self.count, self._remedy, self._unit = what, each, count, remedy, unit
+        self._types = types or NodeTypes(())
         self._patience = minutes * 60
         self._state: object = None
-        self._progress = self._looked = self._said = time.monotonic()
+        self._moved = self._progress = self._looked = self._said = time.monotonic()
 
     def look(self, done: object) -> None:
         """Says what is waited for, if nodes are missing; UserError if nothing gets on and nothing is pending.
@@ -153,12 +166,12 @@ class Waiting:
     def _look(self, done: object, now: float) -> None:
         notes = read_notes(self.pulse.key)
         if (state := (done, notes)) != self._state:
-            self._state, self._progress = state, now
+            self._state, self._progress, self._moved = state, now, now
         phases = Counter(json.loads(note)["phase"] for note in notes.values() if note)
         if len(notes) >= self.count and now - self._progress < LINE_SECONDS:
             return
         coming = growth()
-        if coming.launching:
+        if any(self._types.may_hold(name, self._each) for name in coming.launching):
             self._progress = now
         missing = self.count - len(notes)
         is_awaited = coming.launching or not notes or now - self._progress >= LINE_SECONDS
@@ -169,13 +182,16 @@ class Waiting:
                 f"{missing} x {shown_resources(self._each)} asked for; {coming}"
             )
         if now - self._progress >= self._patience:
-            raise UserError(self._why(phases, missing, str(coming)))
+            raise UserError(self._why(f"{self._patience / 60:g} minutes", phases, missing, str(coming)))
+        if now - self._moved >= LAUNCHING_TIMES * self._patience:
+            bound = f"{LAUNCHING_TIMES} times {self._patience / 60:g} minutes, in which nodes launched and did not come"
+            raise UserError(self._why(bound, phases, missing, str(coming)))
 
-    def _why(self, phases: Counter[str], missing: int, coming: str) -> str:
+    def _why(self, bound: str, phases: Counter[str], missing: int, coming: str) -> str:
         states = [f"{count} {phase}" for phase, count in phases.items()]
         states += [f"{missing} not begun, of {shown_resources(self._each)} each ({coming})"] if missing > 0 else []
         return (
-            f"{self._what}: no progress for {self._patience / 60:g} minutes; {self._unit}: {', '.join(states)}; "
+            f"{self._what}: no progress for {bound}; {self._unit}: {', '.join(states)}; "
             f"{self._remedy}, or raise no_progress_minutes; what is finished is kept"
         )
 

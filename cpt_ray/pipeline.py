@@ -25,11 +25,10 @@ from cpt_ray.config import (
     storage_path,
 )
 from cpt_ray.console import say, status_lines
-from cpt_ray.engines.roles import CPU_DTYPE, convert_models, roles_of, with_dtype
+from cpt_ray.engines.roles import CPU_DTYPE, convert_models, is_here, roles_of, with_dtype
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import endpoint_key
 from cpt_ray.errors import UserError
-from cpt_ray.gguf_model import is_converted
 from cpt_ray.plan import Plan, make_plan, run_info
 from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
@@ -160,8 +159,8 @@ def run_stage(
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
     roles = roles_of(config)
-    if dry_run:  # which writes nothing, so it converts nothing
-        roles = {name: role for name, role in roles.items() if not role.gguf or is_converted(role.gguf)}
+    if dry_run:  # which writes nothing, so it converts and copies nothing
+        roles = {name: role for name, role in roles.items() if is_here(role)}
     convert_models(roles)
     for role in _roles_called_by(command, plan).values():
         endpoint_key(role)  # only for its UserError: a missing key ends the command now

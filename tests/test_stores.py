@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -32,6 +33,7 @@ from cpt_ray.tables.node_cache import cache_folder, local_copy
 from cpt_ray.tables.records import Reject
 from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, MODEL_INFO_FILE, SPENT_FILE, TABLES, RunDir
 from cpt_ray.tables.store_path import PART_BYTES, StorePath
+from cpt_ray.training import worker
 from tests.golden_run import RecordingEngine, places, write_run_file
 from tests.local_cluster import LocalCluster
 from tests.object_store import BUCKET, ObjectStore, environment, forget_stores, proxy, set_environment
@@ -475,6 +477,57 @@ def test_a_model_that_a_training_has_not_put_whole_is_not_served(store: str, tmp
     check_whole(run, model, run.model)
     check_whole(run, model, local_copy(run.model))
     check_whole(run, "the/untuned/model", half)
+
+
+def test_a_dry_run_copies_no_model_from_a_store(
+    server: ObjectStore, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = StorePath.parse(store) / "model"
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    path, roles = run_file(tmp_path, str(tmp_path / "run")), ("policy", "writer", "judge", "director")
+    assert main(["run", path, *(f"{role}.model={model}" for role in roles), "--dry-run"]) == 0
+    assert "nothing was started or written" in capsys.readouterr().out
+    assert not cache_folder().exists()
+
+
+# ---------------------------------------------------------------- a training's notes
+
+
+def test_a_training_goes_on_without_its_notes_while_the_store_is_away(
+    server: ObjectStore, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(Path(run_file(tmp_path, store)))
+    task = worker.TrainingTask(config, RunDir.at(store), "key", "policy", "rows", None)
+    (tmp_path / worker.TENSORBOARD).mkdir()
+    (tmp_path / worker.TENSORBOARD / "events").write_text("loss")
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    reported: list[dict[str, int]] = []
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_size=lambda: 2))
+    monkeypatch.setattr("ray.train.report", lambda metrics, **_: reported.append(metrics))
+    reporter, state = worker._reporter(task, tmp_path), SimpleNamespace(global_step=1, is_world_process_zero=True)
+    with proxy(server.url, lambda number, line: None, (403, "AccessDenied")) as (url, asked):
+        set_environment(monkeypatch, url, tmp_path / "cache")
+        reporter.on_log(None, state, None, {"loss": worker.LN_2, "rewards/accuracies": 0.5})
+        reporter.on_save(None, state, None)
+    assert reported == [{"step": 1}]
+    assert len(asked) == 2
+
+
+def test_a_rank_whose_store_fails_raises_and_does_not_leave_the_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(Path(run_file(tmp_path, str(tmp_path / "run"))))
+    task = worker.TrainingTask(config, RunDir(tmp_path / "run"), "key", str(tmp_path), f"s3://{BUCKET}/none/rows", None)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+
+    def fail(*_: Any) -> None:
+        raise address.StoreError("away")
+
+    monkeypatch.setattr(worker, "_train_rank", fail)
+    with pytest.raises(address.StoreError, match="away"):
+        worker.work({"task": task})
 
 
 # ---------------------------------------------------------------- what is refused

@@ -61,6 +61,11 @@ def convert_models(roles: Mapping[str, ModelConfig]) -> None:
         done.add(role.gguf)
 
 
+def is_here(role: ModelConfig) -> bool:
+    """Whether the model can be opened without copying it from a store or converting its GGUF first."""
+    return not role.is_stored and (not role.gguf or gguf_model.is_converted(role.gguf))
+
+
 def _convert(name: str) -> None:
     is_kept = gguf_model.is_converted(name)
     folder = gguf_model.converted(name)

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 from cpt_ray.chat.conversations import ChatMessage, policy_messages, token_ids
 from cpt_ray.config import ModelConfig
-from cpt_ray.engines.roles import roles_of
+from cpt_ray.engines.roles import is_here, roles_of
 from cpt_ray.errors import UserError
-from cpt_ray.gguf_model import is_converted
 from cpt_ray.plan import Plan, run_info
 from cpt_ray.tables.rundir import LEDGER_FILE, RUN_INFO_FILE, RunDir
 
@@ -218,8 +217,9 @@ class TokenCounter:
 
 
 def _tokenizer(role: ModelConfig) -> Any:
-    """None where it would have to be loaded from a hub, or its GGUF to be converted, or has no chat template."""
-    if role.endpoint or (role.gguf and not is_converted(role.gguf)):
+    """None where it would have to be loaded from a hub or a store, or its GGUF to be converted, or has no chat
+    template."""
+    if role.endpoint or not is_here(role):
         return None
     from jinja2.exceptions import TemplateError
     from transformers import AutoTokenizer

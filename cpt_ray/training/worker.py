@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from cpt_ray.config import ModelConfig, TrainConfig, TuneConfig
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.precision import is_autocast, load_arguments
+from cpt_ray.tables.address import StoreError
 from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.tables.store_path import StorePath, path_of
@@ -46,7 +48,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         logs: the trainer's, of rank 0. export: what `export` measured.
-        refused: why the result is no model, "" if it is one. Returned, since Ray Train would try again what is raised.
+        refused: why the result is no model, "" if it is one. Returned, since Ray Train would try again what is raised,
+            as it should if it is the store that fails.
     """
     import ray.train
 
@@ -65,6 +68,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
                 if state["global_step"] < state["max_steps"]:
                     _train_rank(task, folder, checkpoint)
         return _exported(task) if rank == 0 else {"refused": ""}
+    except StoreError:
+        raise  # of one rank: the others would wait for it if it returned
     except UserError as error:
         return {"refused": str(error)}
     finally:
@@ -197,7 +202,8 @@ def _reporter(task: TrainingTask, folder: Path) -> Any:
             """Once a second at most where it is a request to a store."""
             if not isinstance(task.run.path, StorePath) or time.monotonic() - self.shown_at >= PROGRESS_SECONDS:
                 self.shown_at = time.monotonic()
-                task.run.write_json(TRAIN_PROGRESS_FILE, progress)
+                with suppress(StoreError):  # a note is not worth a training
+                    task.run.write_json(TRAIN_PROGRESS_FILE, progress)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_evaluate |= task.held_out is not None and state.global_step >= state.max_steps
@@ -219,7 +225,8 @@ def _reporter(task: TrainingTask, folder: Path) -> Any:
             # Ray uploads each rank's files into one checkpoint, and is the barrier.
             shown = task.run.tensorboard / task.key
             if isinstance(shown, StorePath) and state.is_world_process_zero:
-                shown.upload(folder / TENSORBOARD)
+                with suppress(StoreError):  # the next one has it too
+                    shown.upload(folder / TENSORBOARD)
             saved = ray.train.Checkpoint.from_directory(folder / "out" / f"checkpoint-{state.global_step}")
             ray.train.report({"step": state.global_step}, checkpoint=saved, delete_local_checkpoint_after_upload=True)
 

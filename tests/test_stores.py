@@ -439,7 +439,7 @@ def test_two_meters_of_a_run_lose_nothing_that_a_key_has_spent(store: str, tmp_p
 # ---------------------------------------------------------------- copies on a node
 
 
-def test_a_node_copies_a_folder_once_per_content_and_drops_the_old_one(
+def test_a_node_copies_a_folder_once_per_content_and_drops_old_ones(
     server: ObjectStore, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = StorePath.parse(store) / "model"
@@ -456,11 +456,46 @@ def test_a_node_copies_a_folder_once_per_content_and_drops_the_old_one(
         assert len(set(copies)) == 1
         assert sum(line.startswith("GET") and "weights" in line for line in asked) == 1
     assert (copies[0] / "part" / "weights").read_text() == "old part/weights"
+    abandoned = copies[0].parent / ".other-1.tmp"
+    abandoned.mkdir()
+    for folder in (copies[0], abandoned):
+        os.utime(folder, (0, 0))
+    assert local_copy(model) == copies[0]  # which is young again by that
     (model / "part/weights").write_text("new")
     newer = local_copy(str(model))
     assert (newer / "part" / "weights").read_text() == "new"
-    assert [path.name for path in newer.parent.iterdir() if path.is_dir()] == [newer.name]
     assert newer.is_relative_to(cache_folder())
+    assert {path for path in newer.parent.iterdir() if path.is_dir()} == {copies[0], newer}
+    os.utime(copies[0], (0, 0))
+    (model / "part/weights").write_text("newest")
+    newest = local_copy(model)
+    assert {path for path in newer.parent.iterdir() if path.is_dir()} == {newest, newer}
+
+
+def test_nodes_that_share_a_cache_without_locks_do_not_harm_each_other(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = StorePath.parse(store) / "model"
+    for name in ("config.json", "part/weights"):
+        (model / name).write_text(name)
+    monkeypatch.setattr("cpt_ray.tables.node_cache.exclusive", lambda folder: contextlib.nullcontext(False))
+    both, download = threading.Barrier(2), StorePath.download
+
+    def download_at_once(self: StorePath, target: Path) -> None:
+        both.wait(60)  # each has begun its own copy
+        download(self, target)
+
+    monkeypatch.setattr(StorePath, "download", download_at_once)
+    copies: list[Path] = []
+    threads = [threading.Thread(target=lambda: copies.append(local_copy(model))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(copies) == 2
+    assert copies[0] == copies[1]
+    assert {path.name for path in copies[0].iterdir()} == {"config.json", "part"}
+    assert [path for path in copies[0].parent.iterdir() if path.is_dir()] == [copies[0]]
 
 
 def test_a_model_that_a_training_has_not_put_whole_is_not_served(store: str, tmp_path: Path) -> None:

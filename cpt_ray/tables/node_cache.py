@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from cpt_ray.errors import UserError
@@ -20,6 +22,9 @@ CACHE_ENV = "CPT_CACHE"
 one of each node's own."""
 TRIES = 3
 """How often a folder is copied that is replaced meanwhile."""
+OLD_SECONDS = 86400.0
+"""How long nobody has asked for a copy that is removed: on a disk that nodes share, an engine of another one may be
+loading it."""
 
 
 def cache_folder() -> Path:
@@ -33,7 +38,7 @@ def cache_folder() -> Path:
 def local_copy(where: str | AnyPath) -> Path:
     """A folder on this machine: `where` itself, or this node's copy of what an address names.
 
-    A copy is made once per content, whole, and takes the place of the node's copies of what was there before.
+    A copy is made once per content, whole, and takes the place of old copies of what was there before.
     UserError if nothing is there or the cache cannot be written.
     """
     path = path_of(where) if isinstance(where, str) else where
@@ -47,6 +52,8 @@ def local_copy(where: str | AnyPath) -> Path:
         folder = own / content_id(files)
         try:
             if folder.is_dir() or _copied(path, files, folder):
+                with suppress(OSError):  # of a disk that may only be read, or another user's
+                    os.utime(folder)
                 return folder
         except StoreError:
             raise
@@ -73,12 +80,17 @@ def _copied(path: StorePath, files: Mapping[str, Version], folder: Path) -> bool
                 (path / name).download(temporary / name)
             if path.files() != files:
                 return False
-            temporary.rename(folder)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another node was first
+                    raise
         except FileNotFoundError:  # removed meanwhile
             return False
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for older in folder.parent.iterdir():
-            if older.is_dir() and older != folder:
-                shutil.rmtree(older, ignore_errors=True)
+        for other in folder.parent.iterdir():  # also what other nodes copy now, or left behind
+            with suppress(FileNotFoundError):  # another node has removed it, or made it whole
+                if other != folder and other.is_dir() and time.time() - other.stat().st_mtime > OLD_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
     return True

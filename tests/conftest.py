@@ -30,10 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that both processes end at about the same time; `slow` tests only if asked for."""
     order = {f"test_{name}": at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-    if not os.environ.get("CPT_SLOW"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow; CPT_SLOW=1 runs it, as CI does"))
+    reasons = {"slow": "slow; CPT_SLOW=1 runs it, as CI does", "cluster": "minutes; CPT_CLUSTER=1 runs it"}
+    for name, reason in reasons.items():
+        if not os.environ.get(f"CPT_{name.upper()}"):
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ print(len(names), "modules")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_cpu_image_is_built_from_nothing_and_imports_every_stage(build: ImageBuild) -> None:
     build.follow(CLUSTERS / "cpu.Dockerfile")
     assert "rubrics" in build.run("cpt check jobs/qwen3-4b.yaml")  # from the working directory, where jobs begin
@@ -169,7 +169,7 @@ def test_the_cuda_image_is_built_as_the_cpu_image_but_for_its_lock() -> None:
     assert cpu == cuda
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_cuda_lock_resolves_to_itself(build: ImageBuild) -> None:
     build.run("pip install --no-cache-dir uv")
     resolved = build.run(
@@ -384,7 +384,7 @@ def test_the_ray_of_every_file_is_the_locks() -> None:
     assert {ray_cluster(load(path))["spec"]["rayVersion"] for path in ON_KUBERNETES} == {RAY}
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_token_guards_jobs_and_the_dashboard_but_no_metrics(cluster: LocalCluster) -> None:
     token = cluster.env["RAY_AUTH_TOKEN"]
     for path in ("/api/jobs/", "/api/serve/applications/", "/nodes?view=summary"):
@@ -399,7 +399,7 @@ def test_the_token_guards_jobs_and_the_dashboard_but_no_metrics(cluster: LocalCl
     assert {httpx.get(f"http://{target}/metrics", timeout=60).status_code for target in targets} == {200}
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_application_of_the_rayservice_serves_a_run_to_those_who_have_a_key(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def make_wheel(folder: Path, name: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_benchmark_of_scale_runs_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "jobs/benchmarks/scale.py", "--units", "300", "--folder", str(tmp_path)]
     done = subprocess.run([*command, "--shard-rows", "60"], cwd=ROOT, capture_output=True, text=True)
@@ -77,7 +77,7 @@ def test_the_benchmark_of_scale_runs_and_goes_on(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "units").glob("*.parquet"))) == 3 * 11  # shards in three passes
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_gpu_benchmark_runs_where_neither_ray_nor_vllm_is(tmp_path: Path) -> None:
     venv.create(tmp_path / "env", symlinks=True)
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))

@@ -107,7 +107,7 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
     started.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_neighbours_are_left_alone(cluster: LocalCluster, tmp_path: Path, model: Path) -> None:
     first, second, third = (make_trained(tmp_path / name, model) for name in ("first", "second", "third"))
     port = unused_port()

@@ -24,7 +24,7 @@ SETTINGS = (
 )
 NUM_STEPS, SAVED_EVERY = 25, 5
 KEY = "a-test-key"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

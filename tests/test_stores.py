@@ -629,7 +629,7 @@ def cluster(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     started.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_loop_runs_in_a_store_from_submission_to_a_served_model(
     cluster: LocalCluster, store: str, tmp_path: Path
 ) -> None:

@@ -103,11 +103,14 @@ def local_path(text: str) -> str:
 
 
 def storage_path(text: str) -> str:
-    """`expanded_path`; addresses of object stores are fine if they are whole. `file:///a` is the path `/a`."""
-    if text.startswith("file:///"):
-        return expanded_path(text.removeprefix("file://"))
+    """`expanded_path`; addresses of object stores are fine if they are whole."""
     check_address(text)
     return text if scheme_of(text) and not _VARIABLE.search(text.replace("%", "")) else expanded_path(text)
+
+
+def _uri(text: str) -> str:
+    """`storage_path`; `file:///a` is the path `/a`, as in Ray Train."""
+    return expanded_path(text.removeprefix("file://")) if text.startswith("file:///") else storage_path(text)
 
 
 def _source(text: str) -> str:
@@ -133,6 +136,7 @@ def _with_homes(value: Any) -> Any:
 LocalPath = Annotated[str, AfterValidator(local_path)]
 StoragePath = Annotated[str, AfterValidator(storage_path)]
 """A folder, or an address in an object store."""
+Uri = Annotated[str, AfterValidator(_uri)]
 Source = Annotated[str, AfterValidator(_source)]
 VllmArguments = Annotated[dict[str, Any], AfterValidator(_with_homes)]
 
@@ -591,7 +595,7 @@ class TrainConfig(_Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     save_steps: Positive = 50
     """Optimizer steps between checkpoints, and between measurements on the held-out pairs."""
-    checkpoints: StoragePath | None = None
+    checkpoints: Uri | None = None
     """Where checkpoints are kept: a folder or an address (s3://, gs://, abfs://); the run directory unless given."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group is restarted from the last checkpoint."""
@@ -730,7 +734,7 @@ class ServeConfig(_Section):
     """Serve the untuned model too, at /<name>/base, with as many replicas again."""
     preferences: Literal["directive", "gated_lora"] = "directive"
     """How a user's choices steer a chat: by the inferred directive, or by the policy that `cpt steer fit` trained."""
-    adapters: dict[str, StoragePath] = {}
+    adapters: dict[str, Uri] = {}
     """Adapters of policy.model to serve in place of the merged model: name to folder or URI, the default first."""
 
     @field_validator("frontend")

@@ -114,8 +114,8 @@ def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kep
     assert run.names("units") == {f"{name}-done" for name in names}
     assert not list((tmp_path / "units").glob(".full*"))
     assert_given_back(free)
-    assert_metric(metrics_url, "ray_cpt_tokens", 'kind="generated"')
-    assert_metric(metrics_url, "ray_cpt_rows", 'outcome="rejected: cut off"')
+    assert_metric(metrics_url, "ray_cpt_stage_tokens", 'kind="generated"')
+    assert_metric(metrics_url, "ray_cpt_stage_rows", 'outcome="rejected: cut off"')
 
 
 def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: str, tmp_path: Path) -> None:

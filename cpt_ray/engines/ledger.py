@@ -114,9 +114,11 @@ class Meters:
     def __init__(self) -> None:
         from ray.util.metrics import Counter as Meter
 
-        self._rows = Meter("cpt_rows", "Rows that a stage finished", tag_keys=("stage", "outcome"))
-        self._tokens = Meter("cpt_tokens", "Tokens of a stage", tag_keys=("stage", "kind"))
-        self._seconds = Meter("cpt_engine_seconds", "Seconds in which engines worked on shards", tag_keys=("stage",))
+        self._rows = Meter("cpt_stage_rows", "Rows that a stage finished", tag_keys=("stage", "outcome"))
+        self._tokens = Meter("cpt_stage_tokens", "Tokens of a stage", tag_keys=("stage", "kind"))
+        self._seconds = Meter(
+            "cpt_stage_engine_seconds", "Seconds in which engines worked on shards", tag_keys=("stage",)
+        )
 
     def add(self, stage: str, counts: Counts) -> None:
         """Adds one shard's counts."""

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from cpt_ray.errors import UserError
+from cpt_ray.steering import fitting
 from cpt_ray.steering.fitting import Reporter
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, train_loop
+from cpt_ray.tables.address import StoreError
 from jobs.benchmarks.steering import World, WorldA, WorldB, best_accuracy, tasks
 
 CHOICES = (0, 1, 3, 5, 10)
@@ -116,6 +118,22 @@ def test_the_driver_reads_how_far_rank_0_is_and_why_a_training_ended(tmp_path: P
     assert Reporter.read(tmp_path) == {"error": "film: lower it"}
     with pytest.raises(UserError, match="film: lower it"):
         Reporter(tmp_path, 0)
+
+
+def test_a_store_that_is_away_neither_ends_a_fit_by_its_progress_note_nor_forbids_another_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise StoreError("the store does not answer")
+
+    reporter = Reporter(tmp_path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "replacing", away)
+        reporter(1, "loss 0.7")
+    with pytest.raises(StoreError), reporter.failing("film"):
+        away()
+    assert Reporter.read(tmp_path) == {}
+    Reporter(tmp_path, 0)
 
 
 def test_the_order_of_choices_does_not_matter(model_of_a: RewardModel) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from cpt_ray.engines.ray_train import WorkerGroup, run_workers
 from cpt_ray.errors import UserError
 from cpt_ray.steering.policy import AnswerTokens, ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, Tensors, train_loop
+from cpt_ray.tables.address import StoreError
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.store_path import AnyPath
 
@@ -85,13 +86,16 @@ class Reporter:
         """Once a second at most."""
         if self._rank == 0 and time.monotonic() >= self._next:
             self._next = time.monotonic() + POLL_SECONDS
-            self._write({"done": done, "note": note})
+            with suppress(StoreError):  # a note is not worth a training
+                self._write({"done": done, "note": note})
 
     @contextmanager
     def failing(self, what: str) -> Iterator[None]:
         """Leaves word of a UserError, which loses its kind on the way through Ray Train."""
         try:
             yield
+        except StoreError:  # the next attempt may find the store there again
+            raise
         except UserError as error:
             self._write({"error": f"{what}: {error}"})
             raise

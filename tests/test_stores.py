@@ -514,6 +514,14 @@ def test_a_model_that_a_training_has_not_put_whole_is_not_served(store: str, tmp
     check_whole(run, "the/untuned/model", half)
 
 
+def test_an_adapter_that_a_training_has_not_put_whole_is_not_served(store: str, tmp_path: Path) -> None:
+    run = RunDir.at(store)
+    config = load_config(Path(run_file(tmp_path, store)), [f"serve.adapters.poet={run.adapter}"])
+    run.write_json("adapter/adapter_config.json", {"r": 8})
+    with pytest.raises(UserError, match=r"catalog\.json: not there; serve\.adapters\.poet takes the folder adapter/"):
+        plan_serving(config, run, run.model)
+
+
 def test_a_dry_run_copies_no_model_from_a_store(
     server: ObjectStore, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

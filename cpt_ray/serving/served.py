@@ -141,7 +141,7 @@ def _evaluated_sampling(policy: ModelConfig) -> dict[str, Any]:
 
 
 def _of_adapter(name: str) -> str:
-    return f"serve.adapters.{name} takes the folder adapter/ of a run"
+    return f"serve.adapters.{name} takes the folder adapter/ of a run that is trained"
 
 
 def _rank(name: str, folder: Path) -> int:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from cpt_ray.config import TrainConfig
 from cpt_ray.errors import UserError, first_line
-from cpt_ray.tables.rundir import MODEL_INFO_FILE, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, MODEL_INFO_FILE, RunDir
 from cpt_ray.tables.store_path import AnyPath, StorePath, path_of, readable, remove_tree
 
 PROBE_TOKENS = 64
@@ -55,7 +55,7 @@ class _Change:
 
 
 def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoint: Path) -> dict[str, Any]:
-    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype; MODEL_INFO_FILE is the driver's.
+    """`run.adapter` and `run.model` from a checkpoint, in the policy's own dtype, without what marks them as complete.
 
     UserError, and nothing is written, if the exported weights are (as good as) the policy's own, or are not finite, or
     give no finite probabilities on a training row.
@@ -77,7 +77,8 @@ def export(settings: TrainConfig, run: RunDir, policy: str, rows: str, checkpoin
             f"the exported weights are the policy's own in {change.unchanged} of {change.trained} trained tensors: "
             f"{why}; train longer, or with a higher train.learning_rate{' (' + ADAPTER + ')' if settings.lora else ''}"
         )
-    (run.path / MODEL_INFO_FILE).unlink(missing_ok=True)
+    for mark in (run.path / MODEL_INFO_FILE, run.adapter / CATALOG_FILE):  # the driver puts them when all is there
+        mark.unlink(missing_ok=True)
     if settings.lora:
         with _replacing_folder(run, run.adapter) as folder:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -156,7 +157,7 @@ def _replacing_folder(run: RunDir, final: AnyPath) -> Iterator[Path]:
     """A folder to write to that then takes the place of `final`.
 
     By renaming, so that a folder of that name is always complete; in an object store file by file, where
-    MODEL_INFO_FILE, which is not there meanwhile, tells the same.
+    MODEL_INFO_FILE and the adapter's CATALOG_FILE, which are not there meanwhile, tell the same.
     """
     if isinstance(final, StorePath):
         with tempfile.TemporaryDirectory(prefix="cpt-export-") as folder:

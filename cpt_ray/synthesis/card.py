@@ -132,25 +132,6 @@ def _card(
     info: Mapping[str, Any],
     pairs_hash: str,
 ) -> str:
-    counts = [
-        (rubric or "nothing", level or "-", written, *_quantiles(survey.tokens[rubric, level]))
-        for (rubric, level), written in sorted(survey.written.items())
-    ]
-    levels = [
-        _level_row(survey, rubric.id, level.name) for rubric in survey.rubrics.values() for level in rubric.levels
-    ]
-    apart = [
-        (rubric.id, level.name, *survey.levels.mean_scores(rubric.id, level.name))
-        for rubric in survey.rubrics.values()
-        for level in rubric.levels
-    ]
-    shifts = [
-        (rubric.id, survey.levels.grids(rubric.id), other, *both)
-        for rubric in survey.rubrics.values()
-        for other, both in survey.levels.shifts(rubric.id).items()
-    ]
-    balance = [(name, *words, words[0] / words[1] if words[1] else None) for name, words in survey.words.items()]
-    agreed = ("n", "same_level", "weighted_kappa", "spearman_rho")
     lineage = flat({"seed": info["seed"], "pairs": pairs_hash, "models": info["models"], "hashes": info["hashes"]})
     parts = [
         f"{_head(info, files)}\n# {info['name']}\n",
@@ -158,35 +139,74 @@ def _card(
         "whose grade confirms what the directive stands for; every pair has a twin with the answers swapped. "
         "`datasets.load_dataset` takes this folder; with a second argument, `directives`, `generations`, `grades` or "
         "`rejects`. Each names the shards of the present settings, whatever older ones are in the folders.\n",
-        f"## Answers, by what was asked for\n\nOf {survey.share}. Tokens: 10th, 50th and 90th percentile of an "
-        "answer's length.\n",
-        _table(("rubric", "level", "answers", "p10", "p50", "p90"), counts),
-        "## Levels, by what the grades say\n\nHit: answers at the level they were asked to be at. Answers: all at the "
-        "level, whatever they were asked to be.\n",
-        _table(("rubric", "level", "asked", "hit", "answers", "in pairs", "pairs (chosen)"), levels),
-        "## How far apart the levels are\n\nMean score (0-100) of the answers in pairs. They were taken for being far "
-        "out by the first judge (or by the measure), which therefore overstates how far out they are. The other judges "
-        "had no part in it ('-': there is no other; `judges` in the run file adds one).\n",
-        _table(("rubric", "level", "by what took them", "by the other judges"), apart),
-        "## What else differs within a grid\n\nThe grid's highest level less its lowest, on what its rubric does not "
-        "dial, in standard deviations, mean over all grids: of all answers at those levels, and of those that were "
-        "taken.\n",
-        _table(("rubric", "grids", "differs in", "all answers", "taken"), shifts),
-        "## Length of chosen against rejected\n",
-        _table(("rubric", "words chosen", "words rejected", "ratio"), balance),
-        "## Grade against target\n\nRows: the level asked for; columns: the level of the grade.\n",
-        *(_confusion(survey, rubric) for rubric in survey.rubrics.values()),
-        "## Judges\n\nEach judge's mean score per level, to calibrate it by, is in `judges.json`.\n",
-        _table(
-            ("judge", "against", "rubric", *agreed),
-            [(row["judge"], row["against"], row["rubric"], *(row[key] for key in agreed)) for row in judges],
-        ),
+        *_answer_tables(survey),
+        *_level_tables(survey),
+        *_grid_tables(survey),
+        *_grade_tables(survey, judges),
         "## Examples\n",
         *(_example(pair) for pair in survey.examples.values()),
         "## Lineage\n",
         _table(("what", "hash or name"), lineage),
     ]
     return "\n".join(parts)
+
+
+def _answer_tables(survey: _Survey) -> list[str]:
+    counts = [
+        (rubric or "nothing", level or "-", written, *_quantiles(survey.tokens[rubric, level]))
+        for (rubric, level), written in sorted(survey.written.items())
+    ]
+    return [
+        f"## Answers, by what was asked for\n\nOf {survey.share}. Tokens: 10th, 50th and 90th percentile of an "
+        "answer's length.\n",
+        _table(("rubric", "level", "answers", "p10", "p50", "p90"), counts),
+    ]
+
+
+def _level_tables(survey: _Survey) -> list[str]:
+    levels = [(rubric.id, level.name) for rubric in survey.rubrics.values() for level in rubric.levels]
+    return [
+        "## Levels, by what the grades say\n\nHit: answers at the level they were asked to be at. Answers: all at the "
+        "level, whatever they were asked to be.\n",
+        _table(
+            ("rubric", "level", "asked", "hit", "answers", "in pairs", "pairs (chosen)"),
+            [_level_row(survey, *level) for level in levels],
+        ),
+        "## How far apart the levels are\n\nMean score (0-100) of the answers in pairs. They were taken for being far "
+        "out by the first judge (or by the measure), which therefore overstates how far out they are. The other judges "
+        "had no part in it ('-': there is no other; `judges` in the run file adds one).\n",
+        _table(
+            ("rubric", "level", "by what took them", "by the other judges"),
+            [(*level, *survey.levels.mean_scores(*level)) for level in levels],
+        ),
+    ]
+
+
+def _grid_tables(survey: _Survey) -> list[str]:
+    shifts = [
+        (rubric, survey.levels.grids(rubric), other, *both)
+        for rubric in survey.rubrics
+        for other, both in survey.levels.shifts(rubric).items()
+    ]
+    balance = [(name, *words, words[0] / words[1] if words[1] else None) for name, words in survey.words.items()]
+    return [
+        "## What else differs within a grid\n\nThe grid's highest level less its lowest, on what its rubric does not "
+        "dial, in standard deviations, mean over all grids: of all answers at those levels, and of those that were "
+        "taken.\n",
+        _table(("rubric", "grids", "differs in", "all answers", "taken"), shifts),
+        "## Length of chosen against rejected\n",
+        _table(("rubric", "words chosen", "words rejected", "ratio"), balance),
+    ]
+
+
+def _grade_tables(survey: _Survey, judges: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = ("judge", "against", "rubric", "n", "same_level", "weighted_kappa", "spearman_rho")
+    return [
+        "## Grade against target\n\nRows: the level asked for; columns: the level of the grade.\n",
+        *(_confusion(survey, rubric) for rubric in survey.rubrics.values()),
+        "## Judges\n\nEach judge's mean score per level, to calibrate it by, is in `judges.json`.\n",
+        _table(columns, [[row[column] for column in columns] for row in judges]),
+    ]
 
 
 def _level_row(survey: _Survey, rubric: str, level: str) -> tuple[Any, ...]:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpt_ray.capacity import node_types
 from cpt_ray.config import Range
-from cpt_ray.console import progress
+from cpt_ray.console import Advance, progress
 from cpt_ray.engines.waiting import Pulse, Waiting, explained, first_cause
 from cpt_ray.errors import UserError
 from cpt_ray.tables.store_path import AnyPath
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 POLL_SECONDS = 0.5
 
@@ -59,61 +64,72 @@ def run_workers(
         state: a file that rank 0 replaces as it goes: {"done": steps, "note": what to show, "error": why it ends}.
         title: of the progress line. steps: of a whole run.
     """
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    least, most = group.num_workers
+    least = group.num_workers.least
     types, remedy = node_types(), f"lower {group.stage}.num_workers"
     types.check(f"the training of {group.stage}", group.resources, least, remedy)
     each = types.placed(group.resources, least)
     waiting = Waiting(group.stage, each, least, remedy, "workers", types)
-    trainer = TorchTrainer(
+    trainer = _trainer({"work": work, "settings": settings, "pulse": waiting.pulse}, group, each, name, storage)
+    state.unlink(missing_ok=True)
+    fit: Future[Any] = Future()
+    # in a thread of its own, so that Ctrl-C stays this program's and the progress can be shown
+    threading.Thread(target=_fit, args=(trainer, fit), name="fit", daemon=True).start()
+    with progress(title, steps, "steps") as advance, closing(waiting):
+        _show_progress(fit, state, f"starting {group.num_workers} workers", steps, waiting, advance)
+    if error := fit.exception():
+        why = read_progress(state).get("error") or explain_failure(error, group)
+        raise UserError(f"{group.stage}: {why}") from error
+    return fit.result()
+
+
+def _trainer(
+    config: dict[str, Any], group: WorkerGroup, resources: Mapping[str, float], name: str, storage: str
+) -> TorchTrainer:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    least, most = group.num_workers
+    return TorchTrainer(
         _work_with_pulse,
-        train_loop_config={"work": work, "settings": settings, "pulse": waiting.pulse},
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=group.use_gpu,
-            resources_per_worker=each,
+            resources_per_worker=dict(resources),
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            # a start that finds no room in a minute is tried again, as long as `waiting` lets it
+            # a start that finds no room in a minute is tried again, as long as `Waiting` lets it
             failure_config=ray.train.FailureConfig(max_failures=group.max_failures, controller_failure_limit=-1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    state.unlink(missing_ok=True)
-    outcome: dict[str, Any] = {}
 
-    def fit() -> None:
-        try:
-            outcome["returned"] = trainer.fit().return_value
-        except BaseException as error:  # raised by the thread that waits for this one
-            outcome["error"] = error
 
-    # in a thread of its own, so that Ctrl-C stays this program's and the progress can be shown
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    done, note = 0, f"starting {group.num_workers} workers"
-    with progress(title, steps, "steps") as advance, closing(waiting):
-        while thread.is_alive():
-            waiting.look((done, note))
-            advance(0, note)
-            thread.join(POLL_SECONDS)
-            latest = read_progress(state)
-            if "done" in latest:
-                reached, note = latest["done"], latest["note"]
-                if reached < done:
-                    note = f"a worker died; again from step {reached}"
-                advance(max(0, reached - done), note)
-                done = max(done, reached)
-        advance(0 if "error" in outcome else steps - done, note)
-    if "error" in outcome:
-        why = read_progress(state).get("error") or explain_failure(outcome["error"], group)
-        raise UserError(f"{group.stage}: {why}") from outcome["error"]
-    return outcome["returned"]
+def _fit(trainer: TorchTrainer, outcome: Future[Any]) -> None:
+    try:
+        outcome.set_result(trainer.fit().return_value)
+    except BaseException as error:  # raised by the thread that waits for this one
+        outcome.set_exception(error)
+
+
+def _show_progress(fit: Future[Any], state: AnyPath, note: str, steps: int, waiting: Waiting, advance: Advance) -> None:
+    """Shows what `state` says until the training ends."""
+    done = 0
+    while not fit.done():
+        waiting.look((done, note))
+        advance(0, note)
+        wait_for([fit], POLL_SECONDS)
+        latest = read_progress(state)
+        if "done" in latest:
+            reached, note = latest["done"], latest["note"]
+            if reached < done:
+                note = f"a worker died; again from step {reached}"
+            advance(max(0, reached - done), note)
+            done = max(done, reached)
+    advance(0 if fit.exception() else steps - done, note)
 
 
 def _work_with_pulse(config: dict[str, Any]) -> Any:

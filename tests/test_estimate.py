@@ -13,8 +13,7 @@ from cpt_ray.config import ModelConfig, load_config
 from cpt_ray.engines.engine import Completion, FakeEngine, Request
 from cpt_ray.engines.pool import LocalRunner
 from cpt_ray.errors import UserError
-from cpt_ray.estimate.rates import CHARACTERS_PER_TOKEN, Rates, parameters
-from cpt_ray.estimate.stage import Stage
+from cpt_ray.estimate.rates import CHARACTERS_PER_TOKEN, Rates, Stage, parameters
 from cpt_ray.estimate.stages import Estimate
 from cpt_ray.evaluation.stage import evaluate
 from cpt_ray.plan import Plan, make_plan, plan_units, run_info

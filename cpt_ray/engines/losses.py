@@ -96,8 +96,8 @@ def cut_note(role: str, finished: Sequence[int], num_cut: int, max_tokens: int) 
 
 
 @dataclass(frozen=True)
-class StageRejects:
-    """A stage's rejects: where they are kept, and which role's answers they were."""
+class StageShards:
+    """A stage's shards: in which table they are, and which role's answers they hold or are made of."""
 
     name: str
     table: str

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cpt_ray.chat.conversations import ChatMessage, policy_messages, token_ids
 from cpt_ray.config import ModelConfig
@@ -42,21 +42,53 @@ ASSUMED = (
 )
 
 
-class Work(Protocol):
-    """What is known of a stage whose time is wanted."""
+@dataclass(kw_only=True)
+class Stage:
+    """What one stage of a run will ask for. Rows are as the ledger counts them: units, grades, trials, pairs ..."""
+
+    name: str
+    role: str
+    """In the run file; "" where no model is called."""
+    model: ModelConfig
+    """For its resources, where no model is called."""
+    rows: int
+    most: int
+    """Rows, at most."""
+    requests: int = 0
+    prompt_tokens: int = 0
+    written: int = 0
+    """Tokens."""
+    most_written: int = 0
+    """Of `most` rows, each with all the tokens that sampling allows."""
+    files: int = 0
+    """Shards of tables."""
+    there: int = 0
+    """Those of them that are complete already."""
+    is_done: bool = False
+    """Of what has no shards of its own."""
+    seconds: float = 0.0
+    """On the clock, for what is not there yet."""
+    cost: float | None = None
+    """Of what is not there yet; None without a price."""
 
     @property
-    def name(self) -> str: ...
+    def engines(self) -> int:
+        """As many as the run file allows and there are shards for."""
+        most = self.model.num_actors.most
+        return min(most, self.files) if self.files else most
+
     @property
-    def role(self) -> str: ...
+    def left(self) -> float:
+        """Share of the stage that is not done yet."""
+        return 1 - self.there / self.files if self.files else 1.0 - self.is_done
+
     @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def written(self) -> int: ...
+    def place(self) -> str:
+        """Where it runs, in words."""
+        if self.model.endpoint:
+            return "endpoint"
+        each = f"{self.model.num_gpus:g} GPU" if self.model.num_gpus else f"{self.model.num_cpus:g} CPU"
+        return f"{self.engines} x {each}"
 
 
 @dataclass
@@ -66,8 +98,8 @@ class Rates:
     source: str = ""
     """The run's directory; "" without one."""
     ledger: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """That run's run file."""
+    epochs: float = 1.0
+    """Of that run's training."""
     same: frozenset[str] = frozenset()
     """Roles."""
     has_same_rubrics: bool = False
@@ -83,10 +115,21 @@ class Rates:
                 raise UserError(f"--rates: {run.path}: no ledger of a run is there; give a run's directory (runs/NAME)")
             return cls()
         config, hashes, own = info["config"], info.get("hashes", {}), run_info(plan)["hashes"]
-        same = frozenset(
-            name for name, role in roles_of(plan.config).items() if _is_same(name, role, config, hashes, own)
-        )
-        return cls(str(run.path), ledger, config, same, hashes.get("rubrics") == own["rubrics"])
+        given = config | {f"judges[{at}]": judge for at, judge in enumerate(config.get("judges", []))}
+
+        def is_same(name: str, role: ModelConfig) -> bool:
+            other = given.get(name)
+            if not isinstance(other, Mapping):
+                return False
+            is_model = other.get("model") == role.model
+            if name in own["models"]:  # by what is in its files, where that is known
+                is_model = hashes.get("models", {}).get(name) == own["models"][name]
+            resources = role.model_dump(mode="json", include={"endpoint", "num_cpus", "num_gpus"})
+            return is_model and all(other.get(key) == value for key, value in resources.items())
+
+        same = frozenset(name for name, role in roles_of(plan.config).items() if is_same(name, role))
+        epochs = config.get("train", {}).get("epochs", 1.0)
+        return cls(str(run.path), ledger, epochs, same, hashes.get("rubrics") == own["rubrics"])
 
     def line(self) -> str:
         """Where they come from, in words."""
@@ -98,10 +141,14 @@ class Rates:
     def _entry(self, stage: str, role: str) -> Mapping[str, Any]:
         return self.ledger.get(stage, {}) if not role or role in self.same else {}
 
+    def _of_rubrics(self, stage: str, role: str) -> Mapping[str, Any]:
+        """An entry that is worth nothing for other rubrics."""
+        return self._entry(stage, role) if self.has_same_rubrics else {}
+
     @property
     def growth(self) -> float | None:
         """Answers of all passes for each of the first pass; None if no such run was finished."""
-        if "pair" not in self.ledger or not self.has_same_rubrics or not (entry := self._entry("write", "writer")):
+        if "pair" not in self.ledger or not (entry := self._of_rubrics("write", "writer")):
             return None
         controls = self.ledger.get("control", {}).get("rows_in", 0)
         return float(entry["rows_in"] / (self.ledger["plan"]["rows_out"] - controls))
@@ -109,35 +156,31 @@ class Rates:
     @property
     def pairs_per_answer(self) -> float | None:
         """Pairs to train on for each answer asked for."""
-        train, write = self._entry("train", "policy"), self._entry("write", "writer")
-        if not (train and write and self.has_same_rubrics):
-            return None
-        return float((train["rows_out"] + train.get("held_out", 0)) / write["rows_in"])
+        train, write = self._of_rubrics("train", "policy"), self._of_rubrics("write", "writer")
+        return float((train["rows_out"] + train.get("held_out", 0)) / write["rows_in"]) if train and write else None
 
     @property
     def tokens_per_pair(self) -> float | None:
         """Tokens that an epoch of training runs for each pair."""
-        train = self._entry("train", "policy")
-        if not (train and self.has_same_rubrics and train["rows_out"]):
-            return None
-        return float(train["trained_tokens"] / train["rows_out"] / self.config.get("train", {}).get("epochs", 1.0))
+        train = self._of_rubrics("train", "policy")
+        return float(train["trained_tokens"] / train["rows_out"] / self.epochs) if train.get("rows_out") else None
 
-    def per_row(self, stage: str, role: str) -> float | None:
+    def tokens_per_row(self, stage: str, role: str) -> float | None:
         """Tokens written for each row."""
         entry = self._entry(stage, role)
         return entry["generated_tokens"] / entry["rows_in"] if entry.get("generated_tokens") else None
 
     def answer_tokens(self, stage: str, role: str, model: ModelConfig) -> float:
         """Tokens of an answer."""
-        known, most = self.per_row(stage, role), model.sampling.max_tokens
+        known, most = self.tokens_per_row(stage, role), model.sampling.max_tokens
         return min(known, most) if known else ANSWER_SHARE * most
 
-    def cached_share(self, stage: Work) -> float:
+    def cached_share(self, stage: Stage) -> float:
         """Of the prompts' tokens, those that the prefix cache has."""
         entry = self._entry(stage.name, stage.role)
         return entry.get("cached_tokens", 0) / entry["prompt_tokens"] if entry.get("prompt_tokens") else 0.0
 
-    def engine_seconds(self, stage: Work) -> float:
+    def engine_seconds(self, stage: Stage) -> float:
         """Seconds of one engine, or of one worker of a training."""
         entry = self._entry(stage.name, stage.role)
         if stage.name == "train" and entry.get("trained_tokens"):
@@ -154,23 +197,6 @@ class Rates:
         return _assumed_seconds(stage)
 
 
-def _is_same(
-    name: str, role: ModelConfig, config: Mapping[str, Any], hashes: Mapping[str, Any], own: Mapping[str, Any]
-) -> bool:
-    """Whether the other run's role has the same model, in the same place."""
-    given = config.get(name)
-    if match := re.fullmatch(r"judges\[(\d+)\]", name):
-        others = config.get("judges", [])
-        given = others[int(match[1])] if int(match[1]) < len(others) else None
-    if not isinstance(given, Mapping):
-        return False
-    is_model = given.get("model") == role.model
-    if name in own["models"]:
-        is_model = hashes.get("models", {}).get(name) == own["models"][name]
-    ours = role.model_dump(mode="json", include={"endpoint", "num_cpus", "num_gpus"})
-    return is_model and all(given.get(key) == value for key, value in ours.items())
-
-
 def start_seconds(model: ModelConfig) -> float:
     """Until a pool of a role's engines is ready, as assumed."""
     if model.endpoint:
@@ -178,7 +204,7 @@ def start_seconds(model: ModelConfig) -> float:
     return GPU_START_SECONDS if model.num_gpus else START_SECONDS
 
 
-def _assumed_seconds(stage: Work) -> float:
+def _assumed_seconds(stage: Stage) -> float:
     model, tokens = stage.model, stage.prompt_tokens + stage.written
     if endpoint := model.endpoint:
         seconds = stage.written / (ENDPOINT_TOKENS * endpoint.concurrency)
@@ -202,18 +228,19 @@ class TokenCounter:
     """Counts the tokens of prompts by the role's own tokenizer, if it is on this machine."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Any] = {}
+        self._tokenizers: dict[str, Any] = {}
 
-    def __call__(self, role: ModelConfig, conversations: Sequence[list[ChatMessage]]) -> list[float]:
-        """Of each conversation that waits for its answer."""
+    def mean(self, role: ModelConfig, conversations: Sequence[list[ChatMessage]]) -> float:
+        """Tokens of a conversation that waits for its answer; 0 for none."""
         if not conversations:
-            return []
-        if role.model not in self._known:
-            self._known[role.model] = _tokenizer(role)
-        if tokenizer := self._known[role.model]:
-            return [float(len(token_ids(tokenizer, each, role.chat_template_kwargs))) for each in conversations]
-        lengths = [sum(len(message["content"]) for message in each) for each in conversations]
-        return [length / CHARACTERS_PER_TOKEN for length in lengths]
+            return 0.0
+        if role.model not in self._tokenizers:
+            self._tokenizers[role.model] = _tokenizer(role)
+        if tokenizer := self._tokenizers[role.model]:
+            total = float(sum(len(token_ids(tokenizer, each, role.chat_template_kwargs)) for each in conversations))
+        else:
+            total = sum(len(message["content"]) for each in conversations for message in each) / CHARACTERS_PER_TOKEN
+        return total / len(conversations)
 
 
 def _tokenizer(role: ModelConfig) -> Any:

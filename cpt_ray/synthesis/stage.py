@@ -18,7 +18,7 @@ from cpt_ray.config import ModelConfig
 from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF
 from cpt_ray.engines.ledger import ledger_entry, thoughts_note
-from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, StageRejects, cut_note, reasons
+from cpt_ray.engines.losses import MOST_CUT, NO_LOSS, OF_PAIRS, StageShards, cut_note, reasons
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
@@ -131,6 +131,21 @@ class Steps:
             return [Line(names, [self.write]), Line(names, steps)]
         return [Line(names, [self.write, *steps])]
 
+    def stages(self, shards: Shards) -> list[StageShards]:
+        """Every stage of a synthesis that makes shards, in order, as the ledger names it."""
+        stages = [
+            StageShards("direct", "directives", shards.directives, "director", self.direct.model),
+            StageShards("write", "generations", shards.written, "writer", self.write.model),
+            StageShards("control", "generations", shards.controls, "policy", self.control.model),
+        ]
+        for at, judge in enumerate(self.judges):
+            names = [judge.output(name) for name in shards.generations]
+            name, role = (f"judge-{at + 1}", f"judges[{at - 1}]") if at else ("judge", "judge")
+            stages.append(StageShards(name, "grades", names, role, judge.model))
+        stages.append(StageShards("repeats", "repeats", list(shards.repeats), "writer", PAIRING))
+        stages.append(StageShards("pair", "pairs", shards.pairs, "writer", PAIRING))
+        return [stage for stage in stages if stage.shards]
+
     def extra_judge_lines(self, shards: Shards) -> list[Line]:
         """Grading by every judge but the first, of the answers that the first one graded."""
         first_grades = {name: self.judges[0].output(name) for name in shards.generations}
@@ -225,17 +240,7 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
         if not run.has("rejects", name):
             run.write("rejects", name, plan.rejects)
     run.prune("rejects", shards.plan_rejects, prefix="plan-")
-    stages = [
-        StageRejects("direct", "directives", shards.directives, "director", steps.direct.model),
-        StageRejects("write", "generations", shards.written, "writer", steps.write.model),
-        StageRejects("control", "generations", shards.controls, "policy", steps.control.model),
-    ]
-    for at, judge in enumerate(steps.judges, start=1):
-        names = [judge.output(name) for name in shards.generations]
-        stages.append(StageRejects(f"judge-{at}" if at > 1 else "judge", "grades", names, "judge", judge.model))
-    stages.append(StageRejects("repeats", "repeats", list(shards.repeats), "writer", PAIRING))
-    stages.append(StageRejects("pair", "pairs", shards.pairs, "writer", PAIRING))
-    stages = [stage for stage in stages if stage.shards]
+    stages = steps.stages(shards)
     entries = {stage.name: ledger_entry(run, stage.table, stage.shards, stage.model.price) for stage in stages}
     costs = [entry["cost"] for entry in entries.values() if "cost" in entry]
     num_pairs = entries["pair"].get("rows_out", 0)
@@ -262,7 +267,7 @@ def _say_cut(run: RunDir, shards: Shards, entry: Mapping[str, Any], writer: Mode
             say(f"note: write: {note}")
 
 
-def _say_losses(run: RunDir, stages: Sequence[StageRejects], entries: Mapping[str, dict[str, Any]]) -> None:
+def _say_losses(run: RunDir, stages: Sequence[StageShards], entries: Mapping[str, dict[str, Any]]) -> None:
     """A note if over half of the answers could not be used; UserError if there is no pair."""
     total = int(sum(entries[stage.name].get("rows_in", 0) for stage in stages if stage.name != "pair"))
     rejected = [entries[stage.name]["rejected"] for stage in stages]

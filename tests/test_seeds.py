@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.seeds import OverSeeds, markdown, over_seeds
+from jobs.benchmarks.table import OverSeeds, markdown, over_seeds
 from tests.local_cluster import ROOT
 
 

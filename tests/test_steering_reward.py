@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from cpt_ray.engines.ray_train import read_progress
 from cpt_ray.errors import UserError
 from cpt_ray.steering import fitting
-from cpt_ray.steering.fitting import Reporter
+from cpt_ray.steering.fitting import PROGRESS, Reporter
 from cpt_ray.steering.reward import RewardModel, Tasks, accuracy, train_loop
 from cpt_ray.tables.address import StoreError
 from jobs.benchmarks.steering import World, WorldA, WorldB, best_accuracy, tasks
@@ -106,16 +107,16 @@ def test_every_step_is_reported_with_its_loss() -> None:
 
 
 def test_the_driver_reads_how_far_rank_0_is_and_why_a_training_ended(tmp_path: Path) -> None:
-    assert Reporter.read(tmp_path) == {}
+    assert read_progress(tmp_path / PROGRESS) == {}
     Reporter(tmp_path, 1)(3, "of another rank")
-    assert Reporter.read(tmp_path) == {}
+    assert read_progress(tmp_path / PROGRESS) == {}
     reporter = Reporter(tmp_path, 0)
     reporter(1, "loss 0.7")
     reporter(2, "within the same second")
-    assert Reporter.read(tmp_path) == {"done": 1, "note": "loss 0.7"}
+    assert read_progress(tmp_path / PROGRESS) == {"done": 1, "note": "loss 0.7"}
     with pytest.raises(UserError, match="lower it"), reporter.failing("film"):
         raise UserError("lower it")
-    assert Reporter.read(tmp_path) == {"error": "film: lower it"}
+    assert read_progress(tmp_path / PROGRESS) == {"error": "film: lower it"}
     with pytest.raises(UserError, match="film: lower it"):
         Reporter(tmp_path, 0)
 
@@ -132,7 +133,7 @@ def test_a_store_that_is_away_neither_ends_a_fit_by_its_progress_note_nor_forbid
         reporter(1, "loss 0.7")
     with pytest.raises(StoreError), reporter.failing("film"):
         away()
-    assert Reporter.read(tmp_path) == {}
+    assert read_progress(tmp_path / PROGRESS) == {}
     Reporter(tmp_path, 0)
 
 

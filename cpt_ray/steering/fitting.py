@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cpt_ray.config import Form, ModelConfig, Range, SteerConfig
 from cpt_ray.console import say
-from cpt_ray.engines.ray_train import WorkerGroup, run_workers
+from cpt_ray.engines.ray_train import WorkerGroup, read_progress, run_workers
 from cpt_ray.errors import UserError
 from cpt_ray.steering.policy import AnswerTokens, ConditionalPolicy
 from cpt_ray.steering.reward import RewardModel, Tasks, Tensors, train_loop
@@ -59,6 +59,11 @@ class ModelToFit:
         """Of each model."""
         return self.config.policy_steps if self.policy else self.config.steps
 
+    @property
+    def rate_setting(self) -> str:
+        """What the learning rate is called in `steer`."""
+        return "policy_learning_rate" if self.policy else "learning_rate"
+
     def name(self, number: int) -> str:
         """Of one seed's model."""
         return self.method if self.policy else f"{self.method} {number}"
@@ -73,14 +78,8 @@ class Reporter:
 
     def __init__(self, folder: AnyPath, rank: int):
         self._path, self._rank, self._next = folder / PROGRESS, rank, 0.0
-        if (state := self.read(folder)).get("error"):  # Ray Train tries again what would fail again
-            raise UserError(state["error"])
-
-    @staticmethod
-    def read(folder: AnyPath) -> dict[str, Any]:
-        """{"done": steps, "note": ..., "error": ...}, as far as there is any of it."""
-        path = folder / PROGRESS
-        return json.loads(path.read_text()) if path.exists() else {}
+        if problem := read_progress(self._path).get("error"):  # Ray Train tries again what would fail again
+            raise UserError(problem)
 
     def __call__(self, done: int, note: str) -> None:
         """Once a second at most."""
@@ -204,14 +203,8 @@ class UserSampler:
         return self.tensors.embeddings[self.tensors.context[users][:, order]]
 
 
-class Training(NamedTuple):
-    """What `train_loop` trains, and on what."""
-
-    module: nn.Module
-    draw: Callable[[int], Any]
-    learning_rate: float
-    setting: str
-    """What the learning rate is called in the run file."""
+Training = tuple[nn.Module, Callable[[int], Any]]
+"""What `train_loop` trains, and what gives it the batch of a step."""
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -237,11 +230,14 @@ def work(settings: dict[str, Any]) -> None:
         with reporter.failing(name):
             sampler = UserSampler(tensors, fit.seed + number, rank, ranks)
             reporter(done, f"{name}, preparing")  # NP-DPO's reference takes its time
-            training = _policy_training(fit, sampler, **data) if fit.policy else _reward_training(fit, number, sampler)
-            wrapped = prepare_model(training.module, parallel_strategy="ddp" if ranks > 1 else None)
-            losses = train_loop(wrapped, training.draw, fit.steps, training.learning_rate, training.setting, report)
+            module, draw = (
+                _policy_training(fit, sampler, **data) if fit.policy else _reward_training(fit, number, sampler)
+            )
+            wrapped = prepare_model(module, parallel_strategy="ddp" if ranks > 1 else None)
+            rate = getattr(fit.config, fit.rate_setting)
+            losses = train_loop(wrapped, draw, fit.steps, rate, f"steer.{fit.rate_setting}", report)
         if rank == 0:
-            _save(fit, number, training.module, losses)
+            _save(fit, number, module, losses)
         ray.train.report({fit.method: number})
 
     for fit, number in missing:
@@ -273,8 +269,7 @@ def _reward_training(fit: ModelToFit, number: int, sampler: UserSampler) -> Trai
         return Tasks(context, tensors.embeddings[tensors.targets[users]]).with_twins()
 
     torch.manual_seed(fit.seed + number)
-    model = RewardModel(tensors.embeddings.shape[1], config.size)
-    return Training(model, draw, config.learning_rate, "steer.learning_rate")
+    return RewardModel(tensors.embeddings.shape[1], config.size), draw
 
 
 def _policy_training(
@@ -306,7 +301,7 @@ def _policy_training(
         preferred[prompt_of[:, :, None] != prompt_of[:, None]] = torch.nan
         return context, answers.tolist(), tokens, reference, preferred
 
-    return Training(policy, draw, config.policy_learning_rate, "steer.policy_learning_rate")
+    return policy, draw
 
 
 def answers_by_prompt(prompts: Sequence[str]) -> list[list[int]]:

@@ -22,6 +22,8 @@ NO_LOSS = ("not needed",)
 """Reasons that ask for no change."""
 LEAST_SHARE = 0.05
 """Share of the answers below which a reason is not mentioned."""
+MOST_REASONS = 2
+"""Mentioned of a stage."""
 
 MOST_CUT = 0.2
 """Share of answers that may be cut at max_tokens without a note."""
@@ -105,10 +107,10 @@ class StageShards:
     role: str
     model: ModelConfig
 
-    def losses(self, run: RunDir, entry: Mapping[str, Any], total: int, most: int = 2) -> list[str]:
+    def losses(self, run: RunDir, entry: Mapping[str, Any], total: int) -> list[str]:
         """The largest reasons of its ledger entry, with their number, of `total` answers, and what to change."""
         rejected = Counter({reason: count for reason, count in entry["rejected"].items() if reason not in NO_LOSS})
-        largest = rejected.most_common(most)
+        largest = rejected.most_common(MOST_REASONS)
         return [self._text(run, reason, count, total) for reason, count in largest if count >= LEAST_SHARE * total]
 
     def _text(self, run: RunDir, reason: str, count: int, total: int) -> str:

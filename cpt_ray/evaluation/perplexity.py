@@ -11,7 +11,6 @@ import numpy as np
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import TuneConfig
 from cpt_ray.console import say
-from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Runner
 from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.logprobs.reference import add_reference
@@ -34,7 +33,7 @@ def trials_for_perplexity(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in directed if trial.trial_id in chosen]
 
 
-def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial], runner: Runner = run_lines) -> LogProbs:
+def base_log_probs(config: TuneConfig, run: RunDir, trials: Sequence[Trial], runner: Runner) -> LogProbs:
     """Log-probabilities of the answers after their bare prompts, without an end token, under the base policy.
 
     They are kept in the table of training's reference log-probabilities. Answers with control tokens are left out,

@@ -27,6 +27,8 @@ from cpt_ray.tables.store_path import AnyPath
 
 _TURN = threading.Lock()
 """A pool calls its actors from several threads; those of this module take one call at a time."""
+EMBEDDED_BATCH = 32
+"""Texts of a forward pass."""
 
 
 class Embedder:
@@ -48,7 +50,7 @@ class Embedder:
         self.num_tokens = 0
         """Read so far."""
 
-    def embed(self, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> list[list[float]]:
+    def embed(self, texts: Sequence[tuple[str, str]]) -> list[list[float]]:
         """One vector per (prompt, answer)."""
         import torch
 
@@ -56,8 +58,8 @@ class Embedder:
         longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 8192))
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        for start in range(0, len(texts), batch_size):
-            joined = [f"{prompt}\n\n{answer}" for prompt, answer in texts[start : start + batch_size]]
+        for start in range(0, len(texts), EMBEDDED_BATCH):
+            joined = [f"{prompt}\n\n{answer}" for prompt, answer in texts[start : start + EMBEDDED_BATCH]]
             batch = self._tokenizer(joined, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             ids, mask = batch["input_ids"].to(self._device), batch["attention_mask"].to(self._device)
             with torch.no_grad():

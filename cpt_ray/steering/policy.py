@@ -47,6 +47,8 @@ RANK, SCALE = 8, 2.0
 """Of every adapter: what B diag(g) A is multiplied by, which PEFT calls alpha / r."""
 VERSION = 3
 """Of the weights and of how they are learned; those of another one are not loaded but trained again."""
+REFERENCE_BATCH = 64
+"""Sequences of a forward pass of the reference."""
 
 
 class GatedLora(nn.Module):
@@ -164,11 +166,11 @@ class ConditionalPolicy(nn.Module):
         return torch.zeros(len(ids), device=device).index_add(0, scored.nonzero()[:, 0], token_logps)
 
     @torch.no_grad()
-    def reference(self, sequences: Sequence[AnswerTokens], batch_size: int = 64) -> Tensor:
+    def reference(self, sequences: Sequence[AnswerTokens]) -> Tensor:
         """log ref(answer | prompt) of every sequence, [sequences], on the CPU; no z changes it, so once is enough."""
         logps = torch.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at][0]))  # little padding
-        for part in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+        for part in (order[start : start + REFERENCE_BATCH] for start in range(0, len(order), REFERENCE_BATCH)):
             logps[part] = self.logps([sequences[at] for at in part]).cpu()
         return logps
 

@@ -151,7 +151,7 @@ def run_stage(
         raise UserError("--rates: is read by --dry-run alone; add that, or leave --rates out")
     if command == "train" and isinstance(alone := load_any_config(run_file, overrides), PreferenceRunConfig):
         if dry_run:
-            raise UserError("train --dry-run: says what a run's pairs ask for; it does not read preference sets")
+            raise UserError("train --dry-run: reads no preference set; leave --dry-run out")
         _train_alone(alone, verbose)
         return
     config = load_config(run_file, overrides)
@@ -280,7 +280,7 @@ def steer(
         plan, shards = finished_synthesis(plan, run)
     steering = stage.Steering(plan, run, shards)
     if action == "infer" and dry_run:
-        raise UserError("steer infer: nothing is learned there, so --dry-run says nothing; leave it out")
+        raise UserError("steer infer: trains nothing, so there is nothing to estimate; leave --dry-run out")
     if action == "infer" and not choices:
         raise UserError("steer infer: give the user's choices: --choices FILE.jsonl")
     if action != "fit" and config.steer.answers:

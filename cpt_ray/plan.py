@@ -68,7 +68,7 @@ def read_judge_check(config: RunConfig) -> Rubric | None:
     path = Path(config.evaluate.judge_check)
     rubric = load_rubric(path)
     if not (rubric.measured and rubric.judged):
-        raise UserError(f"{path}: nothing to hold the judge against; give it a judged and a measured criterion")
+        raise UserError(f"{path}: no measure to compare the judge with; give it a judged and a measured criterion")
     return rubric
 
 

@@ -66,7 +66,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise UserError(f"{twice[:60]}: stands twice in one object; leave one out")
+        raise UserError(f"{twice[:60]}: appears twice in one object; leave one out")
     return names
 
 

@@ -336,7 +336,7 @@ def test_what_vllm_knows_and_what_is_unlike_our_fields_passes() -> None:
 )
 def test_a_name_given_twice_is_said(body: str, name: str) -> None:
     answer = ask("POST", CHAT, content=body.encode())
-    text = f"{name}: stands twice in one object; leave one out"
+    text = f"{name}: appears twice in one object; leave one out"
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, text)
 
 

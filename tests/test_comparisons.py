@@ -249,7 +249,7 @@ def rows_of(path: Path, content: str | bytes) -> list[Row]:
         (
             "a.jsonl",
             '{"prompt": "a", "prompt": "b"}\n',
-            r"a.jsonl:1: prompt: stands twice in one object",
+            r"a.jsonl:1: prompt: appears twice in one object",
         ),
         ("a.jsonl", b"\xff", r"a.jsonl: byte 0 is not UTF-8"),
         ("a.parquet", "PAR1 not really", r"a.parquet: cannot be read as a parquet file"),

@@ -134,10 +134,10 @@ def test_retry_after_is_honoured() -> None:
 
 
 def test_a_server_that_stays_down_ends_the_run_and_rejects_nothing() -> None:
-    with pytest.raises(UserError, match=r"gave up after a last InternalServerError \(Error code: 500") as caught:
+    with pytest.raises(UserError, match=r"gave up; the last error was InternalServerError \(Error code: 500") as caught:
         Server(*[broken] * 9).engine(max_retries=1).run([Request(messages=ASK, max_tokens=9)] * 3)
     assert KEY not in str(caught.value)
-    with pytest.raises(UserError, match="what it sends is no chat completion"):
+    with pytest.raises(UserError, match="its response is not a chat completion"):
         Server(*[half_json] * 9).engine(max_retries=1).run([Request(messages=ASK, max_tokens=9)])
     with pytest.raises(UserError, match=r"the key in \$X is refused"):
         Server(lambda one: reply(one, 401, "{}")).engine().run([Request(messages=ASK, max_tokens=9)])
@@ -301,11 +301,11 @@ def test_each_kind_of_request_must_be_taken_by_the_server() -> None:
 
     engine = Server(*[wants_temperature_1] * 500).engine()
     assert engine.run([Request(messages=ASK, max_tokens=9, seed=1)])[0].text == "WRITE."
-    with pytest.raises(UserError, match="refuses every request alike, with 400: temperature must be 1"):
+    with pytest.raises(UserError, match="refuses all requests for one reason, with 400: temperature must be 1"):
         engine.run([Request(messages=ASK, max_tokens=9, temperature=0.7, seed=at) for at in range(100)])
     engine = Server(*[no_logprobs] * 500).engine()
     assert engine.run([Request(messages=ASK, max_tokens=9)])[0].text == "WRITE."
-    with pytest.raises(UserError, match="refuses every request alike, with 400: logprobs are not supported"):
+    with pytest.raises(UserError, match="refuses all requests for one reason, with 400: logprobs are not supported"):
         engine.run([Request(messages=ASK, max_tokens=1, labels=("1",))] * 100)
 
 

@@ -156,14 +156,14 @@ def test_what_the_hub_says_is_repeated_and_no_login_is_blamed(run_file: Path, hu
     hub.refusal = (400, {"error": "Invalid metadata in README.md: base_model"})
     done = push_to(hub, run_file, "hf_test")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: hf://owner/name: the Hub said no: Invalid metadata in README.md: base_model")
+    assert done.stderr.startswith("error: hf://owner/name: the Hub refused: Invalid metadata in README.md: base_model")
     assert "log in" not in done.stderr
     assert done.stderr.count("\n") == 1
     done = push_to(hub, run_file, "hf_test", "hf://no/such/name")
-    assert "hf://no/such/name: no name for a repository" in done.stderr
+    assert "hf://no/such/name: not the name of a repository" in done.stderr
     assert "log in" not in done.stderr
     hub.refusal = (403, {"error": "not yours"})
-    assert "the Hub said no (not yours); log in with `hf auth login`" in push_to(hub, run_file, "hf_test").stderr
+    assert "the Hub refused (not yours); log in with `hf auth login`" in push_to(hub, run_file, "hf_test").stderr
 
 
 @pytest.mark.parametrize("token", ["hf_test", "hf_other"])
@@ -180,5 +180,5 @@ def test_a_model_is_pushed_to_a_private_repository_of_the_hub_by_who_may(run_fil
         }
     else:
         assert done.returncode == 1
-        assert done.stderr.startswith("error: hf://owner/name: the Hub said no (")
+        assert done.stderr.startswith("error: hf://owner/name: the Hub refused (")
         assert done.stderr.count("\n") == 1

@@ -179,7 +179,7 @@ def test_points_are_set_by_a_run_and_change_grades_but_no_answer(tmp_path: Path)
         ({"name": "word_share"}, "check.words: needs a list of words"),
         ({"name": "word_count", "words": ["a"]}, "check.words: is not read by word_count; remove it"),
         ({"name": "word_share", "words": ["of course"]}, "check.words: 'of course' is never one word of a text"),
-        ({"name": "word_share", "words": ["A"]}, "check.name: word_share is what a criterion measures already; choose"),
+        ({"name": "word_share", "words": ["A"]}, "check.name: word_share is a criterion's measure already; choose"),
         ({"name": "word_count", "values": "spread"}, "check.values: unknown key"),
         ("word_count", "check: "),
     ],

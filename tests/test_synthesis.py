@@ -438,7 +438,7 @@ def test_what_is_lost_before_judging_is_said_before_the_writer_is_blamed(
 
     concluded(plan, run, writes)
     (note,) = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "of no use" in line
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "cannot be used" in line
     ]
     cut, other = (run.read_json("ledger.json")[stage]["rejected"] for stage in ("write", "pair"))
     assert note.split(": ", 2)[2].startswith(
@@ -562,7 +562,7 @@ def test_a_rubric_that_cannot_check_the_judge_is_named_before_anything_starts(tm
     (tmp_path / "measured.yaml").write_text(
         yaml.safe_dump(only | {"criteria": [only["criteria"][1] | {"weight": 100}]})
     )
-    with pytest.raises(UserError, match=r"measured\.yaml: nothing to hold the judge against"):
+    with pytest.raises(UserError, match=r"measured\.yaml: no measure to compare the judge with"):
         make_run(tmp_path, f"evaluate.judge_check={measured}")
     with pytest.raises(UserError, match=r"gone\.yaml: cannot be read"):
         make_run(tmp_path, f"evaluate.judge_check={tmp_path / 'gone.yaml'}")

@@ -74,7 +74,7 @@ def test_a_template_that_keeps_and_ends_everything_has_nothing_to_note() -> None
         (HEAD + "#{{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}#assistant:\n{% endif %}",
          r"ends an answer with '.*', but the model stops at '<\|im_end\|>'"),
         (HEAD + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}",
-         "renders a prompt otherwise once it is answered"),
+         "renders a prompt differently once it is answered"),
     ],
 )  # fmt: skip
 def test_a_template_that_loses_something_is_refused(template: Any, problem: str) -> None:

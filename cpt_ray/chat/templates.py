@@ -166,7 +166,7 @@ class ChatTemplate:
         if not whole.text.startswith(prompt.text):
             at = max(0, common_length(prompt.text, whole.text) - 20)
             raise UserError(
-                f"{self.role}: its chat template renders a prompt otherwise once it is answered "
+                f"{self.role}: its chat template renders a prompt differently once it is answered "
                 f"({prompt.text[at : at + 60]!r}, then {whole.text[at : at + 60]!r}); set "
                 f"{self.role}.chat_template_kwargs (for Qwen3: {{enable_thinking: false}}) or use another model"
             )

@@ -170,7 +170,7 @@ class OpenAIEngine:
             ) from None
         except openai.OpenAIError as error:
             text = self._without_key(" ".join(str(error).split())[:200])
-            raise UserError(f"{self._where}: gave up after a last {type(error).__name__} ({text})") from None
+            raise UserError(f"{self._where}: gave up; the last error was {type(error).__name__} ({text})") from None
         kind.answered()
         count_answer()
         return self._completions(request, answer)
@@ -188,7 +188,7 @@ class OpenAIEngine:
             other = "max_tokens" if sent == "max_completion_tokens" else "max_completion_tokens"
             words += f" (if it does not know {sent}, set endpoint.max_tokens_field: {other})"
         if kind.refused(words):
-            raise UserError(f"{self._where}: refuses every request alike, with {error.status_code}: {words}")
+            raise UserError(f"{self._where}: refuses all requests for one reason, with {error.status_code}: {words}")
         return Completion(error="refused", detail=words)
 
     def _server_message(self, error: openai.APIStatusError) -> str:
@@ -214,7 +214,7 @@ class OpenAIEngine:
             whole = [choice for choice in getattr(answer, "choices", None) or () if getattr(choice, "message", None)]
             if isinstance(answer, ChatCompletion) and len(whole) == request.samples:
                 return answer
-        raise UserError(f"{self._where}: what it sends is no chat completion with {request.samples} choice(s)")
+        raise UserError(f"{self._where}: its response is not a chat completion with {request.samples} choice(s)")
 
     @property
     def _where(self) -> str:

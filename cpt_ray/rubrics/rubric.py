@@ -209,7 +209,7 @@ def _check_is_another(check: MeasureSpec, measures: Iterable[ScoredMeasureSpec])
     for spec in measures:
         if _read_as(spec) == _read_as(check):
             raise ValueError(
-                f"check.name: {check.name} is what a criterion measures already; choose a measure that selects nothing"
+                f"check.name: {check.name} is a criterion's measure already; choose one that no criterion has"
             )
 
 

@@ -223,7 +223,7 @@ def wrapped_generate(
             sampling_params.stop = list(sampling.stop)
             sampling_params.include_stop_str_in_output |= sampling.include_stop
         if sampling_params.prompt_logprobs is not None and not can_score:
-            raise ValueError("log-probabilities of the prompt are not given here")
+            raise ValueError("this model gives no log-probabilities of prompts (prompt_logprobs)")
         call = CALL.get()
         if call is not None and call.is_left:
             raise asyncio.CancelledError

@@ -277,7 +277,7 @@ def _say_losses(run: RunDir, stages: Sequence[StageShards], entries: Mapping[str
     why = "; ".join(text for stage in stages for text in stage.losses(run, entries[stage.name], total))
     if not entries["pair"].get("rows_out"):
         raise UserError(f"no pair was made: {why or 'there are no answers'}; see {run.table('rejects')}")
-    say(f"note: {lost} of {total} answers are of no use: {why}; see {run.table('rejects')} and {JUDGES_FILE}")
+    say(f"note: {lost} of {total} answers cannot be used: {why}; see {run.table('rejects')} and {JUDGES_FILE}")
 
 
 def _summary(entry: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def _flock(folder: Path, handle: IO[str]) -> None:
     except BlockingIOError:
         raise UserError(f"{folder}: another process works on this run; wait for it or stop it") from None
     except OSError as error:
-        say(f"note: {folder} cannot be locked ({error.strerror}); see that one process works on it at a time")
+        say(f"note: {folder} cannot be locked ({error.strerror}); let only one process work on it at a time")
 
 
 # ---------------------------------------------------------------- a lease
@@ -190,8 +190,8 @@ class _Lease:
         """The lease, once it has stood still for long; UserError as soon as it is put anew."""
         owner, end = _Owner.parse(content), time.monotonic() + STALE_SECONDS
         say(
-            f"note: {self._path.parent}: held by process {owner.pid} on {owner.host}; taken over if that does not show "
-            f"itself in {STALE_SECONDS:.0f} s"
+            f"note: {self._path.parent}: held by process {owner.pid} on {owner.host}; taken over unless it renews its "
+            f"lease within {STALE_SECONDS:.0f} s"
         )
         while time.monotonic() < end:
             time.sleep(RENEW_SECONDS / 5)

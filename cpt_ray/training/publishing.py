@@ -91,8 +91,8 @@ def _refusal(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     answer = getattr(error, "server_message", None) or first_line(error)
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
-        return f"the Hub said no ({answer}); log in with `hf auth login` as somebody who may write there"
-    return f"not pushed ({answer}); the same command tries again" if status is None else f"the Hub said no: {answer}"
+        return f"the Hub refused ({answer}); log in with `hf auth login` as somebody who may write there"
+    return f"not pushed ({answer}); the same command tries again" if status is None else f"the Hub refused: {answer}"
 
 
 def push(run: RunDir, target: str) -> None:
@@ -123,7 +123,7 @@ def push(run: RunDir, target: str) -> None:
         for inside, source in sources.items():
             api.upload_folder(repo_id=name, folder_path=source, path_in_repo=inside or None)
     except HFValidationError as error:
-        raise UserError(f"{target}: no name for a repository ({first_line(error)}); give {HUB}OWNER/NAME") from None
+        raise UserError(f"{target}: not the name of a repository ({first_line(error)}); give {HUB}OWNER/NAME") from None
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{target}: {_refusal(error)}") from None
     say(f"pushed       {target}")

@@ -227,7 +227,7 @@ def training_notes(summary: dict[str, Any]) -> list[str]:
         )
     if not summary["held_out"]:
         notes.append(
-            "no pair is held out, so that nothing tells how it does on others (a tenth of whole prompts can be)"
+            "no pair is held out, so nothing is measured on other prompts (at most a tenth of the pairs, whole prompts)"
         )
     if summary["last_loss"] > summary["first_loss"] + LOSS_RISE:
         notes.append(

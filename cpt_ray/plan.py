@@ -16,10 +16,10 @@ from typing import Any
 from cpt_ray.chat.layout import PROBES, layout_hash
 from cpt_ray.config import RunConfig, SynthesisConfig
 from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError
 from cpt_ray.grids import GradedAnswer, LevelNames, missing_levels
 from cpt_ray.prompts import check_leakage, read_prompts
-from cpt_ray.rubrics.rubric import Rubric, load_rubric, load_rubrics
+from cpt_ray.rubrics.rubric import Rubric, check_rubric_names, load_rubric, load_rubrics
 from cpt_ray.tables.by_hash import fraction, shuffled
 from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id, joined
 from cpt_ray.tables.shard import ShardName, rejects_of
@@ -53,9 +53,7 @@ def make_plan(config: RunConfig) -> Plan:
     rubrics = load_rubrics(config.rubric_paths)
     prompts = read_prompts(config.prompts)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
-    for name in (name for names in config.synthesis.combine for name in names):
-        if name not in plan.by_id:
-            raise UserError(f"synthesis.combine: no rubric {name!r}{did_you_mean(name, plan.by_id)}")
+    check_rubric_names("synthesis.combine", itertools.chain.from_iterable(config.synthesis.combine), plan.by_id)
     check_leakage(plan.prompts)
     read_judge_check(config)  # now: it is used hours later, and must not fail then
     return plan

@@ -182,7 +182,7 @@ def test_a_prior_about_an_unknown_rubric_is_refused_with_the_nearest_name() -> N
         "policy": {"model": "a"},
     }
     config = RunConfig.model_validate(data | {"steer": {"prior": {"moods": 2}}})
-    with pytest.raises(UserError, match=r'steer.prior: no rubric moods \(did you mean "mood"'):
+    with pytest.raises(UserError, match=r"steer.prior: no rubric 'moods' .did you mean .mood."):
         make_candidates(config, candidates().catalog, config.policy)
 
 

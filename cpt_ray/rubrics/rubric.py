@@ -6,7 +6,7 @@ One file holds one rubric. See `rubrics/README.md` for the format by example.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -323,3 +323,10 @@ def load_rubrics(paths: list[Path]) -> tuple[Rubric, ...]:
     if problems:
         raise UserError("\n".join(problems))
     return tuple(sorted(rubrics, key=lambda rubric: rubric.id))
+
+
+def check_rubric_names(where: str, names: Iterable[str], known: Collection[str]) -> None:
+    """UserError for the first of the names in an entry of the run file that is no rubric's id."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where}: no rubric {name!r}{did_you_mean(name, known)}")

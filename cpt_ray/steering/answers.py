@@ -9,10 +9,10 @@ from typing import Any
 
 from cpt_ray.config import AnswersConfig, PromptsConfig
 from cpt_ray.console import say
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError
 from cpt_ray.prompts import read_rows
 from cpt_ray.rubrics.grading import interpolate, measured_criterion, weighted
-from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric, check_rubric_names
 from cpt_ray.tables.records import Prompt, content_id
 
 
@@ -52,9 +52,7 @@ def read_answers(
     """Split to its prompts' answers; UserError that names the row and what is missing in it."""
     prompt_of = {prompt.text: prompt for prompt in prompts}
     levels = {rubric.id: rubric.levels for rubric in rubrics}
-    for name in config.scores:
-        if name not in levels:
-            raise UserError(f"steer.answers.scores: no rubric {name!r}{did_you_mean(name, levels)}")
+    check_rubric_names("steer.answers.scores", config.scores, levels)
     low, high = config.scale
     points = {name: [(low, levels[name][0].score), (high, levels[name][-1].score)] for name in config.scores}
     answers: dict[str, list[Answer]] = {"train": [], "held_out": []}

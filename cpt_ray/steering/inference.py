@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cpt_ray.config import ModelConfig, RunConfig
-from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.rubrics.catalog import Catalog
+from cpt_ray.rubrics.rubric import check_rubric_names
 from cpt_ray.steering.choices import Choice, PreferenceState, Question
 from cpt_ray.steering.scoring import Triple
 from cpt_ray.steering.users import Floats
@@ -225,9 +225,7 @@ def _entropy(chance: Floats) -> Floats:
 def make_candidates(config: RunConfig, catalog: Catalog, policy: ModelConfig) -> Candidates:
     """What users of a run's policy may have in mind; UserError for a prior about an unknown rubric."""
     steer, known = config.steer, [rubric.id for rubric in catalog.rubrics]
-    for name in steer.prior:
-        if name not in known:
-            raise UserError(f"steer.prior: no rubric {name}{did_you_mean(name, known)}")
+    check_rubric_names("steer.prior", steer.prior, known)
     return Candidates(catalog, config.train.beta, steer.lapse, steer.certainty, steer.prior, policy.identity)
 
 

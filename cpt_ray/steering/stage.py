@@ -23,12 +23,12 @@ from cpt_ray.config import POLICY_SETTINGS, REWARD_SETTINGS, ModelConfig, SteerC
 from cpt_ray.console import Advance, progress, say
 from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner
-from cpt_ray.errors import UserError, did_you_mean
+from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import Gradings
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.prompts import read_jsonl
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.rubrics.rubric import Rubric
+from cpt_ray.rubrics.rubric import Rubric, check_rubric_names
 from cpt_ray.steering.actors import EmbedActor, Fill, LogprobActor
 from cpt_ray.steering.answers import Answer, grade_by_measures, make_answer, read_answers
 from cpt_ray.steering.choices import Choice, PreferenceState, Question, parse_choices
@@ -93,9 +93,7 @@ class Steering:
     @cached_property
     def training_population(self) -> Population:
         """The writer's answers, to train prompts."""
-        for name in self.config.held_out_rubrics:
-            if name not in self.plan.by_id:
-                raise UserError(f"steer.held_out_rubrics: no rubric {name!r}{did_you_mean(name, self.plan.by_id)}")
+        check_rubric_names("steer.held_out_rubrics", self.config.held_out_rubrics, self.plan.by_id)
         rubrics = [rubric for rubric in self.plan.rubrics if rubric.id not in self.config.held_out_rubrics]
         if not rubrics:
             raise UserError("steer.held_out_rubrics: names every rubric; leave one to learn from")

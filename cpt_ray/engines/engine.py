@@ -111,14 +111,11 @@ def check_schema_is_enforced(engine: Engine, where: str, max_tokens: int = 64) -
     except json.JSONDecodeError:
         written = None
     if written != {"answer": word}:
+        why = f" ({answer.error}: {answer.detail})" if answer.error else ""
         raise UserError(
-            f"{where}: asked for JSON of a given schema, it wrote {answer.text[:60]!r}{_in_brackets(answer)}; "
+            f"{where}: asked for JSON of a given schema, it wrote {answer.text[:60]!r}{why}; "
             "rationales need a server that enforces schemas (or set judge.mode: logprobs)"
         )
-
-
-def _in_brackets(answer: Completion) -> str:
-    return f" ({answer.error}: {answer.detail})" if answer.error else ""
 
 
 def log_sum(logprobs: Iterable[float]) -> float:

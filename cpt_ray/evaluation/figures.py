@@ -105,14 +105,10 @@ def score_panel(rubric: Rubric, trials: Sequence[Trial], model: str) -> str:
 def _draw_dots(axes: Axes, at: int, scored: Sequence[tuple[Trial, float]], **style: Any) -> None:
     """The answers under one level, first by hash, spread out sideways."""
     shown = sorted(scored, key=lambda pair: pair[0].trial_id)[:MAX_POINTS_PER_LEVEL]
-    places = [at + 0.66 * (_jitter(trial) - 0.5) for trial, _ in shown]
+    # by hash, so that they are the same on every rendering
+    places = [at + 0.66 * (fraction(content_id(trial.trial_id, trial.model)) - 0.5) for trial, _ in shown]
     heights = np.clip([score for _, score in shown], 0, 100)  # what lies beyond is drawn at the edge
     axes.plot(places, heights, "o", alpha=0.4, markersize=4.4, markeredgewidth=0, clip_on=False, **style)
-
-
-def _jitter(trial: Trial) -> float:
-    """0 to 1, the same on every rendering."""
-    return fraction(content_id(trial.trial_id, trial.model))
 
 
 def steering_figure(metric: str, results: Mapping[str, Any]) -> str:

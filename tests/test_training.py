@@ -30,7 +30,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.logprobs.reference import add_reference
 from cpt_ray.logprobs.rows import Tokeniser, rows_path, sequence_ids, write_rows
 from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
-from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
+from cpt_ray.tables.rundir import CATALOG_FILE, MODEL_INFO_FILE, TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training import stage as training
 from cpt_ray.training.checks import peft_config
 from cpt_ray.training.export import export
@@ -597,6 +597,23 @@ def test_weights_that_are_the_policys_or_no_numbers_are_not_exported(
         exported(tmp_path, made)
     assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_what_marks_a_model_and_an_adapter_as_complete_is_gone_before_the_first_file_is_replaced(
+    checkpoint: Callable[[str, float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, weights = RunDir(tmp_path / "run"), checkpoint("bfloat16", 0.01)
+    marks = [MODEL_INFO_FILE, f"adapter/{CATALOG_FILE}"]
+    for mark in marks:
+        run.write_json(mark, {})
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpt_ray.training.export._replacing_folder", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        exported(tmp_path, weights)
+    assert [run.read_json(mark) for mark in marks] == [None, None]
 
 
 def test_what_is_exported_is_measured_against_what_was_learned(

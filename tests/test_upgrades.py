@@ -51,9 +51,15 @@ CHANGES: list[tuple[list[str], set[str]]] = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a finished run."""
     made = tmp_path_factory.mktemp("upgrades")
-    write_run_file(made, "run", ("ornament", "mood"), control=0)
-    do_run(made, made / "run")
+    write_run_file(made, "run", ("ornament", "mood"))
+    for name in ("run", "controlled"):
+        do_run(made, made / name, *control_of(name))
     return made
+
+
+def control_of(name: str) -> list[str]:
+    """Whether the policy writes answers of its own."""
+    return ["synthesis.control=0.5" if name == "controlled" else "synthesis.control=0"]
 
 
 def do_run(folder: Path, run_dir: Path, *overrides: str) -> None:
@@ -75,8 +81,17 @@ def names(path: Path) -> dict[str, set[str]]:
 def test_a_change_in_a_run_that_was_moved_does_again_what_depends_on_it(
     overrides: list[str], stages: set[str], folder: Path, tmp_path: Path
 ) -> None:
-    moved = Path(shutil.copytree(folder / "run", tmp_path / "moved"))
+    assert redone(folder, "run", tmp_path, overrides) == stages
+
+
+def test_where_the_policy_writes_control_answers_its_sampling_changes_them(folder: Path, tmp_path: Path) -> None:
+    assert redone(folder, "controlled", tmp_path, ["policy.sampling.temperature=0.3"]) == {"write", *JUDGED}
+
+
+def redone(folder: Path, name: str, tmp_path: Path, overrides: list[str]) -> set[str]:
+    """The stages that make something new in a copy of a run."""
+    moved = Path(shutil.copytree(folder / name, tmp_path / "moved"))
     before = names(moved)
-    do_run(folder, moved, *overrides)
+    do_run(folder, moved, *control_of(name), *overrides)
     after = names(moved)
-    assert {stage for stage in after if after[stage] - before[stage]} == stages
+    return {stage for stage in after if after[stage] - before[stage]}

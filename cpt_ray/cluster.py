@@ -131,10 +131,10 @@ def on_head(work: Callable[..., Result], *arguments: Any) -> Result:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    heads = [node["NodeID"] for node in ray.nodes() if HEAD in node["Resources"]]
-    if not heads or ray.get_runtime_context().get_node_id() in heads:
+    head = _head()
+    if head is None or ray.get_runtime_context().get_node_id() == head["NodeID"]:
         return work(*arguments)
-    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
+    there = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
     try:
         result: Result = ray.get(ray.remote(num_cpus=0, scheduling_strategy=there)(work).remote(*arguments))
     except ray.exceptions.RayTaskError as error:
@@ -142,8 +142,22 @@ def on_head(work: Callable[..., Result], *arguments: Any) -> Result:
     return result
 
 
+def head_address() -> str:
+    """The head node's, as the other nodes know it; this machine's if there is none."""
+    head = _head()
+    return head["NodeManagerAddress"] if head else "127.0.0.1"
+
+
+def _head() -> Mapping[str, Any] | None:
+    import ray
+
+    return next((node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
+
+
 HEAD = "node:__internal_head__"
 """Ray has no public name for the head node; it gives it this resource (2.60)."""
+ON_HEAD = {HEAD: 0.001}
+"""Of an actor that asks for nothing else: Ray would put it on any node, and keep a GPU node from ending."""
 
 
 # ---------------------------------------------------------------- notes that processes leave for their driver

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from cpt_ray.cluster import on_head, starts_own_cluster
+from cpt_ray.cluster import ON_HEAD, head_address, on_head, starts_own_cluster
 from cpt_ray.config import RunConfig
 from cpt_ray.console import progress, say
 from cpt_ray.engines.waiting import Pulse, Waiting
@@ -25,6 +25,7 @@ from cpt_ray.serving.app import CONFIGURATIONS_PATH, HEALTH_PATH, PAGE_PATHS
 from cpt_ray.serving.haproxy import (
     RunningServe,
     checked_port,
+    is_every_interface,
     reachable,
     running_serve,
     wait_until_healthy,
@@ -124,10 +125,12 @@ class _Server:
                 f"serve.host={host} and serve.port={port} do not apply"
             )
         self._end_untuned()
-        origin, path = f"http://{reachable(running.host)}:{running.port}", f"/{self._config.name}"
+        here, path = f"http://{reachable(running.host)}:{running.port}", f"/{self._config.name}"
         asleep = self._config.serve.replicas.least == 0
-        on_head(wait_until_healthy, origin, PROXY_PATH if asleep else path + HEALTH_PATH)
-        return origin + path
+        on_head(wait_until_healthy, here, PROXY_PATH if asleep else path + HEALTH_PATH)
+        if self._owns_cluster or not is_every_interface(running.host):
+            return here + path
+        return f"http://{reachable(head_address())}:{running.port}{path}"  # who reads it may be on another machine
 
     def _deploy(self, replace_other: bool, pulse: Pulse) -> RunningServe:
         """Takes the run's name."""
@@ -141,19 +144,23 @@ class _Server:
             running = started_serve(config, needs_no_key=self._served.fixed_keys is None)
             self._holder = replace(self._holder, previous=previous.id if previous else "")
             self.previous, self._old_meter = previous, previous.meter if previous else ""
-            meter = start_meter(self._served.run)
-            served = replace(self._served, pulse=pulse)
-            targets = make_targets(config, served, self._holder, meter, running.has_haproxy())
-            try:
-                serve.run_many(targets, wait_for_applications_running=False)
-            except RayTaskError as error:  # somebody took the path meanwhile
-                raise UserError(f"name: {_shortened(str(error.cause))}") from None
-            deadline = time.monotonic() + TURN_SECONDS
-            while (there := applications().get(name)) is None or there.holder != self._holder:
-                if time.monotonic() > deadline:
-                    raise UserError(f"Serve has not taken up {name} after {TURN_SECONDS:.0f} s; look at its controller")
-                time.sleep(POLL_SECONDS)
+            with taking_turns(self._holder.meter):  # nobody ends the meter before Serve knows who counts with it
+                meter = start_meter(self._served.run)
+                served = replace(self._served, pulse=pulse)
+                targets = make_targets(config, served, self._holder, meter, running.has_haproxy())
+                try:
+                    serve.run_many(targets, wait_for_applications_running=False)
+                except RayTaskError as error:  # somebody took the path meanwhile
+                    raise UserError(f"name: {_shortened(str(error.cause))}") from None
+                self._wait_until_taken_up()
         return running
+
+    def _wait_until_taken_up(self) -> None:
+        name, deadline = self._config.name, time.monotonic() + TURN_SECONDS
+        while (there := applications().get(name)) is None or there.holder != self._holder:
+            if time.monotonic() > deadline:
+                raise UserError(f"Serve has not taken up {name} after {TURN_SECONDS:.0f} s; look at its controller")
+            time.sleep(POLL_SECONDS)
 
     def _wait(self, advance: Callable[[int, str], None], waiting: Waiting) -> None:
         """Until every replica runs; UserError with the replica's own reason if one cannot."""
@@ -212,8 +219,9 @@ class _Server:
     def _end_old_meter(self, there: Application) -> None:
         """Ends the meter of the run that was taken over from, once the last of its replicas has counted."""
         if self._old_meter and set(there.replicas) <= {"RUNNING"}:
-            _end_meter(self._old_meter)
-            self._old_meter = ""
+            with contextlib.suppress(UserError):  # somebody deploys with it for long: asked again at the next look
+                _end_meter(self._old_meter)
+                self._old_meter = ""
 
     def stop(self) -> None:
         """Gives back all that is this process's, and nothing else: the name may be another's by now."""
@@ -227,7 +235,7 @@ class _Server:
         deadline = time.monotonic() + STOP_SECONDS
         while mine and not applications().keys().isdisjoint(mine) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        with taking_turns(self._config.name):  # nobody begins to count with it meanwhile
+        with contextlib.suppress(UserError):  # who deploys with it for so long ends it when they stop
             _end_meter(self._holder.meter)
         if self._owns_cluster:
             with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller has ended, as intended
@@ -267,10 +275,11 @@ def _end_meter(name: str) -> None:
     """Ends a run's meter, unless an application still counts with it."""
     import ray
 
-    if any(part.holder is not None and part.holder.meter == name for part in applications().values()):
-        return
-    with contextlib.suppress(ValueError):  # it never started
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    with taking_turns(name):  # nobody begins to count with it meanwhile, under whatever name it serves the run
+        if any(part.holder is not None and part.holder.meter == name for part in applications().values()):
+            return
+        with contextlib.suppress(ValueError):  # it never started
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 def start_meter(run: RunDir) -> Any:
@@ -287,6 +296,7 @@ def start_meter(run: RunDir) -> Any:
             get_if_exists=True,
             lifetime="detached",  # outlives a `cpt serve` that another one takes over from
             num_cpus=0,
+            resources=ON_HEAD,
             max_restarts=-1,
             max_task_retries=-1,
         )

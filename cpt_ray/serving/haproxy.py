@@ -126,9 +126,18 @@ def checked_port(host: str, port: int) -> int:
         raise UserError(f"cannot listen on {host}:{port} ({why}); try another, as with {remedy}") from None
 
 
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""What listens on every interface, and where this machine reaches it."""
+
+
+def is_every_interface(host: str) -> bool:
+    """Whether Serve listens on all addresses of its machine."""
+    return host in _ANY
+
+
 def reachable(host: str) -> str:
     """The host as a URL on this machine has it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = _ANY.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 

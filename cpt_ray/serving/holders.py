@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from cpt_ray.cluster import ON_HEAD
 from cpt_ray.config import JOB_ENV
 from cpt_ray.errors import UserError
 from cpt_ray.serving.haproxy import running_serve
@@ -125,7 +126,8 @@ def taking_turns(name: str) -> Iterator[None]:
     deadline = time.monotonic() + TURN_SECONDS
     while True:
         try:
-            turn = ray.remote(_Turn).options(name=f"turn {name}", namespace=NAMESPACE, num_cpus=0).remote()
+            options = {"name": f"turn {name}", "namespace": NAMESPACE, "num_cpus": 0, "resources": ON_HEAD}
+            turn = ray.remote(_Turn).options(**options).remote()
             break
         except ValueError:  # the name is taken
             if time.monotonic() > deadline:

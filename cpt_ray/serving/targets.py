@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from cpt_ray.capacity import node_types
-from cpt_ray.config import ModelConfig, RunConfig
+from cpt_ray.config import ModelConfig, RunConfig, ServeConfig
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.waiting import Waiting
 from cpt_ray.serving.haproxy import HAPROXY_VARIABLE
@@ -26,32 +26,18 @@ def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, 
     """`serve.RunTarget`s: the tuned model and, if it is asked for, the untuned one."""
     from ray import serve
 
-    policy, options = config.policy, config.serve
-    count = 2 if served.untuned else 1
-    least, most = options.replicas
-    scaling: dict[str, Any] = {"num_replicas": most}
-    if least != most:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": least,
-                "initial_replicas": max(least, 1),
-                "max_replicas": most,
-                "target_ongoing_requests": options.target_ongoing_requests,
-                "upscale_delay_s": UPSCALE_SECONDS,
-                "downscale_delay_s": options.idle_seconds,
-                "look_back_period_s": min(30.0, max(options.idle_seconds, LEAST_LOOK_BACK_SECONDS)),
-            }
-        }
+    policy, count = config.policy, 2 if served.untuned else 1
     # a replica listens by itself where HAProxy is in front, which may be another job's choice; and Serve, which starts
     # it, may be older than this job, so that it does not have its environment
     environment = engine_env(policy) | {HAPROXY_VARIABLE: str(int(is_haproxy))} | served.run.environment
+    each = replica_resources(config, count)
     deployment = serve.deployment(
         serve.ingress()(VllmServer),
-        **scaling,
+        **_scaling(config.serve),
         ray_actor_options={
-            "num_cpus": policy.num_cpus,
-            "num_gpus": policy.num_gpus,
-            "resources": policy.resources,
+            "num_cpus": each.pop("CPU"),
+            "num_gpus": each.pop("GPU", 0),
+            "resources": each,
             "runtime_env": {"env_vars": environment},
         },
         user_config=marked(holder),
@@ -64,28 +50,55 @@ def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, 
     tuned = deployment.options(name=name).bind(served, meter)
     targets = [serve.RunTarget(tuned, name=name, route_prefix=f"/{name}", logging_config=quiet)]
     if base := served.untuned:
-        untuned = replace(
-            served,
-            model=served.model.model_copy(update={"model": policy.model}),
-            name=base["model"],
-            adapters={},
-            catalogs={base["model"]: next(iter(served.catalogs.values()))},
-            candidates=None,
-            conditioning=None,
-            untuned=None,
-        )
-        bound = deployment.options(name=base["model"]).bind(untuned, meter)
+        bound = deployment.options(name=base["model"]).bind(_untuned(served, base["model"], policy), meter)
         route = f"/{name}{base['path']}"
         targets.append(serve.RunTarget(bound, name=base["model"], route_prefix=route, logging_config=quiet))
     return targets
 
 
+def _scaling(options: ServeConfig) -> dict[str, Any]:
+    """How many replicas there are, in Serve's words."""
+    least, most = options.replicas
+    if least == most:
+        return {"num_replicas": most}
+    return {
+        "autoscaling_config": {
+            "min_replicas": least,
+            "initial_replicas": max(least, 1),
+            "max_replicas": most,
+            "target_ongoing_requests": options.target_ongoing_requests,
+            "upscale_delay_s": UPSCALE_SECONDS,
+            "downscale_delay_s": options.idle_seconds,
+            "look_back_period_s": min(30.0, max(options.idle_seconds, LEAST_LOOK_BACK_SECONDS)),
+        }
+    }
+
+
+def _untuned(served: Served, name: str, policy: ModelConfig) -> Served:
+    """The untuned model under a name of its own, with neither adapters nor preferences."""
+    return replace(
+        served,
+        model=served.model.model_copy(update={"model": policy.model}),
+        name=name,
+        adapters={},
+        catalogs={name: next(iter(served.catalogs.values()))},
+        candidates=None,
+        conditioning=None,
+        untuned=None,
+    )
+
+
 def waiting_for(config: RunConfig, num_applications: int) -> Waiting:
     """For the replicas; UserError if the cluster can never have them."""
-    each, count = config.policy.actor_resources, max(config.serve.replicas.least, 1) * num_applications
+    count, types = max(config.serve.replicas.least, 1) * num_applications, node_types()
     remedy = "lower serve.replicas, policy.num_cpus or policy.num_gpus"
-    node_types().check("the server", each, count, remedy)
-    return Waiting("serve", each, count, remedy, "replicas")
+    types.check("the server", config.policy.actor_resources, count, remedy)
+    return Waiting("serve", replica_resources(config, num_applications), count, remedy, "replicas", types)
+
+
+def replica_resources(config: RunConfig, num_applications: int) -> dict[str, float]:
+    """What each replica asks for: without a GPU, on nodes that have none, if there can be enough for all replicas."""
+    return node_types().placed(config.policy.actor_resources, config.serve.replicas.most * num_applications)
 
 
 def _has_room(policy: ModelConfig, count: int) -> bool:

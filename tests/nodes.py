@@ -23,13 +23,13 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from cpt_ray.cluster import unused_port
 
@@ -42,6 +42,12 @@ SWITCH_ADDRESS = f"{NETWORK}.1"
 MOST_NODES = 20
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 OBJECT_STORE_BYTES = 80_000_000
+QUICK_DEATHS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Environment with which a node that is gone is taken for dead within 20 seconds, and not in up to a minute."""
 START_SECONDS = 180.0
 """Longest wait for a node to be part of the cluster, on a machine that is busy."""
 
@@ -111,29 +117,18 @@ class Job:
 class Nodes:
     """A head without CPUs, and the workers that are added to it; a context manager that removes it all."""
 
-    def __init__(self, shared_bytes: int | None = None, redis: str = "") -> None:
+    def __init__(self, shared_bytes: int | None = None, redis: str = "", env: Mapping[str, str] | None = None) -> None:
         """Starts the switch and the head.
 
         Args:
+            env: of all nodes.
             shared_bytes: size of the shared folder; without one it is as large as the disk under /tmp.
             redis: path of a redis-server, which keeps the head's state on a node of its own.
         """
-        self._base = Path(tempfile.mkdtemp(prefix="nodes-"))
-        self.shared = self._base / "shared"
-        """The common folder: the same path on each node and, unless it has a size, here."""
-        self.shared.mkdir()
+        self._prepare(env or {})
         (self._base / "hosts").write_text(
             "127.0.0.1 localhost\n" + "".join(f"{NETWORK}.{at} node-{at}\n" for at in range(1, MOST_NODES + 2))
         )
-        self._env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
-        self._env |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
-        }
-        self._count, self._jobs, self._dashboard_port = 1, list[Job](), DASHBOARD_PORT
-        self.nodes: list[Node] = []
         self._switch = subprocess.Popen(
             [
                 *("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child"),
@@ -148,13 +143,30 @@ class Nodes:
             )
             if shared_bytes is not None:
                 self._in_switch(f"mount -t tmpfs -o size={shared_bytes} tmpfs {self.shared}")
-            self._store: Node | None = None
             if redis:
                 self._store = self._boot(f"exec {redis} --port {GCS_PORT} --protected-mode no --save '' --dir /tmp")
             self.head = self.start_head()
         except BaseException:
             self.stop()
             raise
+
+    def _prepare(self, env: Mapping[str, str]) -> None:
+        self._base = Path(tempfile.mkdtemp(prefix="nodes-"))
+        self.shared = self._base / "shared"
+        """The common folder: the same path on each node and, unless it has a size, here."""
+        self.shared.mkdir()
+        self._env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
+        self._env |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+            **env,
+        }
+        self._count, self._gcs_port, self._dashboard_port = 1, GCS_PORT, DASHBOARD_PORT
+        self.jobs: list[Job] = []
+        self.nodes: list[Node] = []
+        self._store: Node | None = None
 
     def __enter__(self) -> Nodes:
         return self
@@ -174,8 +186,8 @@ class Nodes:
         env = {"RAY_REDIS_ADDRESS": f"{self._store.address}:{GCS_PORT}"} if self._store else {}
         self.head = self._boot(
             "ray start --head --block --node-ip-address=$ADDRESS --num-cpus=0 --disable-usage-stats "
-            f"--port={GCS_PORT} --dashboard-host=$ADDRESS --dashboard-port={self._dashboard_port} "
-            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            f"--port={self._gcs_port} --dashboard-host=$ADDRESS --dashboard-port={self._dashboard_port} "
+            f"--object-store-memory={OBJECT_STORE_BYTES} $MORE",
             env=env,
             address=address,
         )
@@ -183,16 +195,19 @@ class Nodes:
         self._wait(self.head, lambda: self._api("/api/jobs/") is not None)
         return self.head
 
-    def add(self, cpus: int = 1, resources: Mapping[str, float] | None = None, tmp_bytes: int | None = None) -> Node:
-        """A worker that has joined. `tmp_bytes`: the size of its /tmp, where Ray's own files are."""
-        node = self._boot(
-            f"ray start --address={self.head.address}:{GCS_PORT} --block --node-ip-address=$ADDRESS "
-            f"--num-cpus={cpus} --resources={shlex.quote(json.dumps(dict(resources or {})))} --disable-usage-stats "
-            f"--object-store-memory={OBJECT_STORE_BYTES}",
-            tmp_bytes=tmp_bytes,
+    def add(
+        self, count: int = 1, resources: Mapping[str, float] | None = None, tmp_bytes: int | None = None
+    ) -> list[Node]:
+        """Workers of one CPU, started at once, that have joined. `tmp_bytes`: of their /tmp, where Ray's files are."""
+        command = (
+            f"ray start --address={self.head.address}:{self._gcs_port} --block --node-ip-address=$ADDRESS "
+            f"--num-cpus=1 --resources={shlex.quote(json.dumps(dict(resources or {})))} --disable-usage-stats "
+            f"--object-store-memory={OBJECT_STORE_BYTES} $MORE"
         )
-        self._wait(node)
-        return node
+        nodes = [self._boot(command, tmp_bytes=tmp_bytes) for _ in range(count)]
+        for node in nodes:
+            self._wait(node)
+        return nodes
 
     def kill(self, node: Node) -> None:
         """Every process of the node at once, as when a machine loses power."""
@@ -275,14 +290,14 @@ class Nodes:
 
         Its driver runs on the head, unless it needs CPUs.
         """
-        name = f"{Path(script).stem}-{len(self._jobs)}"
+        name = f"{Path(script).stem}-{len(self.jobs)}"
         runtime = json.dumps({"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}})
         options = ["--submission-id", name, "--working-dir", ".", "--runtime-env-json", runtime]
         options += ["--entrypoint-num-cpus", str(cpus)] if cpus else []
         options += ["--no-wait", "--", sys.executable, script, *arguments]
         self._run(self._job_command("submit", *options), check=True)
-        self._jobs.append(Job(name, self))
-        return self._jobs[-1]
+        self.jobs.append(Job(name, self))
+        return self.jobs[-1]
 
     def stop_job(self, job: Job) -> None:
         """`ray job stop`, which ends the job's driver by SIGTERM."""
@@ -375,57 +390,62 @@ class Nodes:
 
 
 class OneMachineNodes(Nodes):
-    """The same by `ray.cluster_utils`, where there is no root: nodes share this machine, its code and its network."""
+    """The same without namespaces, where there is no root: the nodes share this machine, its code and its files.
 
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
+    As with `ray.cluster_utils`, which this is instead of: that leaves its address where every `ray.init` of the machine
+    looks for a cluster. A node has an address of its own, of those that all mean this machine.
+    """
 
-        self._base = Path(tempfile.mkdtemp(prefix="nodes-"))
-        self.shared = self._base / "shared"
-        self.shared.mkdir()
-        self._env = os.environ | {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
-        self._jobs, self.nodes, self._store = list[Job](), list[Node](), None
-        self._cluster, self._dashboard_port = Cluster(), unused_port()
-        self._nodes_of_ray = dict[Node, Any]()
-        self.head = self._add(
-            num_cpus=0, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=self._dashboard_port
-        )
-        self._wait(self.head, lambda: self._api("/api/jobs/") is not None)
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        self._prepare(env or {})
+        self._gcs_port, self._dashboard_port = unused_port(), unused_port()
+        try:
+            self.head = self.start_head()
+        except BaseException:
+            self.stop()
+            raise
 
-    def start_head(self, address: str = "") -> Node:
-        pytest.skip(f"the head can only be replaced where nodes are real: {missing()}")
-
-    def add(self, cpus: int = 1, resources: Mapping[str, float] | None = None, tmp_bytes: int | None = None) -> Node:
-        return self._add(num_cpus=cpus, resources=dict(resources or {}))
-
-    def _add(self, **options: Any) -> Node:
-        added = self._cluster.add_node(object_store_memory=OBJECT_STORE_BYTES, **options)
-        raylet = added.all_processes["raylet"][0].process
-        node = Node(f"node-{len(self.nodes)}", added.node_ip_address, raylet.pid, raylet)
-        self._nodes_of_ray[node] = added
+    def _boot(
+        self, command: str, env: Mapping[str, str] | None = None, tmp_bytes: int | None = None, address: str = ""
+    ) -> Node:
+        self._count += 1
+        node = Node(f"node-{self._count}", f"127.0.0.{self._count}")
+        options = [f"--dashboard-agent-listen-port={unused_port()}"]
+        if not self.nodes:  # a short path: sockets are in there
+            options += [f"--temp-dir={self._base}/ray", f"--ray-client-server-port={unused_port()}"]
+        with (self._base / f"{node.name}.log").open("wb") as log:
+            node.started = subprocess.Popen(
+                ["bash", "-c", f"{command} & wait $!"],
+                env=self._env | dict(env or {}) | {"ADDRESS": node.address, "MORE": " ".join(options)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._base,
+            )
+        node.init = node.started.pid
         self.nodes.append(node)
         return node
 
     def kill(self, node: Node) -> None:
-        for process in node.processes():
-            process.kill()
-        self._cluster.remove_node(self._nodes_of_ray[node], allow_graceful=False)
-
-    def cut(self, node: Node) -> None:
-        pytest.skip(f"no cable to unplug where nodes are not real: {missing()}")
-
-    def log(self, node: Node) -> str:
-        return "(in Ray's own folder)"
+        while left := [process for process in node.processes() if process.status() != psutil.STATUS_ZOMBIE]:
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
+        assert node.started
+        node.started.kill()
+        node.started.wait(timeout=60)
 
     def files(self, folder: str = "") -> Path:
         return self.shared / folder
 
     def output(self, job: Job) -> str:
-        found = self._api(f"/api/jobs/{job.name}/logs")
-        return str(found["logs"]) if found else ""
+        logs = self._base.glob(f"ray/session_2*/logs/job-driver-{job.name}.log")
+        return "".join(path.read_text(errors="replace") for path in logs)
 
     def stop(self) -> None:
-        self._cluster.shutdown()
+        for node in self.nodes:
+            if node.is_alive:
+                self.kill(node)
         shutil.rmtree(self._base, ignore_errors=True)
 
     def _entered(self, command: Sequence[str]) -> list[str]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from cpt_ray.cluster import unused_port
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from jobs.benchmarks.faults import compare
-from tests.nodes import Job, Node, Nodes, OneMachineNodes, missing
+from tests.nodes import QUICK_DEATHS, Job, Node, Nodes, OneMachineNodes, missing
 
 RUN_FILE = "tests/toy/run.yaml"
 SETTINGS = (
@@ -30,10 +32,19 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head without CPUs and three workers of one CPU."""
-    with OneMachineNodes() if missing() else Nodes() as cluster:
-        for _ in range(3):
-            cluster.add()
+    with (OneMachineNodes if missing() else Nodes)(env=QUICK_DEATHS) as cluster:
+        cluster.add(3)
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left(nodes: Nodes) -> Iterator[None]:
+    """Ends what a test that failed has begun: it would hold the run's lock, and CPUs."""
+    yield
+    for job in nodes.jobs:
+        if job.is_running:
+            nodes.stop_job(job)
+            job.wait()
 
 
 def submit(nodes: Nodes, stage: str, *more: str, run: str = "run") -> Job:
@@ -60,6 +71,16 @@ def holder(nodes: Nodes, process: str) -> Node:
         for node in nodes.workers
         if any(process in " ".join(one.cmdline()) for one in node.processes() if one.is_running())
     )
+
+
+def last_checkpoint(run: Path) -> int:
+    """The step of the last one that Ray Train's controller knows of: it asks the workers every two seconds."""
+    for path in run.glob("checkpoints/*/checkpoint_manager_snapshot.json"):
+        with suppress(ValueError):  # being written just now
+            return max(
+                (each["metrics"]["step"] for each in json.loads(path.read_text())["checkpoint_results"]), default=0
+            )
+    return 0
 
 
 def finished(job: Job) -> str:
@@ -90,17 +111,20 @@ def test_a_node_killed_in_training_costs_the_steps_since_the_last_checkpoint(nod
             steps.add(json.loads(state.read_text())["done"])
         return max(steps, default=0) >= step
 
-    until(lambda: has_reached(SAVED_EVERY + 1), job)
+    until(lambda: last_checkpoint(run) >= SAVED_EVERY, job)
     nodes.kill(holder(nodes, "RayTrainWorker"))
+    saved = last_checkpoint(run)
     steps.clear()
     until(lambda: has_reached(NUM_STEPS), job)
-    assert min(steps) > SAVED_EVERY
+    assert SAVED_EVERY <= saved < min(steps)
     assert f"({NUM_STEPS} steps on 400 pairs" in finished(job)
     history = RunDir(run).read_json("model/cpt_ray.json")["summary"]["history"]
     assert [step["step"] for step in history] == list(range(1, NUM_STEPS + 1))
 
 
 def test_a_node_that_is_cut_off_for_seconds_goes_on(nodes: Nodes) -> None:
+    if missing():
+        pytest.skip(f"no cable to unplug where nodes are not real: {missing()}")
     run = nodes.files("run")
     job = submit(nodes, "evaluate")
     until(lambda: any((run / "attempts").glob("*-*")), job)

@@ -165,8 +165,7 @@ def lose_head(at: Disturbed) -> None:
     for node in [at.nodes.head, *at.nodes.workers]:
         at.nodes.kill(node)
     at.nodes.start_head()
-    for _ in range(3):
-        at.nodes.add()
+    at.nodes.add(3)
 
 
 def restart_head(at: Disturbed) -> None:
@@ -251,8 +250,7 @@ class Bench:
         """A stage that is disturbed once it is at `marker`; if it fails, the same command again."""
         stage = "train" if marker == "train" else "synthesize"
         with Nodes(**options) as nodes:
-            for _ in range(3):
-                nodes.add(tmp_bytes=tmp_bytes)
+            nodes.add(3, tmp_bytes=tmp_bytes)
             run = nodes.files("run")
             if stage == "train":
                 shutil.copytree(self.written, run)
@@ -285,8 +283,7 @@ class Bench:
     def serving(self, what: str, disturb: Callable[[Disturbed], None], **options: Any) -> Outcome:
         """Two replicas under load."""
         with Nodes(**options) as nodes:
-            for _ in range(3):
-                nodes.add()
+            nodes.add(3)
             run = nodes.files("run")
             shutil.copytree(self.trained, run)
             start, job = time.monotonic(), self.submit(nodes, "serve")

@@ -376,6 +376,18 @@ class ModelConfig(_Section):
                 raise ValueError(f"model: {error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _has_a_gpu_for_each_part(self) -> Self:
+        if self.endpoint is None and self.num_gpus:
+            sizes = {name: self.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+            parts = math.prod(size for size in sizes.values() if isinstance(size, int))
+            if parts > max(self.num_gpus, 1):
+                given = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+                raise ValueError(f"num_gpus: found {self.num_gpus:g}; engine.{given} needs {parts}")
+            if self.num_gpus > 1 and self.num_gpus % 1:
+                raise ValueError(f"num_gpus: found {self.num_gpus:g}; above 1, give a whole number")
+        return self
+
     @property
     def actor_resources(self) -> dict[str, float]:
         """Of one engine actor, by Ray's names; one that asks a server needs no GPU."""

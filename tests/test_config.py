@@ -221,6 +221,14 @@ def test_every_number_is_finite(entry: str, value: str) -> None:
         overridden(f"{entry}={value}")
 
 
+def test_an_engine_has_as_many_gpus_as_it_is_parted_over() -> None:
+    overridden("policy.num_gpus=4", "policy.engine.tensor_parallel_size=2", "policy.engine.pipeline_parallel_size=2")
+    with pytest.raises(UserError, match=r"num_gpus: found 1; engine\.tensor_parallel_size 2 needs 2"):
+        overridden("policy.num_gpus=1", "policy.engine.tensor_parallel_size=2")
+    with pytest.raises(UserError, match=r"num_gpus: found 1\.5; above 1, give a whole number"):
+        overridden("policy.num_gpus=1.5")
+
+
 def test_an_engine_argument_is_finite_too() -> None:
     with pytest.raises(UserError, match=r"policy\.engine: found nan; give a finite number"):
         overridden("policy.engine.gpu_memory_utilization=.nan")

@@ -9,6 +9,7 @@ fake too: it takes some seconds to start, and a fixed time for each answer. Prin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -94,22 +95,21 @@ class FakeCluster:
             stderr=subprocess.STDOUT,
         )
 
-    def connect(self) -> None:
-        """Waits until the head answers, and connects this process to it."""
-        import ray
-
+    def wait(self) -> None:
+        """Until the head answers."""
         log = self._folder / "ray.log"
         while "Ray runtime started" not in log.read_text(encoding="utf-8"):
             if self._process.poll() is not None:
                 raise RuntimeError(f"the head did not start: {log.read_text(encoding='utf-8')[-2000:]}")
             time.sleep(0.5)
-        ray.init(self.address, log_to_driver=False, logging_level="ERROR")
 
     def stop(self) -> None:
         """Ends the head and what its autoscaler started."""
-        processes = [*psutil.Process(self._process.pid).children(recursive=True), self._process]
-        for process in processes:
-            process.kill()
+        if self._process.poll() is None:
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.kill()
         self._process.wait(timeout=60)
         self._home.cleanup()
 
@@ -177,16 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     # Ray listens on every interface; it reads these when it is imported
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    import ray
-
     with tempfile.TemporaryDirectory(prefix="ramp-") as name:
         folder = Path(name)
         cluster = FakeCluster(folder, NODE_TYPES, args.autoscaler == "v2", args.boot_seconds)
         os.environ.update(cluster.env, RAY_ADDRESS=cluster.address)
         stop, log = threading.Event(), list[tuple[float, str]]()
         try:
-            cluster.connect()
-            ray.shutdown()
+            cluster.wait()
             config = load_config(write_run(folder, args.prompts))
             engine = functools.partial(slow_engine, args.start_seconds, args.answer_seconds)
 

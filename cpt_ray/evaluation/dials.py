@@ -166,15 +166,8 @@ def _weighted_means(rows: Sequence[Trial], values: Floats, resamples: Resamples)
 class DialReadings:
     """What all dials of a run read under one kind of directives, base and tuned on the same resamples."""
 
-    def __init__(
-        self,
-        trials: Sequence[Trial],
-        rubrics: Sequence[Rubric],
-        resamples: Resamples,
-        quantiles: Quantiles | None = None,
-    ):
-        """`trials`: those under a directive, all of one kind."""
-        written = quantiles or {}
+    def __init__(self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: Resamples, written: Quantiles):
+        """`trials`: those under a directive, all of one kind. `written`: of the writer's answers, as far as known."""
         self._rubrics = rubrics
         self._own = [Dial(rubric, written.get(rubric.id, {})) for rubric in rubrics]
         self._second = [Dial(rubric, written.get(rubric.id, {}), is_second=True) for rubric in rubrics if rubric.check]

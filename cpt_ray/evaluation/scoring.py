@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ def score_trials(
     rubrics: Sequence[Rubric],
     resamples: int,
     seed: int,
-    quantiles: Quantiles | None = None,
+    quantiles: Quantiles = MappingProxyType({}),
     log_probs: LogProbs | None = None,
 ) -> dict[str, Any]:
     """The content of results.json.
@@ -234,7 +235,7 @@ def score_trials(
     results["difference"] = _summary(tuned.statistics - base.statistics) | {
         "per_rubric": {name: _summary(tuned.per_rubric[name][1] - entry[1]) for name, entry in base.per_rubric.items()}
     }
-    results["judge_agreement"] = _agreement(trials, rubrics, quantiles or {})
+    results["judge_agreement"] = _agreement(trials, rubrics, quantiles)
     results["chance"] = {rubric.id: 1 / len(rubric.levels) for rubric in rubrics}
     readings = DialReadings(held_out, rubrics, scorer.resamples, quantiles)
     results |= readings.summary()
@@ -243,9 +244,7 @@ def score_trials(
     return results
 
 
-def _trained(
-    scorer: _Scorer, trials: Sequence[Trial], held_out: DialReadings, quantiles: Quantiles | None
-) -> dict[str, Any]:
+def _trained(scorer: _Scorer, trials: Sequence[Trial], held_out: DialReadings, quantiles: Quantiles) -> dict[str, Any]:
     """The same under the directives that were trained on, and how much more the dials move there."""
     readings = DialReadings(trials, list(scorer.rubrics.values()), scorer.resamples, quantiles)
     arms = {model: arm.summary() for model, arm in scorer.arms(trials).items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray._private import services
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+from ray.exceptions import RayError
 
 START_SECONDS = 300.0
 """Ray gives a node's processes 30 s; on a busy machine they come later, as nodes that nobody counts."""
@@ -20,7 +21,7 @@ def _get_node_in_time(*arguments: Any) -> Any:
     while True:
         try:
             return _get_node(*arguments)
-        except RuntimeError:
+        except (RuntimeError, RayError):  # it is not known yet, or the head is late
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)

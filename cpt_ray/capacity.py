@@ -106,6 +106,14 @@ class NodeTypes:
         return ", ".join(dict.fromkeys(kind.shown(each) for kind in [*(kinds or self.here), *self.to_come]))
 
 
+def actor_options(each: Mapping[str, float]) -> dict[str, Any]:
+    """Ray's options of an actor with these resources: three have an option of their own."""
+    named = {"num_cpus": each.get("CPU", 0), "num_gpus": each.get("GPU", 0)}
+    if _MEMORY in each:
+        named[_MEMORY] = each[_MEMORY]
+    return {**named, "resources": {name: each[name] for name in each.keys() - {"CPU", "GPU", _MEMORY}}}
+
+
 def node_types() -> NodeTypes:
     """The cluster's, now."""
     import ray

@@ -296,6 +296,7 @@ def place(run: RunDir, shards: int, **model: Any) -> list[dict[str, Any]]:
 def test_engines_come_to_the_nodes_that_have_what_they_ask_for(three_nodes: None, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert all(on["GPU"] == 2 for on in place(run, 2, model="over-two", num_gpus=2))
+    assert all(on.get("no_gpu") for on in place(run, 2, model="large", resources={"memory": 2**20}))
     assert all(
         on.get("small") for on in place(run, 4, model="judge", num_gpus=0.5, num_actors=2, resources={"small": 0.5})
     )

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpt_ray.capacity import node_types
+from cpt_ray.capacity import actor_options, node_types
 from cpt_ray.config import ModelConfig
 from cpt_ray.console import progress
 from cpt_ray.engines.engine import EngineDiedError
@@ -161,7 +161,6 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
             """Called several times a second."""
             waiting.look(done)
 
-    asked = dict(each)
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
         fn_constructor_args=(replace(job, pulse=waiting.pulse),),
@@ -173,9 +172,7 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
             max_tasks_in_flight_per_actor=2 * SHARDS_IN_FLIGHT,
             enable_true_multi_threading=True,
         ),
-        num_cpus=asked.pop("CPU"),
-        num_gpus=asked.pop("GPU", 0),
-        resources=asked,
+        **actor_options(each),
         runtime_env={"env_vars": engine_env(model)},
     )
     shards.context.execution_no_progress_timeout_s = -1  # `waiting` knows what is pending

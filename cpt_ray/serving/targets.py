@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cpt_ray.capacity import node_types
+from cpt_ray.capacity import actor_options, node_types
 from cpt_ray.config import ModelConfig, RunConfig, ServeConfig
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.waiting import Waiting
@@ -30,16 +30,10 @@ def make_targets(config: RunConfig, served: Served, holder: Holder, meter: Any, 
     # a replica listens by itself where HAProxy is in front, which may be another job's choice; and Serve, which starts
     # it, may be older than this job, so that it does not have its environment
     environment = engine_env(policy) | {HAPROXY_VARIABLE: str(int(is_haproxy))} | served.run.environment
-    each = replica_resources(config, count)
     deployment = serve.deployment(
         serve.ingress()(VllmServer),
         **_scaling(config.serve),
-        ray_actor_options={
-            "num_cpus": each.pop("CPU"),
-            "num_gpus": each.pop("GPU", 0),
-            "resources": each,
-            "runtime_env": {"env_vars": environment},
-        },
+        ray_actor_options=actor_options(replica_resources(config, count)) | {"runtime_env": {"env_vars": environment}},
         user_config=marked(holder),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=1,  # what fails to start once fails again; after a first start Serve retries

@@ -23,15 +23,12 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-from cpt_ray.cluster import unused_port
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"
@@ -125,7 +122,22 @@ class Nodes:
             shared_bytes: size of the shared folder; without one it is as large as the disk under /tmp.
             redis: path of a redis-server, which keeps the head's state on a node of its own.
         """
-        self._prepare(env or {})
+        self._base = Path(tempfile.mkdtemp(prefix="nodes-"))
+        self.shared = self._base / "shared"
+        """The common folder: the same path on each node and, unless it has a size, here."""
+        self.shared.mkdir()
+        self._env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
+        self._env |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+            **(env or {}),
+        }
+        self._count, self._gcs_port, self._dashboard_port = 1, GCS_PORT, DASHBOARD_PORT
+        self.jobs: list[Job] = []
+        self.nodes: list[Node] = []
+        self._store: Node | None = None
         (self._base / "hosts").write_text(
             "127.0.0.1 localhost\n" + "".join(f"{NETWORK}.{at} node-{at}\n" for at in range(1, MOST_NODES + 2))
         )
@@ -150,24 +162,6 @@ class Nodes:
             self.stop()
             raise
 
-    def _prepare(self, env: Mapping[str, str]) -> None:
-        self._base = Path(tempfile.mkdtemp(prefix="nodes-"))
-        self.shared = self._base / "shared"
-        """The common folder: the same path on each node and, unless it has a size, here."""
-        self.shared.mkdir()
-        self._env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
-        self._env |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
-            **env,
-        }
-        self._count, self._gcs_port, self._dashboard_port = 1, GCS_PORT, DASHBOARD_PORT
-        self.jobs: list[Job] = []
-        self.nodes: list[Node] = []
-        self._store: Node | None = None
-
     def __enter__(self) -> Nodes:
         return self
 
@@ -187,7 +181,7 @@ class Nodes:
         self.head = self._boot(
             "ray start --head --block --node-ip-address=$ADDRESS --num-cpus=0 --disable-usage-stats "
             f"--port={self._gcs_port} --dashboard-host=$ADDRESS --dashboard-port={self._dashboard_port} "
-            f"--object-store-memory={OBJECT_STORE_BYTES} $MORE",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
             env=env,
             address=address,
         )
@@ -202,7 +196,7 @@ class Nodes:
         command = (
             f"ray start --address={self.head.address}:{self._gcs_port} --block --node-ip-address=$ADDRESS "
             f"--num-cpus=1 --resources={shlex.quote(json.dumps(dict(resources or {})))} --disable-usage-stats "
-            f"--object-store-memory={OBJECT_STORE_BYTES} $MORE"
+            f"--object-store-memory={OBJECT_STORE_BYTES}"
         )
         nodes = [self._boot(command, tmp_bytes=tmp_bytes) for _ in range(count)]
         for node in nodes:
@@ -387,69 +381,6 @@ class Nodes:
         raylets = [each["raylet"] for each in found["data"]["summary"]] if found else []
         alive = [raylet.get("nodeManagerAddress") for raylet in raylets if raylet.get("state") == "ALIVE"]
         return node.address in alive
-
-
-class OneMachineNodes(Nodes):
-    """The same without namespaces, where there is no root: the nodes share this machine, its code and its files.
-
-    As with `ray.cluster_utils`, which this is instead of: that leaves its address where every `ray.init` of the machine
-    looks for a cluster. A node has an address of its own, of those that all mean this machine.
-    """
-
-    def __init__(self, env: Mapping[str, str] | None = None) -> None:
-        self._prepare(env or {})
-        self._gcs_port, self._dashboard_port = unused_port(), unused_port()
-        try:
-            self.head = self.start_head()
-        except BaseException:
-            self.stop()
-            raise
-
-    def _boot(
-        self, command: str, env: Mapping[str, str] | None = None, tmp_bytes: int | None = None, address: str = ""
-    ) -> Node:
-        self._count += 1
-        node = Node(f"node-{self._count}", f"127.0.0.{self._count}")
-        options = [f"--dashboard-agent-listen-port={unused_port()}"]
-        if not self.nodes:  # a short path: sockets are in there
-            options += [f"--temp-dir={self._base}/ray", f"--ray-client-server-port={unused_port()}"]
-        with (self._base / f"{node.name}.log").open("wb") as log:
-            node.started = subprocess.Popen(
-                ["bash", "-c", f"{command} & wait $!"],
-                env=self._env | dict(env or {}) | {"ADDRESS": node.address, "MORE": " ".join(options)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._base,
-            )
-        node.init = node.started.pid
-        self.nodes.append(node)
-        return node
-
-    def kill(self, node: Node) -> None:
-        while left := [process for process in node.processes() if process.status() != psutil.STATUS_ZOMBIE]:
-            for process in left:
-                with suppress(psutil.Error):
-                    process.kill()
-        assert node.started
-        node.started.kill()
-        node.started.wait(timeout=60)
-
-    def files(self, folder: str = "") -> Path:
-        return self.shared / folder
-
-    def output(self, job: Job) -> str:
-        logs = self._base.glob(f"ray/session_2*/logs/job-driver-{job.name}.log")
-        return "".join(path.read_text(errors="replace") for path in logs)
-
-    def stop(self) -> None:
-        for node in self.nodes:
-            if node.is_alive:
-                self.kill(node)
-        shutil.rmtree(self._base, ignore_errors=True)
-
-    def _entered(self, command: Sequence[str]) -> list[str]:
-        return list(command)
 
 
 def _only_child(parent: int) -> int:

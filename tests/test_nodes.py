@@ -16,7 +16,7 @@ import pytest
 from cpt_ray.cluster import unused_port
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from jobs.benchmarks.faults import compare
-from tests.nodes import QUICK_DEATHS, Job, Node, Nodes, OneMachineNodes, missing
+from tests.nodes import QUICK_DEATHS, Job, Node, Nodes, missing
 
 RUN_FILE = "tests/toy/run.yaml"
 SETTINGS = (
@@ -26,13 +26,15 @@ SETTINGS = (
 )
 NUM_STEPS, SAVED_EVERY = 25, 5
 KEY = "a-test-key"
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head without CPUs and three workers of one CPU."""
-    with (OneMachineNodes if missing() else Nodes)(env=QUICK_DEATHS) as cluster:
+    if why := missing():
+        pytest.skip(why)
+    with Nodes(env=QUICK_DEATHS) as cluster:
         cluster.add(3)
         yield cluster
 
@@ -147,7 +149,9 @@ def test_a_second_server_takes_over_and_the_first_ones_job_ends(nodes: Nodes) ->
     first = submit(nodes, "serve", "serve.host=0.0.0.0", f"serve.port={port}")
     until(answers, first)
     second = submit(nodes, "serve", "serve.host=0.0.0.0", f"serve.port={port}")
-    assert "has taken over" in finished(first)
+    output = finished(first)
+    assert "has taken over" in output
+    assert f"serving      toy at http://{nodes.head.address}:{port}/toy\n" in output
     assert second.is_running
     assert answers()
     nodes.stop_job(second)

@@ -19,6 +19,7 @@ from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError
 from cpt_ray.grids import GradedAnswer, LevelNames, missing_levels
 from cpt_ray.prompts import check_leakage, read_prompts
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.rubrics.rubric import Rubric, check_rubric_names, load_rubric, load_rubrics
 from cpt_ray.tables.by_hash import fraction, shuffled
 from cpt_ray.tables.records import CONTROL, Prompt, Reject, Unit, content_id, joined
@@ -56,6 +57,8 @@ def make_plan(config: RunConfig) -> Plan:
     check_rubric_names("synthesis.combine", itertools.chain.from_iterable(config.synthesis.combine), plan.by_id)
     check_leakage(plan.prompts)
     read_judge_check(config)  # now: it is used hours later, and must not fail then
+    if not config.serve.adapters:  # which have rubrics of their own
+        Catalog.of_levels(rubrics).with_saved(config.serve.configurations)
     return plan
 
 
@@ -63,8 +66,7 @@ def read_judge_check(config: RunConfig) -> Rubric | None:
     """The rubric that the judge is tried on, if one is wanted; UserError if nothing in it can tell right from wrong."""
     if config.evaluate.judge_check is None:
         return None
-    path = Path(config.evaluate.judge_check)
-    rubric = load_rubric(path)
+    rubric = load_rubric(path := Path(config.evaluate.judge_check))
     if not (rubric.measured and rubric.judged):
         raise UserError(f"{path}: no measure to compare the judge with; give it a judged and a measured criterion")
     return rubric

@@ -220,6 +220,7 @@ def test_launching_nodes_that_hold_none_of_what_is_waited_for_are_no_progress(cl
         (OutOfMemoryError("the node is low on memory"), "out of memory; lower x (the node is low on memory)"),
         (RuntimeEnvSetupError("in pip\nError: no numpy==9"), "the job's runtime environment could not be set up on a "),
         (ActorUnschedulableError("the node is gone"), "no node can hold an actor any more ("),
+        (ActorUnschedulableError("worker startup repeatedly failed"), "a node could not start a process, overloaded"),
         (NodeDiedError("Node Id: ab"), "a node died (Node Id: ab)"),
         (RayActorError(), "an actor died, killed from outside or out of memory; lower x ("),
         (ExecutionTimeoutError("nothing moved"), "ExecutionTimeoutError: nothing moved"),

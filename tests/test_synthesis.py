@@ -568,6 +568,14 @@ def test_a_rubric_that_cannot_check_the_judge_is_named_before_anything_starts(tm
         make_run(tmp_path, f"evaluate.judge_check={tmp_path / 'gone.yaml'}")
 
 
+def test_a_saved_configuration_that_no_rubric_has_is_named_before_anything_starts(tmp_path: Path) -> None:
+    make_run(tmp_path, "serve.configurations={poet: {ornament: high}, plain: {ornament: 10}}")
+    with pytest.raises(UserError, match=r"serve\.configurations\.poet: configuration\.ornament: no level 'hihg'"):
+        make_run(tmp_path, "serve.configurations={poet: {ornament: hihg}}")
+    with pytest.raises(UserError, match=r"serve\.configurations\.poet: configuration: no rubric 'ornamant'"):
+        make_run(tmp_path, "serve.configurations={poet: {ornamant: high}}")
+
+
 def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:
     plan, _ = make_run(tmp_path)
     leaked = plan.prompts_of("held_out")[0].text.upper().strip(".") + "!"

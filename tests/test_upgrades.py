@@ -77,7 +77,7 @@ def names(path: Path) -> dict[str, set[str]]:
     return {"train": {mark["key"]}} | {stage: set(run.names(table)) for stage, table in MADE_BY.items()}
 
 
-@pytest.mark.parametrize(("overrides", "stages"), CHANGES, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("overrides", "stages"), CHANGES, ids=[" ".join(overrides) for overrides, _ in CHANGES])
 def test_a_change_in_a_run_that_was_moved_does_again_what_depends_on_it(
     overrides: list[str], stages: set[str], folder: Path, tmp_path: Path
 ) -> None:

@@ -218,6 +218,8 @@ def explained(error: BaseException, less_memory: str = "") -> str:
             return f"out of memory{lower} ({text})"
         case "RuntimeEnvSetupError":
             return f"the job's runtime environment could not be set up on a node ({_last_words(cause)})"
+        case "ActorUnschedulableError" if "startup repeatedly failed" in text:
+            return f"a node could not start a process, overloaded or without this Python; see its raylet.err ({text})"
         case "ActorUnschedulableError" | "TaskUnschedulableError":
             return f"no node can hold an actor any more ({text})"
         case "NodeDiedError":

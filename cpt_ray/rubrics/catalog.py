@@ -97,6 +97,11 @@ class Catalog:
                 texts.setdefault((directive.rubric_id, directive.level), directive)
         return cls(tuple(_entry(rubric, texts) for rubric in rubrics))
 
+    @classmethod
+    def of_levels(cls, rubrics: Sequence[Rubric]) -> Self:
+        """Without directives: what configurations can be checked against before there are any."""
+        return cls(tuple(_entry(rubric, None) for rubric in rubrics))
+
     def resolve(self, configuration: Any) -> ResolvedConfiguration:
         """The directive for a client's configuration or a saved one's name; UserError, in one line, for neither."""
         if isinstance(configuration, str):
@@ -160,17 +165,14 @@ class Catalog:
             raise UserError(f"{CATALOG_FILE}: written by another version; train the model again") from error
 
 
-def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive]) -> CatalogRubric:
+def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive] | None) -> CatalogRubric:
     levels = []
     for level in rubric.levels:
-        directive = texts.get((rubric.id, level.name))
-        if directive is None:
+        directive = texts.get((rubric.id, level.name)) if texts is not None else None
+        if texts is not None and directive is None:
             raise UserError(f"rubric {rubric.id}: level {level.name!r} has no train directive; synthesize again")
-        levels.append(
-            CatalogLevel(
-                name=level.name, score=level.score, directive=directive.text, directive_id=directive.directive_id
-            )
-        )
+        text, directive_id = (directive.text, directive.directive_id) if directive else ("", "")
+        levels.append(CatalogLevel(name=level.name, score=level.score, directive=text, directive_id=directive_id))
     return CatalogRubric(
         id=rubric.id, title=rubric.title, version=rubric.version, objective=rubric.objective, levels=tuple(levels)
     )

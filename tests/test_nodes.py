@@ -151,7 +151,7 @@ def test_a_second_server_takes_over_and_the_first_ones_job_ends(nodes: Nodes) ->
     second = submit(nodes, "serve", "serve.host=0.0.0.0", f"serve.port={port}")
     output = finished(first)
     assert "has taken over" in output
-    assert f"serving      toy at http://{nodes.head.address}:{port}/toy\n" in output
+    assert f"serving      toy at http://{nodes.head.address}:{port}/toy (`ray job stop` stops it)\n" in output
     assert second.is_running
     assert answers()
     nodes.stop_job(second)

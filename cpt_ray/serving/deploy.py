@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from cpt_ray.cluster import ON_HEAD, head_address, on_head, starts_own_cluster
-from cpt_ray.config import RunConfig
+from cpt_ray.config import JOB_ENV, RunConfig
 from cpt_ray.console import progress, say
 from cpt_ray.engines.waiting import Pulse, Waiting
 from cpt_ray.errors import UserError
@@ -333,7 +334,8 @@ def _print_examples(
     messages = json.dumps([{"role": "user", "content": EXAMPLE_PROMPT}])
     if new_key:
         say(f"API key (made for this server, shown only here): {new_key}\n  export {KEY_VARIABLE}={new_key}")
-    say(f"""serving      {name} at {url}{" (Ctrl-C stops it)" if block else ""}
+    how = "`ray job stop`" if JOB_ENV in os.environ else "Ctrl-C"
+    say(f"""serving      {name} at {url}{f" ({how} stops it)" if block else ""}
 playground   {url}{PAGE_PATHS[1]}
 
 curl {url}/v1/chat/completions -H "Authorization: Bearer ${KEY_VARIABLE}" -H "Content-Type: application/json" \\

@@ -100,7 +100,9 @@ class Catalog:
     @classmethod
     def of_levels(cls, rubrics: Sequence[Rubric]) -> Self:
         """Without directives: what configurations can be checked against before there are any."""
-        return cls(tuple(_entry(rubric, None) for rubric in rubrics))
+        empty = {"directive_id": "", "text": "", "split": "train", "source": ""}
+        levels = [(rubric.id, level.name) for rubric in rubrics for level in rubric.levels]
+        return cls.build(rubrics, [Directive(rubric_id=rubric, level=level, **empty) for rubric, level in levels])
 
     def resolve(self, configuration: Any) -> ResolvedConfiguration:
         """The directive for a client's configuration or a saved one's name; UserError, in one line, for neither."""
@@ -165,14 +167,17 @@ class Catalog:
             raise UserError(f"{CATALOG_FILE}: written by another version; train the model again") from error
 
 
-def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive] | None) -> CatalogRubric:
+def _entry(rubric: Rubric, texts: Mapping[tuple[str, str], Directive]) -> CatalogRubric:
     levels = []
     for level in rubric.levels:
-        directive = texts.get((rubric.id, level.name)) if texts is not None else None
-        if texts is not None and directive is None:
+        directive = texts.get((rubric.id, level.name))
+        if directive is None:
             raise UserError(f"rubric {rubric.id}: level {level.name!r} has no train directive; synthesize again")
-        text, directive_id = (directive.text, directive.directive_id) if directive else ("", "")
-        levels.append(CatalogLevel(name=level.name, score=level.score, directive=text, directive_id=directive_id))
+        levels.append(
+            CatalogLevel(
+                name=level.name, score=level.score, directive=directive.text, directive_id=directive.directive_id
+            )
+        )
     return CatalogRubric(
         id=rubric.id, title=rubric.title, version=rubric.version, objective=rubric.objective, levels=tuple(levels)
     )

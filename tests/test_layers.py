@@ -20,6 +20,7 @@ RANKS = [
     ("steering", "synthesis", "evaluation", "training"),
     ("judging",),
     ("plan",),
+    ("units",),
     ("logprobs",),
     ("engines",),
     ("capacity",),

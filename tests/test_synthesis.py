@@ -30,12 +30,13 @@ from cpt_ray.engines.worker import MAX_DEATHS, Attempts, endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.stage import AnswerStep, GradeTrialsStep, evaluate, update_report
 from cpt_ray.judging.judge import JudgeStep
-from cpt_ray.plan import Plan, Shards, control_directive, make_plan, plan_units
+from cpt_ray.plan import Plan, Shards, make_plan, plan_units
 from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis.stage import Steps, name_shards, synthesize
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.tables.rundir import REPORT_FILE, STEERING_RESULTS_FILE, RunDir
 from cpt_ray.tables.shard import ShardName
+from cpt_ray.units import control_directive
 from tests.builders import LEVELS, make_generation, make_grade, make_rubric, rubric_dict
 from tests.tiny_model import make_tiny_model
 

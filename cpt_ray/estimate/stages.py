@@ -24,7 +24,7 @@ from cpt_ray.evaluation.stage import evaluated_prompts, prompts_per_shard, trial
 from cpt_ray.judging.judge import first_judge
 from cpt_ray.judging.judge_check import num_checked
 from cpt_ray.judging.spread import surveyed_shards
-from cpt_ray.plan import Plan, Shards, Units, plan_units, read_judge_check, writer_units
+from cpt_ray.plan import Plan, Shards, plan_units, read_judge_check, writer_units
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.direct import num_held_out
 from cpt_ray.synthesis.pair_steps import PAIRING
@@ -32,6 +32,7 @@ from cpt_ray.synthesis.stage import Steps, finished_synthesis, name_shards
 from cpt_ray.synthesis.write import WriteStep
 from cpt_ray.tables.records import Prompt, Unit
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, RESULTS_FILE, RunDir
+from cpt_ray.units import Units
 
 DIRECTIVE = "Use plain, everyday words and short sentences, as if you talked to a friend who has little time."
 """In the place of those that the director has yet to write."""

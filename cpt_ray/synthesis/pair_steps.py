@@ -11,13 +11,14 @@ from cpt_ray.config import PAIR_SETTINGS, ModelConfig, Range, SynthesisConfig
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.judging.judge import Gradings
-from cpt_ray.plan import PairInputs, Pass, Rubrics, Units
+from cpt_ray.plan import PairInputs, Pass, Rubrics
 from cpt_ray.synthesis.duplicates import NearDuplicates
 from cpt_ray.synthesis.levels import level_counts, score_counts
 from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import Directive, Generation, Grade, Reject, Unit
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
+from cpt_ray.units import Units
 
 REPEATS_FORMAT = 3
 """Goes up when a row of `repeats` means something else than before."""

@@ -17,7 +17,6 @@ from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grids import GradedAnswer, Grid, GridMaker, LevelNames, Shifts, levels_by_rubric
 from cpt_ray.judging.judge import Grades
-from cpt_ray.plan import cell_id_of, control_directive
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.rubric import Rubric
@@ -35,6 +34,7 @@ from cpt_ray.tables.records import (
     parts_of,
 )
 from cpt_ray.texts import same_text
+from cpt_ray.units import cell_id_of, control_directive
 
 CONTROL_LEVEL: LevelNames = (CONTROL,)
 

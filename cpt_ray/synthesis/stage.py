@@ -24,7 +24,7 @@ from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, first_judge
 from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
-from cpt_ray.plan import PairInputs, Pass, Plan, Shards, Units, plan_units, run_info, writer_units
+from cpt_ray.plan import PairInputs, Pass, Plan, Shards, plan_units, run_info, writer_units
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
 from cpt_ray.synthesis.levels import level_lines
@@ -33,6 +33,7 @@ from cpt_ray.synthesis.write import NextPassStep, WriteStep
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import JUDGES_FILE, RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
+from cpt_ray.units import Units
 
 
 def name_shards(plan: Plan, units: Mapping[str, Units]) -> Shards:

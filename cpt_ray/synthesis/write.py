@@ -12,11 +12,12 @@ from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
 from cpt_ray.grids import answers_of, levels_by_rubric
 from cpt_ray.judging.spread import Spread
-from cpt_ray.plan import Pass, Rubrics, WriterUnits, cell_id_of, control_directive
+from cpt_ray.plan import Pass, Rubrics
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit, parts_of
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName, rejects_of
+from cpt_ray.units import WriterUnits, cell_id_of, control_directive
 
 
 @dataclass(frozen=True, kw_only=True)

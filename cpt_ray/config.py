@@ -162,7 +162,9 @@ TRAIN_PLACES = {
     *("save_steps", "max_failures", "checkpoints", "report_to"),
 }
 """Keys of `train` that change where a model is trained and kept; all others change the model."""
-PAIR_SETTINGS = {"aggregate", "balance", "combine", "grids", "margin", "max_length_ratio", "neutral_directives"}
+PAIR_SETTINGS = {
+    *("aggregate", "balance", "combine", "grids", "margin", "max_length_ratio", "neutral_directives", "offset"),
+}
 """Keys of `synthesis` that change which pairs are made of given answers and grades."""
 REWARD_SETTINGS = {
     *("kinds", "users", "held_out_rubrics", "choices", "targets", "conflicting"),
@@ -517,6 +519,10 @@ class SynthesisConfig(_Section):
     balance: bool = True
     """Prefer, among the answers at a level, those that differ from the others in this rubric alone, and drop up to half
     of the grids if the remaining differences then cancel out. false: choose by hash."""
+    offset: dict[str, dict[str, float]] = {}
+    """Of a rubric's grids: the mean difference in another rubric that is wanted instead of none, highest level less
+    lowest, in standard deviations. {wording: {length: -1}} is against a model that writes longer when it should write
+    in learned words (crosstalk in the report): its learned answers are then shorter than its plain ones."""
     paraphrases: Annotated[int, Field(ge=2)] = 6
     """Directives wanted per (rubric, level) where the rubric gives none."""
     held_out_directives: Fraction = 0.3
@@ -547,6 +553,14 @@ class SynthesisConfig(_Section):
                 f"first_pass: found {self.first_pass}, but samples, the most in all passes, is {self.samples}; "
                 "raise samples"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offset_is_of_others(self) -> Self:
+        if self.offset and not self.balance:
+            raise ValueError("offset: says what grids are balanced to, but balance is false; leave one of them out")
+        if itself := next((name for name, others in self.offset.items() if name in others), None):
+            raise ValueError(f"offset.{itself}: names itself; give another rubric that it should differ in")
         return self
 
     @property

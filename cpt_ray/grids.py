@@ -116,10 +116,19 @@ class GridMaker:
     """Draws the grids of some prompts, one prompt after the other, and then leaves out those that unbalance them."""
 
     def __init__(
-        self, rubrics: Sequence[Rubric], pools: Mapping[str, Sequence[GradedAnswer]], margin: float, balance: bool
+        self,
+        rubrics: Sequence[Rubric],
+        pools: Mapping[str, Sequence[GradedAnswer]],
+        margin: float,
+        balance: bool,
+        offset: Mapping[str, Mapping[str, float]] | None = None,
     ):
-        """`pools`: prompt id to answers; all of them say in which standard deviations differences are counted."""
-        self._pools, self._margin, self._is_balanced = pools, margin, balance
+        """
+        Args:
+            pools: prompt id to answers; all of them say in which standard deviations differences are counted.
+            offset: by rubric, the mean difference in another one that its grids are balanced to; 0 unless given.
+        """
+        self._pools, self._margin, self._is_balanced, self._offset = pools, margin, balance, offset or {}
         has_length = any(rubric.measures_length for rubric in rubrics)
         self._names = [rubric.id for rubric in rubrics] + ([] if has_length else [LENGTH])
         answers = [answer for pool in pools.values() for answer in pool]
@@ -145,7 +154,7 @@ class GridMaker:
                 taken = {answer.generation.unit_id for answer in answers.values()}
                 free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
         if self._is_balanced:
-            kept = _balanced(drawn)
+            kept = _balanced(drawn, self._offset.get(rubrics[0].id, {}) if len(rubrics) == 1 else {})
             is_kept = set(map(id, kept))
             left_out = (answer for grid in drawn if id(grid) not in is_kept for answer in grid.answers.values())
             self.given_up |= {answer.generation.unit_id for answer in left_out}
@@ -189,12 +198,14 @@ class GridMaker:
     def _cost(
         self, rubric: Rubric, answer: GradedAnswer, side: float, middle: Mapping[str, float], shifts: Shifts
     ) -> float:
-        """Small where an answer is far out on its own rubric and in the prompt's middle on the others."""
+        """Small where an answer is far out on its own rubric and on the others in the prompt's middle, or where the
+        offset wants it."""
         own = self._in_sd(answer.own_score(rubric.id), rubric.id, middle)
         cost = -min(own * side, FAR) if abs(side) == 1 else abs(own - side)
         for name in self._others([rubric]):
-            away = self._in_sd(_value(answer, name), name, middle)
-            cost += away * away / 2 + PUSH * shifts.taken[name] * side * away
+            offset = self._offset.get(rubric.id, {}).get(name, 0.0)
+            away = self._in_sd(_value(answer, name), name, middle) - side * offset / 2
+            cost += away * away / 2 + PUSH * (shifts.taken[name] - offset * shifts.grids) * side * away
         return cost
 
     def _in_sd(self, value: float | None, name: str, middle: Mapping[str, float]) -> float:
@@ -228,8 +239,8 @@ def _add(shifts: Shifts, grid: _DrawnGrid) -> None:
             sums[name] += value
 
 
-def _balanced(grids: Sequence[_DrawnGrid]) -> list[_DrawnGrid]:
-    """Without those that add most to a mean difference beyond BALANCED, until there is none.
+def _balanced(grids: Sequence[_DrawnGrid], offset: Mapping[str, float]) -> list[_DrawnGrid]:
+    """Without those that add most to a mean difference beyond BALANCED of its offset, until there is none.
 
     All of them where more than half would have to go: then the levels themselves differ in more than the rubric.
     """
@@ -237,7 +248,8 @@ def _balanced(grids: Sequence[_DrawnGrid]) -> list[_DrawnGrid]:
     for grid in grids:
         _add(sums, grid)
     while len(kept) > math.ceil(len(grids) / 2):
-        off = {name: total for name, total in sums.taken.items() if abs(total) > BALANCED * len(kept)}
+        gaps = {name: total - offset.get(name, 0.0) * len(kept) for name, total in sums.taken.items()}
+        off = {name: gap for name, gap in gaps.items() if abs(gap) > BALANCED * len(kept)}
         if not off:
             return kept
         worst = max(kept, key=lambda grid: sum(math.copysign(1, off[name]) * grid.taken[name] for name in off))

@@ -48,6 +48,8 @@ def make_plan(config: RunConfig) -> Plan:
     prompts = read_prompts(config.prompts)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
     check_rubric_names("synthesis.combine", itertools.chain.from_iterable(config.synthesis.combine), plan.by_id)
+    for name, others in config.synthesis.offset.items():
+        check_rubric_names("synthesis.offset", (name, *others), plan.by_id)
     check_leakage(plan.prompts)
     read_judge_check(config)  # now: it is used hours later, and must not fail then
     if not config.serve.adapters:  # which have rubrics of their own

@@ -41,12 +41,12 @@ def correlated(prompts: int, per_prompt: int, slope: float, seed: int) -> dict[s
 Pools = dict[str, list[GradedAnswer]]
 
 
-def differences(pools: Pools, balance: bool) -> tuple[list[float], Shifts]:
+def differences(pools: Pools, balance: bool, offset: float = 0.0) -> tuple[list[float], Shifts]:
     """Each grid's difference in the other rubric, high less low, in sd; and what is said of it."""
     answers = [one for pool in pools.values() for one in pool]
     sd = statistics.pstdev(one.scores[OTHER.id] for one in answers)
     scores = {one.generation.unit_id: one.scores[OTHER.id] / sd for one in answers}
-    grids, shifts = GridMaker([OWN, OTHER], pools, MARGIN, balance).draw([OWN], 2)
+    grids, shifts = GridMaker([OWN, OTHER], pools, MARGIN, balance, {OWN.id: {OTHER.id: offset}}).draw([OWN], 2)
     ends = [list(grid.values()) for some in grids.values() for grid in some]
     return [scores[grid[-1].unit_id] - scores[grid[0].unit_id] for grid in ends], shifts
 
@@ -59,6 +59,22 @@ def test_what_is_not_dialled_is_balanced_over_grids_to_a_tenth_of_its_deviation(
         assert abs(statistics.fmean(balanced)) <= BALANCED
         assert statistics.fmean(by_hash) > 0.25
         assert len(balanced) > 0.8 * len(by_hash)
+
+
+@pytest.mark.parametrize("offset", [-1.0, -0.5, 0.5])
+def test_an_offset_is_what_grids_are_balanced_to_instead(offset: float) -> None:
+    for seed in range(3):
+        pools = correlated(prompts=60, per_prompt=12, slope=0.3, seed=seed)
+        shifted, _ = differences(pools, True, offset)
+        assert statistics.fmean(shifted) == pytest.approx(offset, abs=BALANCED)
+        assert len(shifted) > 0.5 * len(differences(pools, True)[0])
+
+
+def test_an_offset_of_one_rubric_leaves_the_grids_of_others_alone() -> None:
+    pools = correlated(prompts=20, per_prompt=12, slope=0.3, seed=3)
+    makers = [GridMaker([OWN, OTHER], pools, MARGIN, True, offset) for offset in ({}, {OWN.id: {OTHER.id: -1.0}})]
+    assert makers[0].draw([OTHER], 2)[0] == makers[1].draw([OTHER], 2)[0]
+    assert makers[0].draw([OWN], 2)[0] != makers[1].draw([OWN], 2)[0]
 
 
 def test_all_grids_are_kept_where_half_of_them_could_not_be_balanced() -> None:
@@ -77,9 +93,12 @@ def test_the_shifts_that_are_reported_are_those_of_the_grids() -> None:
         assert shifts.offered[OTHER.id] / shifts.grids > 0.5
 
 
-def drawn(rubrics: list[Rubric], pool: list[GradedAnswer], most: int, balance: bool = True) -> list[Grid]:
+def drawn(
+    rubrics: list[Rubric], pool: list[GradedAnswer], most: int, balance: bool = True, offset: float = 0.0
+) -> list[Grid]:
     """The grids of one prompt."""
-    return GridMaker([OWN, OTHER], {"p": pool}, MARGIN, balance).draw(rubrics, most)[0].get("p", [])
+    maker = GridMaker([OWN, OTHER], {"p": pool}, MARGIN, balance, {OWN.id: {OTHER.id: offset}})
+    return maker.draw(rubrics, most)[0].get("p", [])
 
 
 def test_answers_far_out_on_their_own_rubric_are_taken() -> None:
@@ -113,14 +132,14 @@ def test_a_rubric_called_length_is_balanced_by_its_scores_and_not_by_tokens() ->
 _scores = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=20)
 
 
-@given(_scores, st.integers(1, 4), st.booleans())
+@given(_scores, st.integers(1, 4), st.booleans(), st.floats(-2, 2))
 def test_no_answer_is_in_two_grids_of_a_rubric_and_each_is_at_its_own_level(
-    scores: list[tuple[float, float]], most: int, is_balanced: bool
+    scores: list[tuple[float, float]], most: int, is_balanced: bool, offset: float
 ) -> None:
     pool = [answer("p", at, own, other) for at, (own, other) in enumerate(scores)]
     by_id = {one.generation.unit_id: one for one in pool}
     for rubrics in ([OWN], [OWN, OTHER]):
-        grids = drawn(rubrics, pool, most, is_balanced)
+        grids = drawn(rubrics, pool, most, is_balanced, offset)
         taken = [generation.unit_id for grid in grids for generation in grid.values()]
         assert len(taken) == len(set(taken))
         assert len(grids) <= most

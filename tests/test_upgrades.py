@@ -43,6 +43,7 @@ CHANGES: list[tuple[list[str], set[str]]] = [
     (["synthesis.margin=0.2"], {"write", *JUDGED}),
     (["synthesis.grids=2"], {"write", *JUDGED}),
     (["synthesis.max_length_ratio=2"], {"pair", *TRAINED}),
+    (["synthesis.offset={ornament: {mood: -1}}"], {"pair", *TRAINED}),
 ]
 """Overrides, and the stages that then make something new."""
 

@@ -78,6 +78,8 @@ class PairStep(Step):
     def name_of(inputs: PairInputs, settings: SynthesisConfig) -> str:
         """An output shard's name: depends on what is paired, by which rules, and on how the policy is asked."""
         rules = settings.model_dump(include=PAIR_SETTINGS) | {"format": PAIR_FORMAT, "layout": layout_hash("policy")}
+        if not settings.offset:  # which pairs of earlier versions do not have
+            del rules["offset"]
         made_of = (inputs.generations, inputs.grades, inputs.directives, inputs.repeats, rules)
         return ShardName.parse(inputs.generations[0]).made_of("pair", *made_of)
 

@@ -98,7 +98,8 @@ def pair_answers(
     groups = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
     first = first_grades or {}
     pools = {name: _Pool(rubrics, some, grades, repeats, first) for name, some in of_prompt.items()}
-    maker = GridMaker(rubrics, {name: pool.answers for name, pool in pools.items()}, settings.margin, settings.balance)
+    answers = {name: pool.answers for name, pool in pools.items()}
+    maker = GridMaker(rubrics, answers, settings.margin, settings.balance, settings.offset)
     paired = Paired()
     for group in groups:
         grids, paired.shifts[_rubric_ids(group)] = maker.draw(group, settings.grids)

@@ -35,7 +35,7 @@ from cpt_ray.serving.keys import Keyring, make_key
 from cpt_ray.synthesis.pair_steps import PAIRING
 from cpt_ray.tables.rundir import KEYS_FILE
 from tests.local_cluster import ROOT, LocalCluster
-from tests.test_serving import make_config, make_run
+from tests.served import make_config, make_run
 
 CLUSTERS = ROOT / "jobs" / "clusters"
 LAUNCHED = [ROOT / "cluster.yaml", CLUSTERS / "cluster-gcp.yaml"]

@@ -27,7 +27,7 @@ from cpt_ray.serving.holders import Application, Holder, check_free, is_taken_fr
 from cpt_ray.tables.rundir import CATALOG_FILE, RunDir
 from tests import toy
 from tests.local_cluster import ROOT, LocalCluster
-from tests.test_serving import CATALOG, WAIT_SECONDS, Load, make_config
+from tests.served import CATALOG, WAIT_SECONDS, Load, make_config
 from tests.tiny_model import make_tiny_model
 
 SOMEBODY_ELSES = """

@@ -6,7 +6,6 @@ The tests share one server and run in order: the last ones put newer weights in,
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -17,14 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import which
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -37,11 +35,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_ray.chat.conversations import policy_messages, token_ids
 from cpt_ray.cluster import connected
-from cpt_ray.config import RunConfig, SamplingConfig
+from cpt_ray.config import SamplingConfig
 from cpt_ray.engines.engine import Request
-from cpt_ray.engines.vllm import TIGHT_JSON, VllmEngine
+from cpt_ray.engines.vllm import VllmEngine
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.serving.asgi import MAX_BODY_BYTES
@@ -50,110 +47,42 @@ from cpt_ray.serving.deploy import serve_model
 from cpt_ray.serving.haproxy import serve_env
 from cpt_ray.serving.keys import Keyring, make_key
 from cpt_ray.steering.actors import Embedder
-from cpt_ray.steering.inference import Candidates, make_candidates
-from cpt_ray.steering.policy import VERSION, ConditionalPolicy, SavedForm
+from cpt_ray.steering.policy import ConditionalPolicy, SavedForm
 from cpt_ray.steering.scoring import answer_tokens
-from cpt_ray.tables.rundir import CATALOG_FILE, KEYS_FILE, QUESTIONS_FILE, SPENT_FILE, RunDir
-from tests.builders import make_directives, make_rubric
+from cpt_ray.tables.rundir import KEYS_FILE, RunDir
 from tests.local_cluster import ROOT
-from tests.test_steering_policy import disturbed
-from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
-
-KEY = "a-test-key"
-AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
-CATALOG = Catalog.build([make_rubric()], make_directives())
-HIGH = "Write in the high manner, please (a)."
-USER: list[Any] = [{"role": "user", "content": "Tell me about the sea."}]
-SYSTEM: list[Any] = [{"role": "system", "content": "Be brief."}, *USER]
-TURNS: list[Any] = [*USER, {"role": "assistant", "content": "Blue."}, {"role": "user", "content": "And the hills?"}]
-CHAT = "/v1/chat/completions"
-
-
-def some_port() -> int:
-    """One that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-PAGE_ORIGIN, OTHER_ORIGIN = (f"http://127.0.0.1:{some_port()}" for _ in range(2))
-ONE_GIB = 1 << 30
-WAIT_SECONDS = 400.0
-"""For anything, an engine that starts on a busy machine included; a test that passes waits for far less."""
-TEMPLATES = {
-    "qwen": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
-    "llama": "<|begin|>{% for m in messages %}<|head|>{{ m.role }}<|end_head|>\n\n{{ m.content }}<|eot|>{% endfor %}"
-    "{% if add_generation_prompt %}<|head|>assistant<|end_head|>\n\n{% endif %}",
-    "mistral": "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM]{{ m.content }}[/SYSTEM]"
-    "{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
-    "gemma": "<bos>{% set first = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
-    "{% set first = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}{% endif %}"
-    "{% for m in turns %}<start>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ first if loop.first else '' }}{{ m.content | trim }}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start>model\n{% endif %}",
-    "no-system": "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{{ m.content }}\n{% endfor %}",
-}
-"""Of the shapes of well-known ones; which of them the tiny model uses, a template argument says."""
-ANY_TEMPLATE = (
-    "{% if family is not defined %}"
-    + CHAT_TEMPLATE
-    + "".join(f"{{% elif family == '{name}' %}}{text}" for name, text in TEMPLATES.items())
-    + "{% endif %}"
+from tests.served import (
+    ANY_TEMPLATE,
+    AUTHORIZED,
+    CATALOG,
+    CHAT,
+    HIGH,
+    KEY,
+    OTHER_ORIGIN,
+    PAGE_ORIGIN,
+    SYSTEM,
+    TEMPLATE_KWARGS,
+    TEMPLATES,
+    TURNS,
+    USER,
+    WAIT_SECONDS,
+    Load,
+    begin,
+    expected_ids,
+    make_adapter,
+    make_config,
+    make_run,
+    make_served_candidates,
+    noted,
+    post,
 )
-TEMPLATE_KWARGS = {"shout": True, "enable_thinking": False}
-
-
-def make_config(run: RunDir, **changes: Any) -> RunConfig:
-    engine: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": ONE_GIB // 16}
-    engine["structured_outputs_config"] = TIGHT_JSON  # random weights would write blanks for ever
-    data = {
-        "name": "tiny",
-        "run_dir": str(run.path),
-        "rubrics": ["unused"],
-        "prompts": {"source": "unused"},
-        "writer": {"model": "unused"},
-        "policy": {
-            "model": str(run.path / "base"),
-            "num_cpus": 0.5,
-            "engine": engine,
-            "chat_template_kwargs": TEMPLATE_KWARGS,
-            "sampling": {"temperature": 0},
-        },
-        "serve": {
-            "port": 0,
-            "configurations": {"poet": {"ornament": 88}},
-            "frontend": {
-                "enable_auto_tool_choice": True,
-                "tool_call_parser": "hermes",
-                "allowed_origins": [PAGE_ORIGIN],
-            },
-            **changes,
-        },
-    }
-    return RunConfig.model_validate(data)
-
-
-def make_run(path: Path) -> RunDir:
-    """A run directory as training leaves it, as far as serving reads it."""
-    made = RunDir(path)
-    make_tiny_model(made.model, chat_template=ANY_TEMPLATE)
-    made.write_json(CATALOG_FILE, CATALOG.to_json())
-    known = {"margins": [-4, 0, 4]}
-    asked = [{"prompt": f"Day {at}?", "first": f"High {at}.", "second": f"Low {at}."} | known for at in range(4)]
-    made.write_json(QUESTIONS_FILE, {"key": make_served_candidates(made).key, "questions": asked})
-    return made
+from tests.test_steering_policy import disturbed
+from tests.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return make_run(tmp_path_factory.mktemp("run"))
-
-
-def make_served_candidates(run: RunDir) -> Candidates:
-    policy = make_config(run).policy.model_copy(update={"model": str(run.model)})
-    return make_candidates(make_config(run), CATALOG, policy)
 
 
 @pytest.fixture(scope="module")
@@ -168,29 +97,6 @@ def url(run: RunDir) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=WAIT_SECONDS)
-
-
-def post(url: str, path: str = CHAT, key: str = KEY, **given: Any) -> httpx.Response:
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    return httpx.post(f"{url}{path}", headers=headers, timeout=WAIT_SECONDS, **given)
-
-
-def noted(run: RunDir, count: int, which: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """So many lines of the access log, which is written after the answer."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        logs = (log.read_text().splitlines() for log in sorted((run.path / "access").iterdir()))
-        found = [line for log in logs for line in map(json.loads, log) if which(line)]
-        if len(found) >= count:
-            return found
-        assert time.monotonic() < deadline, found
-        time.sleep(0.1)
-
-
-def expected_ids(run: RunDir, directive: str | None, messages: Any, **template_kwargs: Any) -> list[int]:
-    """As training and evaluation have them."""
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    return token_ids(tokenizer, policy_messages(directive, messages), TEMPLATE_KWARGS | template_kwargs)
 
 
 # ---------------------------------------------------------------- configurations
@@ -375,6 +281,7 @@ def test_a_keys_tokens_are_counted_and_its_limit_kept(url: str, run: RunDir) -> 
 
 # ---------------------------------------------------------------- any body at all
 
+
 BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 3}', b'{"a":1}', b'"configuration"']
 
 
@@ -440,22 +347,6 @@ CHANGES = st.dictionaries(st.sampled_from(FIELDS), JSON | st.just(1) | st.just([
 def test_random_bodies_are_answered_or_refused_but_never_an_accident(url: str, path: str, changes: Any) -> None:
     body = {"model": "tiny", "messages": USER, "prompt": "The sea", "max_tokens": 2} | changes
     assert post(url, path, content=json.dumps(body)).status_code < 500
-
-
-def begin(url: str, sent: float, name: str) -> socket.socket:
-    """A request for a long answer of which only a part was sent, by a client that reads little at a time."""
-    options = {"model": "tiny", "messages": USER, "max_tokens": 200, "logprobs": True, "top_logprobs": 9}
-    body = json.dumps({**options, "stream": True, "ignore_eos": True}).encode()
-    where = urlsplit(url)
-    headers = {**AUTHORIZED, "Host": str(where.hostname), "X-Request-ID": name}
-    headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    lines = [f"POST {where.path}{CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-    request = "\r\n".join(lines).encode() + body
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.connect((where.hostname, where.port))
-    client.sendall(request[: int(sent * len(request))])
-    return client
 
 
 @pytest.mark.parametrize("sent", [0.1, 0.9, 1.0], ids=["half a head", "half a body", "answer unread"])
@@ -695,50 +586,6 @@ def test_picks_on_the_page_move_the_dial_and_change_the_answer(url: str, browser
 # ---------------------------------------------------------------- faults and newer weights
 
 
-class Load:
-    """Clients that ask again and again, each waiting for its answer, and what they were told."""
-
-    def __init__(self, url: str, clients: int, key: str = KEY):
-        self.answers: list[tuple[float, int, str]] = []
-        """(when it was asked, status, text); the status is 0 if the connection ended without an answer."""
-        self._url, self._key, self._stop = url, key, threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
-
-    def _ask(self) -> None:
-        body = {"model": "cpt:poet", "messages": USER, "max_tokens": 16, "temperature": 0}
-        while not self._stop.is_set():
-            asked = time.monotonic()
-            try:
-                content = self._late(json.dumps({**body, "ignore_eos": True}).encode())
-                answer = post(self._url, content=content, key=self._key)
-                self.answers.append((asked, answer.status_code, answer.text))
-            except httpx.HTTPError as error:
-                self.answers.append((asked, 0, repr(error)))
-            self._stop.wait(0.2)  # leaves something of a small machine to what starts
-
-    def _late(self, body: bytes) -> Iterator[bytes]:
-        """In a packet of its own, after that of the headers, as many clients do."""
-        time.sleep(0.05)
-        yield body
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, count: int, since: float = 0.0) -> None:
-        """Until so many answers to what was asked after `since` are good."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while sum(status == 200 and asked > since for asked, status, _ in list(self.answers)) < count:
-            assert time.monotonic() < deadline, self.answers[-3:]
-            time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def takeover(url: str, run: RunDir) -> list[tuple[float, int, str]]:
     """What clients were told while two replicas with newer weights took over, which stay."""
@@ -818,20 +665,6 @@ def test_two_replicas_count_as_one_and_the_death_of_one_fails_only_what_it_was_a
     assert len(failed) <= 4, failed
     assert all(status in (500, 502, 503) for status, _ in failed), failed
     assert set(statuses("poor")) == {403}
-
-
-def make_adapter(run: RunDir, name: str, seed: int) -> Path:
-    """An adapter of random weights on the tiny model, with its catalog, as training leaves it."""
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    options = peft.LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(run.path / "base"), options)
-    model.save_pretrained(run.path / name)
-    RunDir(run.path / name).write_json(CATALOG_FILE, CATALOG.to_json())
-    return run.path / name
 
 
 @pytest.mark.slow
@@ -975,19 +808,6 @@ def test_the_server_ends_an_answer_where_evaluation_does(url: str, run: RunDir) 
     assert scored.status_code == 200
 
 
-OTHER: dict[str, Any] = {"weights": "", "policy": "other", "embedder": "", "size": 8, "mean": [], "deviation": []}
-
-
-@pytest.mark.parametrize("saved", [None, OTHER, OTHER | {"version": VERSION}])
-def test_steering_that_was_not_fitted_for_the_model_is_said(tmp_path: Path, run: RunDir, saved: Any) -> None:
-    made = RunDir(tmp_path)
-    made.write_json(CATALOG_FILE, CATALOG.to_json())
-    if saved:
-        made.write_json(SavedForm.file("gated_lora"), saved)
-    with pytest.raises(UserError, match=r"^serve.preferences: .*run `cpt steer fit`"):
-        serve_model(make_config(made, preferences="gated_lora"), made, KEY, block=False, model=run.model)
-
-
 # ---------------------------------------------------------------- what keeps it from starting
 
 
@@ -999,75 +819,3 @@ def test_a_taken_port_is_said_before_anything_starts(url: str, run: RunDir, monk
             serve_model(make_config(run, port=port), run, KEY, block=False)
     where = f"127.0.0.1:{port} (Address already in use)"
     assert str(raised.value) == f"cannot listen on {where}; try another, as with serve.port={port + 1}"
-
-
-@pytest.mark.parametrize(("left_out", "named"), [("model", "model: no model here"), (CATALOG_FILE, "not there")])
-def test_a_run_that_was_not_trained_is_told_what_to_do(tmp_path: Path, left_out: str, named: str) -> None:
-    made = RunDir(tmp_path)
-    steps: dict[str, Callable[[], Any]] = {
-        "model": lambda: made.write_json("model/config.json", {}),
-        CATALOG_FILE: lambda: made.write_json(CATALOG_FILE, CATALOG.to_json()),
-    }
-    steps.pop(left_out)
-    for step in steps.values():
-        step()
-    with pytest.raises(UserError, match=rf"{named}.*; run `cpt train RUN_FILE` first"):
-        serve_model(make_config(made), made, KEY, block=False)
-
-
-@contextlib.contextmanager
-def no_ray() -> Iterator[None]:
-    pytest.fail("Ray was started")
-    yield
-
-
-def test_what_can_be_checked_without_ray_is_said_before_it_starts(
-    tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cpt_ray.serving.deploy.starts_own_cluster", lambda: True)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        config = make_config(run, port=taken.getsockname()[1])
-        with pytest.raises(UserError, match=r"^cannot listen on"):
-            serve_model(config, run, KEY, connecting=no_ray())
-    with pytest.raises(UserError, match="no model here"):
-        serve_model(make_config(run), RunDir(tmp_path), KEY, connecting=no_ray())
-    assert list(tmp_path.iterdir()) == []
-    no_system = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match="its chat template drops the content of the system message"):
-        serve_model(make_config(run, frontend={"chat_template": no_system}), run, KEY, connecting=no_ray())
-    monkeypatch.delenv("CPT_API_KEY", raising=False)
-    made = RunDir(tmp_path)
-    made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match="there is no open key"):
-        serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_an_open_network_without_a_key_is_refused(
-    tmp_path: Path, run: RunDir, host: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CPT_API_KEY", raising=False)
-    made = RunDir(tmp_path)
-    made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match=rf"{host} is open to the network and there is no open key; .* --insecure"):
-        serve_model(make_config(made, host=host), made, None, block=False, model=run.model)
-
-
-@pytest.mark.parametrize("end", ["revoked", "expired", "spent"])
-def test_a_key_that_opens_nothing_is_none(
-    tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    monkeypatch.delenv("CPT_API_KEY", raising=False)
-    made, keyring = RunDir(tmp_path), Keyring(tmp_path / "keys.json")
-    key, _ = make_key("bob", days=1, budget=30)
-    keyring.add(replace(key, revoked=end == "revoked", expires=1.0 if end == "expired" else None))
-    made.write_json(SPENT_FILE, {"bob": 30 if end == "spent" else 29})
-    made.write_json(CATALOG_FILE, CATALOG.to_json())
-    with pytest.raises(UserError, match="there is no open key"):
-        serve_model(make_config(made, host="0.0.0.0"), made, None, model=run.model, connecting=no_ray())
-    assert keyring.keys[0].describe(30 if end == "spent" else 29).startswith(end)
-
-
-def test_a_saved_configuration_that_cannot_be_is_said(run: RunDir) -> None:
-    with pytest.raises(UserError, match=r"serve.configurations.a: configuration: no rubric 'b' .known: ornament"):
-        serve_model(make_config(run, configurations={"a": {"b": 1}, "c": {}}), run, KEY, block=False)

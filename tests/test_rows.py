@@ -14,7 +14,7 @@ from cpt_ray.training.metrics import held_out_metrics
 from cpt_ray.training.pairs import end_pairs
 from cpt_ray.training.row_making import make_rows
 from tests.builders import make_directives, make_generation, make_grade, make_rubric
-from tests.test_training import make_tokens
+from tests.trainings import make_tokens
 
 LENGTHS = {"high": 4, "low": 2}
 

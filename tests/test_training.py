@@ -12,131 +12,45 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray import cloudpickle
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from cpt_ray.chat.conversations import token_ids
 from cpt_ray.cli import main
-from cpt_ray.cluster import connected, unused_port
-from cpt_ray.config import LoraConfig, RunConfig, TrainConfig
+from cpt_ray.cluster import connected
 from cpt_ray.errors import UserError
 from cpt_ray.logprobs.reference import add_reference
-from cpt_ray.logprobs.rows import Tokeniser, rows_path, sequence_ids, write_rows
-from cpt_ray.tables.records import Message, Pair, ReferenceLogProb, Reject, content_id
-from cpt_ray.tables.rundir import CATALOG_FILE, MODEL_INFO_FILE, TRAIN_PROGRESS_FILE, RunDir
+from cpt_ray.logprobs.rows import Tokeniser, sequence_ids
+from cpt_ray.tables.records import ReferenceLogProb, Reject
+from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from cpt_ray.training import stage as training
-from cpt_ray.training.checks import peft_config
-from cpt_ray.training.export import export
-from cpt_ray.training.pairs import TokenPair, own_pairs, select_pairs
+from cpt_ray.training.pairs import own_pairs
 from cpt_ray.training.row_making import make_rows
-from cpt_ray.training.stage import train, training_notes
-from cpt_ray.training.steps import rate_share
-from cpt_ray.training.worker import check_finite, check_first_loss, work
-from tests.local_cluster import RAY, ROOT
+from cpt_ray.training.stage import train
+from cpt_ray.training.worker import work
+from tests.local_cluster import ROOT
 from tests.tiny_model import make_tiny_model
-
-NUM_PAIRS = 92
-NUM_HELD_OUT = 8
-NUM_STEPS = 20
-LONG = " very" * 600
-TRAIN: dict[str, Any] = {
-    "num_workers": 2,
-    "batch_size": 8,
-    "micro_batch_size": 2,
-    "learning_rate": 1e-2,
-    "epochs": 2,
-    "max_length": 400,
-    "dtype": "float32",
-    "save_steps": 4,
-}
-
-
-def make_twins(cell: str, long: str = "") -> list[Pair]:
-    """A pair and its twin; `long` lengthens the high answer and with it both rows."""
-    answers = {"high": f"A high answer to {cell}, rich in words.{long}", "low": f"A low answer to {cell}, plain."}
-    made = []
-    for level, other in (("high", "low"), ("low", "high")):
-        made.append(
-            Pair(
-                pair_id=content_id(cell, level),
-                twin_id=content_id(cell, other),
-                cell_id=cell,
-                prompt_id=cell,
-                rubric_id="ornament",
-                level=level,
-                rejected_level=other,
-                directive_id=level,
-                prompt=[
-                    Message(role="system", content=f"Write in the {level} manner, please."),
-                    Message(role="user", content=f"Tell me about {cell}."),
-                ],
-                chosen=[Message(role="assistant", content=answers[level])],
-                rejected=[Message(role="assistant", content=answers[other])],
-                chosen_score=90,
-                rejected_score=10,
-                chosen_is_cut=False,
-                rejected_is_cut=False,
-            )
-        )
-    return made
-
-
-def make_config(policy: Path, template_kwargs: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
-    role = {"model": str(policy), "chat_template_kwargs": template_kwargs or {}}
-    return RunConfig.model_validate(
-        {
-            "name": "test",
-            "rubrics": ["rubrics"],
-            "prompts": {"source": "prompts.jsonl"},
-            "writer": role,
-            "policy": role,
-            "train": TRAIN | settings,
-        }
-    )
-
-
-def make_tokens(cell: str, lengths: tuple[int, int, int] = (5, 5, 5), **changes: Any) -> list[TokenPair]:
-    """`make_twins` as token pairs of the given lengths of prompt, chosen and rejected."""
-    ids = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ((0,) * one for one in lengths), strict=True))
-    names = ("pair_id", "twin_id", "cell_id", "prompt_id", "rubric_id", "level", "rejected_level")
-    return [TokenPair(**{name: getattr(one, name) for name in names}, **ids | changes) for one in make_twins(cell)]
-
-
-def make_run(path: Path, like: RunDir | None = None) -> RunDir:
-    """A run directory with NUM_PAIRS pairs that fit, a pair (and its twin) that does not, another's reference table."""
-    run = RunDir(path)
-    if like:
-        shutil.copytree(like.path / "reference", path / "reference")
-    fitting = [pair for at in range(NUM_PAIRS // 2) for pair in make_twins(f"town {at}")]
-    run.write("pairs", "a-0", fitting[:40] + make_twins("the sea", LONG))
-    run.write("pairs", "b-0", fitting[40:])
-    return run
-
-
-def adapter_weights(run: RunDir) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(run.adapter / "adapter_model.safetensors"))
-
-
-@contextmanager
-def stdout_to(path: Path) -> Iterator[None]:
-    """Sends file descriptor 1 to a file, and Python's sys.stdout with it."""
-    kept = os.dup(1)
-    with path.open("w") as file, redirect_stdout(file):
-        os.dup2(file.fileno(), 1)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
+from tests.trainings import (
+    NUM_HELD_OUT,
+    NUM_PAIRS,
+    NUM_STEPS,
+    ROWS,
+    another_node,
+    assert_same_training,
+    make_config,
+    make_run,
+    make_twins,
+    run_file,
+    samples,
+    stdout_to,
+    wait_for_slots,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +79,6 @@ def work_with_a_log(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
     trl_trainer.collate, trl_trainer.GridTrainer.compute_loss = collate, compute_loss
     return work(settings)
-
-
-def samples(run: RunDir) -> dict[int, list[str]]:
-    """The rows of each step, as the last worker group that took it ran them."""
-    steps: dict[int, dict[int, list[str]]] = {}
-    for line in (run.path / "samples.jsonl").read_text().splitlines():
-        one = json.loads(line)
-        steps.setdefault(one["step"], {}).setdefault(one["group"], []).extend(one["names"])
-    return {step: sorted(list(groups.values())[-1]) for step, groups in steps.items()}
 
 
 @pytest.fixture(scope="module")
@@ -335,54 +240,6 @@ def test_nothing_but_our_own_lines_is_printed(trained: tuple[RunDir, dict[str, A
     assert [one for one in stderr if "core_worker.cc" not in one] == []  # Ray Data's actors cannot be restarted
 
 
-@contextmanager
-def another_node() -> Iterator[subprocess.Popen[bytes]]:
-    """A node with a slot for one worker that joins the cluster; terminated at the end, if not before."""
-    command = [str(RAY), "start", "--block", "--num-cpus=1", '--resources={"slot": 1}', "--disable-usage-stats"]
-    command += [f"--address={ray.get_runtime_context().gcs_address}", f"--dashboard-agent-listen-port={unused_port()}"]
-    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield node
-    finally:
-        node.terminate()
-        node.wait(timeout=30)
-
-
-def wait_for_slots(count: int) -> None:
-    """Until the cluster has so many, and Ray Train knows."""
-    deadline = time.monotonic() + 60
-    while ray.cluster_resources().get("slot", 0) != count:
-        assert time.monotonic() < deadline, f"{ray.cluster_resources()}, {count} slots wanted"
-        time.sleep(0.1)
-    ray.get(get_or_create_autoscaling_coordinator()._tick.remote())  # else it looks every 20 seconds
-
-
-def wait_for_step(run: RunDir, step: int, other_than: int = 0) -> dict[str, Any]:
-    """What the training reports once it has done so many steps, by another process than the one given."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        state: dict[str, Any] | None = run.read_json(TRAIN_PROGRESS_FILE)
-        if state and state["done"] >= step and state["pid"] != other_than:
-            return state
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached")
-
-
-def assert_same_training(
-    run: RunDir, summary: dict[str, Any], trained: tuple[RunDir, dict[str, Any]], within: float
-) -> None:
-    import torch
-
-    undisturbed, expected = trained
-    assert [one["step"] for one in summary["history"]] == [one["step"] for one in expected["history"]]
-    assert [one["loss"] for one in summary["history"]] == pytest.approx(
-        [one["loss"] for one in expected["history"]], abs=within
-    )
-    found, wanted = adapter_weights(run), adapter_weights(undisturbed)
-    assert found.keys() == wanted.keys()
-    assert all(torch.allclose(found[name], wanted[name], atol=within) for name in wanted)
-
-
 @pytest.mark.slow
 def test_a_killed_worker_and_a_lost_node_change_nothing_in_what_is_learned_by_a_sharded_policy(
     trained: tuple[RunDir, dict[str, Any]], policy: Path, tmp_path: Path
@@ -516,20 +373,6 @@ def test_quantised_weights_are_trained_over_and_whole_ones_exported(
 # ---------------------------------------------------------------- trainings that did not go well
 
 
-def run_file(path: Path, policy: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
-    """The run file of a training on a preference set, in the directory beside it."""
-    (path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = {"name": "alone", "run_dir": str(path / "run"), "preferences": {"source": str(path / "set.jsonl")}}
-    train = {"num_workers": 1, "dtype": "float32", "max_length": 400, "gradient_checkpointing": False} | settings
-    (path / "run.yaml").write_text(json.dumps(config | {"policy": {"model": str(policy)}, "train": train}))
-    return path / "run.yaml"
-
-
-ROWS = [
-    {"prompt": f"Tell me about town {at}:", "chosen": f" the sea and {at}", "rejected": " the town"} for at in range(24)
-]
-
-
 def test_a_training_of_one_step_learns(cluster: Path, policy: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -551,108 +394,6 @@ def test_a_training_that_diverged_ends_at_that_step_and_exports_nothing(
     assert re.search(r"error: train: step \d: .* is not a finite number .*diverged; lower train.learning_rate", told)
     assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Callable[[str, float], Path]:
-    """Makes a checkpoint of an adapter whose every B has the given value, on a policy of the given dtype."""
-
-    def make(dtype: str, value: float) -> Path:
-        import torch
-        from peft import get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "policy", dtype=dtype))
-        adapted = get_peft_model(model, peft_config(LoraConfig()))
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.constant_(weight, value)
-        adapted.save_pretrained(tmp_path / "checkpoint")
-        write_rows(RunDir(tmp_path / "run"), "rows", make_rows(make_tokens("a"), 4))
-        return tmp_path / "checkpoint"
-
-    return make
-
-
-def exported(tmp_path: Path, checkpoint: Path) -> dict[str, Any]:
-    run = RunDir(tmp_path / "run")
-    return export(TrainConfig(), run, str(tmp_path / "policy"), str(rows_path(run, "rows")), checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "value", "problem"),
-    [
-        ("float32", 0.0, "the policy's own in 14 of 14 trained tensors: nothing was learned; train longer"),
-        ("bfloat16", 1e-9, r"the policy's own in \d+ of 14 trained tensors: bfloat16 keeps \d% of what was learned"),
-        ("float32", math.nan, r"the merged weights are not finite"),
-        ("float16", 1e6, "not finite|changed by over 10 times"),
-        ("float32", 100.0, "the weights changed by over 10 times their own size"),
-    ],
-)
-def test_weights_that_are_the_policys_or_no_numbers_are_not_exported(
-    checkpoint: Callable[[str, float], Path], tmp_path: Path, dtype: str, value: float, problem: str
-) -> None:
-    made = checkpoint(dtype, value)
-    with pytest.raises(UserError, match=problem):
-        exported(tmp_path, made)
-    assert not (tmp_path / "run" / "model").exists()
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_what_marks_a_model_and_an_adapter_as_complete_is_gone_before_the_first_file_is_replaced(
-    checkpoint: Callable[[str, float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, weights = RunDir(tmp_path / "run"), checkpoint("bfloat16", 0.01)
-    marks = [MODEL_INFO_FILE, f"adapter/{CATALOG_FILE}"]
-    for mark in marks:
-        run.write_json(mark, {})
-
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("cpt_ray.training.export._replacing_folder", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        exported(tmp_path, weights)
-    assert [run.read_json(mark) for mark in marks] == [None, None]
-
-
-def test_what_is_exported_is_measured_against_what_was_learned(
-    checkpoint: Callable[[str, float], Path], tmp_path: Path
-) -> None:
-    made = exported(tmp_path, checkpoint("bfloat16", 0.01))
-    assert (made["dtype"], made["trained"], made["unchanged"]) == ("bfloat16", 14, 0)
-    assert 0.9 < made["kept_share"] < 1.1
-
-
-@pytest.mark.parametrize(
-    ("logs", "problem"),
-    [
-        ({"loss": math.nan, "grad_norm": 1.0}, r"step 1: the loss is not a finite number \(nan\): the policy itself"),
-        (
-            {"loss": 0.6, "grad_norm": math.inf},
-            r"step 1: the gradient is not a finite number \(inf\): training",
-        ),
-        ({"eval_kl": math.nan, "eval_loss": 0.6}, r"step 1: kl held out is not a finite number"),
-        ({"loss": 0.6, "grad_norm": 1e9, "epoch": 1.0}, None),
-    ],
-)
-def test_the_first_number_that_is_not_finite_ends_a_training(logs: dict[str, float], problem: str | None) -> None:
-    with pytest.raises(UserError, match=problem) if problem else nullcontext():
-        check_finite(1, logs)
-
-
-def test_what_went_far_or_was_rounded_away_is_noted() -> None:
-    fine = {"held_out": [{"kl": 0.4, "drift": -0.1}], "first_loss": 0.693, "last_loss": 0.4, "kept_share": 0.97}
-    fine |= {"dtype": "bfloat16", "unchanged": 0, "trained": 14}
-    assert training_notes(fine) == []
-    (far,) = training_notes(fine | {"held_out": [{"kl": 10.2, "drift": 0.1}]})
-    assert "kl 10.2 nats per token" in far
-    assert "lower train.learning_rate" in far
-    unmeasured, risen = training_notes(fine | {"last_loss": 2.0, "held_out": []})
-    assert "no pair is held out" in unmeasured
-    assert "the loss rose from 0.693 to 2.000" in risen
-    (rounded,) = training_notes(fine | {"kept_share": 0.5, "unchanged": 3})
-    assert "bfloat16 keeps 50% of what was learned (3 of 14 tensors are the policy's own)" in rounded
 
 
 def test_a_training_that_has_begun_keeps_its_rows_whatever_the_time(
@@ -691,23 +432,6 @@ def test_a_policy_without_finite_probabilities_is_named_before_it_is_trained(
     assert "the policy gives an answer no finite probability" in capsys.readouterr().err
 
 
-def test_a_token_without_an_embedding_is_named(policy: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(policy, tmp_path / "policy")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    with pytest.raises(UserError, match=r"its tokenizer gives token \d+, but the model has embeddings for 100 tokens"):
-        train(make_config(folder), make_run(tmp_path / "run"), ["a-0"], "key")
-
-
-def test_the_first_step_has_a_rate_and_so_has_the_last() -> None:
-    for num_steps in range(1, 40):
-        for num_warmup in range(num_steps):
-            shares = [rate_share(step, num_steps, num_warmup) for step in range(num_steps)]
-            assert min(shares) > 0
-            assert max(shares) == 1
-            assert shares[:num_warmup] == [(step + 1) / num_warmup for step in range(num_warmup)]
-
-
 def test_wandb_and_mlflow_get_every_number(cluster: Path, policy: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     mlflow = pytest.importorskip("mlflow")
@@ -723,63 +447,6 @@ def test_wandb_and_mlflow_get_every_number(cluster: Path, policy: Path, tmp_path
 
 
 # ---------------------------------------------------------------- before a training
-
-
-@pytest.mark.parametrize("template_kwargs", [{}, {"shout": True}])
-def test_trl_would_train_on_the_same_token_ids(policy: Path, tmp_path: Path, template_kwargs: dict[str, Any]) -> None:
-    import datasets
-    from transformers import AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    pairs, tokenizer = make_twins("the town"), AutoTokenizer.from_pretrained(policy)
-    names = ("prompt", "chosen", "rejected")
-    rows = [
-        {name: [{"role": m.role, "content": m.content} for m in getattr(one, name)] for name in names} for one in pairs
-    ]
-    trainer = DPOTrainer(
-        model=str(policy),
-        args=DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[]),
-        train_dataset=datasets.Dataset.from_list([one | {"chat_template_kwargs": template_kwargs} for one in rows])
-        if template_kwargs
-        else datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    for pair, row in zip(own_pairs(pairs, Tokeniser(tokenizer, template_kwargs)), trainer.train_dataset, strict=True):
-        assert pair.prompt_ids == tuple(row["prompt_ids"])
-        assert (pair.chosen_ids, pair.rejected_ids) == (tuple(row["chosen_ids"]), tuple(row["rejected_ids"]))
-
-
-HEAD = "{% for m in messages %}"
-TAIL = "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        (None, "no chat template"),
-        (
-            HEAD + "{% if m.role != 'system' %}<{{ m.role[0] }}>{{ m.content }}{% endif %}" + TAIL,
-            "drops the content of the system",
-        ),
-        (
-            HEAD + "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TAIL,
-            "refuses a message",
-        ),
-        (HEAD + "<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", "once"),
-    ],
-)
-def test_a_template_that_would_lose_the_directive_is_refused(
-    tmp_path: Path, policy: Path, template: str | None, problem: str
-) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    tokenizer.chat_template = template
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "config.json").write_text((policy / "config.json").read_text())
-    tokenizer.save_pretrained(tmp_path / "policy")
-    with pytest.raises(UserError, match=problem):
-        train(make_config(tmp_path / "policy"), make_run(tmp_path / "run"), ["a-0"], "key")
 
 
 @pytest.mark.parametrize(
@@ -808,52 +475,3 @@ def test_what_cannot_be_trained_is_said_before_any_worker_starts(
 ) -> None:
     with pytest.raises(UserError, match=problem):
         train(make_config(Path(model or policy), **settings), make_run(tmp_path), ["a-0"], "key")
-
-
-def test_a_pairs_table_of_another_schema_is_named_with_its_columns(policy: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    run = make_run(tmp_path)
-    pq.write_table(pa.table({"question": ["?"]}), run.shard("pairs", "a-0"))
-    with pytest.raises(UserError, match=r"a-0.parquet: columns question are not those of Pair \(pair_id, "):
-        train(make_config(policy), run, ["a-0"], "key")
-
-
-def test_twins_stay_together_whichever_of_them_is_too_long() -> None:
-    long = make_tokens("a", (7, 5, 4))[0]
-    pairs = [long, make_tokens("a")[1], *make_tokens("b")]
-    kept, _, rejects = select_pairs(pairs, max_length=11, max_pairs=None, held_out=0, seed=0)
-    assert kept == pairs[2:]
-    assert [one.detail for one in rejects] == [
-        "7 prompt + 5 answer tokens, 11 fit",
-        "5 prompt + 5 answer tokens, 11 fit; its twin has 12",
-    ]
-
-
-def test_max_pairs_takes_whole_twins_by_hash_whatever_the_order() -> None:
-    pairs = [pair for at in range(20) for pair in make_tokens(str(at))]
-    kept, _, rejects = select_pairs(pairs, max_length=10, max_pairs=11, held_out=0, seed=0)
-    again, _, _ = select_pairs(pairs[::-1], max_length=10, max_pairs=11, held_out=0, seed=0)
-    other, _, _ = select_pairs(pairs, max_length=10, max_pairs=11, held_out=0, seed=1)
-    assert len(kept) == 10
-    assert {one.pair_id for one in kept} == {one.twin_id for one in kept} == {one.pair_id for one in again}
-    assert {one.pair_id for one in kept} != {one.pair_id for one in other}
-    assert {one.reason for one in rejects} == {"over max_pairs"}
-    assert len(rejects) == 30
-
-
-def test_held_out_are_whole_prompts_a_tenth_at_most_and_every_pair_is_somewhere() -> None:
-    pairs = [pair for at in range(50) for pair in make_tokens(str(at))]
-    kept, held, rejects = select_pairs(pairs, max_length=10, max_pairs=80, held_out=200, seed=0)
-    assert (len(kept), len(held), len(rejects)) == (80, 10, 10)
-    assert not {one.prompt_id for one in kept} & {one.prompt_id for one in held}
-
-
-# ---------------------------------------------------------------- failures
-
-
-def test_a_reference_that_is_not_the_policy_is_an_error_in_float32() -> None:
-    check_first_loss(math.log(2) + 1e-6, make_config(Path("x")).train)
-    with pytest.raises(RuntimeError, match="not ln 2"):
-        check_first_loss(0.7, make_config(Path("x")).train)

@@ -11,7 +11,7 @@ from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.evaluation.stage import evaluate
 from cpt_ray.plan import Plan
 from cpt_ray.tables.records import Trial
-from tests.test_synthesis import GIVEN, answer, make_run, synthesized, with_engine
+from tests.fake_runs import GIVEN, answer, make_run, synthesized, with_engine
 from tests.tiny_model import make_tiny_model
 
 TEXTS = {

@@ -20,8 +20,9 @@ from cpt_ray.plan import Plan, make_plan, plan_units, run_info
 from cpt_ray.synthesis.stage import name_shards, synthesize
 from cpt_ray.tables.rundir import RunDir
 from tests import toy
+from tests.builders import LEVELS
+from tests.fake_runs import GIVEN, MOOD, level_in, make_run
 from tests.local_cluster import ROOT
-from tests.test_synthesis import GIVEN, LEVELS, MOOD, level_in, make_run
 
 TABLES = ("directives", "units", "generations", "grades", "repeats", "pairs", "rejects")
 JUDGED = {"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}

@@ -24,14 +24,14 @@ from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngi
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.pool import LocalRunner, run_lines
 from cpt_ray.engines.step import Line, OpenEngine, Runner, Step
-from cpt_ray.engines.worker import MAX_DEATHS, make_engine
+from cpt_ray.engines.worker import MAX_DEATHS, Attempts, make_engine
 from cpt_ray.errors import UserError
 from cpt_ray.plan import plan_units
 from cpt_ray.synthesis.stage import Steps, name_shards
 from cpt_ray.tables.rundir import RunDir
 from tests import toy
+from tests.fake_runs import GIVEN, answer, make_run
 from tests.local_cluster import ROOT
-from tests.test_synthesis import GIVEN, answer, make_run
 
 ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "CPT_TEST_KEY"}
 """Never asked: it makes an engine that starts at once."""
@@ -195,3 +195,15 @@ def assert_metric(url: str, name: str, tag: str) -> None:
             return
         time.sleep(0.5)
     pytest.fail(f"no {name} with {tag} among {[line for line in lines if 'cpt' in line]}")
+
+
+def test_the_death_of_an_engine_is_forgiven_a_bounded_number_of_times(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    for _ in range(MAX_DEATHS):
+        attempts.begin("write-x", "on write of shard x")
+    attempts.note("write-x", "EngineDiedError: core dumped")
+    expected = r"died 3 times on write of shard x \(the last time: EngineDiedError: core dumped\)"
+    with pytest.raises(UserError, match=expected):
+        attempts.begin("write-x", "on write of shard x")
+    attempts.end("write-x")
+    attempts.begin("write-x", "on write of shard x")

@@ -25,7 +25,7 @@ from cpt_ray.steering.stage import Steering
 from cpt_ray.synthesis.stage import name_shards, synthesize
 from cpt_ray.tables.records import AnswerEmbedding, Unit
 from cpt_ray.tables.rundir import RunDir
-from tests.test_synthesis import GIVEN, answer, make_run, synthesized, with_engine
+from tests.fake_runs import GIVEN, answer, make_run, synthesized, with_engine
 from tests.tiny_model import make_tiny_model
 
 TABLES = ("units", "directives", "generations", "grades", "pairs", "rejects")

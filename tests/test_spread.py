@@ -27,7 +27,7 @@ from cpt_ray.synthesis.stage import spread_of, with_levels
 from cpt_ray.tables.records import Generation, Pair, Unit
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import LEVELS, make_generation, rubric_dict
-from tests.test_synthesis import synthesized
+from tests.fake_runs import synthesized
 
 SCORES = (16.7, 50, 83.3)
 

@@ -1,0 +1,158 @@
+"""Commands say in a line what keeps them from their work, before they start anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpt_ray.cli import main
+from cpt_ray.engines.worker import Attempts, endpoint_key
+from cpt_ray.errors import UserError
+from cpt_ray.plan import make_plan, plan_units
+from cpt_ray.tables.rundir import RunDir
+from tests.builders import rubric_dict
+from tests.fake_runs import make_run
+
+
+def test_a_run_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.locked(), pytest.raises(UserError, match="another process"), RunDir(tmp_path / "run").locked():
+        pass
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="cannot be written"), RunDir(blocked / "run").locked():
+        pass
+
+
+def test_a_rubric_that_cannot_check_the_judge_is_named_before_anything_starts(tmp_path: Path) -> None:
+    measured = str(tmp_path / "measured.yaml")
+    only = rubric_dict()
+    (tmp_path / "measured.yaml").write_text(
+        yaml.safe_dump(only | {"criteria": [only["criteria"][1] | {"weight": 100}]})
+    )
+    with pytest.raises(UserError, match=r"measured\.yaml: no measure to compare the judge with"):
+        make_run(tmp_path, f"evaluate.judge_check={measured}")
+    with pytest.raises(UserError, match=r"gone\.yaml: cannot be read"):
+        make_run(tmp_path, f"evaluate.judge_check={tmp_path / 'gone.yaml'}")
+
+
+def test_a_saved_configuration_that_no_rubric_has_is_named_before_anything_starts(tmp_path: Path) -> None:
+    make_run(tmp_path, "serve.configurations={poet: {ornament: high}, plain: {ornament: 10}}")
+    with pytest.raises(UserError, match=r"serve\.configurations\.poet: configuration\.ornament: no level 'hihg'"):
+        make_run(tmp_path, "serve.configurations={poet: {ornament: hihg}}")
+    with pytest.raises(UserError, match=r"serve\.configurations\.poet: configuration: no rubric 'ornamant'"):
+        make_run(tmp_path, "serve.configurations={poet: {ornamant: high}}")
+
+
+def test_a_held_out_prompt_in_other_letters_fails_the_run(tmp_path: Path) -> None:
+    plan, _ = make_run(tmp_path)
+    leaked = plan.prompts_of("held_out")[0].text.upper().strip(".") + "!"
+    for at in range(50):  # whichever of these is in the other split
+        with (tmp_path / "prompts.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"prompt": leaked + "!" * at}))
+    with pytest.raises(UserError, match="has the same words"):
+        make_plan(plan.config)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpt_ray.tables.files.uuid.uuid4", lambda: uuid.UUID(int=0))
+    plan, run = make_run(tmp_path)
+    name, units = next(iter(plan_units(plan).items()))
+    path = run.shard("units", name)
+    path.parent.mkdir(parents=True)
+    path.with_name(f".{path.name}.{uuid.UUID(int=0).hex}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space"):
+        run.write("units", name, units)
+    assert list(path.parent.iterdir()) == []
+    run.attempts.mkdir(parents=True)
+    (run.attempts / f".write-x.{uuid.UUID(int=0).hex}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"write-x: cannot be written \(No space left on device\); free some space"):
+        Attempts(run.attempts).begin("write-x", "on write of shard x")
+
+
+def test_verbose_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synthesize", "no-such-file.yaml"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["synthesize", "no-such-file.yaml", "--verbose"]) == 1
+    shown = capsys.readouterr().err
+    assert "in read_yaml" in shown
+    assert shown.splitlines()[-1].startswith("error: no-such-file.yaml: cannot be read")
+
+
+def test_a_missing_key_is_noticed_before_anything_starts_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    endpoint = "judge.endpoint={base_url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}"
+    _, run = make_run(tmp_path, endpoint)
+    for command in ("run", "synthesize", "evaluate"):
+        assert main([command, str(tmp_path / "run.yaml"), endpoint]) == 1
+        assert "set the environment variable NO_SUCH_KEY" in capsys.readouterr().err
+    for key in ("sk-one sk-two", "sk-\u00e9", "sk-one\nsk-two"):
+        monkeypatch.setenv("NO_SUCH_KEY", key)
+        assert main(["synthesize", str(tmp_path / "run.yaml"), endpoint]) == 1
+        shown = capsys.readouterr().err
+        assert "the environment variable NO_SUCH_KEY cannot be a key" in shown
+        assert "sk-" not in shown
+    monkeypatch.setenv("NO_SUCH_KEY", " sk-mine\n")
+    judge = make_run(tmp_path, endpoint)[0].config.judge
+    assert (found := endpoint_key(judge))
+    assert found.get_secret_value() == "sk-mine"
+    assert main(["train", str(tmp_path / "run.yaml"), endpoint]) == 1
+    assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
+    assert not run.path.exists()
+
+
+def test_a_run_file_is_checked_without_starting_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, run = make_run(tmp_path)
+    assert main(["check", str(tmp_path / "run.yaml"), str(tmp_path / "rubric.yaml")]) == 0
+    shown = capsys.readouterr()
+    answers = sum(len(list(units)) for units in plan_units(plan).values())
+    assert f"{answers} answers in the first pass" in shown.out + shown.err
+    assert "rubric.yaml: ok (Ornament: 3 levels" in shown.out + shown.err
+    assert not run.path.exists()
+    (tmp_path / "prompts.jsonl").unlink()
+    assert main(["check", str(tmp_path / "run.yaml")]) == 1
+    assert "prompts.jsonl" in capsys.readouterr().err
+
+
+def test_a_judge_that_nothing_asks_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    endpoint = "judge.endpoint={base_url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}"
+    make_run(tmp_path, endpoint, criteria=[rubric_dict()["criteria"][1] | {"weight": 100}])
+    assert main(["evaluate", str(tmp_path / "run.yaml"), endpoint]) == 1
+    assert "nothing is there; run `cpt synthesize`" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_left_ends_a_command_in_one_line(tmp_path: Path) -> None:
+    RunDir(tmp_path).write_text("run.yaml", "name: mine\n")
+    command = [sys.executable, "-m", "cpt_ray", "status", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "stopped: nobody reads the output any more\n")
+
+
+def test_status_needs_only_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 1
+    assert "no run.yaml there that names a run" in capsys.readouterr().err
+    run = RunDir(tmp_path)
+    run.write_text("run.yaml", "name: mine\n")
+    run.add_to_ledger("write", {"rows_in": 5, "rows_out": 4, "rejected": {"cut off": 1}})
+    with run.locked():
+        assert main(["status", str(tmp_path)]) == 0
+    assert "mine: a process is at work on it" in capsys.readouterr().out
+    assert main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "mine: no process is at work on it" in printed
+    assert "rejected: 1 cut off" in printed

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from tests.local_cluster import LocalCluster
+from tests.object_store import BUCKET, ObjectStore, forget_stores, set_environment
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,3 +46,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     started = LocalCluster(tmp_path_factory.mktemp("cluster"))
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3-compatible server, which starts in a second."""
+    started = ObjectStore(tmp_path_factory.mktemp("store") / "log")
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def store(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty folder in the store; this process and its children are set to use it."""
+    set_environment(monkeypatch, object_store.url, tmp_path / "cache")
+    yield f"s3://{BUCKET}/{tmp_path.name}"
+    forget_stores()

@@ -35,9 +35,9 @@ from cpt_ray.steering.scoring import answer_tokens
 from cpt_ray.tables.records import content_id, schema_of
 from cpt_ray.tables.rundir import KEYS_FILE, MODEL_INFO_FILE, SPENT_FILE, TABLES, RunDir
 from tests import toy
+from tests.front import echo
 from tests.golden_files import FOLDER, check, shape, shortened
 from tests.golden_run import Made, make_runs
-from tests.test_app import echo
 from tests.test_steering_inference import KnownPolicy, candidates, catalog, choose
 
 

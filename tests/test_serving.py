@@ -1,4 +1,4 @@
-"""Serving on the real Ray Serve and vLLM, to real clients; the app by itself is tested in test_app.py.
+"""Serving on the real Ray Serve and vLLM, to real clients; the app by itself is tested around a toy (front.py).
 
 The tests share one server and run in order: the last ones put newer weights in, kill a replica, let it go idle.
 """

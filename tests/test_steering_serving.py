@@ -22,7 +22,7 @@ from cpt_ray.serving.preferences import PreferenceStore
 from cpt_ray.steering.choices import Choice, Question
 from cpt_ray.steering.inference import Scorer
 from cpt_ray.tables.rundir import SPENT_FILE
-from tests.test_app import echo
+from tests.front import echo
 from tests.test_steering_inference import GOOD, KnownPolicy, candidates, catalog, choose
 
 PATH = "/v1/preferences"

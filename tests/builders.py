@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive, Generation, Grade
@@ -30,6 +33,12 @@ def rubric_dict(**changes: Any) -> dict[str, Any]:
         ],
     }
     return rubric | changes
+
+
+def write(path: Path, content: Any) -> Path:
+    """A file of YAML: of plain data, or a text as it is."""
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
 
 
 def make_rubric(**changes: Any) -> Rubric:

@@ -1,10 +1,12 @@
-"""Prompts that are split by topic: none is on both sides, and what is no topic is refused by row."""
+"""Prompts: which files and rows they are read from, and how they are split, by text or by topic."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,8 @@ from cpt_ray.errors import UserError
 from cpt_ray.prompts import Prompts, check_leakage, read_prompts
 from cpt_ray.rubrics.rubric import load_rubrics
 
-EVERYDAY = Path(__file__).parent.parent / "rubrics" / "everyday"
+SHIPPED = Path(__file__).parent.parent / "rubrics"
+EVERYDAY = SHIPPED / "everyday"
 TOPICS = ["tea", "rain", "iron", "moss", "salt", "dusk", "the sea", "a kite"]
 
 
@@ -116,3 +119,55 @@ def test_the_everyday_directives_are_many_and_each_is_of_one_level() -> None:
 def test_the_judged_everyday_rubric_has_a_measure_beside_the_judge() -> None:
     (rubric,) = load_rubrics([EVERYDAY / "judged"])
     assert (len(rubric.judged), len(rubric.measured)) == (1, 1)
+
+
+def prompts(tmp_path: Path, name: str, text: str, column: str = "prompt") -> list[str]:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return [one.text for one in read_prompts(PromptsConfig(source=str(path), column=column, held_out=0.5))]
+
+
+def test_prompts_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
+    wanted = [f"Write about {thing}." for thing in ("tea", "rain", "iron", "moss", "salt", "dusk")]
+    rows = [{"prompt": text} for text in wanted]
+    csv_rows = "\n".join(f'{at},"{text}"' for at, text in enumerate(wanted))
+    assert prompts(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))) == wanted
+    assert prompts(tmp_path, "a.csv", f"id,prompt\n{csv_rows}") == wanted
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = read_prompts(PromptsConfig(source=str(tmp_path / "a.parquet"), held_out=0.5))
+    assert [one.text for one in found] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", "{", "a.jsonl:1: not JSON"),
+        ("a.jsonl", '{"promt": "x"}', "no column 'prompt' (did you mean \"promt\"?)"),
+        ("a.jsonl", '{"prompt": 3}', "expected a non-empty text"),
+        ("a.jsonl", '{"prompt": "x"}', "none of them"),
+        ("a.json", "[]", "a.json: rows are read from .jsonl, .parquet, .csv files or a data set's name"),
+    ],
+)
+def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prompts(tmp_path, name, text)
+    assert said in str(caught.value)
+
+
+def test_a_missing_source_is_refused() -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(PromptsConfig(source="nowhere.jsonl"))
+    with pytest.raises(UserError, match="neither a file here nor a data set"):
+        read_prompts(PromptsConfig(source="nobody/nothing"))
+
+
+def test_shipped_prompts_are_many_and_split_by_content(tmp_path: Path) -> None:
+    config = PromptsConfig(source=str(SHIPPED / "prompts.jsonl"), held_out=0.15)
+    found = read_prompts(config)
+    assert len(found) >= 160
+    held_out = {one.text for one in found if one.split == "held_out"}
+    assert 0.05 < len(held_out) / len(found) < 0.25
+    lines = (SHIPPED / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "half.jsonl").write_text("\n".join(lines[::-2]), encoding="utf-8")
+    half = read_prompts(PromptsConfig(source=str(tmp_path / "half.jsonl"), held_out=0.15))
+    assert all((one.text in held_out) == (one.split == "held_out") for one in half)

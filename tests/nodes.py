@@ -24,11 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tests.machines import Node, only_child
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"
@@ -47,38 +46,6 @@ QUICK_DEATHS = {
 """Environment with which a node that is gone is taken for dead within 20 seconds, and not in up to a minute."""
 START_SECONDS = 180.0
 """Longest wait for a node to be part of the cluster, on a machine that is busy."""
-
-
-@cache
-def missing() -> str:
-    """Why this machine cannot have such nodes; "" if it can."""
-    if os.geteuid() != 0:
-        return "namespaces need root"
-    absent = [name for name in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(name) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
-    tried = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--mount-proc"]
-    done = subprocess.run([*tried, "ip", "link", "add", "bridge0", "type", "bridge"], capture_output=True, text=True)
-    return f"no namespaces or bridges here: {done.stderr.strip()}" if done.returncode else ""
-
-
-@dataclass(eq=False)
-class Node:
-    """One machine of the cluster, or what takes its place."""
-
-    name: str
-    address: str
-    init: int = 0
-    """The first process of its namespaces, as this machine numbers it. All others of the node end with it."""
-    started: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-
-    @property
-    def is_alive(self) -> bool:
-        return self.started is not None and self.started.poll() is None
-
-    def processes(self) -> list[psutil.Process]:
-        """All of them but the first."""
-        return list(psutil.Process(self.init).children(recursive=True)) if psutil.pid_exists(self.init) else []
 
 
 @dataclass(eq=False)
@@ -148,7 +115,7 @@ class Nodes:
             ]
         )
         try:
-            self._switch_init = _only_child(self._switch.pid)
+            self._switch_init = only_child(self._switch.pid)
             self._in_switch(
                 "ip link set lo up; ip link add bridge0 type bridge; "
                 f"ip addr add {SWITCH_ADDRESS}/24 dev bridge0; ip link set bridge0 up"
@@ -267,7 +234,7 @@ class Nodes:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-        node.init = _only_child(_only_child(node.started.pid))
+        node.init = only_child(only_child(node.started.pid))
         # by its number on this machine: only the network namespace of the switch is entered for it
         self._run(["ip", "link", "set", f"{name}-end", "netns", str(node.init), "name", "eth0"], check=True)
         self.nodes.append(node)
@@ -381,14 +348,3 @@ class Nodes:
         raylets = [each["raylet"] for each in found["data"]["summary"]] if found else []
         alive = [raylet.get("nodeManagerAddress") for raylet in raylets if raylet.get("state") == "ALIVE"]
         return node.address in alive
-
-
-def _only_child(parent: int) -> int:
-    """The child of a process that makes one, as soon as it has."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        if children:
-            return int(children[0])
-        time.sleep(0.01)
-    raise TimeoutError(f"process {parent} made no other")

@@ -16,7 +16,8 @@ import pytest
 from cpt_ray.cluster import unused_port
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE, RunDir
 from jobs.benchmarks.faults import compare
-from tests.nodes import QUICK_DEATHS, Job, Node, Nodes, missing
+from tests.machines import Node, missing
+from tests.nodes import QUICK_DEATHS, Job, Nodes
 
 RUN_FILE = "tests/toy/run.yaml"
 SETTINGS = (

@@ -37,7 +37,8 @@ import psutil
 
 from cpt_ray.tables.rundir import TRAIN_PROGRESS_FILE
 from jobs.benchmarks.faults import compare
-from tests.nodes import ROOT, Job, Node, Nodes, missing
+from tests.machines import Node, missing
+from tests.nodes import ROOT, Job, Nodes
 
 RUN_FILE = "tests/toy/run.yaml"
 SETTINGS = (

@@ -204,8 +204,7 @@ class TestTransformersTrainer:
 def test_sdpa_attention_forward_and_repeat_kv_take_these_arguments() -> None:
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    expected = ["module", "query", "key", "value", "attention_mask"]
-    assert parameters(sdpa_attention_forward)[:5] == expected
+    assert parameters(sdpa_attention_forward)[:5] == ["module", "query", "key", "value", "attention_mask"]
     assert parameters(repeat_kv) == ["hidden_states", "n_rep"]
 
 
@@ -340,8 +339,7 @@ def test_autoscaler_v2_reports_what_it_launches_and_what_is_wanted() -> None:
     names = {*parameters(schema.ClusterStatus)}
     assert {"pending_launches", "pending_nodes", "failed_launches", "resource_demands"} <= names
     assert {"ray_node_type_name", "count", "details"} <= {*parameters(schema.LaunchRequest)}
-    demands = {*parameters(schema.ResourceDemandSummary)}
-    assert {"ray_task_actor_demand", "placement_group_demand"} <= demands
+    assert {"ray_task_actor_demand", "placement_group_demand"} <= {*parameters(schema.ResourceDemandSummary)}
     assert parameters(schema.ResourceRequestByCount)[:2] == ["bundle", "count"]
 
 
@@ -350,6 +348,3 @@ def test_what_ray_says_of_lost_nodes_goes_through_print_to_stdstream_alone() -> 
 
     assert parameters(worker.print_to_stdstream) == ["data", "ignore_prefix"]
     assert 'print_to_stdstream( { "lines": [error_message],' in source(worker.listen_error_messages)
-
-
-# ---------------------------------------------------------------- vLLM 0.32

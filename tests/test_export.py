@@ -1,4 +1,4 @@
-"""What a training leaves: a model that learned and is the policy's otherwise, or none."""
+"""What a training exports: weights that learned something, are finite and near the policy's own, or nothing."""
 
 from __future__ import annotations
 

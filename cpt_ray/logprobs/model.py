@@ -2,7 +2,7 @@
 
 TRL's helpers for its own trainers (`trl.trainer.utils`) are used here and nowhere else, since the reference and the
 exported weights must be of the model that TRL's trainer trains: loaded as the same class, and with the same LM head.
-They are no public API; tests/test_contracts.py holds what is relied on, for trl 1.16.0 and transformers 5.19.
+They are no public API; tests/test_trl_contracts.py holds what is relied on, for trl 1.16.0 and transformers 5.19.
 """
 
 from __future__ import annotations

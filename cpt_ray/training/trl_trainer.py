@@ -7,7 +7,7 @@ LM head see each token once. The log-probabilities are then spread out over the 
 does the rest, so every loss type, weight and metric is TRL's.
 
 This file alone relies on what is private in the trainers of TRL and transformers. It holds for trl 1.16.0 and
-transformers 5.19; each use says why, and tests/test_contracts.py fails by its name when an upgrade changes it.
+transformers 5.19; each use says why, and tests/test_trl_contracts.py fails by its name when an upgrade changes it.
 
 GridTrainer(model=..., args=DPOConfig(...), train_dataset=rows, step_pairs=32, peft_config=...).train()
 """

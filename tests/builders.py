@@ -1,4 +1,4 @@
-"""Small builders for tests: rubrics, generations, grades and directives with only what matters spelled out."""
+"""Small builders for tests: rubrics, generations, grades, run files with only what matters spelled out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from cpt_ray.config import RunConfig, load_config
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Directive, Generation, Grade
+from tests import toy
 
 LEVELS = ("low", "mid", "high")
 
@@ -39,6 +41,11 @@ def write(path: Path, content: Any) -> Path:
     """A file of YAML: of plain data, or a text as it is."""
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+def overridden(*overrides: str) -> RunConfig:
+    """The toy run file with these entries."""
+    return load_config(toy.RUN_FILE, overrides)
 
 
 def make_rubric(**changes: Any) -> Rubric:

@@ -16,8 +16,8 @@ from cpt_ray.synthesis.stage import name_shards, with_levels
 from cpt_ray.synthesis.write import EXAMPLES
 from cpt_ray.tables.records import Unit
 from tests.builders import LEVELS
+from tests.fake_runs import synthesized
 from tests.test_spread import make_run, ramble, score
-from tests.test_synthesis import synthesized
 
 ASK = "synthesis.ask=examples"
 

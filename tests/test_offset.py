@@ -9,7 +9,7 @@ import pytest
 from cpt_ray.errors import UserError
 from cpt_ray.plan import plan_units
 from cpt_ray.synthesis.stage import name_shards
-from tests.test_synthesis import MOOD, make_run
+from tests.fake_runs import MOOD, make_run
 
 
 def test_an_offset_makes_other_pairs_of_the_same_answers(tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +14,6 @@ from cpt_ray.config import (
     TRAIN_PLACES,
     ModelConfig,
     PreferenceRunConfig,
-    RunConfig,
     TuneConfig,
     load_any_config,
     load_config,
@@ -30,8 +26,9 @@ from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.plan import Plan, make_plan, run_info
-from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
+from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
+from cpt_ray.serving.examples import print_next
 from cpt_ray.serving.keys import Keyring, make_key
 from cpt_ray.synthesis.stage import finished_synthesis, synthesize
 from cpt_ray.tables.files import file_hash
@@ -182,7 +179,7 @@ def run_stage(
             _check_room(command, plan)
             RESUMABLE[command](plan, run)
             if command == "run":
-                _say_next(run_file, config, overrides)
+                print_next(run_file, config, overrides)
 
 
 def _train_alone(config: PreferenceRunConfig, verbose: bool) -> None:
@@ -229,20 +226,6 @@ def _check_room(command: str, plan: Plan) -> None:
         types.check(f"the {name}", role.actor_resources, role.num_actors.least, remedy)
     if command in ("run", "train"):
         check_workers(plan.config.train)
-
-
-def _say_next(run_file: Path, config: RunConfig, overrides: Sequence[str]) -> None:
-    program = "cpt" if shutil.which("cpt") or not sys.argv[0].endswith("cpt") else os.path.relpath(sys.argv[0])
-    command = shlex.join([program, "serve", str(run_file), *overrides])
-    rubric = load_rubrics(config.rubric_paths)[0]
-    say(f"\nServe it:    {command}")
-    say(
-        f"Talk to it:  curl http://{config.serve.host}:{config.serve.port}/{config.name}/v1/chat/completions "
-        "-H 'Content-Type: application/json' \\\n"
-        '               -H "Authorization: Bearer $CPT_API_KEY" -d '
-        f'\'{{"model": "{config.name}", "configuration": {{"{rubric.id}": "{rubric.levels[-1].name}"}}, '
-        f'"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}\''
-    )
 
 
 # ---------------------------------------------------------------- push, steer, serve

@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from cpt_ray.cli import main
+from cpt_ray.config import JOB_ENV
 from cpt_ray.engines.worker import Attempts, endpoint_key
 from cpt_ray.errors import UserError
 from cpt_ray.plan import make_plan, plan_units
+from cpt_ray.serving.examples import print_next
 from cpt_ray.tables.rundir import RunDir
 from tests.builders import rubric_dict
 from tests.fake_runs import make_run
@@ -120,6 +122,21 @@ def test_a_run_file_is_checked_without_starting_anything(tmp_path: Path, capsys:
     (tmp_path / "prompts.jsonl").unlink()
     assert main(["check", str(tmp_path / "run.yaml")]) == 1
     assert "prompts.jsonl" in capsys.readouterr().err
+
+
+def test_what_to_do_next_is_a_job_in_a_job_and_a_command_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_run(tmp_path)[0].config
+    print_next(Path("mine.yaml"), config, ["run_dir=/shared/my run"])
+    assert capsys.readouterr().out.startswith("\nServe it:    cpt serve mine.yaml 'run_dir=/shared/my run'\nTalk to it")
+    monkeypatch.setenv(JOB_ENV, "{}")
+    print_next(Path("mine.yaml"), config, ["run_dir=/shared/my run"])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "Serve it:    ray job submit --no-wait --address http://HEAD:8265 --working-dir . -- "
+        "python jobs/serve.py mine.yaml 'run_dir=/shared/my run'",
+        "             (the job's log says how to ask it and what it can be asked for)",
+    ]
 
 
 def test_a_judge_that_nothing_asks_needs_no_key(

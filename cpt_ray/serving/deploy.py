@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -17,12 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from cpt_ray.cluster import ON_HEAD, head_address, on_head, starts_own_cluster
-from cpt_ray.config import JOB_ENV, RunConfig
+from cpt_ray.config import RunConfig
 from cpt_ray.console import progress, say
 from cpt_ray.engines.waiting import Pulse, Waiting
 from cpt_ray.errors import UserError
-from cpt_ray.rubrics.catalog import EXAMPLE_PROMPT, Catalog
-from cpt_ray.serving.app import CONFIGURATIONS_PATH, HEALTH_PATH, PAGE_PATHS
+from cpt_ray.serving.app import HEALTH_PATH
+from cpt_ray.serving.examples import print_examples
 from cpt_ray.serving.haproxy import (
     RunningServe,
     checked_port,
@@ -43,7 +41,7 @@ from cpt_ray.serving.holders import (
     is_taken_from,
     taking_turns,
 )
-from cpt_ray.serving.keys import KEY_VARIABLE, Meter, choose_keys, is_loopback
+from cpt_ray.serving.keys import Meter, choose_keys, is_loopback
 from cpt_ray.serving.served import Served, plan_serving, untuned_name
 from cpt_ray.serving.targets import make_targets, quiet_logging, waiting_for
 from cpt_ray.serving.vllm_app import MAX_CAUSE, last_error
@@ -91,7 +89,7 @@ def serve_model(
         server = _Server(config, served, holder, owns_cluster)
         try:
             url = server.start(replace_other)
-            _print_examples(config, served.catalogs, url, new_key, block)
+            print_examples(config, served.catalogs, url, new_key, block)
             if block:
                 server.block()
         except BaseException as error:
@@ -324,27 +322,3 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _print_examples(
-    config: RunConfig, catalogs: dict[str, Catalog], url: str, new_key: str | None, block: bool
-) -> None:
-    name, catalog = next(iter(catalogs.items()))
-    example = json.dumps({rubric.id: rubric.levels[-1].name for rubric in catalog.rubrics[:1]})
-    messages = json.dumps([{"role": "user", "content": EXAMPLE_PROMPT}])
-    if new_key:
-        say(f"API key (made for this server, shown only here): {new_key}\n  export {KEY_VARIABLE}={new_key}")
-    how = "`ray job stop`" if JOB_ENV in os.environ else "Ctrl-C"
-    say(f"""serving      {name} at {url}{f" ({how} stops it)" if block else ""}
-playground   {url}{PAGE_PATHS[1]}
-
-curl {url}/v1/chat/completions -H "Authorization: Bearer ${KEY_VARIABLE}" -H "Content-Type: application/json" \\
-  -d '{{"model": "{name}", "configuration": {example}, "messages": {messages}}}'
-
-from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="...")
-client.chat.completions.create(model="{name}", messages={messages},
-                               extra_body={{"configuration": {example}}})
-
-What can be asked for:
-curl {url}{CONFIGURATIONS_PATH} -H "Authorization: Bearer ${KEY_VARIABLE}\"""")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -162,6 +164,68 @@ def test_a_wait_for_a_node_that_nobody_launches_ends_and_says_what_was_asked_for
     assert len(lines) == 20  # one each half-minute
     assert lines[0].split()[0] == "write"
     assert "1 of 2 engines begun, 1 x {CPU: 1, GPU: 1} asked for; no node is launching" in lines[0]
+
+
+def test_what_starts_is_said_within_half_a_minute_and_then_each_half_minute(
+    clock: list[float], told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Waiting("write", {"CPU": 1}, 2, "")
+    let_pass(watch, clock, 0.4)
+    assert capsys.readouterr().out.startswith("write        0 of 2 engines begun, 2 x {CPU: 1} asked for; no node is")
+    for work in range(6):
+        told.notes |= {"a": note("starting", work), "b": note("starting", work)}
+        let_pass(watch, clock, 0.5)
+    assert capsys.readouterr().out.splitlines() == ["write        2 of 2 engines begun, 2 starting"] * 6
+    for work in range(6):
+        told.notes["a"] = note("at work", work)
+        let_pass(watch, clock, 0.5)
+    assert capsys.readouterr().out == ""  # from now on the progress line says how far it is
+
+
+def looks_in_vain(watch: Waiting, clock: list[float]) -> None:
+    """Until the thread that looks has something to raise."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        clock[0] += 10
+        time.sleep(0.01)
+        watch.check()
+
+
+@pytest.fixture
+def busy_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WATCH_SECONDS", 0.001)
+
+
+def watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "waiting"]
+
+
+def test_who_waits_is_told_though_it_never_looks_and_has_the_error_in_its_block(
+    clock: list[float], told: Told, busy_look: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Waiting("write", {"GPU": 1}, 1, "")
+    with pytest.raises(UserError, match="write: no progress for 10 minutes"), watch.watched(lambda: 0):
+        assert len(watchers()) == 1
+        looks_in_vain(watch, clock)
+    assert capsys.readouterr().out.count("0 of 1 engines begun") > 5
+    assert not watchers()
+
+
+def test_what_a_look_raised_is_raised_at_the_blocks_end_and_hides_no_other_error(
+    told: Told, busy_look: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(line: str) -> None:
+        raise SystemExit("nobody reads")
+
+    monkeypatch.setattr(waiting, "say", closed)
+    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.0)
+    watch = Waiting("write", {"GPU": 1}, 1, "")
+    watch._said -= 60
+    with pytest.raises(SystemExit, match="nobody reads"), watch.watched(lambda: 0):
+        watchers()[0].join(20)
+    with pytest.raises(KeyboardInterrupt), watch.watched(lambda: 0):
+        raise KeyboardInterrupt
+    assert not watchers()
 
 
 def test_a_node_that_launches_an_engine_that_loads_and_a_shard_that_is_done_are_progress(

@@ -154,12 +154,12 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
     waiting = Waiting(stages, each, size, remedy, types=types)
     done = 0
 
-    class Look(ExecutionCallback):  # type: ignore[misc]
+    class Check(ExecutionCallback):  # type: ignore[misc]
         """What it raises ends the execution."""
 
         def on_execution_step(self, executor: object) -> None:
-            """Called several times a second."""
-            waiting.look(done)
+            """Called several times a second, but not while Ray Data waits for something that starts."""
+            waiting.check()
 
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
@@ -176,9 +176,9 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
         runtime_env={"env_vars": engine_env(model)},
     )
     shards.context.execution_no_progress_timeout_s = -1  # `waiting` knows what is pending
-    shards.context.custom_execution_callback_classes = [Look]
+    shards.context.custom_execution_callback_classes = [Check]
     try:
-        with _ended(iter(shards.iter_rows())) as rows:
+        with waiting.watched(lambda: done), _ended(iter(shards.iter_rows())) as rows:
             for row in rows:
                 _raise_failure(model, row["error"])
                 done += 1

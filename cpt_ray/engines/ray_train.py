@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cpt_ray.capacity import node_types
 from cpt_ray.config import Range
 from cpt_ray.console import Advance, progress
-from cpt_ray.engines.waiting import Pulse, Waiting, explained, first_cause
+from cpt_ray.engines.waiting import AT_WORK, Pulse, Waiting, explained, first_cause
 from cpt_ray.errors import UserError
 from cpt_ray.tables.store_path import AnyPath
 
@@ -137,7 +137,7 @@ def _work_with_pulse(config: dict[str, Any]) -> Any:
     import ray
 
     pulse: Pulse = config["pulse"]
-    pulse.start(ray.get_runtime_context().get_actor_id(), "at work")
+    pulse.start(ray.get_runtime_context().get_actor_id(), AT_WORK)
     return config["work"](config["settings"])
 
 

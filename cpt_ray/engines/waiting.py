@@ -12,7 +12,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,17 @@ from cpt_ray.errors import UserError, first_line
 
 LINE_SECONDS = 30.0
 """Between two lines on what is waited for."""
+WATCH_SECONDS = 0.5
+"""Between two calls of `look` by a thread of its own."""
 LOOK_SECONDS = 5.0
 """Between two looks at the cluster."""
 LAUNCHING_TIMES = 3
 """Times the patience that launching nodes are waited for without any progress: of a pod that no machine can take, the
 autoscaler says for ever that it is launching."""
+LAST_LOOK_SECONDS = 30.0
+"""How long a look that has begun may take to end: Ray, which it asks, must not be shut down meanwhile."""
+STARTING, AT_WORK = "starting", "at work"
+"""Phases of an actor that has begun."""
 BEAT_SECONDS = 10.0
 """Between two looks of an actor at itself."""
 BUSY_SHARE, BUSY_BYTES = 0.05, 1 << 20
@@ -122,7 +129,10 @@ def _bytes_moved(process: int) -> float:
 
 
 class Waiting:
-    """Watches a pool or worker group; `look` is called often, and looks every few seconds."""
+    """Watches a pool or worker group.
+
+    `look` is called often, and looks every few seconds; who may be kept from calling it has it called by `watched`.
+    """
 
     def __init__(
         self,
@@ -145,10 +155,43 @@ class Waiting:
         self._types = types or NodeTypes(())
         self._patience = minutes * 60
         self._state: object = None
-        self._moved = self._progress = self._looked = self._said = time.monotonic()
+        self._error: BaseException | None = None
+        self._moved = self._progress = self._looked = time.monotonic()
+        self._said = self._looked - LINE_SECONDS / 2  # the first line comes within half a minute
+
+    @contextmanager
+    def watched(self, done: Callable[[], object]) -> Iterator[None]:
+        """Looks from a thread of its own, as long as the block runs; what a look raised, `check` raises in the block,
+        or else the block's end does.
+
+        Args:
+            done: returns what `look` is given.
+        """
+        ended = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(done, ended), name="waiting", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(LAST_LOOK_SECONDS)
+        self.check()
+
+    def _watch(self, done: Callable[[], object], ended: threading.Event) -> None:
+        try:
+            while not ended.wait(WATCH_SECONDS):
+                self.look(done())
+        except BaseException as error:  # of any kind: `say` raises SystemExit where nobody reads
+            self._error = error
+
+    def check(self) -> None:
+        """Raises what ended the thread of `watched`."""
+        if self._error is not None:
+            raise self._error
 
     def look(self, done: object) -> None:
-        """Says what is waited for, if nodes are missing; UserError if nothing gets on and nothing is pending.
+        """Says what is waited for, if actors are missing or starting; UserError if nothing gets on and nothing is
+        pending.
 
         Args:
             done: changes whenever something was done.
@@ -168,28 +211,32 @@ class Waiting:
         if (state := (done, notes)) != self._state:
             self._state, self._progress, self._moved = state, now, now
         phases = Counter(json.loads(note)["phase"] for note in notes.values() if note)
-        if len(notes) >= self.count and now - self._progress < LINE_SECONDS:
+        missing, is_idle = max(0, self.count - len(notes)), not phases[AT_WORK]
+        if not missing and now - self._progress < LINE_SECONDS:
+            if is_idle:
+                self._say(now, phases, missing)
             return
         coming = growth()
         if any(self._types.may_hold(name, self._each) for name in coming.launching):
             self._progress = now
-        missing = self.count - len(notes)
-        is_awaited = coming.launching or not notes or now - self._progress >= LINE_SECONDS
-        if missing > 0 and is_awaited and now - self._said >= LINE_SECONDS:
-            self._said = now
-            say(
-                f"{self._what:<12} {len(notes)} of {self.count} {self._unit} begun, "
-                f"{missing} x {shown_resources(self._each)} asked for; {coming}"
-            )
+        if missing and (is_idle or coming.launching or now - self._progress >= LINE_SECONDS):
+            self._say(now, phases, missing, f", {missing} x {shown_resources(self._each)} asked for; {coming}")
         if now - self._progress >= self._patience:
             raise UserError(self._why(f"{self._patience / 60:g} minutes", phases, missing, str(coming)))
         if now - self._moved >= LAUNCHING_TIMES * self._patience:
             bound = f"{LAUNCHING_TIMES} times {self._patience / 60:g} minutes, in which nodes launched and did not come"
             raise UserError(self._why(bound, phases, missing, str(coming)))
 
+    def _say(self, now: float, phases: Counter[str], missing: int, asked: str = "") -> None:
+        """A line each half-minute."""
+        if now - self._said >= LINE_SECONDS:
+            self._said = now
+            starting = f", {phases[STARTING]} {STARTING}" if phases[STARTING] else ""
+            say(f"{self._what:<12} {self.count - missing} of {self.count} {self._unit} begun{starting}{asked}")
+
     def _why(self, bound: str, phases: Counter[str], missing: int, coming: str) -> str:
         states = [f"{count} {phase}" for phase, count in phases.items()]
-        states += [f"{missing} not begun, of {shown_resources(self._each)} each ({coming})"] if missing > 0 else []
+        states += [f"{missing} not begun, of {shown_resources(self._each)} each ({coming})"] if missing else []
         return (
             f"{self._what}: no progress for {bound}; {self._unit}: {', '.join(states)}; "
             f"{self._remedy}, or raise no_progress_minutes; what is finished is kept"

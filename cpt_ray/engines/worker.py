@@ -19,7 +19,7 @@ from cpt_ray.engines.engine import Engine, EngineDiedError, check_schema_is_enfo
 from cpt_ray.engines.ledger import Meters, Tally
 from cpt_ray.engines.step import Counts, OpenEngine, Step
 from cpt_ray.engines.vllm import VllmEngine
-from cpt_ray.engines.waiting import Pulse
+from cpt_ray.engines.waiting import AT_WORK, STARTING, Pulse
 from cpt_ray.errors import UserError, first_line
 from cpt_ray.tables.files import replacing
 from cpt_ray.tables.rundir import RunDir
@@ -127,10 +127,10 @@ class StepActor:
         import ray
 
         name = ray.get_runtime_context().get_actor_id()
-        beats = job.pulse.start(name, "starting") if job.pulse else None
+        beats = job.pulse.start(name, STARTING) if job.pulse else None
         self._worker = Worker(job, name, Meters().add)
         if beats:
-            beats.at("at work")
+            beats.at(AT_WORK)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -19,6 +19,7 @@ from typing import Any
 from cpt_ray.chat.templates import control_tokens
 from cpt_ray.config import SamplingConfig
 from cpt_ray.engines.vllm import engine_arguments
+from cpt_ray.engines.waiting import AT_WORK, STARTING
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.access_log import AccessLog
 from cpt_ray.serving.app import ConfiguredApp, Steerer
@@ -51,10 +52,10 @@ class VllmServer:
 
         served = self._served
         frontend, engine = _frontend_arguments(served), _engine_arguments(served)
-        beats = served.pulse.start(secrets.token_hex(8), "starting") if served.pulse else None
+        beats = served.pulse.start(secrets.token_hex(8), STARTING) if served.pulse else None
         self._engine = await _start(engine)
         if beats:
-            beats.end("at work")
+            beats.end(AT_WORK)
         # vLLM 0.32 dies on a CPU of scoring a prompt with LoRA enabled
         can_score = served.model.num_gpus > 0 or not engine.enable_lora
         # the one method that all of vLLM's routes call, and that no setting or middleware could change

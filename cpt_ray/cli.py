@@ -33,6 +33,9 @@ LIMITS: dict[str, tuple[Callable[[str], float], float, str]] = {
 }
 """Limits that `cpt keys add` can put on a key: kind, highest value, meaning."""
 
+OVERRIDE = re.compile(r"\w[^=]*=")
+"""How an override begins."""
+
 
 def _limit(kind: Callable[[str], float], most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
@@ -70,10 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpt", description="Rubrics in, a configurable language model out, on Ray.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = _add_command(commands, "check", "lint rubric files and run files; nothing is started", pipeline.check)
-    check.add_argument(
-        "paths", nargs="+", metavar="PATH", type=Path, help="a rubric file, a folder of them, or a run file"
-    )
+    check = _add_command(commands, "check", "lint rubric files and run files; nothing is started", _check)
+    check.add_argument("paths", nargs="+", metavar="PATH", help="a rubric file, a folder of them, or a run file")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="entries of the run files to change")
     status = _add_command(commands, "status", "what a run has done so far and what it cost", pipeline.status)
     status.add_argument("run", metavar="RUN", help="the directory of a run, or its address in an object store")
     output = "show what Ray and vLLM print, and tracebacks"
@@ -105,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(paths: Sequence[str], overrides: Sequence[str]) -> None:
+    """Of both, since argparse leaves everything to the paths."""
+    given = [*paths, *overrides]
+    changes = [text for text in given if OVERRIDE.match(text) and not Path(text).exists()]
+    pipeline.check([Path(text) for text in given if text not in changes], changes)
+
+
 def _add_keys(commands: Any) -> None:
     keys = commands.add_parser("keys", help="make, list and revoke API keys")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
@@ -120,7 +129,7 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = _parser()
     arguments, left = parser.parse_known_args(argv)
     given = vars(arguments)
-    if "overrides" not in given or not all(re.match(r"\w[^=]*=", text) for text in left):
+    if "overrides" not in given or not all(map(OVERRIDE.match, left)):
         parser.parse_args(argv)  # only for argparse's own error, which names the unknown argument
     elif left:  # overrides after an option: argparse collects none there
         given["overrides"] = [*given["overrides"], *left]

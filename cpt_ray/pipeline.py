@@ -52,16 +52,22 @@ TRAIN_FORMAT = 2
 # ---------------------------------------------------------------- check, status
 
 
-def check(paths: Sequence[Path]) -> None:
-    """Checks rubric and run files without starting anything; UserError with a line per problem."""
+def check(paths: Sequence[Path], overrides: Sequence[str] = ()) -> None:
+    """Checks rubric and run files without starting anything; UserError with a line per problem.
+
+    Args:
+        overrides: of each run file.
+    """
     from cpt_ray.estimate.dry_run import describe_run_file
 
     files = rubric_files(list(paths))
     run_files = [path for path in files if not {"policy", "writer", "preferences"}.isdisjoint(read_yaml(path))]
     files = [path for path in files if path not in run_files]
+    if overrides and not run_files:
+        raise UserError(f"{overrides[0]}: changes an entry of a run file, and none is among the paths; give one")
     load_rubrics(files)
     for path in run_files:
-        describe_run_file(path)
+        describe_run_file(path, overrides)
     for path in files:
         rubric = load_rubric(path)
         measured = f", {len(rubric.measured)} measured" if rubric.measured else ""

@@ -139,6 +139,27 @@ def test_what_to_do_next_is_a_job_in_a_job_and_a_command_elsewhere(
     ]
 
 
+def test_a_check_takes_overrides_and_says_which_gpus_are_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = make_run(tmp_path)
+    file = str(tmp_path / "run.yaml")
+    assert main(["check", file]) == 0
+    assert "needs" not in capsys.readouterr().out
+    gpus = ["writer.num_gpus=1", "writer.num_actors=[1, 4]", "policy.num_gpus=0.5", "train.use_gpu=true"]
+    assert main(["check", gpus[0], file, *gpus[1:], "run_dir=/elsewhere"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "run directory /elsewhere; needs 1 x {CPU: 1, GPU: 0.5} (policy), "
+        "1-4 x {CPU: 1, GPU: 1} (writer, director, judge), 2 x {GPU: 1} (train))\n"
+    )
+    assert main(["check", file, "trian.beta=1"]) == 1
+    assert 'unknown key (did you mean "train"?)' in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "rubric.yaml"), "train.beta=1"]) == 1
+    error = capsys.readouterr().err
+    assert error == "error: train.beta=1: changes an entry of a run file, and none is among the paths; give one\n"
+    assert not run.path.exists()
+
+
 def test_a_judge_that_nothing_asks_needs_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

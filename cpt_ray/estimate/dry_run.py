@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cpt_ray.config import RunConfig, load_any_config
+from cpt_ray.capacity import shown_resources
+from cpt_ray.config import RunConfig, TuneConfig, load_any_config
 from cpt_ray.console import say
+from cpt_ray.engines.roles import roles_of
 from cpt_ray.estimate.rates import ASSUMED, Rates
 from cpt_ray.estimate.stages import Estimate
 from cpt_ray.plan import Plan, Shards, make_plan, plan_units
@@ -52,19 +54,33 @@ def describe(command: str, plan: Plan, run: RunDir, earlier: str | None, train_k
     say("nothing was started or written (--dry-run)")
 
 
-def describe_run_file(path: Path) -> None:
+def describe_run_file(path: Path, overrides: Sequence[str] = ()) -> None:
     """Checks a run file and prints in a line what it asks for; UserError with a line per problem."""
-    config = load_any_config(path)
+    config = load_any_config(path, overrides)
     if not isinstance(config, RunConfig):
-        say(f"{path}: ok (a training on {config.preferences.source})")
+        say(f"{path}: ok (a training on {config.preferences.source}{_gpus_needed(config)})")
         return
     plan = make_plan(config)
     answers = sum(units.count for units in plan_units(plan).values())
     train, held_out = (len(plan.prompts_of(split)) for split in ("train", "held_out"))
     say(
         f"{path}: ok ({len(plan.rubrics)} rubrics, {train} prompts and {held_out} held out, {answers} answers in the "
-        f"first pass; run directory {config.run_dir})"
+        f"first pass; run directory {config.run_dir}{_gpus_needed(config)})"
     )
+
+
+def _gpus_needed(config: TuneConfig) -> str:
+    """As in "; needs 1-4 x {CPU: 1, GPU: 1} (writer, judge), 4 x {GPU: 1} (train)"; nothing where no GPU is."""
+    train = config.train
+    users: list[tuple[str, object, Mapping[str, float]]] = [("train", train.num_workers, train.worker_resources)]
+    if isinstance(config, RunConfig) and config.steer.use_gpu:
+        users.append(("steer", config.steer.num_workers, {"GPU": 1}))
+    users[:0] = [(name, role.num_actors, role.actor_resources) for name, role in roles_of(config).items()]
+    names: dict[str, list[str]] = {}
+    for name, count, each in users:
+        if each.get("GPU"):
+            names.setdefault(f"{count} x {shown_resources(each)}", []).append(name)
+    return "".join(f"{', ' if at else '; needs '}{need} ({', '.join(names[need])})" for at, need in enumerate(names))
 
 
 def _duration(seconds: float) -> str:

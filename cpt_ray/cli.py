@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_ray import __version__, pipeline
+from cpt_ray.cluster import Terminated, interrupted_by_sigterm
 from cpt_ray.errors import UserError
 
 STAGE_HELP = {
@@ -137,23 +139,24 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, 1 for a user's error, 130 for Ctrl-C."""
+    """Runs one command; the exit status: 0, 1 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
     given = _parsed(argv)
     do, command, verbose = given.pop("do"), given.pop("command"), given.get("verbose", False)
     if not verbose:  # it logs each retry; the error at the end is enough
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
-        do(**given)
+        with interrupted_by_sigterm():
+            do(**given)
         return 0
     except UserError as error:
         if verbose:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         goes_on = "; the same command goes on where this one left off" if command in pipeline.RESUMABLE else ""
         print(f"stopped{goes_on}", file=sys.stderr, flush=True)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def console() -> None:

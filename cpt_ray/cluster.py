@@ -1,4 +1,5 @@
-"""Connecting to Ray: the running cluster inside a job, else a local one; where its output goes; its key-value store.
+"""Connecting to Ray: the running cluster inside a job, else a local one; where its output goes; how SIGTERM ends what
+is connected; its key-value store.
 
 The key-value store is private in Ray; what is used of it is that of 2.60 (tests/test_contracts.py).
 """
@@ -9,12 +10,15 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from cpt_ray.config import NO_PROGRESS_MINUTES
@@ -89,18 +93,46 @@ def connected(
         if ray.is_initialized():  # a test's or a notebook's own cluster
             yield
             return
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
+        except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
+            if error.code != signal.SIGTERM or not callable(handler):
+                raise
+            raise Terminated from None
         except Exception as error:  # Ray has no kind of its own for it
             if "timed out during startup" not in str(error):
                 raise
             raise UserError("Ray did not start in time; where the machine is busy, try again") from error
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put one in its place that aborts the process
         if not verbose:
             _quiet_ray()
         try:
             yield
         finally:
             ray.shutdown()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM (`kill`, `ray job stop`, Kubernetes), which ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises Terminated in the block, if this is the main thread: no other can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def starts_own_cluster() -> bool:

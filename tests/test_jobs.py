@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import ray
 
+from cpt_ray.cluster import Terminated, connected, interrupted_by_sigterm
 from tests.local_cluster import ROOT, LocalCluster
 
 
@@ -48,6 +51,55 @@ with connected():
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+KILLED = """
+import contextlib, sys, time
+from cpt_ray import cli
+from cpt_ray.cluster import connected
+
+def work(**given):
+    with {cluster}:
+        print(ended_with_it(), flush=True)
+        time.sleep(600)
+
+def ended_with_it():
+    if "{cluster}" != "connected()":
+        return 0
+    import ray._private.worker
+    return ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+
+cli.pipeline.RESUMABLE["status"] = cli.pipeline.status = work
+sys.exit(cli.main(["status", "x"]))
+"""
+
+
+@pytest.mark.parametrize("cluster", ["contextlib.nullcontext()", "connected()"])
+def test_a_plain_kill_ends_a_command_in_one_line_and_ray_with_it(cluster: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", KILLED.format(cluster=cluster)]
+    with subprocess.Popen(
+        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        raylet = int(process.stdout.readline())
+        process.terminate()
+        output, error = process.communicate(timeout=120)
+    assert (process.returncode, output) == (143, "")
+    assert error == "stopped; the same command goes on where this one left off\n"
+    assert not raylet or not Path(f"/proc/{raylet}").exists()
+
+
+def test_a_kill_while_ray_starts_ends_a_command_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise SystemExit(signal.SIGTERM)  # Ray's own handler until it has started
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    with pytest.raises(Terminated), interrupted_by_sigterm(), connected():
+        pass
+    with pytest.raises(SystemExit), connected():  # of a program that has no handler of its own
+        pass
 
 
 def test_a_wrong_token_is_refused(cluster: LocalCluster) -> None:

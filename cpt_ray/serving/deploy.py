@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import signal
-import threading
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from cpt_ray.cluster import ON_HEAD, head_address, on_head, starts_own_cluster
+from cpt_ray.cluster import ON_HEAD, head_address, interrupted_by_sigterm, on_head, starts_own_cluster
 from cpt_ray.config import RunConfig
 from cpt_ray.console import progress, say
 from cpt_ray.engines.waiting import Pulse, Waiting
@@ -85,7 +82,7 @@ def serve_model(
     if owns_cluster:  # refused before Ray starts; asked again below, on the head node
         checked_port(config.serve.host, config.serve.port)
     holder = Holder(run_name=config.name, run_dir=str(run.path), meter=meter_name(run))
-    with connecting or contextlib.nullcontext(), _interrupted_by_sigterm():
+    with connecting or contextlib.nullcontext(), interrupted_by_sigterm():
         server = _Server(config, served, holder, owns_cluster)
         try:
             url = server.start(replace_other)
@@ -305,20 +302,3 @@ def start_meter(run: RunDir) -> Any:
 
 def _shortened(text: str) -> str:
     return " ".join(text.split())[-MAX_CAUSE:]
-
-
-@contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM (`ray job stop`, Kubernetes) ends what is inside as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

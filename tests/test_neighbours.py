@@ -9,8 +9,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,7 +22,7 @@ import yaml
 from cpt_ray.cluster import unused_port
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
-from cpt_ray.serving import holders
+from cpt_ray.serving import deploy, holders, service
 from cpt_ray.serving.deploy import started_serve
 from cpt_ray.serving.haproxy import RunningServe, serve_env
 from cpt_ray.serving.holders import Application, Holder, check_free, is_taken_from
@@ -105,6 +107,35 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
     started = LocalCluster(tmp_path)
     yield started
     started.stop()
+
+
+def test_serves_own_config_files_take_their_turn_at_the_meter_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+    begun: list[list[str]] = []
+
+    @contextmanager
+    def taking_turns(name: str) -> Iterator[None]:
+        turns.append(name)
+        yield
+        turns.remove(name)
+
+    def make_targets(config: Any, served: Any, holder: Holder, meter: Any, is_haproxy: bool) -> list[Any]:
+        assert (turns, meter) == ([holder.meter], "a meter")
+        return [SimpleNamespace(target="an application")]
+
+    monkeypatch.setattr(deploy, "taking_turns", taking_turns)
+    monkeypatch.setattr(deploy, "_start_meter", lambda run: begun.append([*turns]) or "a meter")
+    monkeypatch.setattr(service, "make_targets", make_targets)
+    monkeypatch.setattr(service, "running_serve", lambda: None)
+    monkeypatch.setenv("CPT_API_KEY", "a-key")
+    run = make_trained(tmp_path / "run", model)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(make_config(run).model_dump(mode="json", exclude_unset=True)))
+    assert service.application({"run_file": str(file)}) == "an application"
+    assert begun == [[deploy.meter_name(run)]]
+    assert not turns
 
 
 @pytest.mark.cluster

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -140,8 +140,7 @@ class _Server:
             running = started_serve(config, needs_no_key=self._served.fixed_keys is None)
             self._holder = replace(self._holder, previous=previous.id if previous else "")
             self.previous, self._old_meter = previous, previous.meter if previous else ""
-            with taking_turns(self._holder.meter):  # nobody ends the meter before Serve knows who counts with it
-                meter = start_meter(self._served.run)
+            with counting(self._served.run) as meter:
                 served = replace(self._served, pulse=pulse)
                 targets = make_targets(config, served, self._holder, meter, running.has_haproxy())
                 try:
@@ -278,7 +277,14 @@ def _end_meter(name: str) -> None:
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
-def start_meter(run: RunDir) -> Any:
+@contextlib.contextmanager
+def counting(run: RunDir) -> Iterator[Any]:
+    """The run's meter, which nobody ends while the block runs: in it, Serve is told who counts with the meter."""
+    with taking_turns(meter_name(run)):
+        yield _start_meter(run)
+
+
+def _start_meter(run: RunDir) -> Any:
     """The run's meter: the one that is there already, or a new one."""
     import ray
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from cpt_ray.config import load_config
 from cpt_ray.engines.roles import with_dtype
 from cpt_ray.errors import UserError
-from cpt_ray.serving.deploy import meter_name, start_meter
+from cpt_ray.serving.deploy import counting, meter_name
 from cpt_ray.serving.haproxy import running_serve
 from cpt_ray.serving.holders import Holder
 from cpt_ray.serving.keys import choose_keys
@@ -51,4 +51,5 @@ def application(arguments: Mapping[str, Any]) -> Any:
     holder = Holder(run_name=config.name, run_dir=str(run.path), meter=meter_name(run))
     running = running_serve()
     is_haproxy = running is not None and running.has_haproxy()
-    return make_targets(config, served, holder, start_meter(run), is_haproxy)[0].target
+    with counting(run) as meter:
+        return make_targets(config, served, holder, meter, is_haproxy)[0].target

@@ -2,8 +2,9 @@
 
 Each test names one thing (class, method, argument) and its section the file that uses it, so that an upgrade fails here
 by name, before it fails somewhere else without one. Tests look at signatures and at the few lines of source that are
-relied on; none starts an engine, a cluster or a training. When one fails: read the new version's code, change the file
-that uses it, then the test and the pin in pyproject.toml. One section per library and file.
+relied on; none starts an engine or a training, and one alone starts Ray, which gives the head its resource. When one
+fails: read the new version's code, change the file that uses it, then the test and the pin in pyproject.toml. One
+section per library and file.
 """
 
 from __future__ import annotations
@@ -140,3 +141,21 @@ def test_what_ray_says_of_lost_nodes_goes_through_print_to_stdstream_alone() -> 
 
     assert parameters(worker.print_to_stdstream) == ["data", "ignore_prefix"]
     assert 'print_to_stdstream( { "lines": [error_message],' in source(worker.listen_error_messages)
+
+
+def test_an_actor_that_asks_for_the_heads_resource_starts_on_the_head_of_a_plain_cluster() -> None:
+    import ray
+
+    from cpt_ray.cluster import HEAD, ON_HEAD
+
+    @ray.remote(num_cpus=0, resources=ON_HEAD)
+    class OnHead:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        heads = [node["NodeID"] for node in ray.nodes() if HEAD in node["Resources"]]
+        assert [ray.get(OnHead.remote().node.remote(), timeout=120)] == heads
+    finally:
+        ray.shutdown()

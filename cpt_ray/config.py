@@ -348,8 +348,8 @@ class ModelConfig(_Section):
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs per engine actor."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs per engine actor; set engine.tensor_parallel_size to the same number if it is above 1. With 0.5, two small
-    engines share one (engine.gpu_memory_utilization then below 0.5)."""
+    """GPUs per engine actor; above 1, as many as engine.tensor_parallel_size x pipeline_parallel_size. With 0.5, two
+    small engines share one (engine.gpu_memory_utilization then below 0.5)."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Further resources per engine actor, by Ray's names: one that only some nodes have, or a kind of GPU, as in
     {"accelerator_type:L4": 0.001}."""
@@ -379,15 +379,27 @@ class ModelConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _has_a_gpu_for_each_part(self) -> Self:
-        if self.endpoint is None and self.num_gpus:
-            sizes = {name: self.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
-            parts = math.prod(size for size in sizes.values() if isinstance(size, int))
-            if parts > max(self.num_gpus, 1):
-                given = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
-                raise ValueError(f"num_gpus: found {self.num_gpus:g}; engine.{given} needs {parts}")
-            if self.num_gpus > 1 and self.num_gpus % 1:
-                raise ValueError(f"num_gpus: found {self.num_gpus:g}; above 1, give a whole number")
+    def _has_as_many_gpus_as_it_uses(self) -> Self:
+        if self.endpoint is not None:
+            return self
+        if (copies := self.engine.get("data_parallel_size")) not in (None, 1):
+            raise ValueError(
+                f"engine.data_parallel_size: found {shown(copies)}; an actor has one engine: leave it out and set "
+                "num_actors (of the server: serve.replicas)"
+            )
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus: found {self.num_gpus:g}; above 1, give a whole number")
+        sizes = {name: self.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+        parts = math.prod(size for size in sizes.values() if isinstance(size, int))
+        given = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+        if self.num_gpus and parts > max(self.num_gpus, 1):
+            raise ValueError(f"num_gpus: found {self.num_gpus:g}; engine.{given} needs {parts}")
+        if self.num_gpus > max(parts, 1):
+            uses = f"engine.{given} uses {parts}" if given else "without engine.tensor_parallel_size it uses 1"
+            raise ValueError(
+                f"num_gpus: found {self.num_gpus:g}; {uses}, so the others would idle: set "
+                f"engine.tensor_parallel_size, or num_gpus: {parts} and more num_actors"
+            )
         return self
 
     @property

@@ -216,10 +216,43 @@ def test_every_number_is_finite(entry: str, value: str) -> None:
 
 def test_an_engine_has_as_many_gpus_as_it_is_parted_over() -> None:
     overridden("policy.num_gpus=4", "policy.engine.tensor_parallel_size=2", "policy.engine.pipeline_parallel_size=2")
+    overridden("policy.num_gpus=0.5", "policy.engine.tensor_parallel_size=1", "policy.engine.data_parallel_size=1")
+    overridden("policy.engine.tensor_parallel_size=2")
     with pytest.raises(UserError, match=r"num_gpus: found 1; engine\.tensor_parallel_size 2 needs 2"):
         overridden("policy.num_gpus=1", "policy.engine.tensor_parallel_size=2")
     with pytest.raises(UserError, match=r"num_gpus: found 1\.5; above 1, give a whole number"):
         overridden("policy.num_gpus=1.5")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (
+            ["num_gpus=4", "engine.tensor_parallel_size=2"],
+            "num_gpus: found 4; engine.tensor_parallel_size 2 uses 2, so the others would idle: set "
+            "engine.tensor_parallel_size, or num_gpus: 2 and more num_actors",
+        ),
+        (
+            ["num_gpus=8", "engine.tensor_parallel_size=2", "engine.pipeline_parallel_size=2"],
+            "num_gpus: found 8; engine.tensor_parallel_size 2 x pipeline_parallel_size 2 uses 4, so the others would "
+            "idle: set engine.tensor_parallel_size, or num_gpus: 4 and more num_actors",
+        ),
+        (
+            ["num_gpus=2"],
+            "num_gpus: found 2; without engine.tensor_parallel_size it uses 1, so the others would idle: set "
+            "engine.tensor_parallel_size, or num_gpus: 1 and more num_actors",
+        ),
+        (
+            ["engine.data_parallel_size=2"],
+            "engine.data_parallel_size: found 2; an actor has one engine: leave it out and set num_actors (of the "
+            "server: serve.replicas)",
+        ),
+    ],
+)
+def test_gpus_that_would_idle_and_engines_within_an_engine_are_refused(entries: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        overridden(*(f"policy.{entry}" for entry in entries))
+    assert str(caught.value) == f"{toy.RUN_FILE}, overrides: policy: {said}"
 
 
 def test_an_engine_argument_is_finite_too() -> None:

@@ -78,7 +78,8 @@ def three_nodes(by_value: None) -> Iterator[None]:
 
 def place(run: RunDir, shards: int, **model: Any) -> list[dict[str, Any]]:
     """Where the shards of a pool were done."""
-    step = PlaceStep(model=ModelConfig.model_validate({"model": "m", **model}))
+    parts = {"tensor_parallel_size": max(1, int(model.get("num_gpus", 0)))}
+    step = PlaceStep(model=ModelConfig.model_validate({"model": "m", "engine": parts, **model}))
     run_lines(run, [Line([f"{step.model.model}{at}" for at in range(shards)], [step])], open_none)
     return [shard["resources"] for shard in seen(run, step.model.model)]
 

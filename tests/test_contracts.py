@@ -47,6 +47,22 @@ def test_a_failed_health_check_has_health_check_failure() -> None:
     assert WorkerHealthCheckFailedError("text", cause).health_check_failure is cause
 
 
+def test_the_preemption_watcher_asks_for_no_node_and_is_left_out_by_a_variable_of_the_driver() -> None:
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+    from ray.train.v2._internal.execution.controller.controller import TrainController
+
+    from cpt_ray.engines.ray_train import WATCHER
+
+    assert constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR == WATCHER
+    assert WATCHER in constants.ENV_VARS_TO_PROPAGATE
+    assert "ray_constants.env_bool( ENABLE_PREEMPTION_WATCHER_ENV_VAR," in source(TrainController.__init__)
+    # once it asks for a node, it need not be left out
+    text = source(PreemptionCallback.after_worker_group_start)
+    assert "watcher_cls = ray.remote(num_cpus=0, max_restarts=-1)(PreemptionWatcher)" in text
+    assert "watcher_cls.remote(" in text
+
+
 # ---------------------------------------------------------------- Ray 2.60: engines/pool.py
 
 

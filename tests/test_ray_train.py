@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError, RuntimeEnvSetupError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from cpt_ray.capacity import NodeType, NodeTypes
 from cpt_ray.config import Range
-from cpt_ray.engines.ray_train import WorkerGroup, explain_failure, read_progress
+from cpt_ray.engines import ray_train
+from cpt_ray.engines.ray_train import WATCHER, WorkerGroup, explain_failure, read_progress, run_workers
 
 GROUP = WorkerGroup(
     stage="steer",
@@ -53,3 +59,24 @@ def test_progress_that_is_not_there_or_half_there_ends_no_training(content: str 
     if content is not None:
         state.write_text(content)
     assert read_progress(state) == {}
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "watcher"),
+    [({"CPU": 1}, {"CPU": 2, "no_gpu": 1}, "0"), ({"CPU": 1}, {"CPU": 2}, None), ({"GPU": 1}, {"GPU": 2}, None)],
+)
+def test_a_training_kept_off_gpu_nodes_starts_no_actor_that_may_be_put_there(
+    resources: dict[str, float],
+    nodes: dict[str, float],
+    watcher: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(WATCHER, raising=False)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(ray_train, "node_types", lambda: NodeTypes([NodeType("node", nodes, 2)]))
+    seen = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=os.environ.get(WATCHER)))
+    monkeypatch.setattr(ray_train, "_trainer", lambda *_: seen)
+    group = replace(GROUP, resources=resources)
+    places: dict[str, Any] = {"name": "n", "storage": "", "state": tmp_path / "state"}
+    assert run_workers(print, {}, group, **places, title="t", steps=1) == watcher

@@ -1,12 +1,13 @@
 """A function on every rank of a Ray Train worker group, with its progress shown and its failures explained.
 
 What is private in Ray Train is used for ray 2.60 (tests/test_contracts.py): the attributes of exceptions that lead to
-the first cause. Ray's own message is a traceback.
+the first cause, since Ray's own message is a traceback, and where it puts its actors.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpt_ray.capacity import node_types
+from cpt_ray.capacity import NO_GPU, node_types
 from cpt_ray.config import Range
 from cpt_ray.console import Advance, progress
 from cpt_ray.engines.waiting import AT_WORK, Pulse, Waiting, explained, first_cause
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 POLL_SECONDS = 0.5
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's only actor that asks for no node at all: Ray may put it on a GPU node, which then does not end as long as
+a training on CPUs lasts. It tells ahead which nodes will be taken away; without it, Ray Train notices when they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,8 @@ def run_workers(
     types.check(f"the training of {group.stage}", group.resources, least, remedy)
     each = types.placed(group.resources, least)
     waiting = Waiting(group.stage, each, least, remedy, "workers", types)
+    if NO_GPU in each:
+        os.environ.setdefault(WATCHER, "0")
     trainer = _trainer({"work": work, "settings": settings, "pulse": waiting.pulse}, group, each, name, storage)
     state.unlink(missing_ok=True)
     fit: Future[Any] = Future()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,30 @@ def test_a_broken_file_of_a_run_is_named(
     (tmp_path / name).write_text(text)
     assert main(["status", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: cannot be read (")
+
+
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.EOPNOTSUPP])
+def test_a_shard_that_is_there_first_stays(error: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(error, "no hard links here")
+
+    if error:
+        monkeypatch.setattr(os, "link", no_links)
+    run = RunDir(tmp_path)
+    for count in (1, 2):
+        run.write("units", "a", [], {"rows_in": count})
+    assert run.counts("units", "a") == {"rows_in": 1}
+    assert [path.name for path in run.table("units").iterdir()] == ["a.parquet"]
+
+
+def test_a_shard_that_cannot_be_put_in_place_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(UserError, match=r"a.parquet: cannot be written \(No space left on device\)"):
+        RunDir(tmp_path).write("units", "a", [])
+    assert not [*(tmp_path / "units").iterdir()]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a: b"])

@@ -84,6 +84,15 @@ def test_the_counts_of_a_shard_stay_with_its_rows(store: str) -> None:
     assert run.counts("rejects", "some") == {"rows_in": 12}
 
 
+@pytest.mark.parametrize("size", [10, PART_BYTES + 1000])
+def test_what_is_in_a_store_first_stays_there(store: str, size: int) -> None:
+    path, content = StorePath.parse(store) / "some", os.urandom(size)
+    for written in (content, b"later"):
+        with replacing(path, keep=True) as file:
+            file.write(written)
+    assert path.read_bytes() == content
+
+
 # ---------------------------------------------------------------- a whole run
 
 

@@ -84,6 +84,7 @@ def test_a_later_pass_is_not_judged_by_a_rubric_that_has_all_its_levels(tmp_path
         step = JudgeStep(rubrics=rubrics, model=JudgeConfig(model="judge"), margin=0.1, earlier_passes=earlier)
         step(FakeEngine(answer), run, shard)
         assert {row.rubric_id for row in run.read("grades", [step.output(shard)], Grade)} == graded_by
+        run.shard("grades", step.output(shard)).unlink()
 
 
 def test_units_are_unique_and_written_as_they_are_planned(tmp_path: Path) -> None:
@@ -256,6 +257,7 @@ def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -
     for name in shards.grades:
         rows = run.read("grades", [name], Grade)
         if rows[0].judge == "other":
+            run.shard("grades", name).unlink()
             run.write("grades", name, [dataclasses.replace(one, score=0.0) for one in rows])
     found = {
         (one.text.split()[0], one.scores["ornament"]) for one in Steering(plan, run, shards).training_population.answers

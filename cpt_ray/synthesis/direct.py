@@ -17,7 +17,7 @@ from cpt_ray.rubrics.rubric import Rubric, directive_leak
 from cpt_ray.tables.by_hash import shuffled
 from cpt_ray.tables.records import Directive, Reject, content_id
 from cpt_ray.tables.rundir import RunDir
-from cpt_ray.tables.shard import ShardName, rejects_of
+from cpt_ray.tables.shard import ShardName
 
 DIRECTOR_OVERSAMPLING = 4
 """Directives sampled for each one wanted, because some leak and some repeat each other."""
@@ -67,8 +67,7 @@ class DirectStep(Step):
         rows, rejects = self._choose(rubric, [level.name for level in missing for _ in range(wanted)], completions)
         for reject in rejects:
             tally.reject(reject.reason)
-        run.write("rejects", rejects_of(self.stage, name), rejects)
-        run.write(self.table, name, rows, tally.close(len(rows)))
+        run.write(self.table, name, rows, tally.close(len(rows)), (self.stage, rejects))
 
     def _choose(
         self, rubric: Rubric, levels: list[str], completions: list[Completion]

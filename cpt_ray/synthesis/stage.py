@@ -242,6 +242,7 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
             run.write("rejects", name, plan.rejects)
     run.prune("rejects", shards.plan_rejects, prefix="plan-")
     stages = steps.stages(shards)
+    _show_rejects(run, [stage for stage in stages if stage.table in ("directives", "generations")])
     entries = {stage.name: ledger_entry(run, stage.table, stage.shards, stage.model.price) for stage in stages}
     costs = [entry["cost"] for entry in entries.values() if "cost" in entry]
     num_pairs = entries["pair"].get("rows_out", 0)
@@ -254,6 +255,15 @@ def conclude(plan: Plan, run: RunDir, shards: Shards) -> None:
     _say_cut(run, shards, entries["write"], steps.write.model)
     for line in level_lines(plan, run, shards, entries["write"].get("generated_tokens", 0)):
         say(line)
+
+
+def _show_rejects(run: RunDir, stages: Sequence[StageShards]) -> None:
+    """Writes the shards of rejects that a killed process owes."""
+    complete = run.names("rejects")
+    for stage in stages:
+        for name in stage.shards:
+            if rejects_of(stage.name, name) not in complete:
+                run.show_rejects(stage.name, stage.table, name)
 
 
 def _say_cut(run: RunDir, shards: Shards, entry: Mapping[str, Any], writer: ModelConfig) -> None:

@@ -24,7 +24,7 @@ from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.by_hash import shuffled
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit, parts_of
 from cpt_ray.tables.rundir import RunDir
-from cpt_ray.tables.shard import ShardName, rejects_of
+from cpt_ray.tables.shard import ShardName
 from cpt_ray.units import WriterUnits, cell_id_of, control_directive
 
 EXAMPLES = 4
@@ -60,8 +60,7 @@ class WriteStep(Step):
             else:
                 tally.reject(completion.error)
                 rejects.append(Reject.of(self.stage, unit, unit.unit_id, completion.error, completion.detail))
-        run.write("rejects", rejects_of(self.stage, shard), rejects)
-        run.write(self.table, shard, rows, tally.close(len(rows)))
+        run.write(self.table, shard, rows, tally.close(len(rows)), (self.stage, rejects))
 
     def request(self, unit: Unit) -> Request:
         """What the writer is asked for a unit."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from cpt_ray.errors import UserError
+from cpt_ray.tables.address import ChangedError
 from cpt_ray.tables.store_path import PART_BYTES, AnyPath, StorePath
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What a file system without hard links answers."""
 
 
 def file_hash(path: Path) -> str:
@@ -39,7 +44,7 @@ def exclusive(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True) -> Iterator[IO[bytes]]:
+def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True, keep: bool = False) -> Iterator[IO[bytes]]:
     """A file that becomes `path`, whole, when the block ends well; UserError if the disk or the store refuses.
 
     In an object store it is one put, which is atomic, of what was written on this machine.
@@ -47,11 +52,16 @@ def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True) -> Iterator[I
     Args:
         mode: its permissions from the start, less the umask; those of an object are its bucket's.
         sync: whether to wait for the disk, so that it outlives the machine's death too.
+        keep: whether a file that is there by then stays, and this one is dropped.
     """
     if isinstance(path, StorePath):
         with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as spool:
             yield spool
-            if spool.tell() <= PART_BYTES:
+            if keep:
+                spool.seek(0)
+                with suppress(ChangedError):
+                    path.put_if(spool.read(), None)
+            elif spool.tell() <= PART_BYTES:
                 spool.seek(0)
                 path.put(spool.read())
             else:
@@ -67,10 +77,31 @@ def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True) -> Iterator[I
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if keep:
+            _add(temporary, path)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); "
             "free some space or mend the folder, then give the same command again"
         ) from None
+
+
+def _add(temporary: Path, path: Path) -> None:
+    """Renames a file unless there is one of that name.
+
+    Where the file system has no hard links, two who do so within the same milliseconds may both succeed.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if not path.exists():
+            os.replace(temporary, path)
+            return
+    temporary.unlink()

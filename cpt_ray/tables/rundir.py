@@ -3,8 +3,8 @@
 A table is a folder of shard files. A stage maps an input shard to an output shard (`shard.py` has their names); the
 file is written under a temporary name and renamed, or put into an object store whole, so a file that is there is
 complete, and is not made again. Two workers that make the same shard (one was thought dead) write the same name, since
-it is a hash of all inputs: the last one stays, whole, and its counts are in the file itself, so that nothing is counted
-twice.
+it is a hash of all inputs: the first one stays, since others may have read it. Its counts and rejects are in the file
+itself, so that nothing is counted twice, and no reject is that of a row which is there.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from cpt_ray.tables.records import (
     to_table,
 )
 from cpt_ray.tables.run_lock import LOCK_FILE, is_held, run_lock
+from cpt_ray.tables.shard import rejects_of
 from cpt_ray.tables.store_path import AnyPath, StorePath, cloud_environment, path_of, remove_tree
 
 TABLES: dict[str, type[Any]] = {
@@ -88,7 +89,7 @@ TRACES = {LOCK_FILE, RUN_INFO_FILE, "attempts", "units", LEDGER_FILE}
 READERS = 16
 """Shards of an object store that are read at a time."""
 Record = TypeVar("Record")
-_COUNTS = b"cpt_ray.counts"
+_COUNTS, _REJECTS = b"cpt_ray.counts", b"cpt_ray.rejects"
 
 
 def _holds_files(path: AnyPath) -> bool:
@@ -197,11 +198,36 @@ class RunDir:
         """The complete shards (of one prefix), by one look at the folder."""
         return {path.stem for path in self.table(table).glob(f"{prefix}*.parquet")}
 
-    def write(self, table: str, name: str, rows: Iterable[Any], counts: Mapping[str, float] | None = None) -> None:
-        """Completes one shard; `counts` (rows in, tokens, seconds) stay with it in the file's metadata."""
-        made = to_table(rows, TABLES[table])
-        with replacing(self.shard(table, name)) as file:
-            pq.write_table(made.replace_schema_metadata({_COUNTS: json.dumps({**(counts or {})})}), file)
+    def write(
+        self,
+        table: str,
+        name: str,
+        rows: Iterable[Any],
+        counts: Mapping[str, float] | None = None,
+        rejects: tuple[str, Sequence[Reject]] | None = None,
+    ) -> None:
+        """Completes one shard; one that is there by then stays.
+
+        Args:
+            counts: rows in, tokens, seconds; they stay with it in the file's metadata.
+            rejects: the stage, and what it dropped; they stay there too, and are shown (`show_rejects`).
+        """
+        metadata = {_COUNTS: json.dumps({**(counts or {})})}
+        if rejects:
+            metadata[_REJECTS] = json.dumps([dataclasses.asdict(reject) for reject in rejects[1]])
+        made = to_table(rows, TABLES[table]).replace_schema_metadata(metadata)
+        with replacing(self.shard(table, name), keep=True) as file:
+            pq.write_table(made, file)
+        if rejects:
+            self.show_rejects(rejects[0], table, name)
+
+    def show_rejects(self, stage: str, table: str, name: str) -> None:
+        """Writes the rejects that a shard holds, its own or those of who was first, as the shard of rejects beside it.
+
+        It has to be done again where a process died between the two files.
+        """
+        rows = json.loads(self._metadata(table, name).get(_REJECTS, b"[]"))
+        self.write("rejects", rejects_of(stage, name), [Reject(**row) for row in rows])
 
     def check_format(self) -> None:
         """UserError if an earlier version of this program has written answers here: none of them would be used."""
@@ -214,10 +240,12 @@ class RunDir:
 
     def counts(self, table: str, name: str) -> dict[str, float]:
         """The counts that the shard was written with."""
-        path = self.shard(table, name)
-        metadata = pq.read_schema(path.open_end() if isinstance(path, StorePath) else path).metadata or {}
-        loaded: dict[str, float] = json.loads(metadata.get(_COUNTS, b"{}"))
+        loaded: dict[str, float] = json.loads(self._metadata(table, name).get(_COUNTS, b"{}"))
         return loaded
+
+    def _metadata(self, table: str, name: str) -> dict[bytes, bytes]:
+        path = self.shard(table, name)
+        return pq.read_schema(path.open_end() if isinstance(path, StorePath) else path).metadata or {}
 
     def read(self, table: str, names: Sequence[str], record: type[Record]) -> list[Record]:
         """The rows of the named shards, in order; `record` is the table's class."""

@@ -515,12 +515,11 @@ MOST_FURTHER_PASSES = 4
 class SynthesisConfig(_Section):
     """How much is written."""
 
-    ask: Literal["levels", "prompt", "examples"] = "levels"
+    ask: Literal["levels", "prompt"] = "levels"
     """What the writer is asked for. "levels": an answer at each level of each rubric, with the rubric in the prompt.
-    "prompt": an answer to the bare prompt, for a writer that follows rubrics badly but whose own answers vary.
-    "examples": the same, but later passes show it four answers to other prompts that are at the missing level."""
+    "prompt": an answer to the bare prompt, for a writer that follows rubrics badly but whose own answers vary."""
     first_pass: Positive = 1
-    """Answers asked for in the first pass, per prompt, rubric and level (without "levels": per prompt)."""
+    """Answers asked for in the first pass, per prompt, rubric and level (`ask: prompt`: per prompt)."""
     samples: Positive = 3
     """The same, at most and over all passes; later passes ask only for the levels that a prompt still lacks."""
     grids: Positive = 1

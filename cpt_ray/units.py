@@ -33,7 +33,7 @@ class WriterUnits:
     @property
     def key(self) -> str:
         """Changes when what the first pass asks of a prompt does."""
-        if self.settings.ask != "levels":
+        if self.settings.ask == "prompt":
             return content_id("prompt", self.layouts[0], self.settings.first_pass, self.writer_key, self.seed)
         hashes, layouts = [rubric.content_hash for rubric in self.rubrics], self.layouts[1 : 3 if self.combine else 2]
         return content_id(hashes, self.combine, layouts, self.settings.first_pass, self.writer_key, self.seed)
@@ -41,13 +41,12 @@ class WriterUnits:
     @functools.cached_property
     def layouts(self) -> tuple[str, ...]:
         """Layout hashes of a writer's request with no rubric, with one, with several."""
-        of_level = "examples" if self.settings.ask == "examples" else "write"
-        return tuple(map(layout_hash, ("policy", of_level, "write jointly")))
+        return tuple(map(layout_hash, ("policy", "write", "write jointly")))
 
     def first_pass(self, prompts: Sequence[Prompt]) -> Iterator[Unit]:
         """Units of the first pass. What has the same rubric in front of it comes together, for the prefix cache."""
         samples = range(self.settings.first_pass)
-        if self.settings.ask != "levels":
+        if self.settings.ask == "prompt":
             for prompt in prompts:
                 yield from (self.unit(prompt.prompt_id, prompt.text, sample=sample) for sample in samples)
             return
@@ -68,19 +67,16 @@ class WriterUnits:
         """
         settings, prompt = self.settings, (asked[0].prompt_id, asked[0].prompt)
         lacking = {rubric: missing_levels(rubric, answers, settings.grids, settings.margin) for rubric in self.rubrics}
-        # an answer is at a level of every rubric: no more are needed than one of them lacks
-        most = max(sum(levels.values()) for levels in lacking.values())
-        left = range(len(asked), min(settings.samples, len(asked) + most))
         if settings.ask == "prompt":
-            return [self.unit(*prompt, sample=sample) for sample in left]
+            most = max(sum(levels.values()) for levels in lacking.values())
+            samples = range(len(asked), min(settings.samples, len(asked) + most))
+            return [self.unit(*prompt, sample=sample) for sample in samples]
         units = []
         for rubric, levels in lacking.items():
             for level, count in levels.items():
                 before = sum((unit.rubric_id, unit.level) == (rubric.id, level) for unit in asked)
-                end = min(settings.samples, before + count)
-                units += [self.unit(*prompt, (rubric,), (level,), sample) for sample in range(before, end)]
-        if settings.ask == "examples":
-            return shuffled(units, lambda unit: (unit.unit_id,))[: len(left)]
+                samples = range(before, min(settings.samples, before + count))
+                units += [self.unit(*prompt, (rubric,), (level,), sample) for sample in samples]
         return units
 
     def unit(

@@ -79,13 +79,6 @@ def joint_writer_messages(targets: Sequence[tuple[Rubric, Level]], prompt: str) 
     return _chat(f"{JOINT_WRITE_HEAD}\n\n{rubrics}", "\n\n".join([prompt, *tails]))
 
 
-def example_messages(examples: Sequence[tuple[str, str]], prompt: str) -> list[ChatMessage]:
-    """Other prompts and their answers, as turns before the prompt; the bare prompt without any."""
-    turns = [(("user", asked), ("assistant", answer)) for asked, answer in examples]
-    before = [{"role": role, "content": text} for role, text in itertools.chain.from_iterable(turns)]
-    return [*before, {"role": "user", "content": prompt}]
-
-
 def director_messages(rubric: Rubric, level: Level) -> list[ChatMessage]:
     """Asks for a directive: what the policy will see instead of (rubric, level)."""
     tail = DIRECT_TAIL.format(**_level_fields(rubric, level), descriptors=_level_descriptors(rubric, level))

@@ -40,7 +40,6 @@ PROBES: dict[str, Callable[[], Any]] = {
     "write jointly": lambda: conversations.joint_writer_messages(
         [(_RUBRIC, _LEVEL), (_OTHER, _OTHER.levels[0])], _PROMPT
     ),
-    "examples": lambda: conversations.example_messages([(_PROMPT, _ANSWER)], _PROMPT),
     "direct": lambda: conversations.director_messages(_RUBRIC, _LEVEL),
     "logprobs": lambda: (
         conversations.judge_messages(_RUBRIC, _CRITERION, _PROMPT, _ANSWER),

@@ -29,7 +29,7 @@ from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.synthesis.direct import num_held_out
 from cpt_ray.synthesis.pair_steps import PAIRING
 from cpt_ray.synthesis.stage import Steps, finished_synthesis, name_shards
-from cpt_ray.synthesis.write import EXAMPLES, WriteStep
+from cpt_ray.synthesis.write import WriteStep
 from cpt_ray.tables.records import Prompt, Unit
 from cpt_ray.tables.rundir import MODEL_INFO_FILE, RESULTS_FILE, RunDir
 from cpt_ray.units import Units
@@ -87,7 +87,7 @@ class Estimate:
         first = Units(writer_units(self.plan), self._prompts[:1]).count
         settings, levels = self.plan.config.synthesis, [len(rubric.levels) for rubric in self.plan.rubrics]
         later = (settings.num_passes - 1) * settings.grids
-        if settings.ask != "levels":
+        if settings.ask == "prompt":
             most = min(settings.samples, first + later * max(levels))
         else:
             most = first + min(settings.samples - settings.first_pass, later) * sum(levels)
@@ -196,11 +196,7 @@ class Estimate:
         few = self._sample[:: math.ceil(len(self._sample) * self._first / len(self._prompts) / MOST_TOKENISED)]
         more = 2 * len(of.shards) + len(self._shards.plan_rejects)  # units, rejects
         stage = self._stage(of, round(self._expected), self._most, more=more)
-        tokens = self._request_tokens(self._steps.write, writer_units(self.plan).first_pass(few))
-        if self.plan.config.synthesis.ask == "examples" and stage.rows:
-            later = 1 - self._first / stage.rows
-            tokens += later * EXAMPLES * (tokens + self._answer_tokens)
-        return self._asking(stage, tokens)
+        return self._asking(stage, self._request_tokens(self._steps.write, writer_units(self.plan).first_pass(few)))
 
     def _control(self, of: StageShards, rows: int) -> Stage:
         units = [unit for name in of.shards[:: max(1, len(of.shards) // 4)] for unit in self._units[name]]

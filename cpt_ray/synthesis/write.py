@@ -6,31 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cpt_ray.chat.conversations import (
-    ChatMessage,
-    example_messages,
-    joint_writer_messages,
-    policy_messages,
-    writer_messages,
-)
+from cpt_ray.chat.conversations import ChatMessage, joint_writer_messages, policy_messages, writer_messages
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, Request, sampling_request
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.step import Step
-from cpt_ray.grids import GradedAnswer, GridMaker, answers_of, levels_by_rubric
+from cpt_ray.grids import answers_of, levels_by_rubric
 from cpt_ray.judging.spread import Spread
 from cpt_ray.plan import Pass, Rubrics
 from cpt_ray.rubrics.measures import whole_sentences
-from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.tables.by_hash import shuffled
 from cpt_ray.tables.records import CONTROL, Generation, Grade, Reject, Unit, parts_of
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.shard import ShardName
 from cpt_ray.units import WriterUnits, cell_id_of, control_directive
-
-EXAMPLES = 4
-"""Answers to other prompts that the writer is shown with `ask: examples`, at most."""
-Examples = dict[tuple[str, str], list[tuple[str, str]]]
-"""Rubric id and level to prompts and their answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,59 +97,28 @@ class NextPassStep(WriteStep):
     """From 2."""
     before: Mapping[str, Sequence[Pass]] = field(default_factory=dict)
     """By the last pass's shard of grades: all passes so far."""
-    examples: Examples = field(default_factory=dict)
-    """What the writer is shown of each level; made from the passes before."""
 
     def output(self, shard: str) -> str:
         """Depends on the passes before it and on what counts as missing."""
         settings = self.writer_units.settings
-        shown = (self.writer_units.layouts[1], EXAMPLES) if settings.ask == "examples" else ()
-        parts = (self.number, settings.grids, settings.margin, settings.samples, *shown)
-        return ShardName.parse(shard).made_of("pass", *parts)
+        return ShardName.parse(shard).made_of("pass", self.number, settings.grids, settings.margin, settings.samples)
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         """Plans one shard and writes it."""
         name, passes = self.output(shard), self.before[shard]
-        rubrics, answers = self._graded(run, passes)
         if not run.has("units", name):
-            rows = list(self._plan(run, passes, rubrics, answers))
+            rows = list(self._plan(run, passes))
             run.write("units", name, rows, {"rows_out": len(rows)})
-        step = self
-        if self.writer_units.settings.ask == "examples":
-            step = replace(self, examples=self._examples(rubrics, answers))
-        step.write(engine, run, name, run.read("units", [name], Unit))
+        self.write(engine, run, name, run.read("units", [name], Unit))
 
-    def _messages(self, unit: Unit) -> list[ChatMessage]:
-        if self.writer_units.settings.ask != "examples" or not unit.rubric_id:
-            return super()._messages(unit)
-        examples = self.examples.get((unit.rubric_id, unit.level), [])
-        return example_messages([each for each in examples if each[0] != unit.prompt][:EXAMPLES], unit.prompt)
-
-    def _graded(self, run: RunDir, passes: Sequence[Pass]) -> tuple[Sequence[Rubric], dict[str, list[GradedAnswer]]]:
-        """The rubrics with their levels, and prompt id to the answers of the passes before."""
-        rubrics = self.spread.resolve(run) if self.spread else list(self.rubrics.values())
-        grades = run.read("grades", [each.grades for each in passes], Grade)
-        return rubrics, answers_of(
-            run.read("generations", [each.generations for each in passes], Generation), grades, rubrics
-        )
-
-    def _plan(
-        self, run: RunDir, passes: Sequence[Pass], rubrics: Sequence[Rubric], answers: Mapping[str, list[GradedAnswer]]
-    ) -> Iterator[Unit]:
+    def _plan(self, run: RunDir, passes: Sequence[Pass]) -> Iterator[Unit]:
+        names = [each.generations for each in passes]
         asked: dict[str, list[Unit]] = defaultdict(list)
-        for unit in run.read("units", [each.generations for each in passes], Unit):
+        for unit in run.read("units", names, Unit):
             asked[unit.prompt_id].append(unit)
+        grades = run.read("grades", [each.grades for each in passes], Grade)
+        rubrics = self.spread.resolve(run) if self.spread else list(self.rubrics.values())
+        answers = answers_of(run.read("generations", names, Generation), grades, rubrics)
         writer_units = replace(self.writer_units, rubrics=tuple(rubrics))
         for prompt_id, units in asked.items():
             yield from writer_units.later_pass(units, answers.get(prompt_id, []))
-
-    def _examples(self, rubrics: Sequence[Rubric], answers: Mapping[str, list[GradedAnswer]]) -> Examples:
-        """Those that grids would be made of: far out on their own rubric and, on average, alike on the others."""
-        maker, examples = GridMaker(rubrics, answers, self.writer_units.settings.margin, balance=True), Examples()
-        for rubric in rubrics:
-            grids = [grid for grids in maker.draw([rubric], 1)[0].values() for grid in grids]
-            for level in rubric.levels:
-                some = [(answer.prompt, answer.text) for grid in grids if (answer := grid.get((level.name,)))]
-                some = shuffled(some, lambda each: ("example", self.number, *each))
-                examples[rubric.id, level.name] = some[: EXAMPLES + 1]  # one of them may be to the prompt itself
-        return examples

@@ -106,7 +106,7 @@ def test_a_broken_file_of_a_run_is_named(
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: cannot be read (")
 
 
-@pytest.mark.parametrize("error", [None, errno.EPERM, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.EXDEV])
 def test_a_shard_that_is_there_first_stays(error: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(source: Path, target: Path) -> None:
         raise OSError(error, "no hard links here")
@@ -125,6 +125,7 @@ def test_a_shard_that_cannot_be_put_in_place_is_said(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"a.parquet: cannot be written \(No space left on device\)"):
         RunDir(tmp_path).write("units", "a", [])
     assert not [*(tmp_path / "units").iterdir()]

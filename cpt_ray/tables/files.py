@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from cpt_ray.errors import UserError
-from cpt_ray.tables.address import ChangedError
 from cpt_ray.tables.store_path import PART_BYTES, AnyPath, StorePath
-
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What a file system without hard links answers."""
 
 
 def file_hash(path: Path) -> str:
@@ -57,10 +52,11 @@ def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True, keep: bool = 
     if isinstance(path, StorePath):
         with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as spool:
             yield spool
-            if keep:
+            if keep and path.exists():
+                return
+            if keep and spool.tell() <= PART_BYTES:  # a larger one is put in parts, which takes no condition
                 spool.seek(0)
-                with suppress(ChangedError):
-                    path.put_if(spool.read(), None)
+                path.put_new(spool.read())
             elif spool.tell() <= PART_BYTES:
                 spool.seek(0)
                 path.put(spool.read())
@@ -98,10 +94,8 @@ def _add(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         pass
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
+    except OSError:  # of many kinds, by the file system; where it is none of links, `replace` has it too
         if not path.exists():
             os.replace(temporary, path)
             return
-    temporary.unlink()
+    temporary.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 A lease is an object that its owner puts anew every few seconds, each time on the condition that it is still the one it
 put before. Whoever finds it watches whether that goes on, by the own clock and not by the times in it, and takes over
-what has stood still. The lease keeps people from mistakes; that results are whole and made once does not hang on it:
-two who wrote the same shard would put the same name, which is a hash of all that the shard depends on.
+what has stood still. The lease keeps people from mistakes; that results are whole and made once does not hang on it,
+since of two who wrote the same shard the first one's stays.
 """
 
 from __future__ import annotations

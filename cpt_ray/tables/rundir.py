@@ -216,7 +216,8 @@ class RunDir:
         if rejects:
             metadata[_REJECTS] = json.dumps([dataclasses.asdict(reject) for reject in rejects[1]])
         made = to_table(rows, TABLES[table]).replace_schema_metadata(metadata)
-        with replacing(self.shard(table, name), keep=True) as file:
+        # rejects are a function of their shard: older ones, of a shard that is no more, must not stay
+        with replacing(self.shard(table, name), keep=table != "rejects") as file:
             pq.write_table(made, file)
         if rejects:
             self.show_rejects(rejects[0], table, name)

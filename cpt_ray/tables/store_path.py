@@ -232,6 +232,20 @@ class StorePath:
                     raise
                 raise ChangedError(str(self)) from None
 
+    def put_new(self, content: bytes) -> None:
+        """Makes the object, unless there is one. obstore repeats no put with a condition, since it may meet itself."""
+        for attempts_left in (2, 1, 0):
+            try:
+                self.put_if(content, None)
+                return
+            except ChangedError:
+                if self.exists():  # else there were two at once, and the store kept neither
+                    return
+            except StoreError:
+                if not attempts_left:
+                    raise
+        raise StoreError(f"{self}: cannot be written; others write it at the same time")
+
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
         """Replaces the object."""
         self.put(text.encode(encoding))

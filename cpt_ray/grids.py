@@ -100,6 +100,8 @@ class Shifts:
     """By rubric, of the answers that were taken."""
     offered: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Of all answers that could have been: the mean at each level."""
+    gaps: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """`taken` less what the offset wants."""
 
 
 @dataclass
@@ -110,6 +112,7 @@ class _DrawnGrid:
     answers: dict[LevelNames, GradedAnswer]
     taken: dict[str, float]
     offered: dict[str, float]
+    gaps: dict[str, float]
 
 
 class GridMaker:
@@ -154,7 +157,7 @@ class GridMaker:
                 taken = {answer.generation.unit_id for answer in answers.values()}
                 free = [(answer, level) for answer, level in free if answer.generation.unit_id not in taken]
         if self._is_balanced:
-            kept = _balanced(drawn, self._offset.get(rubrics[0].id, {}) if len(rubrics) == 1 else {})
+            kept = _balanced(drawn, self._offset.get(rubrics[0].id, {}))
             is_kept = set(map(id, kept))
             left_out = (answer for grid in drawn if id(grid) not in is_kept for answer in grid.answers.values())
             self.given_up |= {answer.generation.unit_id for answer in left_out}
@@ -205,7 +208,7 @@ class GridMaker:
         for name in self._others([rubric]):
             offset = self._offset.get(rubric.id, {}).get(name, 0.0)
             away = self._in_sd(_value(answer, name), name, middle) - side * offset / 2
-            cost += away * away / 2 + PUSH * (shifts.taken[name] - offset * shifts.grids) * side * away
+            cost += away * away / 2 + PUSH * shifts.gaps[name] * side * away
         return cost
 
     def _in_sd(self, value: float | None, name: str, middle: Mapping[str, float]) -> float:
@@ -221,41 +224,45 @@ class GridMaker:
         rubrics: Sequence[Rubric],
         grid: Mapping[LevelNames, GradedAnswer],
         free: Sequence[tuple[GradedAnswer, LevelNames]],
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """The highest level's answer less the lowest's, in what they should not differ; and so of all at the levels."""
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """The highest level's answer less the lowest's, in what they should not differ; so of all at the levels; and
+        the first less what the offset wants of these levels, which is half of it for neighbours of three."""
         if len(rubrics) > 1:
-            return {}, {}
+            return {}, {}, {}
         low, *_, high = grid  # in the rubric's order
         at = {name: [answer for answer, level in free if level == name] for name in (low, high)}
         others = self._others(rubrics)
         taken = {name: _difference([grid[low]], [grid[high]], name) / self._sd[name] for name in others}
-        return taken, {name: _difference(at[low], at[high], name) / self._sd[name] for name in others}
+        share = (_side(rubrics[0], high[0]) - _side(rubrics[0], low[0])) / 2
+        offset = self._offset.get(rubrics[0].id, {})
+        gaps = {name: value - share * offset.get(name, 0.0) for name, value in taken.items()}
+        return taken, {name: _difference(at[low], at[high], name) / self._sd[name] for name in others}, gaps
 
 
 def _add(shifts: Shifts, grid: _DrawnGrid) -> None:
     shifts.grids += 1
-    for sums, more in ((shifts.taken, grid.taken), (shifts.offered, grid.offered)):
+    for sums, more in ((shifts.taken, grid.taken), (shifts.offered, grid.offered), (shifts.gaps, grid.gaps)):
         for name, value in more.items():
             sums[name] += value
 
 
 def _balanced(grids: Sequence[_DrawnGrid], offset: Mapping[str, float]) -> list[_DrawnGrid]:
-    """Without those that add most to a mean difference beyond BALANCED of its offset, until there is none.
+    """Without those that add most to a mean gap beyond BALANCED, until there is none.
 
-    All of them where more than half would have to go: then the levels themselves differ in more than the rubric.
+    Where more than half would have to go, the levels themselves differ in more than the rubric, or the offset is not to
+    be had. Then what has an offset is left as it is and, if that does not do, all grids are kept.
     """
-    kept, sums = list(grids), Shifts()
-    for grid in grids:
-        _add(sums, grid)
-    while len(kept) > math.ceil(len(grids) / 2):
-        gaps = {name: total - offset.get(name, 0.0) * len(kept) for name, total in sums.taken.items()}
-        off = {name: gap for name, gap in gaps.items() if abs(gap) > BALANCED * len(kept)}
-        if not off:
-            return kept
-        worst = max(kept, key=lambda grid: sum(math.copysign(1, off[name]) * grid.taken[name] for name in off))
-        kept.remove(worst)
-        for name, value in worst.taken.items():
-            sums.taken[name] -= value
+    for names in (grids[0].gaps.keys(), grids[0].gaps.keys() - offset.keys()) if grids else ():
+        kept = list(grids)
+        sums = {name: sum(grid.gaps[name] for grid in grids) for name in names}
+        while len(kept) > math.ceil(len(grids) / 2):
+            off = {name: total for name, total in sums.items() if abs(total) > BALANCED * len(kept)}
+            if not off:
+                return kept
+            worst = max(kept, key=lambda grid: sum(math.copysign(1, off[name]) * grid.gaps[name] for name in off))
+            kept.remove(worst)
+            for name in names:
+                sums[name] -= worst.gaps[name]
     return list(grids)
 
 

@@ -12,6 +12,8 @@ from cpt_ray.synthesis.pairing import Paired
 from cpt_ray.tables.records import Generation, Unit
 from cpt_ray.tables.rundir import RunDir
 
+OFFSET_MISSED = 0.25
+"""Standard deviations by which grids may miss their offset without a note; those without an end level aim at less."""
 _COUNTED = ("asked", "hit", "at", "kept", "tokens")
 
 
@@ -103,6 +105,13 @@ def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) 
             lines.append(f"{name:<28}{asked:>8}{hit:>8}{row['at']:>9}{row['kept']:>9}{each:>13}")
             if not row["at"]:
                 notes.append(f"note: no answer is at {name}: this writer does not reach it; it is in no pair")
+        for other, wanted in plan.config.synthesis.offset.get(rubric.id, {}).items():
+            _, taken = counts.shifts(rubric.id).get(other, (0.0, 0.0))
+            if abs(taken - wanted) > OFFSET_MISSED:
+                notes.append(
+                    f"note: the grids of {rubric.id} differ in {other} by {taken:.2f} sd, where synthesis.offset wants "
+                    f"{wanted:g}: these answers do not have it; give one nearer to 0"
+                )
     if not all(asked_for):
         lines.append("(-: no answer was asked to be at the level; those that are were not asked for it)")
     total = counts.totals()

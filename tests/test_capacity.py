@@ -222,9 +222,22 @@ def test_what_a_look_raised_is_raised_at_the_blocks_end_and_hides_no_other_error
     watch = Waiting("write", {"GPU": 1}, 1, "")
     watch._said -= 60
     with pytest.raises(SystemExit, match="nobody reads"), watch.watched(lambda: 0):
-        watchers()[0].join(20)
-    with pytest.raises(KeyboardInterrupt), watch.watched(lambda: 0):
+        watchers()[0].join(2)
+    with pytest.raises(KeyboardInterrupt), Waiting("write", {"GPU": 1}, 1, "").watched(lambda: 0):
         raise KeyboardInterrupt
+    assert not watchers()
+
+
+def test_a_block_that_never_checks_is_interrupted_with_the_error_of_the_look(
+    clock: list[float], told: Told, busy_look: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "STUCK_SECONDS", 0.1)
+    watch, start = Waiting("write", {"GPU": 1}, 1, ""), time.monotonic()
+    with pytest.raises(UserError, match="write: no progress for 10 minutes"), watch.watched(lambda: 0):
+        for _ in range(2000):
+            clock[0] += 10
+            time.sleep(0.01)
+    assert time.monotonic() - start < 20
     assert not watchers()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 import uuid
@@ -32,8 +33,10 @@ LOOK_SECONDS = 5.0
 LAUNCHING_TIMES = 3
 """Times the patience that launching nodes are waited for without any progress: of a pod that no machine can take, the
 autoscaler says for ever that it is launching."""
-LAST_LOOK_SECONDS = 30.0
+LAST_LOOK_SECONDS = 10.0
 """How long a look that has begun may take to end: Ray, which it asks, must not be shut down meanwhile."""
+STUCK_SECONDS = 10.0
+"""How long the block of `watched` may go on after its error, before it is interrupted."""
 STARTING, AT_WORK = "starting", "at work"
 """Phases of an actor that has begun."""
 BEAT_SECONDS = 10.0
@@ -172,6 +175,9 @@ class Waiting:
         thread.start()
         try:
             yield
+        except KeyboardInterrupt:
+            self.check()  # of `_watch`, not of a person
+            raise
         finally:
             ended.set()
             thread.join(LAST_LOOK_SECONDS)
@@ -183,6 +189,8 @@ class Waiting:
                 self.look(done())
         except BaseException as error:  # of any kind: `say` raises SystemExit where nobody reads
             self._error = error
+            if not ended.wait(STUCK_SECONDS):  # where nothing calls `check`
+                os.kill(os.getpid(), signal.SIGINT)
 
     def check(self) -> None:
         """Raises what ended the thread of `watched`."""

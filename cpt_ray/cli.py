@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_ray import __version__, pipeline
-from cpt_ray.cluster import Terminated, interrupted_by_sigterm
+from cpt_ray.cluster import interrupted_by_sigterm, terminated
 from cpt_ray.errors import UserError
 
 STAGE_HELP = {
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check(paths: Sequence[str], overrides: Sequence[str]) -> None:
     """Of both, since argparse leaves everything to the paths."""
     given = [*paths, *overrides]
-    changes = [text for text in given if OVERRIDE.match(text) and not Path(text).exists()]
+    changes = [text for text in given if OVERRIDE.match(text) and not os.path.exists(text)]
     pipeline.check([Path(text) for text in given if text not in changes], changes)
 
 
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not verbose:  # it logs each retry; the error at the end is enough
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
+        terminated.clear()
         with interrupted_by_sigterm():
             do(**given)
         return 0
@@ -153,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         goes_on = "; the same command goes on where this one left off" if command in pipeline.RESUMABLE else ""
         print(f"stopped{goes_on}", file=sys.stderr, flush=True)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        return 128 + (signal.SIGTERM if terminated.is_set() else signal.SIGINT)
 
 
 def console() -> None:

@@ -99,6 +99,7 @@ def connected(
         except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
             if error.code != signal.SIGTERM or not callable(handler):
                 raise
+            terminated.set()
             raise Terminated from None
         except Exception as error:  # Ray has no kind of its own for it
             if "timed out during startup" not in str(error):
@@ -118,6 +119,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM (`kill`, `ray job stop`, Kubernetes), which ends a command as Ctrl-C does."""
 
 
+terminated = threading.Event()
+"""That it came: Ray's own code makes a plain KeyboardInterrupt of what it is interrupted by."""
+
+
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
     """SIGTERM raises Terminated in the block, if this is the main thread: no other can be interrupted."""
@@ -126,6 +131,7 @@ def interrupted_by_sigterm() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        terminated.set()
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -158,6 +158,8 @@ def test_a_check_takes_overrides_and_says_which_gpus_are_needed(
     error = capsys.readouterr().err
     assert error == "error: train.beta=1: changes an entry of a run file, and none is among the paths; give one\n"
     assert not run.path.exists()
+    assert main(["check", file, f"name={'x' * 300}"]) == 1
+    assert "name: found 'xxx" in capsys.readouterr().err
 
 
 def test_a_judge_that_nothing_asks_needs_no_key(

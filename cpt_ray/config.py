@@ -389,7 +389,8 @@ class ModelConfig(_Section):
             )
         if self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(f"num_gpus: found {self.num_gpus:g}; above 1, give a whole number")
-        sizes = {name: self.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+        kinds = ("tensor", "pipeline", "prefill_context")
+        sizes = {f"{kind}_parallel_size": self.engine.get(f"{kind}_parallel_size", 1) for kind in kinds}
         parts = math.prod(size for size in sizes.values() if isinstance(size, int))
         given = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
         if self.num_gpus and parts > max(self.num_gpus, 1):

@@ -73,15 +73,20 @@ def run_workers(
     types.check(f"the training of {group.stage}", group.resources, least, remedy)
     each = types.placed(group.resources, least)
     waiting = Waiting(group.stage, each, least, remedy, "workers", types)
-    if NO_GPU in each:
-        os.environ.setdefault(WATCHER, "0")
+    is_off_gpus = NO_GPU in each and WATCHER not in os.environ
+    if is_off_gpus:
+        os.environ[WATCHER] = "0"
     trainer = _trainer({"work": work, "settings": settings, "pulse": waiting.pulse}, group, each, name, storage)
     state.unlink(missing_ok=True)
     fit: Future[Any] = Future()
     # in a thread of its own, so that Ctrl-C stays this program's and the progress can be shown
     threading.Thread(target=_fit, args=(trainer, fit), name="fit", daemon=True).start()
-    with progress(title, steps, "steps") as advance, closing(waiting):
-        _show_progress(fit, state, f"starting {group.num_workers} workers", steps, waiting, advance)
+    try:
+        with progress(title, steps, "steps") as advance, closing(waiting):
+            _show_progress(fit, state, f"starting {group.num_workers} workers", steps, waiting, advance)
+    finally:
+        if is_off_gpus:  # only for this training: another of this process may be on GPUs
+            del os.environ[WATCHER]
     if error := fit.exception():
         why = read_progress(state).get("error") or explain_failure(error, group)
         raise UserError(f"{group.stage}: {why}") from error

@@ -206,7 +206,7 @@ class RunDir:
         counts: Mapping[str, float] | None = None,
         rejects: tuple[str, Sequence[Reject]] | None = None,
     ) -> None:
-        """Completes one shard; one that is there by then stays.
+        """Completes one shard; one that is there by then stays, but a shard of rejects is replaced.
 
         Args:
             counts: rows in, tokens, seconds; they stay with it in the file's metadata.

@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_ray.chat.layout import PROBES, layout_hash
 from cpt_ray.config import RunConfig
-from cpt_ray.engines.pool import SHARDS_IN_FLIGHT
+from cpt_ray.engines.worker import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import check_leakage, read_prompts
 from cpt_ray.rubrics.catalog import Catalog

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import ray
 from ray import cloudpickle
 
 from cpt_ray.cluster import unused_port
-from cpt_ray.config import ModelConfig
+from cpt_ray.config import ModelConfig, Range
 from cpt_ray.engines.engine import Completion, Engine, EngineDiedError, FakeEngine, Request
 from cpt_ray.engines.ledger import Tally
 from cpt_ray.engines.pool import LocalRunner, run_lines
@@ -116,6 +117,45 @@ def test_what_kills_every_engine_ends_the_run_within_a_bound_and_the_rest_is_kep
     assert_given_back(free)
     assert_metric(metrics_url, "ray_cpt_stage_tokens", 'kind="generated"')
     assert_metric(metrics_url, "ray_cpt_stage_rows", 'outcome="rejected: cut off"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowStep(MarkStep):
+    """The processes of a pool differ in how long a shard takes them."""
+
+    seconds: tuple[float, ...]
+    """Of the first process to begin, the second, ..., for what comes after its first shard."""
+
+    def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
+        mine = run.path / f"process-{os.getpid()}"
+        if mine.exists():
+            processes = sorted(run.path.glob("process-*"), key=lambda path: path.stat().st_mtime_ns)
+            time.sleep(self.seconds[processes.index(mine)])
+        else:
+            mine.touch()
+        super().__call__(engine, run, shard)
+
+
+@pytest.mark.parametrize("seconds", [(3600, 0, 0), (15, 0, 3600)], ids=["to the end", "for a while"])
+def test_what_a_slow_actor_still_has_when_the_rest_is_done_is_given_to_another_as_well(
+    seconds: tuple[float, ...],
+    metrics_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cpt_ray.engines.backup.LEAST_SECONDS", 3.0)
+    run, free = RunDir(tmp_path), ray.available_resources()
+    model = ModelConfig(model="m", num_actors=Range(2, 2), num_cpus=1)
+    names = [f"good-{at}" for at in range(8)]
+    run_lines(run, [Line(names, [SlowStep(model=model, seconds=seconds)])], open_none)
+    assert run.names("units") == {f"{name}-done" for name in names}
+    assert re.search(r"mark +nothing was finished for .* what is left \(shards: [1-4]\): 1", capsys.readouterr().out)
+    assert_given_back(free)
+
+
+def open_none(model: ModelConfig) -> None:
+    """Of steps that ask no engine."""
 
 
 def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(metrics_url: str, tmp_path: Path) -> None:

@@ -12,25 +12,24 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cpt_ray.capacity import actor_options, node_types
 from cpt_ray.config import ModelConfig
 from cpt_ray.console import progress
+from cpt_ray.engines.backup import BackupActors
 from cpt_ray.engines.engine import EngineDiedError
 from cpt_ray.engines.ledger import LiveLedger
 from cpt_ray.engines.step import Counts, Line, OpenEngine, Step
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.waiting import Waiting, explained
-from cpt_ray.engines.worker import Job, StepActor, Worker, endpoint_key, make_engine
+from cpt_ray.engines.worker import SHARDS_IN_FLIGHT, Job, StepActor, Worker, endpoint_key, make_engine
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.store_path import remove_tree
 
-SHARDS_IN_FLIGHT = 2
-"""Shards an engine works on at a time: while one runs out, the next keeps it full."""
 READER_THREAD, READER_SECONDS = "iter_threaded", 30.0
 """What Ray Data 2.60 calls its threads that read ahead, and how long one may take to end."""
 
@@ -152,10 +151,27 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
     each = types.placed(model.actor_resources, least)
     size = _pool_size(model, types.room(each), len(todo))
     waiting = Waiting(stages, each, size, remedy, types=types)
-    done = 0
+    actor = {**actor_options(each), "runtime_env": {"env_vars": engine_env(model)}}
+    job = replace(job, pulse=waiting.pulse)
+
+    def open_backup() -> Any:
+        options = {**actor, "max_concurrency": SHARDS_IN_FLIGHT, "scheduling_strategy": "SPREAD"}
+        return ray.remote(StepActor).options(**options).remote(job)
+
+    def stop_pool() -> None:
+        for executor in executors:
+            executor.shutdown(force=True)  # else a slow actor would keep its GPU until it has done what it has in hand
+
+    backup = BackupActors(stages, todo, size, open_backup, stop_pool)
+    executors: list[Any] = []
+    num_done = 0
 
     class Check(ExecutionCallback):  # type: ignore[misc]
-        """What it raises ends the execution."""
+        """Sees the execution's steps; what it raises ends it."""
+
+        def before_execution_starts(self, executor: object) -> None:
+            """What can be stopped."""
+            executors.append(executor)
 
         def on_execution_step(self, executor: object) -> None:
             """Called several times a second, but not while Ray Data waits for something that starts."""
@@ -163,7 +179,7 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
 
     shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         StepActor,
-        fn_constructor_args=(replace(job, pulse=waiting.pulse),),
+        fn_constructor_args=(job,),
         batch_size=1,
         # all at once, so that their nodes start together; those that never get one cost nothing
         compute=ray.data.ActorPoolStrategy(
@@ -172,17 +188,21 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
             max_tasks_in_flight_per_actor=2 * SHARDS_IN_FLIGHT,
             enable_true_multi_threading=True,
         ),
-        **actor_options(each),
-        runtime_env={"env_vars": engine_env(model)},
+        **actor,
     )
     shards.context.execution_no_progress_timeout_s = -1  # `waiting` knows what is pending
     shards.context.custom_execution_callback_classes = [Check]
     try:
-        with waiting.watched(lambda: done), _ended(iter(shards.iter_rows())) as rows:
+        # where the engine is elsewhere, no node makes it slow
+        helped = backup.watched() if model.endpoint is None else nullcontext()
+        looking = waiting.watched(lambda: (num_done, backup.num_done))
+        with looking, helped, _ended(iter(shards.iter_rows())) as rows:
             for row in rows:
                 _raise_failure(model, row["error"])
-                done += 1
+                num_done += 1
+                backup.finish(row)
                 yield json.loads(row["counts"])
+        yield from backup.rest()
     except UserError:
         raise
     except Exception as error:  # of any kind: what Ray and Ray Data raise has no class in common

@@ -25,6 +25,8 @@ from cpt_ray.tables.files import replacing
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.store_path import AnyPath
 
+SHARDS_IN_FLIGHT = 2
+"""Shards an engine works on at a time: while one runs out, the next keeps it full."""
 MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""
 
@@ -140,7 +142,7 @@ class StepActor:
             ]
         except EngineDiedError:
             os._exit(1)  # Ray makes this actor, and so the engine, anew
-        return {"error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
+        return {**batch, "error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
 
 class Attempts:

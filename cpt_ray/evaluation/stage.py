@@ -16,8 +16,9 @@ from cpt_ray.console import say
 from cpt_ray.engines.engine import CUT_OFF, Completion, Engine, sampling_request
 from cpt_ray.engines.ledger import Tally, ledger_entry, thoughts_note
 from cpt_ray.engines.losses import cut_note
-from cpt_ray.engines.pool import SHARDS_IN_FLIGHT, run_lines
+from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner, Step
+from cpt_ray.engines.worker import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError
 from cpt_ray.evaluation.perplexity import base_log_probs, trials_for_perplexity
 from cpt_ray.evaluation.report import write_report

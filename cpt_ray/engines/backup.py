@@ -93,11 +93,12 @@ class BackupActors:
         from ray.exceptions import RayError
 
         items = list(self._left.values())
-        actors = [self._open_actor() for _ in range(min(self._size - 1, math.ceil(len(items) / SHARDS_IN_FLIGHT)))]
+        count = min(self._size - 1, math.ceil(len(items) / SHARDS_IN_FLIGHT))
         say(
             f"{self._what:<12} nothing was finished for {time.monotonic() - self._last:.0f} s; engines besides those "
-            f"that are at what is left (shards: {len(items)}): {len(actors)}"
+            f"that are at what is left (shards: {len(items)}): {count}"
         )
+        actors = [self._open_actor() for _ in range(count)]
         try:
             calls = {
                 actors[at % len(actors)].__call__.remote({name: [value] for name, value in item.items()}): _key(item)

@@ -1,9 +1,10 @@
 """Nodes over time while a synthesis runs on a cluster that starts with none and may have four.
 
-python jobs/benchmarks/ramp.py [--start-seconds 8] [--autoscaler v1]
+python jobs/benchmarks/ramp.py [--start-seconds 8] [--autoscaler v1] [--lose-after 40]
 
 The cluster is this machine: Ray's own autoscaler with its provider of fake nodes, whose GPUs are names. The engine is
 fake too: it takes some seconds to start, and a fixed time for each answer. Printed: when each node was up, by type.
+With --lose-after, a node with a GPU is lost then, as a spot instance is: without notice.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, OpenEngine
 from cpt_ray.plan import make_plan
 from cpt_ray.synthesis.stage import synthesize
+from cpt_ray.tables.records import Generation
 from cpt_ray.tables.rundir import RunDir
 
 HEAD = "ray.head.default"
@@ -102,6 +104,15 @@ class FakeCluster:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the head did not start: {log.read_text(encoding='utf-8')[-2000:]}")
             time.sleep(0.5)
+
+    def lose(self, resource: str) -> None:
+        """Kills a node that has this resource."""
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            command = " ".join(process.cmdline())
+            if process.name() == "raylet" and f"{resource}," in command:
+                process.kill()
+                return
+        raise RuntimeError(f"no node has {resource}")
 
     def stop(self) -> None:
         """Ends the head and what its autoscaler started."""
@@ -173,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--boot-seconds", type=float, default=20.0, help="of a node")
     parser.add_argument("--answer-seconds", type=float, default=0.5)
     parser.add_argument("--prompts", type=int, default=240)
+    parser.add_argument("--lose-after", type=float, help="seconds from the start after which a node is lost")
     parser.add_argument("--autoscaler", choices=("v1", "v2"), default="v1")
     args = parser.parse_args(arguments)
     # Ray listens on every interface; it reads these when it is imported
@@ -194,10 +206,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with connected():
                 start = time.monotonic()
                 watch.start()
-                synthesize(make_plan(config), RunDir(Path(config.run_dir)), runner)
+                if args.lose_after is not None:
+                    threading.Timer(args.lose_after, cluster.lose, ["GPU"]).start()
+                run = RunDir(Path(config.run_dir))
+                synthesize(make_plan(config), run, runner)
                 stop.set()
                 watch.join()
-            print(f"done after {time.monotonic() - start:.0f} s; nodes up:")
+            answers = [row.unit_id for row in run.read("generations", sorted(run.names("generations")), Generation)]
+            counts = f"{len(answers)} answers to {len({*answers})} units"
+            print(f"done after {time.monotonic() - start:.0f} s, {counts}; nodes up:")
             for at, (seconds, kind) in enumerate(log, start=1):
                 print(f"  {at}  {kind}  {seconds:.0f} s")
         finally:

@@ -41,7 +41,10 @@ class SlowNodeProvider(FakeMultiNodeProvider):  # type: ignore[misc]
         self._starting = threading.Lock()
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
-        """Ray's own, while another thread adds nodes."""
+        """Ray's own, while another thread adds nodes; without those whose processes were killed, as a cloud has it."""
+        for name, node in list(self._nodes.items()):
+            if "node" in node and node["node"].dead_processes():
+                self._nodes.pop(name)
         tags = {node: self.node_tags(node) for node in list(self._nodes)}
         return [node for node, own in tags.items() if tag_filters.items() <= own.items()]
 

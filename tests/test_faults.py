@@ -124,19 +124,28 @@ class SlowStep(MarkStep):
     """The processes of a pool differ in how long a shard takes them."""
 
     seconds: tuple[float, ...]
-    """Of the first process to begin, the second, ..., for what comes after its first shard."""
+    """Of the first process to begin, the second, ...; -1: it dies. The pool's own two do their first shard at once."""
 
     def __call__(self, engine: Engine, run: RunDir, shard: str) -> None:
         mine = run.path / f"process-{os.getpid()}"
-        if mine.exists():
-            processes = sorted(run.path.glob("process-*"), key=lambda path: path.stat().st_mtime_ns)
-            time.sleep(self.seconds[processes.index(mine)])
-        else:
+        is_first = not mine.exists()
+        if is_first:
             mine.touch()
+        at = sorted(run.path.glob("process-*"), key=lambda path: path.stat().st_mtime_ns).index(mine)
+        if self.seconds[at] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0 if is_first and at < 2 else self.seconds[at])
         super().__call__(engine, run, shard)
 
 
-@pytest.mark.parametrize("seconds", [(3600, 0, 0), (15, 0, 3600)], ids=["to the end", "for a while"])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param((3600, 0, 0), id="to the end"),
+        pytest.param((15, 0, 3600), id="for a while"),
+        pytest.param((3600, 0, -1, 0), id="to the end, and the other dies"),
+    ],
+)
 def test_what_a_slow_actor_still_has_when_the_rest_is_done_is_given_to_another_as_well(
     seconds: tuple[float, ...],
     metrics_url: str,
@@ -145,6 +154,7 @@ def test_what_a_slow_actor_still_has_when_the_rest_is_done_is_given_to_another_a
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("cpt_ray.engines.backup.LEAST_SECONDS", 3.0)
+    monkeypatch.setattr("cpt_ray.engines.backup.SLOW_TIMES", 0.0)  # seconds of a start are nothing to judge by
     run, free = RunDir(tmp_path), ray.available_resources()
     model = ModelConfig(model="m", num_actors=Range(2, 2), num_cpus=1)
     names = [f"good-{at}" for at in range(8)]

@@ -7,7 +7,6 @@ Nothing is taken from the first actor. Of two that make the same shard that coun
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import threading
@@ -18,12 +17,18 @@ from typing import Any
 
 from cpt_ray.console import say
 from cpt_ray.engines.step import Counts
-from cpt_ray.engines.worker import SHARDS_IN_FLIGHT
+from cpt_ray.engines.waiting import explained
+from cpt_ray.engines.worker import SHARDS_IN_FLIGHT, SHARDS_IN_HAND
 
 LEAST_SECONDS = 60.0
 SLOW_TIMES = 2.0
 """No shard was finished for so many times the time that one took, and for `LEAST_SECONDS`: what is left is slow."""
+MAX_ROUNDS = 3
+"""How often backups are opened; a second time only if those of the first failed."""
 LOOK_SECONDS = 1.0
+
+Key = tuple[int, str]
+"""Line and shard."""
 
 
 class BackupActors:
@@ -47,19 +52,25 @@ class BackupActors:
         """
         self._what, self._size, self._open_actor, self._stop_pool = what, size, open_actor, stop_pool
         self._left = {_key(item): item for item in todo}
-        self._done: dict[tuple[int, str], dict[str, Counts]] = {}
+        self._done: dict[Key, dict[str, Counts]] = {}
         self._num_finished, self._begun = 0, time.monotonic()
         self._last = self._begun
 
-    def finish(self, item: Mapping[str, Any]) -> None:
-        """One of the pool's own actors has finished this shard."""
+    def finish(self, item: Mapping[str, Any]) -> dict[str, Counts] | None:
+        """One of the pool's own actors is through with this shard. Returns what a backup made of it, if one did."""
         del self._left[_key(item)]
         self._num_finished, self._last = self._num_finished + 1, time.monotonic()
+        return self._done.pop(_key(item), None)
 
     @property
     def num_done(self) -> int:
-        """Shards that backup actors finished."""
+        """Shards that backups finished and the pool's own actors did not."""
         return len(self._done)
+
+    @property
+    def are_all_done(self) -> bool:
+        """Whether backups finished all that is left, so that nothing of the pool's own needs to be waited for."""
+        return self._left.keys() <= self._done.keys()
 
     def rest(self) -> Iterator[dict[str, Counts]]:
         """By stage, the counts of each shard that the pool's own actors did not finish."""
@@ -78,21 +89,31 @@ class BackupActors:
             thread.join()
 
     def _watch(self, ended: threading.Event) -> None:
+        num_rounds = 0
         while not ended.wait(LOOK_SECONDS):
-            if self._size > 1 and self._num_finished and time.monotonic() - self._last > self._bound():
+            if num_rounds < MAX_ROUNDS and self._are_due():
+                num_rounds += 1
                 self._run(ended)
+            if self._left and self.are_all_done:
+                self._stop_pool()
                 return
 
-    def _bound(self) -> float:
-        """In seconds: by Little's law a shard takes what all of them took, by how many are in flight at a time."""
+    def _are_due(self) -> bool:
+        """Whether others are idle, and what is left takes long.
+
+        A shard takes, by Little's law, the time that all of them took by how many are in flight at a time.
+        """
+        if not self._num_finished or not 0 < len(self._left) <= SHARDS_IN_HAND * (self._size - 1):
+            return False
         seconds = self._size * SHARDS_IN_FLIGHT * (self._last - self._begun) / self._num_finished
-        return max(LEAST_SECONDS, SLOW_TIMES * seconds)
+        return time.monotonic() - self._last > max(LEAST_SECONDS, SLOW_TIMES * seconds)
 
     def _run(self, ended: threading.Event) -> None:
+        """Until backups are through with what is left, or have failed at it, or it is done otherwise."""
         import ray
         from ray.exceptions import RayError
 
-        items = list(self._left.values())
+        items = [item for key, item in list(self._left.items()) if key not in self._done]
         count = min(self._size - 1, math.ceil(len(items) / SHARDS_IN_FLIGHT))
         say(
             f"{self._what:<12} nothing was finished for {time.monotonic() - self._last:.0f} s; engines besides those "
@@ -101,24 +122,26 @@ class BackupActors:
         actors = [self._open_actor() for _ in range(count)]
         try:
             calls = {
-                actors[at % len(actors)].__call__.remote({name: [value] for name, value in item.items()}): _key(item)
+                actors[at % count].__call__.remote({name: [value] for name, value in item.items()}): _key(item)
                 for at, item in enumerate(items)
             }
-            while calls and not ended.is_set():
+            while calls and not ended.is_set() and not self.are_all_done:
                 ready, _ = ray.wait(list(calls), timeout=LOOK_SECONDS)
                 for call in ready:
                     key = calls.pop(call)
-                    with contextlib.suppress(RayError):  # the first actor is still at what a backup failed at
+                    try:
                         row = ray.get(call)
-                        if not row["error"][0]:
-                            self._done[key] = json.loads(row["counts"][0])
-                if self._left.keys() <= self._done.keys():
-                    self._stop_pool()
-                    return
+                        error = row["error"][0].partition("\n")[0]
+                    except RayError as died:
+                        error = explained(died)
+                    if error:  # it ends nothing: the first actor is still at it
+                        say(f"{self._what:<12} not done by the engine besides: {error}")
+                    elif key in self._left:
+                        self._done[key] = json.loads(row["counts"][0])
         finally:
             for actor in actors:
                 ray.kill(actor)
 
 
-def _key(item: Mapping[str, Any]) -> tuple[int, str]:
+def _key(item: Mapping[str, Any]) -> Key:
     return int(item["line"]), str(item["shard"])

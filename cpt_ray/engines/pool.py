@@ -25,7 +25,15 @@ from cpt_ray.engines.ledger import LiveLedger
 from cpt_ray.engines.step import Counts, Line, OpenEngine, Step
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.waiting import Waiting, explained
-from cpt_ray.engines.worker import SHARDS_IN_FLIGHT, Job, StepActor, Worker, endpoint_key, make_engine
+from cpt_ray.engines.worker import (
+    SHARDS_IN_FLIGHT,
+    SHARDS_IN_HAND,
+    Job,
+    StepActor,
+    Worker,
+    endpoint_key,
+    make_engine,
+)
 from cpt_ray.errors import UserError
 from cpt_ray.tables.rundir import RunDir
 from cpt_ray.tables.store_path import remove_tree
@@ -156,7 +164,7 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
 
     def open_backup() -> Any:
         options = {**actor, "max_concurrency": SHARDS_IN_FLIGHT, "scheduling_strategy": "SPREAD"}
-        return ray.remote(StepActor).options(**options).remote(job)
+        return ray.remote(StepActor).options(**options).remote(replace(job, is_backup=True))
 
     def stop_pool() -> None:
         for executor in executors:
@@ -185,7 +193,7 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
         compute=ray.data.ActorPoolStrategy(
             size=size,
             max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
-            max_tasks_in_flight_per_actor=2 * SHARDS_IN_FLIGHT,
+            max_tasks_in_flight_per_actor=SHARDS_IN_HAND,
             enable_true_multi_threading=True,
         ),
         **actor,
@@ -196,19 +204,23 @@ def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, C
         # where the engine is elsewhere, no node makes it slow
         helped = backup.watched() if model.endpoint is None else nullcontext()
         looking = waiting.watched(lambda: (num_done, backup.num_done))
-        with looking, helped, _ended(iter(shards.iter_rows())) as rows:
-            for row in rows:
-                _raise_failure(model, row["error"])
+        # without prefetching, which would keep a finished row until the next one is there
+        with looking, helped, _ended(iter(shards.iter_batches(batch_size=1, prefetch_batches=0))) as batches:
+            for batch in batches:
+                row = {name: values[0] for name, values in batch.items()}
+                of_backup = backup.finish(row)
+                if of_backup is None:
+                    _raise_failure(model, row["error"])
                 num_done += 1
-                backup.finish(row)
-                yield json.loads(row["counts"])
-        yield from backup.rest()
+                yield {**(of_backup or {}), **json.loads(row["counts"])}
     except UserError:
         raise
     except Exception as error:  # of any kind: what Ray and Ray Data raise has no class in common
-        raise UserError(f"{stages} ({model.model}): {explained(error)}; what is finished is kept") from error
+        if not backup.are_all_done:
+            raise UserError(f"{stages} ({model.model}): {explained(error)}; what is finished is kept") from error
     finally:
         waiting.close()
+    yield from backup.rest()
 
 
 def _pool_size(model: ModelConfig, room: float, num_shards: int) -> int:

@@ -27,6 +27,8 @@ from cpt_ray.tables.store_path import AnyPath
 
 SHARDS_IN_FLIGHT = 2
 """Shards an engine works on at a time: while one runs out, the next keeps it full."""
+SHARDS_IN_HAND = 2 * SHARDS_IN_FLIGHT
+"""Shards that an actor on Ray is given at a time, with those that it works on."""
 MAX_DEATHS = 3
 """How often an engine's process may die on the same shard, or while starting, before the run gives up."""
 
@@ -42,6 +44,8 @@ class Job:
     open_engine: OpenEngine
     pulse: Pulse | None = None
     """Where remote workers say that they get on."""
+    is_backup: bool = False
+    """Whether others are perhaps at the same shards."""
 
 
 class Worker:
@@ -55,7 +59,8 @@ class Worker:
             meter: called with the stage and the counts of each finished step.
         """
         self._steps, self._run, self._meter = job.steps, job.run, meter
-        self._attempts = Attempts(job.run.attempts)
+        # what another has begun is no death of this one's
+        self._attempts = Attempts(job.run.attempts / "backup" if job.is_backup else job.run.attempts)
         self._turns, self._num_running, self._is_alone = threading.Condition(), 0, False
         start = f"start-{name}"
         self._error = ""
@@ -92,6 +97,8 @@ class Worker:
         try:
             step.wait(self._run)
             with self._turn(alone=bool(self._attempts.causes(name))):
+                if self._run.has(step.table, step.output(shard)):  # made by another while this one waited
+                    return ""
                 self._attempts.begin(name, f"on {step.stage} of shard {shard}")
                 step(self._engine, self._run, shard)
                 self._attempts.end(name)

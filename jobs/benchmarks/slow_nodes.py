@@ -45,8 +45,7 @@ class SlowNodeProvider(FakeMultiNodeProvider):  # type: ignore[misc]
         for name, node in list(self._nodes.items()):
             if "node" in node and node["node"].dead_processes():
                 self._nodes.pop(name)
-        tags = {node: self.node_tags(node) for node in list(self._nodes)}
-        return [node for node, own in tags.items() if tag_filters.items() <= own.items()]
+        return [name for name, node in list(self._nodes.items()) if tag_filters.items() <= node["tags"].items()]
 
     def create_node_with_resources_and_labels(self, *arguments: Any) -> None:
         """Ray's own, later."""

@@ -229,7 +229,7 @@ def work(settings: dict[str, Any]) -> None:
         """In a function of its own, at whose end the model is freed: a second policy need not fit beside it."""
         with reporter.failing(name):
             sampler = UserSampler(tensors, fit.seed + number, rank, ranks)
-            reporter(done, f"{name}, preparing")  # NP-DPO's reference takes its time
+            reporter(done, f"{name}, preparing")
             module, draw = (
                 _policy_training(fit, sampler, **data) if fit.policy else _reward_training(fit, number, sampler)
             )
@@ -287,7 +287,7 @@ def _policy_training(
     policy.encoder.requires_grad_(False)
     policy.to(device)
     teacher.to(device)
-    reference = policy.reference(tokens)
+    reference = torch.full((len(tokens),), torch.nan)
 
     def draw(step: int) -> tuple[Any, ...]:
         users = sampler.users(config.policy_users)
@@ -299,6 +299,9 @@ def _policy_training(
             rewards = teacher.reward(teacher.encoder(context), tensors.embeddings[answers])
         preferred = (rewards[:, :, None] - rewards[:, None]).sigmoid()
         preferred[prompt_of[:, :, None] != prompt_of[:, None]] = torch.nan
+        unknown = [at for at in sorted({*answers.flatten().tolist()}) if reference[at].isnan()]
+        if unknown:  # a short training needs few of them
+            reference[unknown] = policy.reference([tokens[at] for at in unknown])
         return context, answers.tolist(), tokens, reference, preferred
 
     return policy, draw

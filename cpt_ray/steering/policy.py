@@ -167,7 +167,7 @@ class ConditionalPolicy(nn.Module):
 
     @torch.no_grad()
     def reference(self, sequences: Sequence[AnswerTokens]) -> Tensor:
-        """log ref(answer | prompt) of every sequence, [sequences], on the CPU; no z changes it, so once is enough."""
+        """log ref(answer | prompt) of each sequence, [sequences], on the CPU; no z changes it, so once is enough."""
         logps = torch.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at][0]))  # little padding
         for part in (order[start : start + REFERENCE_BATCH] for start in range(0, len(order), REFERENCE_BATCH)):

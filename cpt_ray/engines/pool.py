@@ -149,63 +149,84 @@ def _map_here(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Cou
         yield counts
 
 
-def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Counts]]:
-    import ray.data
-    from ray.data._internal.execution.execution_callback import ExecutionCallback  # 2.60: test_contracts.py
+class _Pool:
+    """Actors of one kind: Ray Data's own, and those that are opened besides."""
 
+    def __init__(self, job: Job, size: int, each: Mapping[str, float], check: Callable[[], None]):
+        """
+        Args:
+            size: actors of Ray Data. each: resources of an actor.
+            check: called several times a second, but not while Ray Data waits for something that starts; what it raises
+                ends the pool.
+        """
+        self._job, self._size, self._check = job, size, check
+        self._options = {**actor_options(each), "runtime_env": {"env_vars": engine_env(job.model)}}
+        self._executors: list[Any] = []
+
+    def results(self, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """A batch of one row, as `StepActor` returns it, for each shard that is finished."""
+        import ray.data
+        from ray.data._internal.execution.execution_callback import ExecutionCallback  # 2.60: test_contracts.py
+
+        pool = self
+
+        class Seen(ExecutionCallback):  # type: ignore[misc]
+            """Of an execution."""
+
+            def before_execution_starts(self, executor: object) -> None:
+                """What can be stopped."""
+                pool._executors.append(executor)
+
+            def on_execution_step(self, executor: object) -> None:
+                """See `check`."""
+                pool._check()
+
+        shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            StepActor,
+            fn_constructor_args=(self._job,),
+            batch_size=1,
+            # all at once, so that their nodes start together; those that never get one cost nothing
+            compute=ray.data.ActorPoolStrategy(
+                size=self._size,
+                max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+                max_tasks_in_flight_per_actor=SHARDS_IN_HAND,
+                enable_true_multi_threading=True,
+            ),
+            **self._options,
+        )
+        shards.context.execution_no_progress_timeout_s = -1  # `Waiting` knows what is pending
+        shards.context.custom_execution_callback_classes = [Seen]
+        # without prefetching, which would keep a finished row until the next one is there
+        return iter(shards.iter_batches(batch_size=1, prefetch_batches=0))
+
+    def open_backup(self) -> Any:
+        """One more actor."""
+        import ray
+
+        options = {**self._options, "max_concurrency": SHARDS_IN_FLIGHT, "scheduling_strategy": "SPREAD"}
+        return ray.remote(StepActor).options(**options).remote(replace(self._job, is_backup=True))
+
+    def stop(self) -> None:
+        """Ends Ray Data's actors at once; without force, one keeps its GPU until all that it has in hand is done."""
+        for executor in self._executors:
+            executor.shutdown(force=True)
+
+
+def _map_on_ray(job: Job, todo: list[dict[str, Any]]) -> Iterator[Mapping[str, Counts]]:
     model, stages = job.model, "+".join(dict.fromkeys(step.stage for line in job.steps for step in line))
     types, least, remedy = node_types(), min(model.num_actors.least, len(todo)), _remedy(model)
     types.check(f"{stages} ({model.model})", model.actor_resources, least, remedy)
     each = types.placed(model.actor_resources, least)
     size = _pool_size(model, types.room(each), len(todo))
     waiting = Waiting(stages, each, size, remedy, types=types)
-    actor = {**actor_options(each), "runtime_env": {"env_vars": engine_env(model)}}
-    job = replace(job, pulse=waiting.pulse)
-
-    def open_backup() -> Any:
-        options = {**actor, "max_concurrency": SHARDS_IN_FLIGHT, "scheduling_strategy": "SPREAD"}
-        return ray.remote(StepActor).options(**options).remote(replace(job, is_backup=True))
-
-    def stop_pool() -> None:
-        for executor in executors:
-            executor.shutdown(force=True)  # else a slow actor would keep its GPU until it has done what it has in hand
-
-    backup = BackupActors(stages, todo, size, open_backup, stop_pool)
-    executors: list[Any] = []
+    pool = _Pool(replace(job, pulse=waiting.pulse), size, each, waiting.check)
+    backup = BackupActors(stages, todo, size, pool.open_backup, pool.stop)
     num_done = 0
-
-    class Check(ExecutionCallback):  # type: ignore[misc]
-        """Sees the execution's steps; what it raises ends it."""
-
-        def before_execution_starts(self, executor: object) -> None:
-            """What can be stopped."""
-            executors.append(executor)
-
-        def on_execution_step(self, executor: object) -> None:
-            """Called several times a second, but not while Ray Data waits for something that starts."""
-            waiting.check()
-
-    shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-        StepActor,
-        fn_constructor_args=(job,),
-        batch_size=1,
-        # all at once, so that their nodes start together; those that never get one cost nothing
-        compute=ray.data.ActorPoolStrategy(
-            size=size,
-            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
-            max_tasks_in_flight_per_actor=SHARDS_IN_HAND,
-            enable_true_multi_threading=True,
-        ),
-        **actor,
-    )
-    shards.context.execution_no_progress_timeout_s = -1  # `waiting` knows what is pending
-    shards.context.custom_execution_callback_classes = [Check]
     try:
         # where the engine is elsewhere, no node makes it slow
         helped = backup.watched() if model.endpoint is None else nullcontext()
         looking = waiting.watched(lambda: (num_done, backup.num_done))
-        # without prefetching, which would keep a finished row until the next one is there
-        with looking, helped, _ended(iter(shards.iter_batches(batch_size=1, prefetch_batches=0))) as batches:
+        with looking, helped, _ended(pool.results(todo)) as batches:
             for batch in batches:
                 row = {name: values[0] for name, values in batch.items()}
                 of_backup = backup.finish(row)

@@ -281,8 +281,8 @@ class Bench:
         found = compare(self.written, run)
         return f"{found['lost']}, {found['duplicated'] + found['added']}, {found['differing']} of {found['rows']}"
 
-    def serving(self, what: str, disturb: Callable[[Disturbed], None], **options: Any) -> Outcome:
-        """Two replicas under load."""
+    def serving(self, what: str, disturb: Callable[[Disturbed], None], seconds: float = 45, **options: Any) -> Outcome:
+        """Two replicas under load, also for some seconds after what was done."""
         with Nodes(**options) as nodes:
             nodes.add(3)
             run = nodes.files("run")
@@ -296,7 +296,7 @@ class Bench:
                 time.sleep(10)
                 before, disturbed = len(answers), time.monotonic()
                 disturb(at)
-                time.sleep(45)
+                time.sleep(seconds)
             later = [(at_time, status) for at_time, status in answers[before:] if at_time > disturbed]
             failed = Counter(status for _, status in later if status != 200)
             good = [disturbed, *(at_time for at_time, status in later if status == 200)]
@@ -396,7 +396,7 @@ def scenarios(redis: str) -> dict[str, Callable[[Bench], Outcome]]:
     if redis:
         again = "the head killed and started again, its state in Redis"
         found["write-head-redis"] = stage(f"{again}, while writing", "write", restart_head, cpus=1, redis=redis)
-        found["serve-head-redis"] = serving(f"{again}, in serving", restart_head, redis=redis)
+        found["serve-head-redis"] = serving(f"{again}, in serving", restart_head, seconds=180, redis=redis)
     return found
 
 

@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cluster = FakeCluster(folder, NODE_TYPES, args.autoscaler == "v2", args.boot_seconds)
         os.environ.update(cluster.env, RAY_ADDRESS=cluster.address)
         stop, log = threading.Event(), list[tuple[float, str]]()
+        loss = threading.Timer(args.lose_after or 0, cluster.lose, ["GPU"])
         try:
             cluster.wait()
             config = load_config(write_run(folder, args.prompts))
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 start = time.monotonic()
                 watch.start()
                 if args.lose_after is not None:
-                    threading.Timer(args.lose_after, cluster.lose, ["GPU"]).start()
+                    loss.start()
                 run = RunDir(Path(config.run_dir))
                 synthesize(make_plan(config), run, runner)
                 stop.set()
@@ -220,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"  {at}  {kind}  {seconds:.0f} s")
         finally:
             stop.set()
+            loss.cancel()
             cluster.stop()
 
 

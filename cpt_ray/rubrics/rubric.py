@@ -329,4 +329,4 @@ def check_rubric_names(where: str, names: Iterable[str], known: Collection[str])
     """UserError for the first of the names in an entry of the run file that is no rubric's id."""
     for name in names:
         if name not in known:
-            raise UserError(f"{where}: no rubric {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"{where}: no rubric {name!r}{did_you_mean(name, known)}; correct it or leave it out")

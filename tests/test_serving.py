@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -605,6 +605,13 @@ def test_newer_weights_on_two_replicas_take_over_without_a_failed_request(takeov
     assert set(said) == {said[0], said[-1]}
 
 
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def replicas(run: RunDir) -> list[int]:
     """Processes of those that are alive; each has a log of its own."""
     known = [int(log.stem.rpartition("-")[2]) for log in (run.path / "access").iterdir()]
@@ -629,11 +636,31 @@ def test_choices_told_to_two_replicas_come_to_one_state(url: str, run: RunDir) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("takeover")
+def test_a_controller_that_starts_anew_keeps_every_replica_and_no_request_fails(url: str, run: RunDir) -> None:
+    import ray
+    from ray import serve
+
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+
+    def process() -> int:
+        return int(ray.get(controller.get_pid.remote()))  # which waits until there is one
+
+    until(lambda: len(replicas(run)) == 2)  # the older weights' replica is on its way out
+    before, earlier = replicas(run), process()
+    with Load(url, clients=2) as load:
+        load.wait_for(2)
+        ray.kill(controller, no_restart=False)
+        until(lambda: process() != earlier)
+        until(lambda: serve.status().applications["tiny"].status == "RUNNING")
+        load.wait_for(8, since=time.monotonic())
+    assert [one for one in load.answers if one[1] != 200] == []
+    assert replicas(run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("takeover")
 def test_two_replicas_count_as_one_and_the_death_of_one_fails_only_what_it_was_at(url: str, run: RunDir) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while len(replicas(run)) != 2:  # the older weights' replica is on its way out
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: len(replicas(run)) == 2)
     limits = {"slow": {"requests_per_minute": 1}, "poor": {"budget": 60}}
     secrets = {}
     for name, limit in limits.items():

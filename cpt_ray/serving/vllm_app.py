@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import secrets
 import traceback
 import types
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import fields
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,10 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         """What `serve.ingress()` without an app asks a replica for: only there is an engine, and its event loop."""
+        with _log_files_kept():
+            return await self._app()
+
+    async def _app(self) -> AsgiApp:
         from ray import serve
 
         served = self._served
@@ -101,6 +107,23 @@ class VllmServer:
             self._log.close()
         if self._engine is not None:
             self._engine.shutdown()
+
+
+@contextlib.contextmanager
+def _log_files_kept() -> Iterator[None]:
+    """Serve's handlers write to the same files after the block.
+
+    vLLM sets its logging up as it is imported and as an engine starts, which closes every handler of the process. A
+    controller that is started anew, as with a new head, asks each replica for its log file, and ends one without (Ray
+    2.60): the server was gone for good.
+    """
+    handlers = [one for one in logging.getLogger("ray.serve").handlers if isinstance(one, MemoryHandler)]
+    files = [handler.target for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, file in zip(handlers, files, strict=True):
+            handler.setTarget(file)
 
 
 def _frontend_arguments(served: Served) -> Any:

@@ -396,7 +396,7 @@ def scenarios(redis: str) -> dict[str, Callable[[Bench], Outcome]]:
     if redis:
         again = "the head killed and started again, its state in Redis"
         found["write-head-redis"] = stage(f"{again}, while writing", "write", restart_head, cpus=1, redis=redis)
-        found["serve-head-redis"] = serving(f"{again}, in serving", restart_head, seconds=180, redis=redis)
+        found["serve-head-redis"] = serving(f"{again}, in serving", restart_head, seconds=60, redis=redis)
     return found
 
 

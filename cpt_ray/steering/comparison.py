@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from cpt_ray.console import say
+from cpt_ray.console import progress, say
 from cpt_ray.steering.actors import AdapterActor
 from cpt_ray.steering.answers import Answer
 from cpt_ray.steering.held_out_users import AnswerBank, HeldOutUsers, planned_answer
@@ -29,10 +29,8 @@ from cpt_ray.tables.records import content_id
 from cpt_ray.tables.rundir import STEERING_RESULTS_FILE
 
 RESAMPLES = 1000
-PREDICTED_USERS, POLICY_PAIRS = 100, 10
-"""How many held-out users, and pairs of each, a conditional policy is tried on: it is run for each of them."""
-POLICY_USERS, POLICY_PROMPTS = 40, 4
-"""How many held-out users, and prompts of each, it answers."""
+POLICY_USERS, POLICY_PAIRS, POLICY_PROMPTS = 40, 10, 4
+"""How many held-out users a conditional policy is run for, how many pairs of each it orders, and prompts it answers."""
 PROMPT_HEAD = "The user compared pairs of answers. Answer in the way this user likes."
 PROMPT_SAMPLES = 2
 """Answers of the policy that is shown the pairs."""
@@ -145,18 +143,21 @@ def _in_prompt(held_out: HeldOutUsers, bank: AnswerBank) -> Floats:
 def _policy_accuracy(held_out: HeldOutUsers, policy: ConditionalPolicy) -> Floats:
     """Accuracy of the implicit rewards of a conditional policy."""
     tokens = held_out.steering.answer_tokens(held_out.steering.held_out_population.answers)
-    pairs = held_out.tensors.targets[:PREDICTED_USERS, :POLICY_PAIRS]
+    pairs = held_out.tensors.targets[:POLICY_USERS, :POLICY_PAIRS]
     places = sorted(set(pairs.flatten().tolist()))
     reference = torch.zeros(len(tokens))
     reference[places] = policy.reference([tokens[at] for at in places])
 
-    def value(at: int, count: int) -> float:
-        context = held_out.tensors.tasks(slice(at, at + 1), count).context
-        rewards = policy.rewards(context, [pairs[at].flatten().tolist()], tokens, reference).double()
-        chosen, rejected = rewards.view(-1, 2).numpy().T
-        return _share(chosen - rejected)
+    with progress("steer policy", len(pairs) * len(held_out.counts), "predictions") as advance:
 
-    return held_out.table_of(value, len(pairs))
+        def value(at: int, count: int) -> float:
+            context = held_out.tensors.tasks(slice(at, at + 1), count).context
+            rewards = policy.rewards(context, [pairs[at].flatten().tolist()], tokens, reference).double()
+            advance(1, policy.form)
+            chosen, rejected = rewards.view(-1, 2).numpy().T
+            return _share(chosen - rejected)
+
+        return held_out.table_of(value, len(pairs))
 
 
 @torch.no_grad()

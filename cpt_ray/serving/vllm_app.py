@@ -117,7 +117,8 @@ def _log_files_kept() -> Iterator[None]:
     controller that is started anew, as with a new head, asks each replica for its log file, and ends one without (Ray
     2.60): the server was gone for good.
     """
-    handlers = [one for one in logging.getLogger("ray.serve").handlers if isinstance(one, MemoryHandler)]
+    there = logging.getLogger("ray.serve").handlers
+    handlers = [handler for handler in there if isinstance(handler, MemoryHandler)]
     files = [handler.target for handler in handlers]
     try:
         yield

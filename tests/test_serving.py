@@ -643,18 +643,22 @@ def test_a_controller_that_starts_anew_keeps_every_replica_and_no_request_fails(
     controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
 
     def process() -> int:
-        return int(ray.get(controller.get_pid.remote()))  # which waits until there is one
+        return int(ray.get(controller.get_pid.remote(), timeout=WAIT_SECONDS))  # which waits until there is one
+
+    def status() -> str:
+        return str(serve.status().applications["tiny"].status.value)
 
     until(lambda: len(replicas(run)) == 2)  # the older weights' replica is on its way out
-    before, earlier = replicas(run), process()
+    before, earlier = set(replicas(run)), process()
     with Load(url, clients=2) as load:
         load.wait_for(2)
         ray.kill(controller, no_restart=False)
         until(lambda: process() != earlier)
-        until(lambda: serve.status().applications["tiny"].status == "RUNNING")
+        until(lambda: status() != "DEPLOYING")
+        assert status() == "RUNNING"
+        assert set(replicas(run)) == before
         load.wait_for(8, since=time.monotonic())
     assert [one for one in load.answers if one[1] != 200] == []
-    assert replicas(run) == before
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import secrets
 import traceback
 import types
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import fields
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -50,10 +50,6 @@ class VllmServer:
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         """What `serve.ingress()` without an app asks a replica for: only there is an engine, and its event loop."""
-        with _log_files_kept():
-            return await self._app()
-
-    async def _app(self) -> AsgiApp:
         from ray import serve
 
         served = self._served
@@ -109,24 +105,6 @@ class VllmServer:
             self._engine.shutdown()
 
 
-@contextlib.contextmanager
-def _log_files_kept() -> Iterator[None]:
-    """Serve's handlers write to the same files after the block.
-
-    vLLM sets its logging up as it is imported and as an engine starts, which closes every handler of the process. A
-    controller that is started anew, as with a new head, asks each replica for its log file, and ends one without (Ray
-    2.60): the server was gone for good.
-    """
-    there = logging.getLogger("ray.serve").handlers
-    handlers = [handler for handler in there if isinstance(handler, MemoryHandler)]
-    files = [handler.target for handler in handlers]
-    try:
-        yield
-    finally:
-        for handler, file in zip(handlers, files, strict=True):
-            handler.setTarget(file)
-
-
 def _frontend_arguments(served: Served) -> Any:
     """vLLM's `FrontendArgs`; UserError for one that it has not."""
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
@@ -162,12 +140,28 @@ def _engine_arguments(served: Served) -> Any:
     return AsyncEngineArgs(**arguments, served_model_name=[served.name])
 
 
+def set_up_logging(arguments: Any) -> None:
+    """vLLM's own set-up, before an engine does it, and without taking their files from Serve's handlers.
+
+    It closes every handler of the process, and a closed `MemoryHandler` has no target. A controller that is started
+    anew, as on a new head, asks each replica for its log file, and ends one that has none (Ray 2.60).
+    """
+    from vllm.logger import configure_logging_if_needed
+
+    handlers = [it for it in logging.getLogger("ray.serve").handlers if isinstance(it, MemoryHandler)]
+    files = [handler.target for handler in handlers]
+    configure_logging_if_needed(arguments.create_logging_config())  # which a later call with the same leaves alone
+    for handler, file in zip(handlers, files, strict=True):
+        handler.setTarget(file)
+
+
 async def _start(arguments: Any) -> Any:
     """An engine that has answered once; UserError with the reason why it cannot."""
     from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
+    set_up_logging(arguments)
     try:
         engine = AsyncLLM.from_engine_args(arguments)
         one_token = SamplingParams(max_tokens=1)  # some engines start well and die of their first request

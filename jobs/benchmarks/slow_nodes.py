@@ -9,6 +9,7 @@ from typing import Any
 
 from ray._private import services
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME
 from ray.exceptions import RayError
 
 START_SECONDS = 300.0
@@ -52,3 +53,13 @@ class SlowNodeProvider(FakeMultiNodeProvider):  # type: ignore[misc]
         time.sleep(self.provider_config["boot_seconds"])
         with self._starting:
             super().create_node_with_resources_and_labels(*arguments)
+
+    def _create_node_with_resources_and_labels(self, node_config: Any, tags: dict[str, str], *arguments: Any) -> None:
+        """Ray's own; the node is listed before Ray runs on it, as a cloud has it.
+
+        Autoscaler v2 takes a node that runs and is not listed for one more than it asked for.
+        """
+        name = self._next_hex_node_id()
+        self._next_node_id -= 1  # Ray's own counts it again
+        self._nodes[name] = {"tags": {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, TAG_RAY_NODE_NAME: name, **tags}}
+        super()._create_node_with_resources_and_labels(node_config, tags, *arguments)

@@ -28,10 +28,19 @@ def converted_models(tmp_path_factory: pytest.TempPathFactory) -> None:
 LONGEST = ("loop", "nodes", "training", "real_model", "serving", "steering_stage", "clusters", "faults", "jobs")
 
 
+def group(item: pytest.Item) -> str:
+    """What one process runs: a file, or all files of a folder, which share their fixtures."""
+    folder = item.path.parent
+    return item.path.stem.removeprefix("test_") if folder == Path(__file__).parent else folder.name
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that both processes end at about the same time; `slow` tests only if asked for."""
-    order = {f"test_{name}": at for at, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    """The longest groups first, so that both processes end at about the same time; `slow` tests only if asked for."""
+    order = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
     reasons = {"slow": "slow; CPT_SLOW=1 runs it, as CI does", "cluster": "minutes; CPT_CLUSTER=1 runs it"}
     for name, reason in reasons.items():
         if not os.environ.get(f"CPT_{name.upper()}"):

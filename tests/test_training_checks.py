@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from cpt_ray.training.pairs import own_pairs, select_pairs
 from cpt_ray.training.stage import train, training_notes
 from cpt_ray.training.steps import rate_share
 from cpt_ray.training.worker import check_finite, check_first_loss
+from tests.builders import make_rubric
 from tests.tiny_model import make_tiny_model
 from tests.trainings import make_config, make_run, make_tokens, make_twins
 
@@ -24,6 +27,12 @@ from tests.trainings import make_config, make_run, make_tokens, make_twins
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("policy") / "tiny")
+
+
+@contextmanager
+def no_ray() -> Iterator[None]:
+    raise RuntimeError("no Ray here")
+    yield
 
 
 @pytest.mark.parametrize(
@@ -169,6 +178,18 @@ def test_held_out_are_whole_prompts_a_tenth_at_most_and_every_pair_is_somewhere(
     kept, held, rejects = select_pairs(pairs, max_length=10, max_pairs=80, held_out=200, seed=0)
     assert (len(kept), len(held), len(rejects)) == (80, 10, 10)
     assert not {one.prompt_id for one in kept} & {one.prompt_id for one in held}
+
+
+def test_what_of_the_pairs_is_trained_on_is_said_before_the_training(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    run.write("pairs", "c-0", [replace(pair, rejected_level="mid") for pair in make_twins("a lake")])
+    config = make_config(policy, contrast="ends", held_out=60)
+    with pytest.raises(RuntimeError, match="no Ray here"):
+        train(config, run, ["a-0", "b-0", "c-0"], "key", no_ray(), [make_rubric()])
+    said = "train        84 pairs, 8 held out (train.held_out is 60; at most a tenth, of whole prompts)"
+    assert f"{said}; 2 with a middle level are left out (train.contrast: ends)\n" in capsys.readouterr().out
 
 
 def test_a_reference_that_is_not_the_policy_is_an_error_in_float32() -> None:

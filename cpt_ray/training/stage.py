@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt_ray.config import PreferenceRunConfig, TuneConfig
+from cpt_ray.config import PreferenceRunConfig, TrainConfig, TuneConfig
 from cpt_ray.console import say
 from cpt_ray.engines.losses import reasons
 from cpt_ray.engines.ray_train import WorkerGroup, run_workers
@@ -147,9 +147,19 @@ def _tokenised(
         raise UserError(f"train: there are no pairs; {why}")
     if noted:
         say(f"note: {len(noted)} pairs are not trained on: {counted(noted)}")
+    _say_selection(settings, len(kept), len(held_out), len(unwanted))
     check_vocabulary(kept, policy.vocabulary)
     rows, held_rows = (make_rows(selected, settings.micro_batch_size) for selected in (kept, held_out))
     return _TrainingSet(rows, held_rows, lost)
+
+
+def _say_selection(settings: TrainConfig, kept: int, held_out: int, unwanted: int) -> None:
+    shown = f"{kept:,} pairs, {held_out:,} held out"
+    if held_out < settings.held_out and "held_out" in settings.model_fields_set:
+        shown += f" (train.held_out is {settings.held_out:,}; at most a tenth, of whole prompts)"
+    if unwanted:
+        shown += f"; {unwanted:,} with a middle level are left out (train.contrast: ends)"
+    say(f"train        {shown}")
 
 
 def _keep_with_reference(config: TuneConfig, run: RunDir, key: str, data: _TrainingSet) -> None:

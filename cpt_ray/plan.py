@@ -13,7 +13,7 @@ from cpt_ray.engines.worker import SHARDS_IN_FLIGHT
 from cpt_ray.errors import UserError
 from cpt_ray.prompts import check_leakage, read_prompts
 from cpt_ray.rubrics.catalog import Catalog
-from cpt_ray.rubrics.rubric import Rubric, check_rubric_names, load_rubric, load_rubrics
+from cpt_ray.rubrics.rubric import LEAST_ANSWERS, Rubric, check_rubric_names, load_rubric, load_rubrics
 from cpt_ray.tables.records import CONTROL, Prompt, Reject, content_id, joined
 from cpt_ray.tables.shard import ShardName, rejects_of
 from cpt_ray.units import ControlUnits, Units, WriterUnits
@@ -37,6 +37,11 @@ class Plan:
         """Rubrics by id."""
         return {rubric.id: rubric for rubric in self.rubrics}
 
+    @property
+    def has_spread(self) -> bool:
+        """Whether the writer's own answers set any rubric's levels."""
+        return any(criterion.is_spread for rubric in self.rubrics for criterion in rubric.criteria)
+
     def prompts_of(self, split: str) -> list[Prompt]:
         """Prompts of one split, in file order."""
         return [prompt for prompt in self.prompts if prompt.split == split]
@@ -51,10 +56,22 @@ def make_plan(config: RunConfig) -> Plan:
     for name, others in config.synthesis.offset.items():
         check_rubric_names("synthesis.offset", (name, *others), plan.by_id)
     check_leakage(plan.prompts)
+    _check_first_pass(plan)
     read_judge_check(config)  # now: it is used hours later, and must not fail then
     if not config.serve.adapters:  # which have rubrics of their own
         Catalog.of_levels(rubrics).with_saved(config.serve.configurations)
     return plan
+
+
+def _check_first_pass(plan: Plan) -> None:
+    """UserError if it cannot have the answers that set the levels."""
+    prompts = plan.prompts_of("train")
+    answers = Units(writer_units(plan), prompts).count if prompts else 0
+    if plan.has_spread and answers < LEAST_ANSWERS:
+        raise UserError(
+            f"synthesis.first_pass: found {answers} answers, to {len(prompts)} prompts; a rubric with `values: spread` "
+            f"takes {LEAST_ANSWERS}; raise it or prompts.limit"
+        )
 
 
 def read_judge_check(config: RunConfig) -> Rubric | None:

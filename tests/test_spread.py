@@ -107,7 +107,7 @@ def test_answers_that_were_cut_do_not_say_how_long_answers_are() -> None:
 def test_a_writer_without_spread_is_named_with_its_numbers() -> None:
     with pytest.raises(UserError, match=r"rubric size: word_count: .*40 answers; below 17%: 7, 33%: 7, 67%: 7"):
         with_points(SIZE, survey([SIZE], texts([7] * 40))[SIZE.id])
-    with pytest.raises(UserError, match="only 5 answers of the first pass have one"):
+    with pytest.raises(UserError, match="takes 20 answers of the first pass that can be measured; found 5; raise"):
         with_points(SIZE, survey([SIZE], texts([1, 2, 3, 4, 5]))[SIZE.id])
 
 
@@ -127,6 +127,13 @@ def make_run(tmp_path: Path, *overrides: str) -> tuple[Plan, RunDir]:
     }
     (tmp_path / "run.yaml").write_text(json.dumps(run), encoding="utf-8")
     return make_plan(load_config(tmp_path / "run.yaml", overrides)), RunDir(tmp_path / "run")
+
+
+def test_a_first_pass_that_is_too_small_for_a_spread_is_refused_before_any_work(tmp_path: Path) -> None:
+    said = r"synthesis.first_pass: found \d+ answers, to \d prompts; a rubric with `values: spread` takes 20; raise"
+    with pytest.raises(UserError, match=said):
+        make_run(tmp_path, "prompts.limit=6")
+    make_run(tmp_path, "prompts.limit=6", "synthesis.first_pass=9")
 
 
 def ramble(request: Request) -> Completion:

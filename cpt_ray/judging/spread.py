@@ -20,27 +20,16 @@ import numpy as np
 
 from cpt_ray.errors import UserError
 from cpt_ray.rubrics.measures import measures
-from cpt_ray.rubrics.rubric import Criterion, MeasureSpec, Rubric
+from cpt_ray.rubrics.rubric import LEAST_ANSWERS, Criterion, MeasureSpec, Rubric
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import SPREAD_FILE, RunDir
 
 CHECK = "check measure"
 """What a rubric's second measure is called among its criteria, none of which has a space in its name."""
-LEAST_ANSWERS = 20
-"""The fewest answers from which a spread is computed."""
 MOST_SECONDS = 3600.0
 """How long to wait for the next shard of the first pass."""
 MOST_SHARDS = 100
 """Shards of the first pass that are looked at, evenly spread, where there are more."""
-
-
-def is_spread(rubric: Rubric) -> bool:
-    """Whether any of its values are the writer's spread."""
-    return any(_is_spread(criterion) for criterion in rubric.measured)
-
-
-def _is_spread(criterion: Criterion) -> bool:
-    return criterion.measure is not None and isinstance(criterion.measure.values, str)
 
 
 def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str, Any]:
@@ -93,12 +82,15 @@ def with_points(rubric: Rubric, entries: Mapping[str, Mapping[str, Any]]) -> Rub
 
 
 def _resolved(rubric: Rubric, criterion: Criterion, entry: Mapping[str, Any] | None) -> Criterion:
-    if criterion.measure is None or not _is_spread(criterion):
+    if criterion.measure is None or not criterion.is_spread:
         return criterion
     where = f"rubric {rubric.id}: {criterion.measure.name}"
     if entry is None or entry["n"] < LEAST_ANSWERS:
         count = entry["n"] if entry else 0
-        raise UserError(f"{where}: only {count} answers of the first pass have one, {LEAST_ANSWERS} are needed")
+        raise UserError(
+            f"{where}: `values: spread` takes {LEAST_ANSWERS} answers of the first pass that can be measured; found "
+            f"{count}; raise synthesis.first_pass or prompts.limit"
+        )
     anchors = [level.score for level in rubric.levels]
     bounds = [(low + high) / 2 for low, high in itertools.pairwise(anchors)]
     scores = [anchors[0], *bounds, anchors[-1]]

@@ -64,6 +64,8 @@ def _dict_or_spread(value: Any) -> Any:
 
 SPREAD = "spread"
 """In place of a measure's values: they are set by the spread of the writer's own answers."""
+LEAST_ANSWERS = 20
+"""The fewest answers from which a spread is computed."""
 _Values = Annotated[
     dict[str, Annotated[float, Field(strict=False, allow_inf_nan=False), _NUMBER]] | Literal["spread"],
     BeforeValidator(_dict_or_spread),
@@ -116,6 +118,11 @@ class Criterion(_Strict):
     descriptors: dict[str, Text]
     """Level name to what an answer at that level looks like."""
     measure: ScoredMeasureSpec | None = None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether its values are the writer's spread."""
+        return self.measure is not None and self.measure.values == SPREAD
 
 
 class Rubric(_Strict):

@@ -23,7 +23,7 @@ from cpt_ray.engines.pool import run_lines
 from cpt_ray.engines.step import Line, Runner, Step
 from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep, first_judge
-from cpt_ray.judging.spread import MOST_SHARDS, Spread, is_spread
+from cpt_ray.judging.spread import MOST_SHARDS, Spread
 from cpt_ray.plan import PairInputs, Pass, Plan, Shards, plan_units, run_info, writer_units
 from cpt_ray.synthesis.card import write_card
 from cpt_ray.synthesis.direct import DirectStep
@@ -155,7 +155,7 @@ class Steps:
 
 def spread_of(plan: Plan, units: Iterable[str]) -> Spread | None:
     """Where the levels come from, if the writer's own spread sets any."""
-    if not any(map(is_spread, plan.rubrics)):
+    if not plan.has_spread:
         return None
     return Spread(plan.rubrics, tuple(name for name in units if not ShardName.parse(name).is_control))
 

@@ -183,6 +183,11 @@ class Growth:
     problems: Sequence[str] = ()
     """Why nodes did not come, in the provider's words."""
 
+    @property
+    def is_nothing(self) -> bool:
+        """Nothing comes and nothing waits for a node, so that what was asked for has room."""
+        return not (self.launching or self.wanted or self.problems)
+
     def __str__(self) -> str:
         nodes = ", ".join(f"{count} x {name}" for name, count in self.launching.items())
         wanted = ", ".join(f"{count} x {shown_resources(each)}" for each, count in self.wanted)

@@ -170,12 +170,13 @@ def test_what_starts_is_said_within_half_a_minute_and_then_each_half_minute(
     clock: list[float], told: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = Waiting("write", {"CPU": 1}, 2, "")
+    told.growth = Growth({}, [])  # there is room, so nothing is said about nodes
     let_pass(watch, clock, 0.4)
-    assert capsys.readouterr().out.startswith("write        0 of 2 engines begun, 2 x {CPU: 1} asked for; no node is")
+    assert capsys.readouterr().out == "write        0 of 2 engines begun, 2 x {CPU: 1} asked for\n"
     for work in range(6):
         told.notes |= {"a": note("starting", work), "b": note("starting", work)}
         let_pass(watch, clock, 0.5)
-    assert capsys.readouterr().out.splitlines() == ["write        2 of 2 engines begun, 2 starting"] * 6
+    assert capsys.readouterr().out.splitlines() == ["write        2 of 2 engines begun (2 still starting)"] * 6
     for work in range(6):
         told.notes["a"] = note("at work", work)
         let_pass(watch, clock, 0.5)

@@ -228,7 +228,8 @@ class Waiting:
         if any(self._types.may_hold(name, self._each) for name in coming.launching):
             self._progress = now
         if missing and (is_idle or coming.launching or now - self._progress >= LINE_SECONDS):
-            self._say(now, phases, missing, f", {missing} x {shown_resources(self._each)} asked for; {coming}")
+            asked = f", {missing} x {shown_resources(self._each)} asked for"
+            self._say(now, phases, missing, asked if coming.is_nothing else f"{asked}; {coming}")
         if now - self._progress >= self._patience:
             raise UserError(self._why(f"{self._patience / 60:g} minutes", phases, missing, str(coming)))
         if now - self._moved >= LAUNCHING_TIMES * self._patience:
@@ -239,7 +240,7 @@ class Waiting:
         """A line each half-minute."""
         if now - self._said >= LINE_SECONDS:
             self._said = now
-            starting = f", {phases[STARTING]} {STARTING}" if phases[STARTING] else ""
+            starting = f" ({phases[STARTING]} still {STARTING})" if phases[STARTING] else ""
             say(f"{self._what:<12} {self.count - missing} of {self.count} {self._unit} begun{starting}{asked}")
 
     def _why(self, bound: str, phases: Counter[str], missing: int, coming: str) -> str:

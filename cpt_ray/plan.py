@@ -52,9 +52,10 @@ def make_plan(config: RunConfig) -> Plan:
     rubrics = load_rubrics(config.rubric_paths)
     prompts = read_prompts(config.prompts)
     plan = Plan(config=config, rubrics=rubrics, prompts=tuple(prompts), rejects=tuple(prompts.rejects))
-    check_rubric_names("synthesis.combine", itertools.chain.from_iterable(config.synthesis.combine), plan.by_id)
+    combined = itertools.chain.from_iterable(config.synthesis.combine)
+    check_rubric_names("synthesis.combine", combined, plan.by_id, none="[]")
     for name, others in config.synthesis.offset.items():
-        check_rubric_names("synthesis.offset", (name, *others), plan.by_id)
+        check_rubric_names("synthesis.offset", (name, *others), plan.by_id, none="{}")
     check_leakage(plan.prompts)
     _check_first_pass(plan)
     read_judge_check(config)  # now: it is used hours later, and must not fail then

@@ -29,7 +29,7 @@ OFFSET = "synthesis.offset={{ornament: {{{}: -1}}}}"
     ("overrides", "said"),
     [
         ([OFFSET.format("moood")], r"synthesis\.offset: no rubric 'moood' .did you mean .mood."),
-        (["synthesis.offset={moood: {mood: 1}}"], r"synthesis\.offset: no rubric 'moood'.*; correct it or leave"),
+        (["synthesis.offset={moood: {mood: 1}}"], r"no rubric 'moood'.*; correct it or leave .*synthesis\.offset={}."),
         ([OFFSET.format("mood"), "synthesis.balance=false"], r"offset: says what grids are balanced to, but balance"),
         ([OFFSET.format("ornament")], r"offset\.ornament: names itself"),
     ],

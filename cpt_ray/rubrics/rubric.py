@@ -332,8 +332,14 @@ def load_rubrics(paths: list[Path]) -> tuple[Rubric, ...]:
     return tuple(sorted(rubrics, key=lambda rubric: rubric.id))
 
 
-def check_rubric_names(where: str, names: Iterable[str], known: Collection[str]) -> None:
-    """UserError for the first of the names in an entry of the run file that is no rubric's id."""
+def check_rubric_names(where: str, names: Iterable[str], known: Collection[str], none: str = "") -> None:
+    """UserError for the first of the names in an entry of the run file that is no rubric's id.
+
+    Args:
+        none: the entry's value that names no rubric, for a command line.
+    """
     for name in names:
         if name not in known:
-            raise UserError(f"{where}: no rubric {name!r}{did_you_mean(name, known)}; correct it or leave it out")
+            override = f" ({where}={none})" if none else ""
+            why = f"no rubric {name!r}{did_you_mean(name, known)}"
+            raise UserError(f"{where}: {why}; correct it or leave it out{override}")

@@ -25,7 +25,7 @@ from cpt_ray.engines.roles import CPU_DTYPE, convert_models, is_here, roles_of, 
 from cpt_ray.engines.vllm import engine_env
 from cpt_ray.engines.worker import endpoint_key
 from cpt_ray.errors import UserError
-from cpt_ray.plan import Plan, make_plan, run_info
+from cpt_ray.plan import Plan, check_first_pass, make_plan, run_info
 from cpt_ray.rubrics.catalog import Catalog
 from cpt_ray.rubrics.rubric import load_rubric, load_rubrics, rubric_files
 from cpt_ray.serving.examples import print_next
@@ -161,6 +161,8 @@ def run_stage(
     run = RunDir.at(config.run_dir)
     config, dtype = with_dtype(config, run)
     plan = make_plan(config)
+    if command in ("run", "synthesize"):
+        check_first_pass(plan)
     roles = roles_of(config)
     if dry_run:  # which writes nothing, so it converts and copies nothing
         roles = {name: role for name, role in roles.items() if is_here(role)}

@@ -57,21 +57,22 @@ def make_plan(config: RunConfig) -> Plan:
     for name, others in config.synthesis.offset.items():
         check_rubric_names("synthesis.offset", (name, *others), plan.by_id, none="{}")
     check_leakage(plan.prompts)
-    _check_first_pass(plan)
     read_judge_check(config)  # now: it is used hours later, and must not fail then
     if not config.serve.adapters:  # which have rubrics of their own
         Catalog.of_levels(rubrics).with_saved(config.serve.configurations)
     return plan
 
 
-def _check_first_pass(plan: Plan) -> None:
-    """UserError if it cannot have the answers that set the levels."""
+def check_first_pass(plan: Plan) -> None:
+    """UserError if a synthesis cannot have the answers that set the levels."""
+    if not plan.has_spread:
+        return
     prompts = plan.prompts_of("train")
     answers = Units(writer_units(plan), prompts).count if prompts else 0
-    if plan.has_spread and answers < LEAST_ANSWERS:
+    if answers < LEAST_ANSWERS:
         raise UserError(
             f"synthesis.first_pass: found {answers} answers, to {len(prompts)} prompts; a rubric with `values: spread` "
-            f"takes {LEAST_ANSWERS}; raise it or prompts.limit"
+            f"takes {LEAST_ANSWERS}; raise it (and synthesis.samples), or give more prompts"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpt_ray.cli import main
 from cpt_ray.config import load_config
 from cpt_ray.engines.engine import Completion, Request
 from cpt_ray.errors import UserError
 from cpt_ray.judging.spread import CHECK, Spread, survey, with_points
-from cpt_ray.plan import Plan, make_plan, plan_units
+from cpt_ray.plan import Plan, check_first_pass, make_plan, plan_units
 from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.grading import measured_criterion
 from cpt_ray.rubrics.rubric import MeasureSpec, Rubric
@@ -129,11 +131,15 @@ def make_run(tmp_path: Path, *overrides: str) -> tuple[Plan, RunDir]:
     return make_plan(load_config(tmp_path / "run.yaml", overrides)), RunDir(tmp_path / "run")
 
 
-def test_a_first_pass_that_is_too_small_for_a_spread_is_refused_before_any_work(tmp_path: Path) -> None:
-    said = r"synthesis.first_pass: found \d+ answers, to \d prompts; a rubric with `values: spread` takes 20; raise"
-    with pytest.raises(UserError, match=said):
-        make_run(tmp_path, "prompts.limit=6")
-    make_run(tmp_path, "prompts.limit=6", "synthesis.first_pass=9")
+@pytest.mark.parametrize("command", ["check", "synthesize"])
+def test_a_first_pass_that_is_too_small_for_a_spread_is_refused_before_any_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = make_run(tmp_path, "prompts.limit=6", "synthesis.first_pass=9")
+    check_first_pass(plan)
+    assert main([command, str(tmp_path / "run.yaml"), "prompts.limit=6"]) == 1
+    said = r"synthesis.first_pass: found \d+ answers, to \d prompts; a rubric with `values: spread` takes 20; raise it"
+    assert re.search(said, capsys.readouterr().err)
 
 
 def ramble(request: Request) -> Completion:

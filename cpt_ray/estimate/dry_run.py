@@ -11,7 +11,7 @@ from cpt_ray.console import say
 from cpt_ray.engines.roles import roles_of
 from cpt_ray.estimate.rates import ASSUMED, Rates
 from cpt_ray.estimate.stages import Estimate
-from cpt_ray.plan import Plan, Shards, make_plan, plan_units
+from cpt_ray.plan import Plan, Shards, check_first_pass, make_plan, plan_units
 from cpt_ray.synthesis.stage import finished_synthesis
 from cpt_ray.tables.rundir import RunDir
 
@@ -61,6 +61,7 @@ def describe_run_file(path: Path, overrides: Sequence[str] = ()) -> None:
         say(f"{path}: ok (a training on {config.preferences.source}{_gpus_needed(config)})")
         return
     plan = make_plan(config)
+    check_first_pass(plan)
     answers = sum(units.count for units in plan_units(plan).values())
     train, held_out = (len(plan.prompts_of(split)) for split in ("train", "held_out"))
     say(

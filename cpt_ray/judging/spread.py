@@ -89,7 +89,7 @@ def _resolved(rubric: Rubric, criterion: Criterion, entry: Mapping[str, Any] | N
         count = entry["n"] if entry else 0
         raise UserError(
             f"{where}: `values: spread` takes {LEAST_ANSWERS} answers of the first pass that can be measured; found "
-            f"{count}; raise synthesis.first_pass or prompts.limit"
+            f"{count}; raise synthesis.first_pass, or writer.sampling.max_tokens where answers are cut"
         )
     anchors = [level.score for level in rubric.levels]
     bounds = [(low + high) / 2 for low, high in itertools.pairwise(anchors)]

@@ -25,13 +25,13 @@ def converted_models(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["CPT_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")
 
 
-LONGEST = ("loop", "nodes", "training", "real_model", "serving", "steering_stage", "clusters", "faults", "jobs")
+LONGEST = ("loop", "nodes", "training/", "real_model", "serving/", "steering_stage", "clusters", "faults", "jobs")
 
 
 def group(item: pytest.Item) -> str:
     """What one process runs: a file, or all files of a folder, which share their fixtures."""
     folder = item.path.parent
-    return item.path.stem.removeprefix("test_") if folder == Path(__file__).parent else folder.name
+    return item.path.stem.removeprefix("test_") if folder == Path(__file__).parent else f"{folder.name}/"
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

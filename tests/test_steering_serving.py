@@ -1,5 +1,5 @@
 """`/v1/preferences` behind the real front, with a policy whose log-probabilities are known; a real server is asked in
-test_serving.py."""
+serving/test_preferences.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Ray and a tiny policy for the trainings of this folder."""
+"""Ray and a tiny policy for the trainings of this folder.
+
+The files run in alphabetical order. test_twins.py is the first: what it looks for in Ray's stderr gets there only while
+the first test is set up, since pytest then takes the file descriptor back.
+"""
 
 from __future__ import annotations
 

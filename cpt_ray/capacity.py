@@ -185,7 +185,7 @@ class Growth:
 
     @property
     def is_nothing(self) -> bool:
-        """Nothing comes and nothing waits for a node, so that what was asked for has room."""
+        """Nothing comes and nothing waits for a node: what was asked for has room, or no autoscaler is there to say."""
         return not (self.launching or self.wanted or self.problems)
 
     def __str__(self) -> str:

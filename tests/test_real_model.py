@@ -26,6 +26,7 @@ SMALL = (
     "synthesis.samples=6",
     "synthesis.shard_rows=96",
     "train.max_pairs=48",
+    "train.epochs=1",
     "train.loss={sigmoid: 1}",  # without SFT's part the first loss is known
     "train.save_steps=2",
     "evaluate.prompts=2",

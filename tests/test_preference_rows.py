@@ -160,7 +160,7 @@ def test_a_text_that_shares_a_token_with_its_prompt_is_a_reject_of_that_row(tmp_
         eos_token, eos_token_id, chat_template = by_words.eos_token, by_words.eos_token_id, None
         added_tokens_decoder = by_words.added_tokens_decoder
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [ord(one) for one in text.replace("xy", "q")]}
 
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, (glued, {**glued, "chosen": " w"}))))

@@ -137,7 +137,9 @@ def token_ids(
     By default a prompt that waits for its answer; with `is_finished`, a conversation up to the answer's end mark.
     """
     options = {**(template_kwargs or {}), "add_generation_prompt": not is_finished}
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+    # not verbose: what is too long is rejected and counted, and causes no "indexing errors"
+    options |= {"tokenize": True, "return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+    return list(tokenizer.apply_chat_template(messages, **options))
 
 
 class PromptTokens:

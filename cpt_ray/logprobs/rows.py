@@ -141,8 +141,9 @@ class Tokeniser:
             raise UserError("policy: its tokenizer has no end-of-text token (eos_token), so a plain answer has no end")
         answer = answer.removesuffix(end)
         self._refuse_control_tokens([prompt, answer])
-        prompt_ids = tuple(self._tokenizer(prompt)["input_ids"])
-        whole = tuple(self._tokenizer(prompt + answer + end)["input_ids"])
+        prompt_ids, whole = (
+            tuple(self._tokenizer(text, verbose=False)["input_ids"]) for text in (prompt, prompt + answer + end)
+        )
         if whole[: len(prompt_ids)] != prompt_ids:
             raise Unfit(
                 "shares a token", f"the tokenizer joins the prompt's end {prompt[-30:]!r} and the answer's start"

@@ -68,7 +68,7 @@ def check_first_pass(plan: Plan) -> None:
     if not plan.has_spread:
         return
     prompts = plan.prompts_of("train")
-    answers = Units(writer_units(plan), prompts).count if prompts else 0
+    answers = Units(writer_units(plan), prompts).count
     if answers < LEAST_ANSWERS:
         raise UserError(
             f"synthesis.first_pass: found {answers} answers, to {len(prompts)} prompts; a rubric with `values: spread` "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpt_ray.chat.conversations import token_ids
 from cpt_ray.chat.templates import ChatTemplate, control_tokens, find_control_token, own_stop_tokens, stop_tokens
 from cpt_ray.cli import main
 from cpt_ray.errors import UserError
@@ -24,6 +26,28 @@ from tests.toy.make import train_tokenizer
 def notes(template: Any, **arguments: Any) -> list[str]:
     made = tokenizer(template)
     return ChatTemplate(made, arguments).check(own_stop_tokens(made))
+
+
+@pytest.mark.parametrize("tokenise", ["answer", "begun", "text", "text_ids", "prompt", "token_ids"])
+def test_a_text_that_is_too_long_brings_no_warning_of_indexing_errors(
+    tokenise: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, long = tokenizer(), "sea " * 2000  # it is rejected and counted, which is enough
+    messages, answer = [{"role": "user", "content": long}], {"role": "assistant", "content": long}
+    ids = {
+        "answer": lambda: Tokeniser(made, {}).answer(messages, [answer]),
+        "begun": lambda: Tokeniser(made, {}).begun(messages, answer),
+        "text": lambda: Tokeniser(made, {}).text("Say it.\n", long)[1],
+        "text_ids": lambda: Tokeniser(made, {}).text_ids(long),
+        "prompt": lambda: Tokeniser(made, {}).prompt(messages),
+        "token_ids": lambda: token_ids(made, messages),
+    }
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        assert len(ids[tokenise]()) > made.model_max_length
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert [line for line in caplog.messages if "indexing errors" in line] == []
 
 
 # ---------------------------------------------------------------- the check

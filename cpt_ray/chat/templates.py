@@ -80,7 +80,7 @@ class ChatTemplate:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered conversation; the template has put the beginning mark there already."""
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def special_token(self, said: Any) -> str:
         """The first special token in the texts of messages or other JSON values, "" if there is none."""

@@ -100,7 +100,7 @@ def connected(
             if error.code != signal.SIGTERM or not callable(handler):
                 raise
             terminated.set()
-            raise Terminated from None
+            raise KeyboardInterrupt from None
         except Exception as error:  # Ray has no kind of its own for it
             if "timed out during startup" not in str(error):
                 raise
@@ -115,24 +115,20 @@ def connected(
             ray.shutdown()
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM (`kill`, `ray job stop`, Kubernetes), which ends a command as Ctrl-C does."""
-
-
 terminated = threading.Event()
-"""That it came: Ray's own code makes a plain KeyboardInterrupt of what it is interrupted by."""
+"""That SIGTERM (`kill`, `ray job stop`, Kubernetes) came, which ends a command as Ctrl-C does."""
 
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated in the block, if this is the main thread: no other can be interrupted."""
+    """SIGTERM raises KeyboardInterrupt in the block, if this is the main thread: no other can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         terminated.set()
-        raise Terminated
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

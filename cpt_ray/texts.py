@@ -72,24 +72,24 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def messages_in(text: str, name: str) -> Any:
     """The messages that a text holds as JSON, else the text; UserError if they are there in another notation."""
-    if not _looks_like_messages(text, json.loads) and _looks_like_messages(text, ast.literal_eval):
+    if (messages := _messages(text, json.loads)) is not None:
+        return messages
+    if _messages(text, ast.literal_eval) is not None:
         raise UserError(f"{name}: messages as Python prints them, not as JSON; save them with json.dumps")
-    if not _looks_like_messages(text, json.loads):
-        head = squashed(text[:40])
-        if head.startswith(("[{'role'", '[{"role"', "[{'content'", '[{"content"')):
-            raise UserError(f"{name}: begins like messages but is not JSON ({text[:40]!r}); save them with json.dumps")
-        return text
-    return json.loads(text)
+    if squashed(text[:40]).startswith(("[{'role'", '[{"role"', "[{'content'", '[{"content"')):
+        raise UserError(f"{name}: begins like messages but is not JSON ({text[:40]!r}); save them with json.dumps")
+    return text
 
 
-def _looks_like_messages(text: str, parse: Callable[[str], Any]) -> bool:
+def _messages(text: str, parse: Callable[[str], Any]) -> list[dict[str, Any]] | None:
     if not text.lstrip().startswith("["):
-        return False
+        return None
     try:
         value = parse(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return False
-    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "role" in part for part in value)
+        return None
+    is_list = isinstance(value, list) and bool(value)
+    return value if is_list and all(isinstance(part, dict) and "role" in part for part in value) else None
 
 
 def refuse_messages_in(text: str, name: str) -> None:

@@ -143,13 +143,10 @@ class StepActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:
-            done = [
-                self._worker.process(int(line), str(shard))
-                for line, shard in zip(batch["line"], batch["shard"], strict=True)
-            ]
+            error, counts = self._worker.process(int(batch["line"][0]), str(batch["shard"][0]))
         except EngineDiedError:
             os._exit(1)  # Ray makes this actor, and so the engine, anew
-        return {**batch, "error": [error for error, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
+        return {**batch, "error": [error], "counts": [json.dumps(counts)]}
 
 
 class Attempts:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import HTMLResponse, RedirectResponse
 
@@ -36,9 +36,12 @@ from cpt_ray.serving.asgi import (
     with_field,
     without_body,
 )
-from cpt_ray.serving.call import CALL, Adapter, Call
+from cpt_ray.serving.call import CALL, Call
 from cpt_ray.serving.keys import Key, Keyring, MeterClient
 from cpt_ray.serving.request import CONFIGURED_PREFIX, RequestParser
+
+if TYPE_CHECKING:
+    from cpt_ray.serving.preferences import PreferenceStore
 
 CONFIGURATIONS_PATH = "/v1/configurations"
 MODELS_PATH = "/v1/models"
@@ -58,22 +61,6 @@ SOURCE_HEADER = b"x-cpt-configuration-from"
 """Whether the configuration is the one that was asked for or that of the preferences named beside it."""
 
 
-class Steerer(Protocol):
-    """What the app asks about preferences (preferences.py); `owner` stands for the key."""
-
-    async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
-        """The answer to a request to PREFERENCES_PATH, or to the state `name` under it, with `data` as its body."""
-        ...
-
-    async def find(self, owner: str, name: str) -> Any | Refusal:
-        """The state of an id."""
-        ...
-
-    async def steer(self, state: Any, path: str) -> tuple[Mapping[str, Any], str, Adapter | None]:
-        """The configuration that it comes to, what to call its source, and the adapter to answer with."""
-        ...
-
-
 class ConfiguredApp:
     """This server's ASGI app around vLLM's: streams pass unbuffered. `keyring=None` lets everyone in."""
 
@@ -85,7 +72,7 @@ class ConfiguredApp:
         meter: MeterClient,
         on_end: Callable[[Call], None] = lambda call: None,
         listing_extras: Mapping[str, Any] | None = None,
-        preferences: Steerer | None = None,
+        preferences: PreferenceStore | None = None,
         vllm_fields: frozenset[str] = frozenset(),
         control_token_pattern: re.Pattern[str] | None = None,
     ):

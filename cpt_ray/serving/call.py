@@ -6,13 +6,7 @@ import asyncio
 import dataclasses
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-
-class Adapter(Protocol):
-    """What the engine is given to answer one user (conditioning.py)."""
-
-    lora_request: Any
+from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,9 +28,9 @@ class Call:
     """Tokens of the answers, also of one that was broken off."""
     first_byte_seconds: float | None = None
     seconds: float = 0.0
-    adapter: Adapter | None = None
-    """The adapter that the engine answers with; not logged. Kept here, since its folder is removed once nothing refers
-    to it."""
+    adapter: Any = None
+    """The user's adapter (conditioning.py) that the engine answers with; not logged. Kept here, since its folder is
+    removed once nothing refers to it."""
     engine_tasks: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
     """Tasks that wait for the engine; not logged."""
     is_left: bool = False

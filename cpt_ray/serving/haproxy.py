@@ -23,6 +23,13 @@ REQUEST_SECONDS = 20
 """Time that a client has to send a request, or its first 64 KB."""
 BUFFER_BYTES = 64 << 10
 """What HAProxy holds of a request: it can only repeat one that it holds whole."""
+RETRY_ON = f"conn-failure empty-response\n    option http-buffer-request\n    timeout http-request {REQUEST_SECONDS}s"
+"""HAProxy's `retry-on`, and two settings behind it that Ray 2.60 has no name for; it writes the text as it is.
+
+A request is sent to another replica if one dies before the first byte of the answer. Ray's default is not to, since a
+request may then be done twice: here that writes an answer, or at worst adds the same choices, again. For this HAProxy
+waits for the whole request, within a bound, or until its buffer is full.
+"""
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 SERVE_ENV = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Python alone may take more than Serve's 5 s
@@ -44,24 +51,10 @@ def serve_env() -> dict[str, str]:
     return {
         **SERVE_ENV,
         HAPROXY_VARIABLE: "1",
-        "RAY_SERVE_HAPROXY_RETRY_ON": "\n    ".join(_retry_lines()),
+        "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         **{name: str(unused_port()) for name in ports},
     }
-
-
-def _retry_lines() -> tuple[str, ...]:
-    """HAProxy's `retry-on`, and two settings behind it that Ray 2.60 has no name for; it writes the text as it is.
-
-    A request is sent to another replica if one dies before the first byte of the answer. Ray's default is not to, since
-    a request may then be done twice: here that writes an answer, or at worst adds the same choices, again. For this
-    HAProxy waits for the whole request, within a bound, or until its buffer is full.
-    """
-    return (
-        "conn-failure empty-response",
-        "option http-buffer-request",
-        f"timeout http-request {REQUEST_SECONDS}s",
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,19 +14,16 @@ States are files in the run directory, one folder per key: restarts and replicas
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import re
 import secrets
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
 from cpt_ray.serving.asgi import Refusal
-from cpt_ray.serving.call import Adapter
-from cpt_ray.serving.conditioning import Conditioner
+from cpt_ray.serving.conditioning import Conditioner, UserAdapter
 from cpt_ray.serving.request import CHAT_PATH, PREFERENCES_PREFIX
 from cpt_ray.serving.store import JsonStore
 from cpt_ray.steering.choices import Choice, PreferenceState, Question, parse_choices
@@ -49,7 +46,6 @@ MAX_IN_ENGINE = 64
 UNKNOWN = Refusal(status=404, code="preferences_not_found", text="There are no such preferences (of this API key).")
 FULL = Refusal(status=403, code="preferences_full", text=f"This API key has {MAX_STATES} preferences; delete some.")
 WRONG_METHOD = Refusal(status=405, code="method_not_allowed", text="/v1/preferences takes GET, POST and DELETE.")
-Result = TypeVar("Result")
 
 
 class EngineScorer:
@@ -97,7 +93,7 @@ class PreferenceStore:
         """`conditioner`: makes adapters, in the place of directives; choices are then kept without being scored."""
         self._store, self._candidates, self._scorer, self._questions = JsonStore(folder), candidates, scorer, questions
         self._conditioner = conditioner
-        self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
+        self._scoring = asyncio.Semaphore(MAX_SCORING)
 
     async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
         """The answer to a request to /v1/preferences or /v1/preferences/`name`; UserError for a bad body."""
@@ -108,38 +104,33 @@ class PreferenceStore:
                 raise UserError('body: expected a JSON object {"choices": [...]} and nothing else')
             choices = parse_choices(data["choices"])
             async with self._scoring:
-                return await self._in_thread(self._add if name else self._create, owner, choices, name)
+                return await asyncio.to_thread(self._add if name else self._create, owner, choices, name)
         if method == "GET" and name:
             state = await self.find(owner, name)
-            return state if isinstance(state, Refusal) else await self._in_thread(self._shown, name, state)
+            return state if isinstance(state, Refusal) else await asyncio.to_thread(self._shown, name, state)
         if method == "GET":
-            return await self._in_thread(self._list, owner)
-        return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
+            return await asyncio.to_thread(self._list, owner)
+        return await asyncio.to_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
     async def find(self, owner: str, name: str) -> PreferenceState | Refusal:
         """The state of an id, scored by the policy that is served."""
-        state = await self._in_thread(self._read, owner, name) if ID.fullmatch(name) else None
+        state = await asyncio.to_thread(self._read, owner, name) if ID.fullmatch(name) else None
         if state is not None and not self._is_scored(state):
             async with self._scoring:
-                state = await self._in_thread(self._current, owner, name, ())
+                state = await asyncio.to_thread(self._current, owner, name, ())
         return UNKNOWN if state is None else state
 
-    async def steer(self, state: PreferenceState, path: str) -> tuple[dict[str, str], str, Adapter | None]:
+    async def steer(self, state: PreferenceState, path: str) -> tuple[dict[str, str], str, UserAdapter | None]:
         """The configuration that a state comes to, what to call its source, and the user's adapter if there is one."""
         configuration = self._belief(state).configuration or {}
         if self._conditioner is None or path != CHAT_PATH:
             return configuration, "preferences", None
         async with self._scoring:
-            adapter = await self._in_thread(self._conditioner.adapter, state.choices)
+            adapter = await asyncio.to_thread(self._conditioner.adapter, state.choices)
         return configuration, f"preferences, by {self._conditioner.form}", adapter
 
     def _is_scored(self, state: PreferenceState) -> bool:
         return state.key == self._candidates.key or self._conditioner is not None
-
-    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """`work` away from the event loop, since it may wait for a disk or the engine."""
-        context = contextvars.copy_context()  # in which the engine's tokens are counted
-        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, work, *arguments)
 
     # ------------------------------------------------------------ in a thread
 
@@ -149,7 +140,7 @@ class PreferenceStore:
         if len(self._store.names(owner)) >= MAX_STATES:
             return FULL
         name = f"preferences-{secrets.token_hex(12)}"
-        self._change(owner, name, lambda latest: state)
+        self._put(owner, name, None, state)
         return self._described(name, state)
 
     def _add(self, owner: str, choices: list[Choice], name: str) -> dict[str, Any] | Refusal:
@@ -174,15 +165,9 @@ class PreferenceStore:
             if not choices and self._is_scored(state):
                 return state
             self._add_to(state, choices)
-            if self._replace(owner, name, before, state):  # else another request came in between
+            if self._put(owner, name, before, state):  # else another request came in between
                 return state
         return None
-
-    def _replace(self, owner: str, name: str, before: dict[str, Any], state: PreferenceState) -> bool:
-        """Whether the state that is kept was still as it was `before`; `state` then takes its place."""
-        return self._change(
-            owner, name, lambda latest: state if latest is not None and latest.to_json() == before else None
-        )
 
     def _add_to(self, state: PreferenceState, choices: Sequence[Choice]) -> None:
         kept = [*state.choices, *state.new(choices)]
@@ -220,19 +205,17 @@ class PreferenceStore:
         except ValueError:
             raise UserError("preferences: not a saved state; delete it and choose again") from None
 
-    def _change(
-        self, owner: str, name: str, changed: Callable[[PreferenceState | None], PreferenceState | None]
-    ) -> bool:
-        """Replaces a state unless `changed` gives None; whether it was.
+    def _put(self, owner: str, name: str, before: dict[str, Any] | None, state: PreferenceState) -> bool:
+        """Whether the kept state was still as it was `before` (None: there was none); `state` then takes its place.
 
         RuntimeError, which is answered 500, if the disk or the store refuses: a UserError would blame the request.
         """
 
-        def changed_json(data: Any) -> Any:
-            state = changed(None if data is None else PreferenceState.from_json(data))
-            return None if state is None else state.to_json()
+        def changed(latest: Any) -> Any:
+            now = None if latest is None else PreferenceState.from_json(latest).to_json()
+            return state.to_json() if now == before else None
 
         try:
-            return self._store.change(f"{owner}/{name}.json", changed_json) is not None
+            return self._store.change(f"{owner}/{name}.json", changed) is not None
         except (UserError, OSError) as error:
             raise RuntimeError(str(error)) from error

@@ -57,20 +57,14 @@ class JsonStore:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: object, sync: bool = True) -> None:
-        """Writes a file that only its owner can read; UserError if the disk or the store refuses.
-
-        Args:
-            sync: whether to wait for the disk, so that it outlives the machine's death too.
-        """
-        with replacing(self.root / name, mode=0o600, sync=sync) as file:
-            file.write(_encoded(data))
-
     def change(self, name: str, changed: Callable[[Any], Any], sync: bool = True) -> Any:
         """Replaces a file's content by what `changed` makes of it and returns that; nobody else changes it meanwhile.
 
         `changed` is given None for a file that is not there, may be called several times, and leaves all as it is by
-        returning None or raising. `sync`: as `write`. OSError if the file cannot be written.
+        returning None or raising. Only its owner can read the file. UserError or OSError if it cannot be written.
+
+        Args:
+            sync: whether to wait for the disk, so that it outlives the machine's death too.
         """
         path = self.root / name
         if isinstance(path, StorePath):
@@ -78,7 +72,8 @@ class JsonStore:
         with self._threads, exclusive(path.parent):
             data = changed(self.read(name))
             if data is not None:
-                self.write(name, data, sync)
+                with replacing(path, mode=0o600, sync=sync) as file:
+                    file.write(_encoded(data))
             return data
 
     def _swap(self, path: StorePath, changed: Callable[[Any], Any]) -> Any:

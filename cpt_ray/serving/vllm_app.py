@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import fields
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpt_ray.chat.templates import control_tokens
 from cpt_ray.config import SamplingConfig
@@ -24,7 +24,7 @@ from cpt_ray.engines.vllm import engine_arguments
 from cpt_ray.engines.waiting import AT_WORK, STARTING
 from cpt_ray.errors import UserError, did_you_mean
 from cpt_ray.serving.access_log import AccessLog
-from cpt_ray.serving.app import ConfiguredApp, Steerer
+from cpt_ray.serving.app import ConfiguredApp
 from cpt_ray.serving.asgi import AsgiApp, Json, Refusal, with_cors
 from cpt_ray.serving.call import CALL, Call
 from cpt_ray.serving.keys import Key, Keyring
@@ -32,6 +32,9 @@ from cpt_ray.serving.served import Served, check_whole
 from cpt_ray.steering.inference import read_questions
 from cpt_ray.tables.node_cache import local_copy
 from cpt_ray.tables.rundir import KEYS_FILE
+
+if TYPE_CHECKING:
+    from cpt_ray.serving.preferences import PreferenceStore
 
 MAX_CAUSE = 400
 """Characters shown of why a replica did not start."""
@@ -78,7 +81,7 @@ class VllmServer:
         )
         return with_cors(app_with_keys, served.frontend)
 
-    def _preferences(self) -> Steerer | None:
+    def _preferences(self) -> PreferenceStore | None:
         from cpt_ray.serving.conditioning import Conditioner
         from cpt_ray.serving.preferences import EngineScorer, PreferenceStore
 

@@ -52,18 +52,14 @@ def replacing(path: AnyPath, mode: int = 0o666, sync: bool = True, keep: bool = 
     if isinstance(path, StorePath):
         with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as spool:
             yield spool
+            is_one_part = spool.tell() <= PART_BYTES
+            spool.seek(0)
             if keep and path.exists():
                 return
-            if keep and spool.tell() <= PART_BYTES:  # a larger one is put in parts, which takes no condition
-                spool.seek(0)
+            if keep and is_one_part:  # a larger one is put in parts, which takes no condition
                 path.put_new(spool.read())
-            elif spool.tell() <= PART_BYTES:
-                spool.seek(0)
-                path.put(spool.read())
             else:
-                spool.rollover()
-                spool.seek(0)
-                path.put(spool)
+                path.put(spool.read() if is_one_part else spool)
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

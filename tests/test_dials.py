@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from cpt_ray.evaluation.dials import check_score
 from cpt_ray.evaluation.scoring import score_trials
+from cpt_ray.judging.spread import CHECK, survey
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
-from tests.builders import LEVELS, make_rubric
+from tests.builders import LEVELS, make_generation, make_rubric
 
 SCORES = {"low": 10.0, "mid": 50.0, "high": 90.0}
 
@@ -131,23 +132,23 @@ def test_a_dial_of_several_measures_is_graded_in_every_text() -> None:
 def test_the_second_measure_has_its_anchors_in_the_pool_and_none_without_one() -> None:
     rubric = measured("length", "word_count", (10, 20, 30), check={"name": "mean_word_length"})
     trials = turned(rubric, (10, 4), (30, 6))
-    pool = {"length": {"own": [], "own_sd": 5.0, "check": LINEAR, "check_sd": 1.0}}
-    entry = results_of(trials, rubric, quantiles=pool)["check"]["length"]
+    pool = {"length": {CHECK: {"quantiles": LINEAR, "sd": 1.0}}}
+    entry = results_of(trials, rubric, written=pool)["check"]["length"]
     assert entry["measure"] == "mean_word_length"
     assert entry["anchors"] == pytest.approx({"low": 3.4, "mid": 5.0, "high": 6.6})
     assert entry["tuned"]["slope"] == pytest.approx(2 / 3.2)
     assert results_of(trials, rubric)["check"] == {}
-    assert results_of(trials, LENGTH, quantiles=pool)["check"] == {}
+    assert results_of(trials, LENGTH, written=pool)["check"] == {}
     # 10, 20 and 30 words are where a quarter, a half and three quarters of the pool are shorter
-    pool["length"]["own"] = [40 * at / 100 for at in range(101)]
-    entry = results_of(trials, rubric, quantiles=pool)["check"]["length"]
+    pool["length"]["only"] = {"quantiles": [40 * at / 100 for at in range(101)], "sd": 5.0}
+    entry = results_of(trials, rubric, written=pool)["check"]["length"]
     assert entry["anchors"] == pytest.approx({"low": 4.0, "mid": 5.0, "high": 6.0}, abs=0.02)
     assert entry["tuned"]["slope"] == pytest.approx(1, abs=0.02)
 
 
 def test_what_moved_is_also_in_standard_deviations_of_the_pool_where_they_are_known() -> None:
     trials = [*turned(LENGTH, (10, 4), (30, 4)), *turned(PLAIN, (20, 4), (10, 6))]
-    results = results_of(trials, LENGTH, PLAIN, quantiles={"length": {"own_sd": 5.0}})
+    results = results_of(trials, LENGTH, PLAIN, written={"length": {"only": {"sd": 5.0}}})
     assert results["slope"]["length"]["tuned"]["pool_sd"] == pytest.approx(20 / 5)
     assert results["crosstalk"]["tuned"]["plain"]["length"]["pool_sd"] == pytest.approx(-10 / 5)
     assert "pool_sd" not in results["crosstalk"]["tuned"]["length"]["plain"]
@@ -247,10 +248,13 @@ def test_chance_is_one_level_in_so_many() -> None:
 def test_a_judged_rubric_without_measures_is_held_against_its_second_measure() -> None:
     plain = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
     rubric = make_rubric(id="plain", criteria=plain, check={"name": "mean_word_length"})
-    pool = {"plain": {"check": LINEAR}}
+    pool = survey([rubric], [make_generation("low", text=text_of(1, 3 + at)) for at in range(5)])  # as LINEAR
     assert check_score(rubric, pool["plain"], "aaaaa") == pytest.approx(50)
     assert check_score(rubric, pool["plain"], "aa") == 0
     trials = [make_trial(rubric, "low", text_of(4, 3 + at), at, judged=(10.0, 50.0, 90.0)[at // 2]) for at in range(5)]
-    entry = results_of(trials, rubric, quantiles=pool)["judge_agreement"]["per_rubric"]["plain"]
+    entry = results_of(trials, rubric, written=pool)["judge_agreement"]["per_rubric"]["plain"]
     assert (entry["n"], entry["same_level"]) == (5, 0.8)
     assert results_of(trials, rubric)["judge_agreement"]["n"] == 0
+    check = results_of([*trials, make_trial(rubric, "high", "a" * 7)], rubric, written=pool)["check"]["plain"]
+    assert check["anchors"] == pytest.approx({"low": 3.4, "mid": 5.0, "high": 6.6})
+    assert check["tuned"]["slope"] == pytest.approx((7 - 5) / 3.2)

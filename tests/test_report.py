@@ -14,6 +14,7 @@ from cpt_ray.evaluation.report import MAX_ANSWER_CHARS, render_report
 from cpt_ray.evaluation.scoring import score_trials
 from cpt_ray.evaluation.summary import opposites
 from cpt_ray.evaluation.terminal import COLUMNS, SHOWN_CHARS, dial_lines, opposites_lines, table_lines
+from cpt_ray.judging.spread import CHECK
 from cpt_ray.tables.records import Trial
 from tests.builders import make_rubric
 
@@ -127,7 +128,7 @@ def test_rubric_titles_and_level_directives_at_the_pages_beginning_are_only_text
     rubric = make_rubric(title=HOSTILE, check={"name": "word_count"})
     trials = [dataclasses.replace(trial, directive=HOSTILE, text=HOSTILE, prompt=HOSTILE) for trial in make_trials()]
     trials += [dataclasses.replace(trial, is_trained=True, trial_id=f"{trial.trial_id}/t") for trial in trials]
-    pool = {"ornament": {"check": [float(at) for at in range(101)]}}
+    pool = {"ornament": {CHECK: {"quantiles": [float(at) for at in range(101)], "sd": 1.0}}}
     log_probs = {(trial.model, trial.trial_id): (-3.0, 2) for trial in trials}
     results = score_trials(trials, [rubric], 50, 0, pool, log_probs)
     checker = parsed(render_report(results, trials, [rubric], LEDGER, INFO))
@@ -173,7 +174,7 @@ def test_the_dials_table_fits_and_has_what_is_known() -> None:
     ]
     trained = [dataclasses.replace(trial, is_trained=True) for trial in trials]
     log_probs = {(trial.model, trial.trial_id): (-3.0 - (trial.model == "tuned"), 2) for trial in trials}
-    pool = {rubric.id: {"check": [float(at) for at in range(101)]}}
+    pool = {rubric.id: {CHECK: {"quantiles": [float(at) for at in range(101)], "sd": 1.0}}}
     lines = dial_lines(score_trials(trials + trained, [rubric, other], 50, 0, pool, log_probs))
     assert max(map(len, lines)) <= COLUMNS
     assert lines[0].split() == ["dial", "acc.", "tau", "rho", "slope", "2nd", "most", "crosstalk"]

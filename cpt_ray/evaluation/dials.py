@@ -16,9 +16,8 @@ the written answers: at the levels' scores, or where the rubric gives values to 
 answers that measures less than these. So its slope is 1 as well if it moves as far as the first one should; it is
 negative if it falls where the first one rises.
 
-What the written answers are like comes from `pool_spread`, which reads the run's `spread.json`: {rubric id: {"own": 101
-values of the rubric's measure at the quantiles 0, 0.01 ... 1, "own_sd": its standard deviation, "check" and "check_sd":
-the same of the second measure}}. Whatever is not there leaves out what depends on it.
+What the written answers are like is in the run's `spread.json` (`judging/spread.py`). Whatever is not there leaves out
+what depends on it.
 """
 
 from __future__ import annotations
@@ -31,29 +30,29 @@ from typing import Any
 import numpy as np
 
 from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, estimate, named_estimate
+from cpt_ray.judging.spread import CHECK, Survey
 from cpt_ray.rubrics.grading import interpolate, measured_criterion, weighted
 from cpt_ray.rubrics.measures import measures
-from cpt_ray.rubrics.rubric import Level, MeasureSpec, Rubric, ScoredMeasureSpec
+from cpt_ray.rubrics.rubric import MeasureSpec, Rubric, ScoredMeasureSpec
 from cpt_ray.tables.records import Trial
 
 SCORE = "score"
 """In the place of a measure's name, where a dial's value is a score."""
-
-Quantiles = Mapping[str, Mapping[str, Any]]
-"""What `pool_spread` returns: by rubric, quantiles and deviation of its measure (own) and of its second one (check)."""
 
 
 class Dial:
     """A rubric's value in texts and at its levels, by the rubric's own measure or by its second one."""
 
     def __init__(self, rubric: Rubric, written: Mapping[str, Any], is_second: bool = False):
-        """`written`: the rubric's entry of `Quantiles`."""
+        """`written`: the rubric's entry of the survey."""
         self.rubric = rubric
-        only = rubric.criteria[0].measure if len(rubric.criteria) == 1 else None
+        first, *others = rubric.criteria
+        only = None if others else first.measure
+        own, second = ({} if others else written.get(first.name, {})), written.get(CHECK, {})
         self._spec: ScoredMeasureSpec | MeasureSpec | None = rubric.check if is_second else only
         self.measure = self._spec.name if self._spec else SCORE
-        self.anchors = _check_anchors(rubric, only, written) if is_second else _own_anchors(rubric, only)
-        self.sd: float | None = written.get("check_sd" if is_second else "own_sd") if self._spec else None
+        self.anchors = _check_anchors(rubric, only, own, second) if is_second else _own_anchors(rubric, only)
+        self.sd: float | None = (second if is_second else own).get("sd") if self._spec else None
 
     @property
     def span(self) -> float:
@@ -77,28 +76,22 @@ def _own_anchors(rubric: Rubric, spec: ScoredMeasureSpec | None) -> dict[str, fl
     if spec is None:
         return {level.name: level.score for level in rubric.levels}
     if spec.points:  # (value, score) by which it is graded
-        return {level.name: _value_at(level, spec.points) for level in rubric.levels}
+        values = [(score, value) for value, score in spec.points]
+        return {level.name: interpolate(level.score, values) for level in rubric.levels}
     assert isinstance(spec.values, dict)
     return dict(spec.values)
 
 
-def _value_at(level: Level, points: Sequence[tuple[float, float]]) -> float:
-    """The value that has a level's score; linear beyond the ends, as grading is."""
-    scores = [score for _, score in points]
-    at = min(max(int(np.searchsorted(scores, level.score)), 1), len(points) - 1)
-    (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return x0 + (x1 - x0) * (level.score - y0) / (y1 - y0)
-
-
-def _check_anchors(rubric: Rubric, own: ScoredMeasureSpec | None, written: Mapping[str, Any]) -> dict[str, float]:
+def _check_anchors(
+    rubric: Rubric, spec: ScoredMeasureSpec | None, own: Mapping[str, Any], second: Mapping[str, Any]
+) -> dict[str, float]:
     """The second measure's quantiles where the written answers have the levels by the first one; empty if unknown."""
-    quantiles = written.get("check", ())
-    if not quantiles:
+    if not second:
         return {}
     places = {level.name: level.score for level in rubric.levels}
-    if own and isinstance(own.values, dict) and written.get("own"):
-        places = {name: _percentage_below(value, written["own"]) for name, value in own.values.items()}
-    points = [(100 * at / (len(quantiles) - 1), value) for at, value in enumerate(quantiles)]
+    if spec and isinstance(spec.values, dict) and own:
+        places = {name: _percentage_below(value, own["quantiles"]) for name, value in spec.values.items()}
+    points = list(enumerate(second["quantiles"]))
     return {name: interpolate(place, points) for name, place in places.items()}
 
 
@@ -109,13 +102,10 @@ def _percentage_below(value: float, quantiles: Sequence[float]) -> float:
 
 def check_score(rubric: Rubric, written: Mapping[str, Any], text: str) -> float | None:
     """The score (0-100) that a text has by the second measure: the quantile of its value among the written."""
-    quantiles = written.get("check")
-    if rubric.check is None or not quantiles:
+    if rubric.check is None or CHECK not in written:
         return None
     value = measures(text, rubric.check.words, rubric.check.against)[rubric.check.name]
-    if value is None:
-        return None
-    return _percentage_below(value, quantiles)
+    return None if value is None else _percentage_below(value, written[CHECK]["quantiles"])
 
 
 # ---------------------------------------------------------------- one model under one kind of directives
@@ -166,7 +156,7 @@ def _weighted_means(rows: Sequence[Trial], values: Floats, resamples: Resamples)
 class DialReadings:
     """What all dials of a run read under one kind of directives, base and tuned on the same resamples."""
 
-    def __init__(self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: Resamples, written: Quantiles):
+    def __init__(self, trials: Sequence[Trial], rubrics: Sequence[Rubric], resamples: Resamples, written: Survey):
         """`trials`: those under a directive, all of one kind. `written`: of the writer's answers, as far as known."""
         self._rubrics = rubrics
         self._own = [Dial(rubric, written.get(rubric.id, {})) for rubric in rubrics]

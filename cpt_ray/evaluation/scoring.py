@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_ray.evaluation.dials import DialReadings, Quantiles, check_score, slope_gap
+from cpt_ray.evaluation.dials import DialReadings, check_score, slope_gap
 from cpt_ray.evaluation.perplexity import LogProbs, perplexities
 from cpt_ray.evaluation.resampling import MODELS, Floats, Resamples, named_estimate
 from cpt_ray.judging.agreement import agreement, spearman
+from cpt_ray.judging.spread import Survey
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.rubric import Rubric
 from cpt_ray.tables.records import Trial
@@ -163,9 +164,9 @@ def _summary(statistics: Floats) -> dict[str, Any]:
     return {key: value for entry in named for key, value in entry.items()}
 
 
-def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], quantiles: Quantiles) -> dict[str, Any]:
+def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], written: Survey) -> dict[str, Any]:
     """How far judge and measures agree over the trials that have both; kappa needs levels, and so one rubric."""
-    both = {rubric.id: _judged_and_measured(trials, rubric, quantiles) for rubric in rubrics}
+    both = {rubric.id: _judged_and_measured(trials, rubric, written) for rubric in rubrics}
     per_rubric = {rubric.id: agreement(rubric, both[rubric.id]) for rubric in rubrics}
     pooled = [pair for pairs in both.values() for pair in pairs]
     same = sum(entry["same_level"] * entry["n"] for entry in per_rubric.values() if entry["n"])
@@ -177,14 +178,14 @@ def _agreement(trials: Sequence[Trial], rubrics: Sequence[Rubric], quantiles: Qu
     }
 
 
-def _judged_and_measured(trials: Sequence[Trial], rubric: Rubric, quantiles: Quantiles) -> list[tuple[float, float]]:
+def _judged_and_measured(trials: Sequence[Trial], rubric: Rubric, written: Survey) -> list[tuple[float, float]]:
     """(judged, measured) score of a rubric's trials that have both; where nothing is measured, by its check."""
     pairs = []
     for trial in trials:
         if trial.rubric_id == rubric.id and trial.judged is not None:
             measured = trial.measured
             if not rubric.measured:
-                measured = check_score(rubric, quantiles.get(rubric.id, {}), trial.text)
+                measured = check_score(rubric, written.get(rubric.id, {}), trial.text)
             if measured is not None:
                 pairs.append((trial.judged, measured))
     return pairs
@@ -195,7 +196,7 @@ def score_trials(
     rubrics: Sequence[Rubric],
     resamples: int,
     seed: int,
-    quantiles: Quantiles = MappingProxyType({}),
+    written: Survey = MappingProxyType({}),
     log_probs: LogProbs | None = None,
 ) -> dict[str, Any]:
     """The content of results.json.
@@ -218,7 +219,7 @@ def score_trials(
     Args:
         resamples: bootstrap resamples of prompts and directives behind each interval.
         seed: of the resampling.
-        quantiles: of the writer's answers (`pool_spread`), if they are known.
+        written: the survey of the writer's answers, if there is one.
     """
     scorer = _Scorer(rubrics, Resamples(trials, resamples, seed))
     directed = [trial for trial in trials if trial.directive is not None]
@@ -235,17 +236,17 @@ def score_trials(
     results["difference"] = _summary(tuned.statistics - base.statistics) | {
         "per_rubric": {name: _summary(tuned.per_rubric[name][1] - entry[1]) for name, entry in base.per_rubric.items()}
     }
-    results["judge_agreement"] = _agreement(trials, rubrics, quantiles)
+    results["judge_agreement"] = _agreement(trials, rubrics, written)
     results["chance"] = {rubric.id: 1 / len(rubric.levels) for rubric in rubrics}
-    readings = DialReadings(held_out, rubrics, scorer.resamples, quantiles)
+    readings = DialReadings(held_out, rubrics, scorer.resamples, written)
     results |= readings.summary()
-    results["trained_directives"] = _trained(scorer, trained, readings, quantiles) if trained else None
+    results["trained_directives"] = _trained(scorer, trained, readings, written) if trained else None
     results["perplexity"] = scorer.perplexity(held_out, log_probs) if log_probs else None
     return results
 
 
-def _trained(scorer: _Scorer, trials: Sequence[Trial], held_out: DialReadings, quantiles: Quantiles) -> dict[str, Any]:
+def _trained(scorer: _Scorer, trials: Sequence[Trial], held_out: DialReadings, written: Survey) -> dict[str, Any]:
     """The same under the directives that were trained on, and how much more the dials move there."""
-    readings = DialReadings(trials, list(scorer.rubrics.values()), scorer.resamples, quantiles)
+    readings = DialReadings(trials, list(scorer.rubrics.values()), scorer.resamples, written)
     arms = {model: arm.summary() for model, arm in scorer.arms(trials).items()}
     return arms | readings.summary() | {"gap": slope_gap(readings, held_out)}

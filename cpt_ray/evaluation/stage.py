@@ -27,7 +27,7 @@ from cpt_ray.evaluation.summary import judge_check_line
 from cpt_ray.evaluation.terminal import dial_lines, opposites_lines, table_lines
 from cpt_ray.judging.judge import JudgeStep, first_judge, judge_answers
 from cpt_ray.judging.judge_check import check_judge
-from cpt_ray.judging.spread import Spread, pool_spread
+from cpt_ray.judging.spread import Spread
 from cpt_ray.plan import Plan, Shards
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Level, Rubric
@@ -255,9 +255,9 @@ def evaluate(plan: Plan, run: RunDir, shards: Shards, runner: Runner = run_lines
 def _results(plan: Plan, run: RunDir, shards: Shards, trials: Sequence[Trial], runner: Runner) -> dict[str, Any]:
     """The content of results.json."""
     config = plan.config
-    quantiles = pool_spread(plan.rubrics, Spread(plan.rubrics, tuple(shards.passes)).read_or_make(run))
+    written = Spread(plan.rubrics, tuple(shards.passes)).read_or_make(run)
     log_probs = base_log_probs(config, run, trials_for_perplexity(trials), runner)
-    results = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed, quantiles, log_probs)
+    results = score_trials(trials, plan.rubrics, config.evaluate.bootstrap, config.seed, written, log_probs)
     try:
         results["judge_check"] = check_judge(plan, run, shards, runner)
     except UserError as error:  # what else was measured is worth a report without it

@@ -26,6 +26,8 @@ from cpt_ray.tables.rundir import SPREAD_FILE, RunDir
 
 CHECK = "check measure"
 """What a rubric's second measure is called among its criteria, none of which has a space in its name."""
+Survey = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""What `survey` returns."""
 MOST_SECONDS = 3600.0
 """How long to wait for the next shard of the first pass."""
 MOST_SHARDS = 100
@@ -59,20 +61,6 @@ def _entry(spec: MeasureSpec, texts: Sequence[str]) -> dict[str, Any] | None:
 def surveyed_shards(first_pass: Sequence[str]) -> Sequence[str]:
     """The shards of the first pass that are looked at."""
     return first_pass[:: math.ceil(len(first_pass) / MOST_SHARDS)]
-
-
-def pool_spread(rubrics: Sequence[Rubric], known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What a survey knows of the first pass's answers, by rubric: `own`, `own_sd`, and `check`, `check_sd` of the
-    second measure; quantiles of 0 to 100 percent and standard deviations, of rubrics that are one measured criterion.
-    """
-    pool: dict[str, dict[str, Any]] = {}
-    for rubric in rubrics:
-        if len(rubric.criteria) == len(rubric.measured) == 1:
-            named = {"own": rubric.criteria[0].name, "check": CHECK}
-            entries = {name: entry for name, key in named.items() if (entry := known.get(rubric.id, {}).get(key))}
-            pool[rubric.id] = {name: entry["quantiles"] for name, entry in entries.items()}
-            pool[rubric.id] |= {f"{name}_sd": entry["sd"] for name, entry in entries.items()}
-    return pool
 
 
 def with_points(rubric: Rubric, entries: Mapping[str, Mapping[str, Any]]) -> Rubric:

@@ -26,8 +26,8 @@ import numpy as np
 
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
-from cpt_ray.evaluation.dials import Dial, Quantiles
-from cpt_ray.judging.spread import pool_spread, with_points
+from cpt_ray.evaluation.dials import Dial
+from cpt_ray.judging.spread import Survey, with_points
 from cpt_ray.plan import make_plan
 from cpt_ray.rubrics.measures import whole_sentences
 from cpt_ray.rubrics.rubric import Rubric
@@ -52,7 +52,7 @@ class Position:
         return f"{statistics.fmean(known):.2f} ± {half:.2f}"
 
 
-def read_run(run_file: Path, overrides: Sequence[str]) -> tuple[tuple[Rubric, ...], list[Trial], Quantiles]:
+def read_run(run_file: Path, overrides: Sequence[str]) -> tuple[tuple[Rubric, ...], list[Trial], Survey]:
     """The rubrics with their levels, the tuned model's answers under held-out directives, and the pool's spread."""
     config = load_config(run_file, overrides)
     run, rubrics = RunDir(Path(config.run_dir)), make_plan(config).rubrics
@@ -96,12 +96,11 @@ def one_per_level(trials: Sequence[Trial]) -> list[Trial]:
     return list({(trial.prompt_id, trial.rubric_id, trial.level): trial for trial in reversed(trials)}.values())
 
 
-def print_table(rubrics: Sequence[Rubric], spread: Quantiles, answers: dict[str, list[Trial]]) -> None:
+def print_table(rubrics: Sequence[Rubric], spread: Survey, answers: dict[str, list[Trial]]) -> None:
     """Means by dial and level, then each dial's slope, in each column."""
-    pool = pool_spread(rubrics, spread)
     print(f"| dial, measure | asked | {' | '.join(answers)} |\n|{'---|' * (2 + len(answers))}")
     for rubric in rubrics:
-        dial = Dial(rubric, pool.get(rubric.id, {}))
+        dial = Dial(rubric, spread.get(rubric.id, {}))
         positions = {level.name: Position() for level in rubric.levels}
         for source, trials in answers.items():
             for trial in trials:

@@ -8,25 +8,21 @@ is there is complete. The conversion depends on nothing but the file, so every n
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import io
 import os
 import re
 import shutil
-import socket
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cpt_ray.console import say
 from cpt_ray.errors import UserError, did_you_mean, first_line
-from cpt_ray.tables.files import exclusive
-from cpt_ray.tables.node_cache import CACHE_ENV, cache_folder
+from cpt_ray.tables.files import file_hash
+from cpt_ray.tables.node_cache import cache_errors, cache_folder, made_once
 from cpt_ray.tables.records import content_id
 
 CONVERTER = 1
@@ -87,8 +83,7 @@ def gguf_hash(name: str) -> str:
 
 @functools.cache
 def _hash(path: Path, _size: int, _modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)
 
 
 def _kept_folder(name: str) -> Path:
@@ -110,49 +105,17 @@ def converted(name: str) -> Path:
     folder = _kept_folder(name)
     if folder.is_dir():
         return folder
-    with _cache_errors(folder.parent), exclusive(folder.parent) as is_locked:
-        if not folder.is_dir():  # else another process was first
-            if is_locked:  # what killed processes of this machine left behind
-                for left_behind in folder.parent.glob(f".*.{socket.gethostname()}-*.tmp"):
-                    shutil.rmtree(left_behind, ignore_errors=True)
-            _convert(name, folder)
+    start = time.monotonic()
+    with cache_errors("the cache of converted models", folder.parent), made_once(folder) as temporary:
+        if temporary:
+            path = gguf_file(name)
+            stop_ids = _checked(name, path)
+            say(f"model: {name}: converting it to bfloat16, once, into {folder}")
+            with redirect_stderr(io.StringIO()):  # the bars of three libraries
+                _save(_load(name, path, temporary, stop_ids), temporary)
+    if temporary:
+        say(f"model: {name}: converted in {time.monotonic() - start:.0f} s")
     return folder
-
-
-@contextmanager
-def _cache_errors(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _unwritable(cache, error.strerror or str(error)) from None
-
-
-def _unwritable(cache: Path, why: str) -> UserError:
-    return UserError(
-        f"{cache}: the cache of converted models cannot be written ({why}); "
-        f"free some space or mend the folder, or set {CACHE_ENV} to another one"
-    )
-
-
-def _convert(name: str, folder: Path) -> None:
-    """Makes the folder; a reader sees it only when it is complete."""
-    start, path = time.monotonic(), gguf_file(name)
-    stop_ids = _checked(name, path)
-    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}-{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        say(f"model: {name}: converting it to bfloat16, once, into {folder}")
-        with redirect_stderr(io.StringIO()):  # the bars of three libraries
-            parts = _load(name, path, temporary, stop_ids)
-            _save(parts, temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, on a disk without locks
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    say(f"model: {name}: converted in {time.monotonic() - start:.0f} s")
 
 
 def _checked(name: str, path: Path) -> list[int]:
@@ -223,12 +186,12 @@ def _load(name: str, path: Path, folder: Path, stop_ids: list[int]) -> tuple[Any
 
 
 def _save(parts: tuple[Any, ...], folder: Path) -> None:
-    """Writes model and tokenizer, readable by everybody and flushed to the disk."""
+    """Writes model and tokenizer, readable by everybody and flushed to the disk; OSError if that cannot be."""
     try:
         for part in parts:
             part.save_pretrained(folder)
     except Exception as error:  # safetensors has its own for a full disk
-        raise _unwritable(folder.parent, first_line(error)) from None
+        raise OSError(first_line(error)) from None
     for path in folder.iterdir():
         path.chmod(0o644)
         with path.open("rb") as file:

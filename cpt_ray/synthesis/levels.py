@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 from cpt_ray.engines.ledger import NOT_IN_LEDGER, counts_of
@@ -17,36 +17,36 @@ OFFSET_MISSED = 0.25
 _COUNTED = ("asked", "hit", "at", "kept", "tokens")
 
 
-def level_counts(paired: Paired, units: Sequence[Unit], rows: Sequence[Generation]) -> dict[str, float]:
-    """A shard's counts by rubric and level, to be kept with it and summed by `LevelCounts`."""
-    asked = Counter((unit.rubric_id, unit.level) for unit in units if unit.rubric_id)
-    tokens: Counter[tuple[str, str]] = Counter()
+def level_counts(
+    paired: Paired, units: Sequence[Unit], rows: Sequence[Generation], gradings: Gradings
+) -> dict[str, float]:
+    """A shard's counts by rubric and level, to be kept with it and summed by `LevelCounts`.
+
+    Among them, of the answers in pairs: the sums of the score that they were taken by, and of the score by the judges
+    that had no part in taking them, with how many have one.
+    """
+    counts: dict[tuple[str, ...], float] = defaultdict(float)
+    for unit in units:
+        if unit.rubric_id:
+            counts["asked", unit.rubric_id, unit.level] += 1
     for row in rows:
-        tokens[row.rubric_id, row.level] += row.num_tokens
-    counts: dict[str, float] = {}
-    kept = {key: len(ids) for key, ids in paired.kept.items()}
-    named = {"asked": asked, "hit": paired.hit, "at": paired.at_level, "kept": kept, "tokens": tokens}
-    for what, by_level in named.items():
-        counts |= {f"{NOT_IN_LEDGER}{what}/{rubric}/{level}": count for (rubric, level), count in by_level.items()}
-    for rubric, shifts in paired.shifts.items():
-        counts[f"{NOT_IN_LEDGER}grids/{rubric}"] = shifts.grids
-        counts |= {f"{NOT_IN_LEDGER}drawn/{rubric}/{other}": total for other, total in shifts.taken.items()}
-        counts |= {f"{NOT_IN_LEDGER}offered/{rubric}/{other}": total for other, total in shifts.offered.items()}
-    return {**counts, "kept_answers": len(paired.used)}
-
-
-def score_counts(paired: Paired, gradings: Gradings) -> dict[str, float]:
-    """By rubric and level of the answers in pairs: the sums of the score that they were taken by, and of the score by
-    the judges that had no part in taking them, with how many have one; to be kept and summed as `level_counts`."""
-    counts: dict[str, float] = defaultdict(float)
-    for (rubric, level), ids in paired.kept.items():
-        for key in ((unit_id, rubric) for unit_id in ids):
-            taken_by, other = gradings.first.get(key) or gradings.combined.get(key), gradings.others.get(key)
+        counts["tokens", row.rubric_id, row.level] += row.num_tokens
+    counts |= {("hit", *key): count for key, count in paired.hit.items()}
+    counts |= {("at", *key): count for key, count in paired.at_level.items()}
+    for key, ids in paired.kept.items():
+        counts["kept", *key] = len(ids)
+        for answer in ((unit_id, key[0]) for unit_id in ids):
+            taken_by, other = gradings.first.get(answer) or gradings.combined.get(answer), gradings.others.get(answer)
             for what, grade in (("taken_by", taken_by), ("others", other)):
                 if grade is not None and grade.score is not None:
-                    counts[f"{NOT_IN_LEDGER}{what}/{rubric}/{level}"] += grade.score
-                    counts[f"{NOT_IN_LEDGER}{what}_n/{rubric}/{level}"] += 1
-    return dict(counts)
+                    counts[what, *key] += grade.score
+                    counts[f"{what}_n", *key] += 1
+    for rubric, shifts in paired.shifts.items():
+        counts["grids", rubric] = shifts.grids
+        counts |= {("drawn", rubric, other): total for other, total in shifts.taken.items()}
+        counts |= {("offered", rubric, other): total for other, total in shifts.offered.items()}
+    named = {f"{NOT_IN_LEDGER}{'/'.join(key)}": count for key, count in counts.items()}
+    return {**named, "kept_answers": len(paired.used)}
 
 
 class LevelCounts:

@@ -13,7 +13,7 @@ from cpt_ray.engines.step import Step
 from cpt_ray.judging.judge import Gradings
 from cpt_ray.plan import PairInputs, Pass, Rubrics
 from cpt_ray.synthesis.duplicates import NearDuplicates
-from cpt_ray.synthesis.levels import level_counts, score_counts
+from cpt_ray.synthesis.levels import level_counts
 from cpt_ray.synthesis.pairing import pair_answers
 from cpt_ray.tables.records import Directive, Generation, Grade, Reject, Unit
 from cpt_ray.tables.rundir import RunDir
@@ -91,20 +91,11 @@ class PairStep(Step):
         gradings = Gradings.of(rubrics, run.read("grades", inputs.grades, Grade), self.settings.aggregate)
         directives = run.read("directives", inputs.directives, Directive)
         repeats = {row.subject_id: row.detail for row in run.read("repeats", inputs.repeats, Reject)}
-        paired = pair_answers(
-            rubrics,
-            self.settings.combine,
-            rows,
-            gradings.combined,
-            directives,
-            self.settings,
-            repeats,
-            gradings.first,
-        )
+        paired = pair_answers(rubrics, rows, gradings, directives, self.settings, repeats)
         for reject in paired.rejects:
             tally.reject(reject.reason)
         units = run.read("units", [name for name in inputs.generations if not ShardName.parse(name).is_control], Unit)
-        tally.counts.update(level_counts(paired, units, rows) | score_counts(paired, gradings))
+        tally.counts.update(level_counts(paired, units, rows, gradings))
         run.write("rejects", rejects_of(self.stage, shard), paired.rejects)
         run.write(self.table, shard, paired.pairs, tally.close(len(paired.pairs)))
 

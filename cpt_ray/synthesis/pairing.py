@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from cpt_ray.chat.conversations import policy_messages
 from cpt_ray.config import SynthesisConfig
 from cpt_ray.grids import GradedAnswer, Grid, GridMaker, LevelNames, Shifts, levels_by_rubric
-from cpt_ray.judging.judge import Grades
+from cpt_ray.judging.judge import Grades, Gradings
 from cpt_ray.rubrics.bins import confirms
 from cpt_ray.rubrics.catalog import compose_directives
 from cpt_ray.rubrics.rubric import Rubric
@@ -69,23 +69,21 @@ class Paired:
 
 def pair_answers(
     rubrics: Sequence[Rubric],
-    combine: Sequence[tuple[str, str]],
     generations: Iterable[Generation],
-    grades: Grades,
+    gradings: Gradings,
     directives: Sequence[Directive],
     settings: SynthesisConfig,
     repeats: Mapping[str, str],
-    first_grades: Grades | None = None,
 ) -> Paired:
     """Pairs of all answers to some prompts, and each answer that is in none, with its reason.
 
     Args:
-        combine: ids of rubrics whose directives are also given together.
-        grades: an answer without one by a rubric is in none of its grids.
+        gradings: an answer without a grade by a rubric is in none of its grids. Where several judges graded, the
+            farthest answers are taken by the first one's grades.
         directives: only those of the train split are used.
-        settings: how many grids, the margin between levels, and what may keep two good answers apart.
+        settings: which rubrics' directives are also given together, how many grids, the margin between levels, and
+            what may keep two good answers apart.
         repeats: unit_id of an answer to the one that it nearly repeats.
-        first_grades: where several judges graded, the first one's grades, by which the farthest answers are taken.
     """
     of_prompt: dict[str, list[Generation]] = defaultdict(list)
     for generation in generations:
@@ -95,16 +93,16 @@ def pair_answers(
         if directive.split == "train":
             usable[directive.rubric_id, directive.level].append(directive)
     by_id = {rubric.id: rubric for rubric in rubrics}
-    groups = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in combine]
-    first = first_grades or {}
-    pools = {name: _Pool(rubrics, some, grades, repeats, first) for name, some in of_prompt.items()}
+    groups = [[rubric] for rubric in rubrics] + [[by_id[name] for name in names] for names in settings.combine]
+    pools = {name: _Pool(rubrics, some, gradings, repeats) for name, some in of_prompt.items()}
     answers = {name: pool.answers for name, pool in pools.items()}
     maker = GridMaker(rubrics, answers, settings.margin, settings.balance, settings.offset)
     paired = Paired()
     for group in groups:
         grids, paired.shifts[_rubric_ids(group)] = maker.draw(group, settings.grids)
         for prompt_id, number, grid in _numbered(grids):
-            grid_pairs = _GridPairs(group, cell_id_of(_rubric_ids(group), prompt_id, number), grades, usable, settings)
+            cell_id = cell_id_of(_rubric_ids(group), prompt_id, number)
+            grid_pairs = _GridPairs(group, cell_id, gradings.combined, usable, settings)
             control = pools[prompt_id].control_of(_rubric_ids(group)) if number == 0 else None
             paired.add(grid_pairs, grid | ({CONTROL_LEVEL: control} if control else {}))
     for pool in pools.values():
@@ -133,6 +131,11 @@ def _count_levels(paired: Paired, rubrics: Sequence[Rubric], answers: Sequence[G
                 paired.hit[rubric.id, level[0]] += targets.get(rubric.id) == level[0]
 
 
+def _scores(grades: Iterable[Grade]) -> dict[str, float]:
+    """By rubric id, of those that have one."""
+    return {grade.rubric_id: grade.score for grade in grades if grade.score is not None}
+
+
 class _Pool:
     """One prompt's answers: those that can be drawn, the policy's own, and what cannot be used."""
 
@@ -140,21 +143,18 @@ class _Pool:
         self,
         rubrics: Sequence[Rubric],
         generations: Sequence[Generation],
-        grades: Grades,
+        gradings: Gradings,
         repeats: Mapping[str, str],
-        first_grades: Grades,
     ):
         self.prompt_id = generations[0].prompt_id
         self.answers: list[GradedAnswer] = []
         self.rejects: list[Reject] = []
         self._controls: dict[str, Generation] = {}
         for generation in generations:
-            verdicts = [grades[key] for rubric in rubrics if (key := (generation.unit_id, rubric.id)) in grades]
-            scores = {verdict.rubric_id: verdict.score for verdict in verdicts if verdict.score is not None}
-            keys = [(generation.unit_id, name) for name in scores]
-            first = {
-                key[1]: score for key in keys if key in first_grades and (score := first_grades[key].score) is not None
-            }
+            keys = [(generation.unit_id, rubric.id) for rubric in rubrics]
+            verdicts = [gradings.combined[key] for key in keys if key in gradings.combined]
+            scores = _scores(verdicts)
+            first = _scores(gradings.first[key] for key in keys if key in gradings.first and key[1] in scores)
             problem = self._problem(generation, verdicts, scores, repeats)
             if generation.level == CONTROL and not problem:
                 own = [rubric for rubric in rubrics if rubric.id in parts_of(generation.rubric_id)]

@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cpt_ray.capacity import NodeTypes, growth, shown_resources
 from cpt_ray.cluster import leave_note, patience_minutes, read_notes, remove_notes
@@ -103,29 +104,13 @@ class Beats:
 
 def _used() -> tuple[float, float]:
     """CPU seconds, and bytes read and written, of this process and those that it started."""
-    parents: dict[int, int] = {}
-    seconds: dict[int, float] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        number = int(path.parent.name)
-        parents[number] = int(fields[1])
-        seconds[number] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    family, grown = {os.getpid()}, True
-    while grown:
-        more = {number for number, parent in parents.items() if parent in family} - family
-        family, grown = family | more, bool(more)
-    return sum(seconds.get(number, 0) for number in family), sum(map(_bytes_moved, family))
-
-
-def _bytes_moved(process: int) -> float:
-    try:
-        lines = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
-    except OSError:  # it has ended, or this system counts none
-        return 0
-    return sum(int(lines.get(name, 0)) for name in ("rchar", "wchar", "read_bytes"))
+    own, seconds, num_bytes = psutil.Process(), 0.0, 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error, AttributeError):  # it has ended, or this system counts no bytes
+            seconds += sum(process.cpu_times()[:2])
+            moved = process.io_counters()
+            num_bytes += moved.read_chars + moved.write_chars + moved.read_bytes
+    return seconds, num_bytes
 
 
 # ---------------------------------------------------------------- in the driver

@@ -96,7 +96,8 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
     `words`, `against`: the lists that `word_share` and `word_balance` look in (WORD_LISTS_OF).
     """
     composed = _composed(text)
-    spelled, sentences = ([], 0) if _is_unspaced(composed) else _words_and_sentences(composed)
+    spelled = [] if _is_unspaced(composed) else [term for term in _TERMS.findall(composed) if _is_word(term)]
+    sentences = _sentences(composed) if spelled else []
     in_text = [folded(word) for word in spelled]
     wanted, other = _folded_list(tuple(words)), _folded_list(tuple(against))
     latin = [word for word in in_text if _LATIN.search(word)]
@@ -104,16 +105,17 @@ def measures(text: str, words: Sequence[str] = (), against: Sequence[str] = ()) 
     compatible = unicodedata.normalize("NFKC", composed)  # a fullwidth mark is a mark, a double one two
     parts = {
         "word_count": (len(in_text), min(1, len(in_text))),
-        "words_per_sentence": (len(in_text), sentences),
+        "words_per_sentence": (len(in_text), len(sentences)),
         "mean_word_length": (sum(map(_length, spelled)), len(in_text)),
-        "exclamation_density": (len(_EXCLAMATION.findall(compatible)), sentences),  # per sentence
-        "question_density": (len(_QUESTION.findall(compatible)), sentences),
+        "exclamation_density": (len(_EXCLAMATION.findall(compatible)), len(sentences)),  # per sentence
+        "question_density": (len(_QUESTION.findall(compatible)), len(sentences)),
         "unique_word_share": (len(set(in_text)), len(in_text)),
         "word_share": (hits, len(in_text)),
         "word_balance": (hits, hits + misses),
         "character_count": (_length(composed.strip()), min(1, len(in_text))),
         "syllables_per_word": (sum(syllables(_plain_letters(word)) for word in latin), len(latin)),
-        "sentiment": _sentiment_sum(composed) if latin else (0, 0),
+        # of each sentence, which is what VADER is made for
+        "sentiment": (math.fsum(sentiment(folded(each)) for each in sentences), len(sentences)) if latin else (0, 0),
         "valence": (valence(latin), min(1, len(latin))),
     }
     return {name: part / whole if whole else None for name, (part, whole) in parts.items()}
@@ -154,12 +156,6 @@ def _is_unspaced(text: str) -> bool:
     return len(_UNSPACED.findall(text)) > MOST_UNSPACED * len(_LETTER.findall(text))
 
 
-def _sentiment_sum(text: str) -> tuple[float, int]:
-    """The sum over sentences, which are what VADER is made for, and how many they are."""
-    moods = [sentiment(folded(sentence)) for sentence in _sentences(text)]
-    return math.fsum(moods), len(moods)
-
-
 def _sentences(text: str) -> list[str]:
     """The text, divided in front of each sentence's first term."""
     starts = [0]
@@ -175,18 +171,6 @@ def _sentences(text: str) -> list[str]:
     if not has_word and len(starts) > 1:  # a number alone at the end
         starts.pop()
     return [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
-
-
-def _words_and_sentences(text: str) -> tuple[list[str], int]:
-    """The words as they are spelled, and how many sentences they are in."""
-    words: list[str] = []
-    sentences = words_before = 0  # words up to the end of the last sentence
-    for token in _TERMS_AND_ENDS.findall(text):
-        if not token[0].isalnum():
-            sentences, words_before = sentences + (len(words) > words_before), len(words)
-        elif _is_word(token):
-            words.append(token)
-    return words, sentences + (len(words) > words_before)
 
 
 def _length(word: str) -> int:

@@ -77,7 +77,6 @@ class ResolvedConfiguration:
     """The system prompt, or None if nothing was asked for."""
     applied: dict[str, str]
     """Rubric id to level name, in rubric order."""
-    directive_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,6 @@ class Catalog:
         return ResolvedConfiguration(
             directive=compose_directives([level.directive for level in levels.values()]),
             applied={rubric_id: level.name for rubric_id, level in levels.items()},
-            directive_ids=tuple(level.directive_id for level in levels.values()),
         )
 
     def resolve_text(self, text: str) -> ResolvedConfiguration:

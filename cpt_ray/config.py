@@ -841,6 +841,10 @@ class PreferenceRunConfig(TuneConfig):
     preferences: PreferencesConfig
 
 
+COPIES = ("director", "judge")
+"""Roles that are the writer but for what is given for them."""
+
+
 class RunConfig(TuneConfig):
     """A run file of the whole loop."""
 
@@ -849,9 +853,10 @@ class RunConfig(TuneConfig):
     prompts: PromptsConfig
     writer: ModelConfig
     director: ModelConfig
-    """The writer unless given; without a model of its own, the writer with these entries changed."""
+    """The writer unless given; without a model of its own, the writer with these entries changed. `engine`, `sampling`
+    and other sections that are given stand in the place of the writer's; an override changes one entry of them."""
     judge: JudgeConfig
-    """The writer unless given; without a model of its own, the writer with these entries changed."""
+    """As `director`."""
     judges: tuple[JudgeConfig, ...] = ()
     """More judges, whose grades of the written answers count beside the judge's (synthesis.aggregate)."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -864,7 +869,7 @@ class RunConfig(TuneConfig):
     def _fill_roles(cls, data: Any) -> Any:
         if isinstance(data, dict):
             data = dict(data)
-            for role in ("director", "judge"):
+            for role in COPIES:
                 given = data.get(role) or {}
                 if isinstance(given, dict) and "model" not in given and isinstance(data.get("writer"), dict):
                     data[role] = data["writer"] | given
@@ -900,7 +905,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
             "in a run file of its own"
         )
     kind: type[RunConfig | PreferenceRunConfig] = PreferenceRunConfig if "preferences" in sections else RunConfig
-    for override in overrides:
+    for override in sorted(overrides, key=_turn):
         _apply(kind, data, override)
     given = [override.partition("=")[0] for override in overrides]
     if removed := [f"{_origin_of(path, name, given)}: {name}: {advice}" for name, advice in _removed(data)]:
@@ -912,7 +917,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | Pr
         # a section's own line is left out where one of its entries has a line
         lines = [line for line in lines if not any(other.startswith(f"{_entry(line)}.") for other in lines)]
         # director and judge copy the writer, so its problems would be listed three times
-        copies = ("director", "judge") if any(line.startswith("writer") for line in lines) else ()
+        copies = COPIES if any(line.startswith("writer") for line in lines) else ()
         problems = [f"{_origin_of(path, _entry(line), given)}: {line}" for line in lines if not line.startswith(copies)]
         raise UserError("\n".join(problems)) from None
     if JOB_ENV in os.environ and not (os.path.isabs(config.run_dir) or scheme_of(config.run_dir)):
@@ -963,6 +968,12 @@ def _origin_of(path: Path, name: str, given: Sequence[str]) -> str:
     return f"{path}, overrides" if any(key.startswith(f"{name}.") for key in given) else str(path)
 
 
+def _turn(override: str) -> int:
+    """Overrides of what copies the writer come after the writer's own, and after what makes it no copy."""
+    role, _, entry = override.partition("=")[0].partition(".")
+    return 0 if role not in COPIES or not entry else 1 if entry == "model" else 2
+
+
 def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
@@ -972,6 +983,10 @@ def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
         value = _typed(_annotation_at(kind, parts), text)
     except ValueError as error:
         raise UserError(f"override: {key}: {error}") from None
+    role, section = data.get(parts[0]) or {}, ".".join(parts[1:2])
+    if parts[0] in COPIES and len(parts) > 2 and isinstance(role, dict) and not {"model", section} & set(role):
+        writer = data.get("writer")
+        data[parts[0]] = role | {section: dict((writer.get(section) if isinstance(writer, dict) else None) or {})}
     for part in parts[:-1]:
         inner = data.get(part)
         if inner is None:

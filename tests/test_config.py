@@ -34,6 +34,21 @@ def test_an_override_replaces_one_entry() -> None:
     assert config.writer.model == "tests/toy/model"
 
 
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_an_override_changes_one_entry_of_a_section_that_is_the_writers(is_reversed: bool) -> None:
+    overrides = ["judge.engine.max_num_seqs=32", "judge.sampling.temperature=0", "writer.engine.dtype=float32"]
+    config = load_config(ROOT / "jobs" / "qwen3-4b.yaml", overrides[::-1] if is_reversed else overrides)
+    assert config.judge.engine == config.writer.engine | {"max_num_seqs": 32}
+    assert config.judge.sampling == config.writer.sampling.model_copy(update={"temperature": 0})
+    assert config.director == config.writer
+    # a section that is given is whole, and so is a model of one's own
+    judge = load_config(ROOT / "jobs" / "quickstart.yaml", ["judge.sampling.max_tokens=20"]).judge
+    assert (judge.sampling.max_tokens, judge.sampling.stop) == (20, ())
+    own = ["judge.engine.max_num_seqs=32", "judge.model=other"]
+    config = load_config(ROOT / "jobs" / "qwen3-4b.yaml", own[::-1] if is_reversed else own)
+    assert config.judge.engine == {"max_num_seqs": 32}
+
+
 SECTIONS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 

@@ -308,7 +308,7 @@ class EndpointConfig(_Section):
     """Of one attempt."""
     max_retries: Annotated[int, Field(ge=0)] = 8
     """Attempts after a 408, 409, 429, 5xx, a failed connection or a broken response. The wait is what Retry-After says,
-    else longer each time."""
+    else longer each time, up to 8 s. A Retry-After of over two minutes is not waited for."""
     max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """The server's name for the limit on an answer's tokens: OpenAI's is the first, many older servers have the
     second."""
@@ -778,6 +778,15 @@ class ServeConfig(_Section):
 
     @field_validator("frontend")
     @classmethod
+    def _has_what_is_used(cls, frontend: dict[str, Any]) -> dict[str, Any]:
+        """Refuses what is for vLLM's own HTTP server: Ray Serve's proxy listens here."""
+        for name in frontend:
+            if remedy := next((text for start, text in NOT_OF_SERVE.items() if name.startswith(start)), None):
+                raise ValueError(f"{name}: would do nothing, since Ray Serve listens here and not vLLM; {remedy}")
+        return frontend
+
+    @field_validator("frontend")
+    @classmethod
     def _has_lists_of_origins(cls, frontend: dict[str, Any]) -> dict[str, Any]:
         """Refuses a text where a list belongs, since Starlette would look for origins inside the text, and an origin
         with a path, since it never matches."""
@@ -791,6 +800,19 @@ class ServeConfig(_Section):
         return frontend
 
 
+NOT_OF_SERVE = {
+    "ssl": "put a server with TLS in front of serve.port",
+    "enable_ssl": "put a server with TLS in front of serve.port",
+    "host": "give serve.host",
+    "port": "give serve.port",
+    "uds": "give serve.host and serve.port",
+    "uvicorn": "leave it out",
+    "h11": "leave it out",
+    "disable_uvicorn": "leave it out",
+    "disable_access_log": "leave it out",
+    "api_key": "make keys with `cpt keys add`",
+}
+"""Beginnings of the names of vLLM's arguments that are for its HTTP server, and what to do instead."""
 NO_PROGRESS_MINUTES = 30.0
 """`no_progress_minutes` unless given."""
 

@@ -16,6 +16,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from cpt_ray.config import SamplingConfig
 from cpt_ray.errors import UserError
 from cpt_ray.serving.asgi import MAX_BODY_BYTES
+from cpt_ray.serving.call import Call
 from cpt_ray.serving.request import RequestParser
 from cpt_ray.serving.vllm_app import wrapped_generate
 from tests.front import CATALOGS, CHAT, HIGH, KEY, SYSTEM, USER, ask, make_front
@@ -252,3 +253,13 @@ def test_a_client_that_left_before_the_engine_was_reached_has_nothing_generated(
 
     asyncio.run(go())
     assert begun == []
+
+
+def test_a_failure_of_the_servers_own_is_logged_as_500_and_not_as_a_client_that_left() -> None:
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("the meter's node is away")
+
+    calls: list[Call] = []
+    with pytest.raises(RuntimeError, match="away"):
+        ask("POST", CHAT, front=make_front(fail, calls=calls), json={"messages": USER})
+    assert [call.status for call in calls] == [500]

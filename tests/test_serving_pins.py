@@ -77,6 +77,13 @@ def test_ray_reads_every_variable_that_is_set() -> None:
     assert [name for name in serve_env() if f'"{name}"' not in source] == []
 
 
+def test_haproxy_repeats_requests_on_a_running_cluster_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = serve_env()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    names = ("RAY_SERVE_HAPROXY_RETRY_ON", "RAY_SERVE_HAPROXY_TUNE_BUFSIZE")
+    assert [serve_env()[name] for name in names] == [own[name] for name in names]
+
+
 def test_haproxys_retries_are_a_line_of_their_own_among_the_defaults() -> None:
     _, _, defaults = haproxy_templates.HAPROXY_CONFIG_TEMPLATE.partition("\ndefaults\n")
     assert "\n    retry-on {{ config.retry_on }}\n" in defaults.partition("\nfrontend ")[0]

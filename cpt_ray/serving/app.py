@@ -137,6 +137,9 @@ class ConfiguredApp:
             for task in call.engine_tasks:
                 task.cancel()
             raise
+        except Exception:  # of any kind: Serve answers it, where no answer has begun
+            call.status = call.status or 500
+            raise
         finally:
             CALL.reset(token)
             call.seconds = time.perf_counter() - start

@@ -44,15 +44,15 @@ def serve_env() -> dict[str, str]:
     HAProxy takes the place of Ray's proxy in Python, which halves the requests per second. It must reach the replicas'
     own ports, so it is the default on a cluster of one machine only.
     """
+    haproxy = {"RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON, "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES)}
     if os.environ.get("RAY_ADDRESS"):
-        return SERVE_ENV | {HAPROXY_VARIABLE: "0"}
+        return SERVE_ENV | haproxy | {HAPROXY_VARIABLE: "0"}
     # any free ones, since several servers may be on a machine
     ports = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
     return {
         **SERVE_ENV,
+        **haproxy,
         HAPROXY_VARIABLE: "1",
-        "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         **{name: str(unused_port()) for name in ports},
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from cpt_ray.engines.ledger import Tally, ledger_entry
 from cpt_ray.evaluation.stage import evaluate, update_report
 from cpt_ray.plan import Plan, plan_units
 from cpt_ray.synthesis.stage import name_shards, synthesize
-from cpt_ray.tables.records import Grade, Pair
+from cpt_ray.tables.records import Grade, Pair, Reject
 from cpt_ray.tables.rundir import REPORT_FILE, STEERING_RESULTS_FILE, RunDir
-from tests.fake_runs import GIVEN, answer, make_run, synthesized, with_engine
+from tests.builders import LEVELS
+from tests.fake_runs import GIVEN, MOOD, answer, make_run, synthesized, with_engine
 from tests.tiny_model import make_tiny_model
 
 
@@ -46,6 +48,9 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
     for table, rows in tables.items():
         loaded = datasets.load_dataset(str(run.path), table, split="train", cache_dir=str(tmp_path / "cache"))
         assert loaded.num_rows == len(rows)
+    run.write("rejects", "train-later", [Reject.of_row("train", "x", "too long", "")])
+    rejects = datasets.load_dataset(str(run.path), "rejects", split="train", cache_dir=str(tmp_path / "cache"))
+    assert {row["stage"] for row in rejects} <= {"write", "direct", "judge", "pair"}
     card = (run.path / "README.md").read_text()
     low = sum(one.level == "low" for one in pairs)
     num_prompts = len(plan.prompts_of("train"))
@@ -57,6 +62,18 @@ def test_the_card_describes_the_pairs_and_loads_as_a_data_set(tmp_path: Path) ->
     before = (run.path / "README.md").stat().st_mtime_ns
     synthesized(plan, run)
     assert (run.path / "README.md").stat().st_mtime_ns == before
+
+
+def test_another_judge_does_not_confirm_what_is_measured(tmp_path: Path) -> None:
+    measure = {"name": "word_count", "values": {"low": 1, "mid": 2, "high": 3}}
+    descriptors = {name: f"{name} size" for name in LEVELS}
+    size = [{"name": "size", "weight": 100, "descriptors": descriptors, "measure": measure}]
+    plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', levels=GIVEN, second=MOOD, criteria=size)
+    shards = synthesized(plan, run)
+    judges = defaultdict(set)
+    for grade in run.read("grades", shards.grades, Grade):
+        judges[grade.rubric_id].add(grade.judge)
+    assert (len(judges["ornament"]), len(judges["mood"])) == (1, 2)
 
 
 def test_the_card_is_written_again_when_shards_of_other_settings_lie_beside_its_own(tmp_path: Path) -> None:

@@ -252,6 +252,13 @@ def test_a_rubric_without_measures_leaves_the_judge_unchecked_and_says_so() -> N
     trials = [dataclasses.replace(trial, measured=None) for trial in make_trials()]
     results = score_trials(trials, [plain], 50, 0)
     assert "nothing checks the judge" in render_report(results, trials, [plain], LEDGER, INFO)
+    check = {"n": 9, "asked": 9, "judge": "j", "rubric": "Gauge", "same_level": 0.5, "weighted_kappa": 0.1}
+    both = results | {"judge_check": check}
+    assert "nothing checks the judge" not in render_report(both, trials, [plain], LEDGER, INFO)
+    both = score_trials(make_trials(), [RUBRIC], 50, 0) | {"judge_check": check}
+    page = render_report(both, make_trials(), [RUBRIC], LEDGER, INFO)
+    assert "answers that were both judged and measured" in page
+    assert "was tried on 9 written answers, by a rubric that nothing is trained on" in page
     assert not any("measured" in line for line in table_lines(results))
 
 

@@ -167,6 +167,8 @@ class JudgeStep(Step):
             }
             grades = []
             for rubric in self._rubrics(run):
+                if not rubric.judged:  # a measure would only agree with itself
+                    continue
                 own = [row for row in rows if (row.unit_id, rubric.id) in known]
                 grades += self._grade(engine, rubric, own, tally)
         for grade in grades:

@@ -24,6 +24,7 @@ class CheckStep(JudgeStep):
 
     count: int
     stage: str = "check-judge"
+    table: str = "judge_checks"
 
     def output(self, shard: str) -> str:
         """Depends on how many as well."""

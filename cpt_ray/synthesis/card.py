@@ -111,9 +111,9 @@ def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any])
 
 
 def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
-    """A pattern for the whole folder, or the names where it holds shards of other settings too."""
+    """A pattern for the whole folder, or the names where it holds shards of other settings too, or will."""
     there = run.names(table)
-    if there <= {*names}:
+    if table != "rejects" and there <= {*names}:  # a training and an evaluation have rejects as well
         return f"{table}/*.parquet"
     return [f"{table}/{name}.parquet" for name in names if name in there]
 

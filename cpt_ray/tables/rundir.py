@@ -48,6 +48,7 @@ TABLES: dict[str, type[Any]] = {
     "directives": Directive,
     "generations": Generation,
     "grades": Grade,
+    "judge_checks": Grade,
     "repeats": Reject,
     "pairs": Pair,
     "rejects": Reject,
@@ -218,7 +219,9 @@ class RunDir:
         made = to_table(rows, TABLES[table]).replace_schema_metadata(metadata)
         # rejects are a function of their shard: older ones, of a shard that is no more, must not stay
         with replacing(self.shard(table, name), keep=table != "rejects") as file:
-            pq.write_table(made, file)
+            with pq.ParquetWriter(file, made.schema) as writer:
+                if made.num_rows:  # `datasets` cannot read a row group without rows
+                    writer.write_table(made)
         if rejects:
             self.show_rejects(rejects[0], table, name)
 

@@ -546,15 +546,15 @@ class SynthesisConfig(_Section):
     combine: tuple[tuple[str, str], ...] = ()
     """Pairs of rubric ids that are also combined in one directive."""
     control: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of grids with the policy's own answer (to the bare prompt, or under a neutral directive) as one more level:
-    chosen where no rubric's directive is given, rejected where one is."""
+    """Share of prompts, by rubric, whose first grid has the policy's own answer (to the bare prompt, or under a neutral
+    directive) as one more level: chosen where no rubric's directive is given, rejected where one is."""
     neutral_directives: tuple[str, ...] = ("You are a helpful assistant.",)
     """Used in half of the control rows; the other half have no directive."""
     aggregate: Literal["mean", "median", "majority", "min"] = "mean"
     """How the grades of several judges (`judges`) become one."""
     near_duplicates: Fraction | None = None
-    """Drop an answer whose words resemble those of an earlier answer to the same request by this much (Jaccard
-    similarity, by MinHash)."""
+    """Drop an answer whose words resemble by this much (Jaccard similarity, by MinHash) those of an earlier answer, to
+    any prompt, that was asked for at the same rubric and level."""
     max_length_ratio: Annotated[float, Field(gt=1)] | None = None
     """Drop a pair (and its twin) if the longer answer has more than this many times the tokens of the shorter."""
 
@@ -718,7 +718,7 @@ class SteerConfig(_Section):
     conflicting: Annotated[float, Field(ge=0.75, le=1)] = 0.8
     """Least share of pairs on which users disagree."""
     embedder: ModelConfig | None = None
-    """The model that embeds answers; the tuned policy unless given."""
+    """The model that embeds answers, run by transformers in float32; the tuned policy unless given."""
     size: Annotated[int, Field(ge=8, multiple_of=8)] = 128
     """Width of the models that read choices."""
     steps: Positive = 600
@@ -748,6 +748,14 @@ class SteerConfig(_Section):
     """Share of a user's choices that inference assumes to be random."""
     prior: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Rubric id to how likely users are to care about it before any choice, relative to 1 for rubrics not listed."""
+
+    @field_validator("embedder")
+    @classmethod
+    def _is_run_here(cls, embedder: ModelConfig | None) -> ModelConfig | None:
+        if embedder and (embedder.endpoint or embedder.engine):
+            name = "endpoint" if embedder.endpoint else "engine"
+            raise ValueError(f"{name}: the embedder is run by transformers, not by a server or by vLLM; leave it out")
+        return embedder
 
 
 class ServeConfig(_Section):

@@ -99,6 +99,10 @@ def test_votes_are_averaged_and_what_is_no_verdict_does_not_vote() -> None:
     over_two_lines = '{"words": {"reason": "So\nit is.", "level": 2}}'
     (grade,) = voted_criteria(RUBRIC, [vote(1), over_two_lines, "not JSON", vote(4)])
     assert (grade.score, grade.reason) == (30.0, "level 1")
+    (grade,) = voted_criteria(RUBRIC, [vote(1), vote(3)])
+    assert (grade.score, grade.reason) == (None, "judge is of two minds (50% low, 0% mid, 50% high)")
+    (grade,) = voted_criteria(RUBRIC, [vote(1), vote(2), vote(3)])
+    assert grade.score == 50
     for unreadable in (vote("2"), vote(True), vote(0), vote(None), "[]", "{}", '"high"'):
         (grade,) = voted_criteria(RUBRIC, [unreadable])
         assert (grade.score, grade.reason) == (None, "unreadable verdict (1 of 1 votes)")

@@ -18,6 +18,7 @@ from cpt_ray.errors import UserError
 from cpt_ray.judging.judge import JudgeStep
 from cpt_ray.plan import plan_units
 from cpt_ray.steering.stage import Steering
+from cpt_ray.synthesis.levels import LevelCounts
 from cpt_ray.synthesis.stage import Steps
 from cpt_ray.tables.records import CONTROL, Directive, Generation, Grade, Pair, Reject, Unit
 from cpt_ray.tables.rundir import RunDir
@@ -168,6 +169,9 @@ def test_two_rubrics_at_once_make_pairs_under_both_directives(tmp_path: Path) ->
     shards = synthesized(plan, run, joint_answer)
     pairs = [one for one in run.read("pairs", shards.pairs, Pair) if one.rubric_id == "ornament+mood"]
     assert len(pairs) == 6 * len(plan.prompts_of("train"))
+    for name, level in itertools.product(("ornament", "mood"), LEVELS):
+        counts = LevelCounts(run, shards.pairs).level(name, level)
+        assert counts["hit"] <= counts["asked"]  # answers to two rubrics were asked for both at once
     for one in pairs:
         ornament, mood = one.level.split("+")
         assert f"Go {ornament}" in one.prompt[0].content

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cpt_ray.errors import UserError
-from cpt_ray.rubrics.measures import measures
+from cpt_ray.rubrics.measures import OF_LENGTH, measures
 from cpt_ray.rubrics.rubric import LEAST_ANSWERS, Criterion, MeasureSpec, Rubric
 from cpt_ray.tables.records import Generation, content_id
 from cpt_ray.tables.rundir import SPREAD_FILE, RunDir
@@ -43,10 +43,12 @@ def survey(rubrics: Sequence[Rubric], answers: Sequence[Generation]) -> dict[str
     every = [answer.text for answer in answers]
     known: dict[str, Any] = {}
     for rubric in rubrics:
-        texts = whole if rubric.measures_length else every
         specs: dict[str, MeasureSpec] = {each.name: each.measure for each in rubric.measured if each.measure}
         specs |= {CHECK: rubric.check} if rubric.check else {}
-        known[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts))}
+        texts = {
+            name: whole if rubric.measures_length or spec.name in OF_LENGTH else every for name, spec in specs.items()
+        }
+        known[rubric.id] = {name: entry for name, spec in specs.items() if (entry := _entry(spec, texts[name]))}
     return known
 
 

@@ -53,12 +53,19 @@ def judged_criterion(rubric: Rubric, criterion: Criterion, logprobs: Mapping[int
         return ungraded(criterion, f"judge put {total:.0%} of its probability on the level numbers")
     expected = sum(number * mass for number, mass in enumerate(masses, start=1)) / total
     anchors = [(float(number), level.score) for number, level in enumerate(rubric.levels, start=1)]
-    score = interpolate(expected, anchors)
+    return _verdict(rubric, criterion, interpolate(expected, anchors), masses, "")
+
+
+def _verdict(
+    rubric: Rubric, criterion: Criterion, score: float, masses: Sequence[float], reason: str
+) -> CriterionGrade:
+    """The judge's score; none if it lies between two levels that are both likelier than its own."""
     at = rubric.levels.index(nearest_level(rubric.levels, score))
     if masses[at] < min(max(masses[:at], default=0), max(masses[at + 1 :], default=0)):
-        shares = ", ".join(f"{mass:.0%} {level.name}" for mass, level in zip(masses, rubric.levels, strict=True))
-        return ungraded(criterion, f"judge is of two minds ({shares})")
-    return CriterionGrade(criterion=criterion.name, measured=False, score=score, reason="")
+        shares = zip(masses, rubric.levels, strict=True)
+        shown = ", ".join(f"{mass / sum(masses):.0%} {level.name}" for mass, level in shares)
+        return ungraded(criterion, f"judge is of two minds ({shown})")
+    return CriterionGrade(criterion=criterion.name, measured=False, score=score, reason=reason)
 
 
 def measured_criterion(rubric: Rubric, criterion: Criterion, text: str) -> CriterionGrade:
@@ -95,7 +102,8 @@ def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]
 
     Rationales are JSON of `chat.conversations.rationale_schema`.
 
-    A vote that cannot be read counts for nothing; with fewer than half of them left there is no verdict.
+    A vote that cannot be read counts for nothing; with fewer than half of them left there is no verdict, nor where the
+    mean lies between two levels that both have more votes than its own.
     """
     read = [verdict for verdict in map(_readable, votes) if verdict is not None]
     grades = []
@@ -105,8 +113,9 @@ def voted_criteria(rubric: Rubric, votes: Sequence[str]) -> list[CriterionGrade]
         if 2 * len(cast) < len(votes) or not cast:
             grades.append(ungraded(criterion, f"unreadable verdict ({len(votes) - len(cast)} of {len(votes)} votes)"))
         else:
+            masses = [sum(score == level.score for score, _ in cast) for level in rubric.levels]
             score = sum(score for score, _ in cast) / len(cast)
-            grades.append(CriterionGrade(criterion=criterion.name, measured=False, score=score, reason=cast[0][1]))
+            grades.append(_verdict(rubric, criterion, score, masses, cast[0][1]))
     return grades
 
 

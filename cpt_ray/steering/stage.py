@@ -38,7 +38,7 @@ from cpt_ray.steering.policy import VERSION, AnswerTokens, ConditionalPolicy, Sa
 from cpt_ray.steering.reward import RewardModel, Tensors
 from cpt_ray.steering.scoring import PolicyScorer, answer_tokens
 from cpt_ray.steering.users import Floats, Population, User, draw_taste
-from cpt_ray.tables.records import Generation, Grade, Trial, content_id, parts_of
+from cpt_ray.tables.records import Generation, Grade, Trial, content_id
 from cpt_ray.tables.rundir import CATALOG_FILE, QUESTIONS_FILE, TABLES, RunDir
 from cpt_ray.tables.shard import ShardName
 from cpt_ray.tables.store_path import AnyPath
@@ -103,7 +103,7 @@ class Steering:
         grades = Gradings.of(self.plan.rubrics, rows_of_judges, self.plan.config.synthesis.aggregate).combined
         answers = []
         for row in self.run.read("generations", self.shards.generations, Generation):
-            keys = {name: (row.unit_id, name) for name in parts_of(row.rubric_id)}
+            keys = {rubric.id: (row.unit_id, rubric.id) for rubric in self.plan.rubrics}
             scores = {name: grades[key].score for name, key in keys.items() if key in grades}
             answers.append(self.answer(row.prompt_id, row.prompt, row.text, scores))
         return self._population(answers, rubrics)

@@ -124,11 +124,11 @@ def _rubric_ids(rubrics: Sequence[Rubric]) -> str:
 
 def _count_levels(paired: Paired, rubrics: Sequence[Rubric], answers: Sequence[GradedAnswer], margin: float) -> None:
     for answer in answers:
-        targets = dict(zip(parts_of(answer.generation.rubric_id), parts_of(answer.generation.level), strict=True))
+        asked = answer.generation.rubric_id, answer.generation.level
         for rubric in rubrics:
             if level := answer.level([rubric], margin):
                 paired.at_level[rubric.id, level[0]] += 1
-                paired.hit[rubric.id, level[0]] += targets.get(rubric.id) == level[0]
+                paired.hit[rubric.id, level[0]] += asked == (rubric.id, level[0])
 
 
 def _scores(grades: Iterable[Grade]) -> dict[str, float]:

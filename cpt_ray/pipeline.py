@@ -226,6 +226,7 @@ def _roles_called_by(command: str, plan: Plan) -> dict[str, ModelConfig]:
 
 def _check_room(command: str, plan: Plan) -> None:
     """UserError if a stage of the command can never start here; now, not when the stages before it are done."""
+    from cpt_ray.logprobs.reference import reference_role
     from cpt_ray.training.checks import check_workers
 
     types = node_types()
@@ -234,6 +235,9 @@ def _check_room(command: str, plan: Plan) -> None:
         types.check(f"the {name}", role.actor_resources, role.num_actors.least, remedy)
     if command in ("run", "train"):
         check_workers(plan.config.train)
+    if command != "synthesize":  # the evaluation has the answers' perplexity
+        role, remedy = reference_role(plan.config), "lower train.num_workers or train.resources_per_worker"
+        types.check("the untuned policy", role.actor_resources, role.num_actors.least, remedy)
 
 
 # ---------------------------------------------------------------- push, steer, serve
@@ -281,6 +285,9 @@ def steer(
         return
     choices_made = stage.read_choices(Path(_given_path("--choices", choices))) if action == "infer" and choices else []
     with run.locked(), connected(verbose, run.ray_log, run.environment, config.no_progress_minutes):
+        if action != "infer":
+            each = {"GPU" if config.steer.use_gpu else "CPU": 1.0}
+            node_types().check("the training of steer", each, config.steer.num_workers, "lower steer.num_workers")
         if choices_made:
             say(json.dumps(stage.infer(steering, choices_made), indent=2, ensure_ascii=False))
         elif action == "fit":

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cpt_ray.capacity import NodeType, NodeTypes
 from cpt_ray.cli import main
 from cpt_ray.config import JOB_ENV
 from cpt_ray.engines.worker import Attempts, endpoint_key
 from cpt_ray.errors import UserError
+from cpt_ray.pipeline import _check_room
 from cpt_ray.plan import make_plan, plan_units
 from cpt_ray.serving.examples import print_next
 from cpt_ray.tables.rundir import RunDir
@@ -30,6 +32,24 @@ def test_a_run_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(UserError, match="cannot be written"), RunDir(blocked / "run").locked():
         pass
+
+
+@pytest.mark.parametrize("command", ["run", "train", "evaluate"])
+def test_a_reference_that_no_node_can_hold_is_refused_before_the_stages_in_front_of_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = NodeTypes([NodeType("node", {"CPU": 8, "GPU": 1}, 8)])
+    for module in ("pipeline", "training.checks"):
+        monkeypatch.setattr(f"cpt_ray.{module}.node_types", lambda: nodes)
+    sharded = ("train.sharding=fsdp", "train.use_gpu=true", "train.num_workers=8")
+    plan, _ = make_run(tmp_path, *sharded)  # a GPU on each of eight nodes for its workers, eight on one for the rest
+    with pytest.raises(
+        UserError, match=r"the untuned policy needs \{CPU: 1, GPU: 8\} on one node; .*train.num_workers"
+    ):
+        _check_room(command, plan)
+    _check_room("synthesize", plan)
+    plan, _ = make_run(tmp_path, *sharded[1:])
+    _check_room(command, plan)
 
 
 def test_a_rubric_that_cannot_check_the_judge_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def add_reference(
         names = [ShardName(key).keyed(content_id(*(ids[at] for at in shard))) for shard in shards]
         path = write_rows(run, stage, [rows[at] for at in missing], size)
         groups = {name: at for at, name in enumerate(names)}
-        step = ReferenceStep(model=_role(config), rows=path, groups=groups, stage=stage)
+        step = ReferenceStep(model=reference_role(config), rows=path, groups=groups, stage=stage)
         runner(run, [Line(names, [step])], functools.partial(ReferenceModel, settings=settings))
         run.add_to_ledger(stage, ledger_entry(run, TABLE, names, config.policy.price))
         known = _read(run, key)
@@ -117,7 +117,7 @@ def _read(run: RunDir, key: str) -> dict[str, float]:
     return {record.sequence_id: record.log_prob for record in table}
 
 
-def _role(config: TuneConfig) -> ModelConfig:
+def reference_role(config: TuneConfig) -> ModelConfig:
     """The policy on the training's resources: as many actors as workers, or one with all that shards need."""
     settings = config.train
     resources = settings.worker_resources

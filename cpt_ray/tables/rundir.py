@@ -218,10 +218,10 @@ class RunDir:
             metadata[_REJECTS] = json.dumps([dataclasses.asdict(reject) for reject in rejects[1]])
         made = to_table(rows, TABLES[table]).replace_schema_metadata(metadata)
         # rejects are a function of their shard: older ones, of a shard that is no more, must not stay
-        with replacing(self.shard(table, name), keep=table != "rejects") as file:
-            with pq.ParquetWriter(file, made.schema) as writer:
-                if made.num_rows:  # `datasets` cannot read a row group without rows
-                    writer.write_table(made)
+        path = self.shard(table, name)
+        with replacing(path, keep=table != "rejects") as file, pq.ParquetWriter(file, made.schema) as writer:
+            if made.num_rows:  # `datasets` cannot read a row group without rows
+                writer.write_table(made)
         if rejects:
             self.show_rejects(rejects[0], table, name)
 

@@ -7,6 +7,7 @@ leading `~` is replaced here.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import math
@@ -482,7 +483,8 @@ class JudgeConfig(ModelConfig):
         """Changes when the verdicts would."""
         if self.mode == "logprobs":  # nothing is sampled
             return super().answer_key
-        return content_id(super().answer_key, self.mode, self.votes)
+        # votes are read otherwise since two for opposite ends are no middle
+        return content_id(super().answer_key, self.mode, self.votes, *(["no middle"] if self.votes > 1 else []))
 
 
 @functools.lru_cache(maxsize=16)
@@ -789,7 +791,7 @@ class ServeConfig(_Section):
     def _has_what_is_used(cls, frontend: dict[str, Any]) -> dict[str, Any]:
         """Refuses what is for vLLM's own HTTP server: Ray Serve's proxy listens here."""
         for name in frontend:
-            if remedy := next((text for start, text in NOT_OF_SERVE.items() if name.startswith(start)), None):
+            if remedy := NOT_OF_SERVE.get(re.sub("^(ssl|uvicorn|h11|dp_supervisor)_.*", r"\1_", name)):
                 raise ValueError(f"{name}: would do nothing, since Ray Serve listens here and not vLLM; {remedy}")
         return frontend
 
@@ -809,18 +811,16 @@ class ServeConfig(_Section):
 
 
 NOT_OF_SERVE = {
-    "ssl": "put a server with TLS in front of serve.port",
-    "enable_ssl": "put a server with TLS in front of serve.port",
-    "host": "give serve.host",
-    "port": "give serve.port",
-    "uds": "give serve.host and serve.port",
-    "uvicorn": "leave it out",
-    "h11": "leave it out",
-    "disable_uvicorn": "leave it out",
-    "disable_access_log": "leave it out",
+    **dict.fromkeys(("ssl_", "enable_ssl_refresh"), "put a server with TLS in front of serve.port"),
+    **dict.fromkeys(("host", "port", "uds"), "give serve.host and serve.port"),
     "api_key": "make keys with `cpt keys add`",
-}
-"""Beginnings of the names of vLLM's arguments that are for its HTTP server, and what to do instead."""
+    **dict.fromkeys(
+        ("uvicorn_", "h11_", "disable_uvicorn_access_log", "disable_access_log_for_endpoints", "grpc_port",
+         "data_parallel_supervisor_port", "dp_supervisor_"),
+        "leave it out",
+    ),
+}  # fmt: skip
+"""vLLM's arguments that are for its own HTTP server (of some, what their names begin with), and what to do instead."""
 NO_PROGRESS_MINUTES = 30.0
 """`no_progress_minutes` unless given."""
 
@@ -1013,10 +1013,11 @@ def _apply(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
         value = _typed(_annotation_at(kind, parts), text)
     except ValueError as error:
         raise UserError(f"override: {key}: {error}") from None
-    role, section = data.get(parts[0]) or {}, ".".join(parts[1:2])
-    if parts[0] in COPIES and len(parts) > 2 and isinstance(role, dict) and not {"model", section} & set(role):
-        writer = data.get("writer")
-        data[parts[0]] = role | {section: dict((writer.get(section) if isinstance(writer, dict) else None) or {})}
+    role, writer = data.get(parts[0]) or {}, data.get("writer")
+    if parts[0] in COPIES and len(parts) > 2 and isinstance(role, dict) and isinstance(writer, dict):
+        section = writer.get(parts[1])
+        if isinstance(section, dict) and not {"model", parts[1]} & set(role):
+            data[parts[0]] = role | {parts[1]: copy.deepcopy(section)}
     for part in parts[:-1]:
         inner = data.get(part)
         if inner is None:

@@ -216,7 +216,7 @@ def _roles_called_by(command: str, plan: Plan) -> dict[str, ModelConfig]:
     roles: dict[str, ModelConfig] = {}
     if command in ("run", "synthesize"):
         roles = {"writer": config.writer, "director": config.director}
-        roles |= {f"judges[{at}]": judge for at, judge in enumerate(config.judges)}
+        roles |= {f"judges[{at}]": judge for at, judge in enumerate(config.judges) if is_judged}
         roles |= {"policy": config.policy} if config.synthesis.control else {}
     if command in ("run", "evaluate"):
         roles |= {"policy": config.policy}
@@ -230,6 +230,11 @@ def _check_room(command: str, plan: Plan) -> None:
     from cpt_ray.training.checks import check_workers
 
     types = node_types()
+    if command == "steer":
+        settings = plan.config.steer
+        each = {"GPU" if settings.use_gpu else "CPU": 1.0}
+        types.check("the training of steer", each, settings.num_workers, "lower steer.num_workers")
+        return
     for name, role in _roles_called_by(command, plan).items():
         remedy = f"lower {name}.num_actors, num_cpus or num_gpus"
         types.check(f"the {name}", role.actor_resources, role.num_actors.least, remedy)
@@ -286,8 +291,7 @@ def steer(
     choices_made = stage.read_choices(Path(_given_path("--choices", choices))) if action == "infer" and choices else []
     with run.locked(), connected(verbose, run.ray_log, run.environment, config.no_progress_minutes):
         if action != "infer":
-            each = {"GPU" if config.steer.use_gpu else "CPU": 1.0}
-            node_types().check("the training of steer", each, config.steer.num_workers, "lower steer.num_workers")
+            _check_room("steer", plan)
         if choices_made:
             say(json.dumps(stage.infer(steering, choices_made), indent=2, ensure_ascii=False))
         elif action == "fit":

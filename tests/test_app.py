@@ -259,7 +259,23 @@ def test_a_failure_of_the_servers_own_is_logged_as_500_and_not_as_a_client_that_
     async def fail(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("the meter's node is away")
 
+    async def fail_later(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise RuntimeError("nobody is there")
+
+    async def leave() -> Any:
+        return {"type": "http.disconnect"}
+
     calls: list[Call] = []
     with pytest.raises(RuntimeError, match="away"):
         ask("POST", CHAT, front=make_front(fail, calls=calls), json={"messages": USER})
-    assert [call.status for call in calls] == [500]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/models",
+        "headers": [(b"authorization", b"Bearer " + KEY.encode())],
+    }
+    with pytest.raises(RuntimeError, match="nobody"):
+        asyncio.run(make_front(fail_later, calls=calls)(scope, leave, leave))
+    assert [call.status for call in calls] == [500, 0]

@@ -47,6 +47,13 @@ def test_an_override_changes_one_entry_of_a_section_that_is_the_writers(is_rever
     own = ["judge.engine.max_num_seqs=32", "judge.model=other"]
     config = load_config(ROOT / "jobs" / "qwen3-4b.yaml", own[::-1] if is_reversed else own)
     assert config.judge.engine == {"max_num_seqs": 32}
+    nested = ["writer.engine.compilation_config={mode: 3}", "judge.engine.compilation_config.mode=0"]
+    config = load_config(ROOT / "jobs" / "qwen3-4b.yaml", nested[::-1] if is_reversed else nested)
+    modes = [role.engine["compilation_config"]["mode"] for role in (config.writer, config.director, config.judge)]
+    assert modes == [3, 3, 0]
+    for wrong in ("judge.num_gpus.least=1", "judge.model.x=1"):
+        with pytest.raises(UserError, match=r"^.*judge\.(num_gpus|model): "):
+            load_config(ROOT / "jobs" / "qwen3-4b.yaml", [wrong])
 
 
 SECTIONS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
@@ -203,7 +210,7 @@ def test_what_is_no_text_is_read_as_yaml(override: str, value: object) -> None:
         ),
         ("steer.answers={list: a, text: b, scores: {x: y}, scale: [5, 1]}", "steer.answers.scale: found [5.0, 1.0]"),
         ("serve.frontend.ssl_keyfile=k", "not vLLM; put a server with TLS in front of serve.port"),
-        ("serve.frontend.port=9", "port: would do nothing, since Ray Serve listens here and not vLLM; give serve.port"),
+        ("serve.frontend.port=9", "port: would do nothing, since Ray Serve listens here and not vLLM; give serve.host"),
         ("serve.frontend.allowed_origins=http://a", "allowed_origins: found 'http://a'; expected a list of texts"),
         ("serve.frontend.allowed_origins=[http://a/]", "found 'http://a/'; expected one like https://example.org"),
         ("judge.votes=3", "votes: counts rationales"),

@@ -13,7 +13,7 @@ from cpt_ray.cli import main
 from cpt_ray.config import load_config
 from cpt_ray.errors import UserError
 from cpt_ray.serving.served import check_whole, plan_serving
-from cpt_ray.tables.node_cache import cache_folder, local_copy
+from cpt_ray.tables.node_cache import CACHE_ENV, cache_folder, local_copy
 from cpt_ray.tables.rundir import CATALOG_FILE, MODEL_INFO_FILE, RunDir
 from cpt_ray.tables.store_path import StorePath
 from tests.object_store import ObjectStore, proxy, set_environment
@@ -77,6 +77,13 @@ def test_nodes_that_share_a_cache_without_locks_do_not_harm_each_other(
     assert copies[0] == copies[1]
     assert {path.name for path in copies[0].iterdir()} == {"config.json", "part"}
     assert [path for path in copies[0].parent.iterdir() if path.is_dir()] == [copies[0]]
+
+
+def test_a_cache_that_cannot_be_written_is_said(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (StorePath.parse(store) / "model" / "config.json").write_text("{}")
+    monkeypatch.setenv(CACHE_ENV, "/proc/nothing")
+    with pytest.raises(UserError, match=r"^/proc/nothing/.*: the copy of .* cannot be written \(.*set CPT_CACHE"):
+        local_copy(f"{store}/model")
 
 
 def test_a_model_that_a_training_has_not_put_whole_is_not_served(store: str, tmp_path: Path) -> None:

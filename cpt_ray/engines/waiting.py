@@ -105,8 +105,12 @@ class Beats:
 def _used() -> tuple[float, float]:
     """CPU seconds, and bytes read and written, of this process and those that it started."""
     own, seconds, num_bytes = psutil.Process(), 0.0, 0.0
-    for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(psutil.Error, AttributeError):  # it has ended, or this system counts no bytes
+    family = [own]
+    with contextlib.suppress(psutil.Error, OSError):
+        family += own.children(recursive=True)
+    for process in family:
+        # it has ended (a file in /proc may then be empty), or this system counts no bytes
+        with contextlib.suppress(psutil.Error, OSError, ValueError, RuntimeError, AttributeError):
             seconds += sum(process.cpu_times()[:2])
             moved = process.io_counters()
             num_bytes += moved.read_chars + moved.write_chars + moved.read_bytes

@@ -138,7 +138,8 @@ class ConfiguredApp:
                 task.cancel()
             raise
         except Exception:  # of any kind: Serve answers it, where no answer has begun
-            call.status = call.status or 500
+            if not call.is_left:
+                call.status = call.status or 500
             raise
         finally:
             CALL.reset(token)

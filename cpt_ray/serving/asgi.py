@@ -130,17 +130,15 @@ def refused(refusal: Refusal) -> Json:
 
 def recording(call: Call, start: float, receive: Receive, send: Send) -> tuple[Receive, Send]:
     """`receive` and `send` that record in `call` the status, unless the client has left, and when the body began."""
-    has_left = False
 
     async def receive_recorded() -> Message:
-        nonlocal has_left
         message = await receive()
-        has_left = message["type"] == "http.disconnect"
+        call.is_left = call.is_left or message["type"] == "http.disconnect"
         return message
 
     async def send_recorded(message: Message) -> None:
         if message["type"] == "http.response.start":
-            call.status = 0 if has_left else message["status"]
+            call.status = 0 if call.is_left else message["status"]
         elif call.first_byte_seconds is None:
             call.first_byte_seconds = time.perf_counter() - start
         await send(message)

@@ -14,11 +14,13 @@ States are files in the run directory, one folder per key: restarts and replicas
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import re
 import secrets
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from cpt_ray.config import ModelConfig
 from cpt_ray.errors import UserError
@@ -45,6 +47,7 @@ MAX_IN_ENGINE = 64
 """Answers that are scored at a time, so that chats still get their share of the engine."""
 UNKNOWN = Refusal(status=404, code="preferences_not_found", text="There are no such preferences (of this API key).")
 FULL = Refusal(status=403, code="preferences_full", text=f"This API key has {MAX_STATES} preferences; delete some.")
+Result = TypeVar("Result")
 WRONG_METHOD = Refusal(status=405, code="method_not_allowed", text="/v1/preferences takes GET, POST and DELETE.")
 
 
@@ -93,7 +96,8 @@ class PreferenceStore:
         """`conditioner`: makes adapters, in the place of directives; choices are then kept without being scored."""
         self._store, self._candidates, self._scorer, self._questions = JsonStore(folder), candidates, scorer, questions
         self._conditioner = conditioner
-        self._scoring = asyncio.Semaphore(MAX_SCORING)
+        # of its own: in Serve's, which may have five, scorings would leave one for all else
+        self._threads, self._scoring = ThreadPoolExecutor(2 * MAX_SCORING), asyncio.Semaphore(MAX_SCORING)
 
     async def answer(self, owner: str, method: str, name: str, data: Any) -> dict[str, Any] | Refusal:
         """The answer to a request to /v1/preferences or /v1/preferences/`name`; UserError for a bad body."""
@@ -104,20 +108,20 @@ class PreferenceStore:
                 raise UserError('body: expected a JSON object {"choices": [...]} and nothing else')
             choices = parse_choices(data["choices"])
             async with self._scoring:
-                return await asyncio.to_thread(self._add if name else self._create, owner, choices, name)
+                return await self._in_thread(self._add if name else self._create, owner, choices, name)
         if method == "GET" and name:
             state = await self.find(owner, name)
-            return state if isinstance(state, Refusal) else await asyncio.to_thread(self._shown, name, state)
+            return state if isinstance(state, Refusal) else await self._in_thread(self._shown, name, state)
         if method == "GET":
-            return await asyncio.to_thread(self._list, owner)
-        return await asyncio.to_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
+            return await self._in_thread(self._list, owner)
+        return await self._in_thread(self._delete, owner, name) if method == "DELETE" and name else WRONG_METHOD
 
     async def find(self, owner: str, name: str) -> PreferenceState | Refusal:
         """The state of an id, scored by the policy that is served."""
-        state = await asyncio.to_thread(self._read, owner, name) if ID.fullmatch(name) else None
+        state = await self._in_thread(self._read, owner, name) if ID.fullmatch(name) else None
         if state is not None and not self._is_scored(state):
             async with self._scoring:
-                state = await asyncio.to_thread(self._current, owner, name, ())
+                state = await self._in_thread(self._current, owner, name, ())
         return UNKNOWN if state is None else state
 
     async def steer(self, state: PreferenceState, path: str) -> tuple[dict[str, str], str, UserAdapter | None]:
@@ -126,11 +130,16 @@ class PreferenceStore:
         if self._conditioner is None or path != CHAT_PATH:
             return configuration, "preferences", None
         async with self._scoring:
-            adapter = await asyncio.to_thread(self._conditioner.adapter, state.choices)
+            adapter = await self._in_thread(self._conditioner.adapter, state.choices)
         return configuration, f"preferences, by {self._conditioner.form}", adapter
 
     def _is_scored(self, state: PreferenceState) -> bool:
         return state.key == self._candidates.key or self._conditioner is not None
+
+    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """`work` away from the event loop, since it may wait for a disk or the engine."""
+        context = contextvars.copy_context()  # in which the engine's tokens are counted
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, work, *arguments)
 
     # ------------------------------------------------------------ in a thread
 

@@ -110,15 +110,19 @@ def write_card(plan: Plan, run: RunDir, shards: Shards, info: Mapping[str, Any])
     run.write_text(CARD_FILE, _card(survey, judges, files, info, pairs_hash))
 
 
-def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str] | str:
-    """A pattern for the whole folder, or the names where it holds shards of other settings too, or will."""
+def _files(run: RunDir, table: str, names: Sequence[str]) -> list[str]:
+    """Patterns for whole folders, or the names where they hold shards of other settings too.
+
+    A folder of rejects is looked at by stage, since those of a training and an evaluation come later.
+    """
     there = run.names(table)
-    if table != "rejects" and there <= {*names}:  # a training and an evaluation have rejects as well
-        return f"{table}/*.parquet"
+    stages = {name.partition("-")[0] + "-" for name in names} if table == "rejects" else {""}
+    if {name for name in there if name.startswith(tuple(stages))} <= {*names}:
+        return [f"{table}/{stage}*.parquet" for stage in sorted(stages)]
     return [f"{table}/{name}.parquet" for name in names if name in there]
 
 
-def _head(info: Mapping[str, Any], files: Mapping[str, list[str] | str]) -> str:
+def _head(info: Mapping[str, Any], files: Mapping[str, list[str]]) -> str:
     configs: list[dict[str, Any]] = [{"config_name": name, "data_files": names} for name, names in files.items()]
     configs[0]["default"] = True
     head = yaml.safe_dump({"pretty_name": info["name"], "configs": configs}, sort_keys=False, allow_unicode=True)
@@ -128,7 +132,7 @@ def _head(info: Mapping[str, Any], files: Mapping[str, list[str] | str]) -> str:
 def _card(
     survey: _Survey,
     judges: Sequence[Mapping[str, Any]],
-    files: Mapping[str, list[str] | str],
+    files: Mapping[str, list[str]],
     info: Mapping[str, Any],
     pairs_hash: str,
 ) -> str:

@@ -93,7 +93,8 @@ class Steps:
         config, settings, spread = plan.config, plan.config.synthesis, spread_of(plan, units)
         own: dict[str, Any] = {"rubrics": plan.by_id, "seed": config.seed}
         levels: dict[str, Any] = {"grids": settings.grids, "margin": settings.margin, "spread": spread}
-        judges = (first_judge(plan.rubrics, config.judge, config.writer), *config.judges)
+        others = config.judges if any(rubric.judged for rubric in plan.rubrics) else ()
+        judges = (first_judge(plan.rubrics, config.judge, config.writer), *others)
         return cls(
             direct=DirectStep(
                 **own,

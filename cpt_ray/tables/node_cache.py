@@ -96,18 +96,25 @@ def local_copy(where: str | AnyPath) -> Path:
     raise UserError(f"{path}: is replaced again and again; see what writes there, then give the same command again")
 
 
+class _ReplacedError(Exception):
+    """What is copied was removed or replaced meanwhile."""
+
+
 def _copied(path: StorePath, files: Mapping[str, Version], folder: Path) -> bool:
     """Makes the copy and removes old ones; False if the files were replaced meanwhile."""
     try:
         with made_once(folder) as temporary:
             if temporary is None:
                 return True
-            for name in files:
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                (path / name).download(temporary / name)
+            try:
+                for name in files:
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    (path / name).download(temporary / name)
+            except FileNotFoundError:
+                raise _ReplacedError from None
             if path.files() != files:
-                raise FileNotFoundError
-    except FileNotFoundError:  # removed or replaced meanwhile
+                raise _ReplacedError
+    except _ReplacedError:
         return False
     for other in folder.parent.iterdir():  # also what other nodes copy now, or left behind
         with suppress(FileNotFoundError):  # another process has removed it, or made it whole

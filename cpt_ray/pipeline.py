@@ -231,9 +231,8 @@ def _check_room(command: str, plan: Plan) -> None:
 
     types = node_types()
     if command == "steer":
-        settings = plan.config.steer
-        each = {"GPU" if settings.use_gpu else "CPU": 1.0}
-        types.check("the training of steer", each, settings.num_workers, "lower steer.num_workers")
+        each = {"GPU" if plan.config.steer.use_gpu else "CPU": 1.0}
+        types.check("the training of steer", each, plan.config.steer.num_workers, "lower steer.num_workers")
         return
     for name, role in _roles_called_by(command, plan).items():
         remedy = f"lower {name}.num_actors, num_cpus or num_gpus"

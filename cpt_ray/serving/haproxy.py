@@ -45,7 +45,7 @@ def serve_env() -> dict[str, str]:
     own ports, so it is the default on a cluster of one machine only.
     """
     haproxy = {"RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON, "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES)}
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):  # a variable of the job's own goes before these, and turns HAProxy on
         return SERVE_ENV | haproxy | {HAPROXY_VARIABLE: "0"}
     # any free ones, since several servers may be on a machine
     ports = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
@@ -138,6 +138,7 @@ def wait_until_healthy(origin: str, path: str) -> None:
     """UserError if `path` at `origin` (http://HOST:PORT) does not answer 200 in time."""
     deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
     while True:
+        # not urllib, which would ask `http_proxy` for an address of this machine
         connection = http.client.HTTPConnection(origin.removeprefix("http://"), timeout=HEALTH_TIMEOUT_SECONDS)
         try:
             connection.request("GET", path)

@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -113,6 +114,9 @@ def runner(on_ray: bool, log: Path) -> Iterator[Runner]:
     if not on_ray:
         yield LocalRunner(fake_engine)
         return
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors have another main module than this process
     with connected(verbose=False, log=log):
         yield lambda run, lines, open_engine=None: run_lines(run, lines, open_engine or fake_engine)
 

@@ -1056,7 +1056,8 @@ def _typed(annotation: Any, text: str) -> Any:
     ValueError if it is neither.
     """
     if not text:
-        raise ValueError("has no value; give one, or leave it out (was it a variable that is not set?)")
+        none = ", or null for none" if NoneType in _options(annotation) else ""
+        raise ValueError(f"has no value; give one{none}, or leave it out (was it a variable that is not set?)")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"found {text!r}; it is not UTF-8")
     options = [_bare(option) for option in _options(annotation)]

@@ -116,7 +116,7 @@ def _evaluate(plan: Plan, run: RunDir) -> None:
     mark = run.read_json(MODEL_INFO_FILE)
     if not mark or mark["key"] != train_key(plan.config, shards.pairs):
         problem = "was trained with other settings or pairs" if mark else "is not there"
-        raise UserError(f"{run.model}: the tuned model {problem}; run `cpt train` with this run file first")
+        raise UserError(f"{run.model}: the tuned model {problem}; run `cpt train` first, with the same overrides")
     evaluate(plan, run, shards)
 
 

@@ -190,6 +190,7 @@ def test_what_is_no_text_is_read_as_yaml(override: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("evaluate.judge_check=", "has no value; give one, or null for none, or leave it out"),
         ("run_dir=", "run_dir: has no value; give one, or leave it out (was it a variable that is not set?)"),
         ("run_dir=''", "run_dir: found nothing"),
         ("run_dir=\udcff", "run_dir: found '\\udcff'; it is not UTF-8"),

@@ -308,7 +308,9 @@ def rubric_files(paths: list[Path]) -> list[Path]:
         elif path.exists():
             files.append(path)
         else:
-            raise UserError(f"{path}: no such file or folder" + ("" if path.is_absolute() else f" in {Path.cwd()}"))
+            where = "" if path.is_absolute() else f" in {Path.cwd()}"
+            hint = "" if path.suffix in (".yaml", ".yml") else "; an override is key=value"
+            raise UserError(f"{path}: no such file or folder{where}{hint}")
     return files
 
 

@@ -104,7 +104,8 @@ def level_lines(plan: Plan, run: RunDir, shards: Shards, written_tokens: float) 
             name = f"{rubric.id} {level.name}"
             lines.append(f"{name:<28}{asked:>8}{hit:>8}{row['at']:>9}{row['kept']:>9}{each:>13}")
             if not row["at"]:
-                notes.append(f"note: no answer is at {name}: this writer does not reach it; it is in no pair")
+                why = ", or the judge does not tell it from others" if rubric.judged else ""
+                notes.append(f"note: no answer is at {name}: this writer does not reach it{why}; it is in no pair")
         for other, wanted in plan.config.synthesis.offset.get(rubric.id, {}).items():
             _, taken = counts.shifts(rubric.id).get(other, (0.0, 0.0))
             if abs(taken - wanted) > OFFSET_MISSED:

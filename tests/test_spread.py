@@ -231,3 +231,12 @@ def test_an_earlier_versions_run_directory_is_refused(tmp_path: Path) -> None:
         run.check_format()
     run.prune("generations", ())
     run.check_format()
+
+
+def test_a_second_measure_of_length_is_looked_up_in_whole_answers() -> None:
+    judged = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
+    answers = [make_generation("low", text="one two"), make_generation("low", text="one two three")]
+    answers[1] = dataclasses.replace(answers[1], is_cut=True)
+    for check, count in (("word_count", 1), ("mean_word_length", 2)):
+        rubric = Rubric.model_validate(rubric_dict(criteria=judged, check={"name": check}))
+        assert survey([rubric], answers)[rubric.id][CHECK]["n"] == count

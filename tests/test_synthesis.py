@@ -267,3 +267,23 @@ def test_steering_learns_from_what_the_judges_come_to_together(tmp_path: Path) -
         (one.text.split()[0], one.scores["ornament"]) for one in Steering(plan, run, shards).training_population.answers
     }
     assert found == {("low", 5.0), ("mid", 25.0), ("high", 45.0)}
+
+
+def test_steering_has_a_judges_grades_of_an_answer_by_every_rubric(tmp_path: Path) -> None:
+    words = [{"name": "words", "weight": 100, "descriptors": {name: f"{name} words" for name in LEVELS}}]
+    asked = ("synthesis.ask=prompt", "synthesis.samples=4", "synthesis.first_pass=4")
+    plan, run = make_run(tmp_path, *asked, second=MOOD, levels=GIVEN, criteria=words)
+    numbers = itertools.count()
+
+    def write(request: Request) -> Completion:
+        if request.labels or " of 3, " in request.messages[-1]["content"]:
+            return answer(request)
+        number = next(numbers)
+        return Completion(text=f"{LEVELS[number % 3]} text {number}.", num_tokens=4)
+
+    shards = synthesized(plan, run, write)
+    graded = {(one.unit_id, one.rubric_id) for one in run.read("grades", shards.grades, Grade) if one.score is not None}
+    both = {name for name, rubric in graded if rubric == "ornament" and (name, "mood") in graded}
+    assert both  # no answer was asked for at a rubric
+    answers = Steering(plan, run, shards).training_population.answers
+    assert any(answer.scores.keys() == {"ornament", "mood"} for answer in answers)

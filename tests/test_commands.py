@@ -48,6 +48,9 @@ def test_a_reference_that_no_node_can_hold_is_refused_before_the_stages_in_front
     ):
         _check_room(command, plan)
     _check_room("synthesize", plan)
+    plan, _ = make_run(tmp_path, "steer.use_gpu=true", "steer.num_workers=9")
+    with pytest.raises(UserError, match=r"the training of steer needs .*steer.num_workers"):
+        _check_room("steer", plan)
     plan, _ = make_run(tmp_path, *sharded[1:])
     _check_room(command, plan)
 

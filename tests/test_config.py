@@ -210,6 +210,8 @@ def test_what_is_no_text_is_read_as_yaml(override: str, value: object) -> None:
             "serve.configurations: found true (or on, yes), which is no number",
         ),
         ("steer.answers={list: a, text: b, scores: {x: y}, scale: [5, 1]}", "steer.answers.scale: found [5.0, 1.0]"),
+        ("steer.embedder={model: m, engine: {dtype: float32}}", "engine: the embedder is run by transformers"),
+        ("steer.embedder={model: m, endpoint: {base_url: 'http://x/v1'}}", "endpoint: the embedder is run by"),
         ("serve.frontend.ssl_keyfile=k", "not vLLM; put a server with TLS in front of serve.port"),
         ("serve.frontend.port=9", "port: would do nothing, since Ray Serve listens here and not vLLM; give serve.host"),
         ("serve.frontend.allowed_origins=http://a", "allowed_origins: found 'http://a'; expected a list of texts"),

@@ -20,7 +20,7 @@ from cpt_ray.plan import Plan, make_plan, plan_units, run_info
 from cpt_ray.synthesis.stage import name_shards, synthesize
 from cpt_ray.tables.rundir import RunDir
 from tests import toy
-from tests.builders import LEVELS
+from tests.builders import LEVELS, rubric_dict
 from tests.fake_runs import GIVEN, MOOD, level_in, make_run
 from tests.local_cluster import ROOT
 
@@ -105,6 +105,17 @@ def test_units_files_and_tokens_are_those_that_a_run_then_has(tmp_path: Path, ov
         first = len(plan.prompts_of("train")) * 3
         assert ledger["write"]["rows_in"] == (first if "synthesis.grids=2" not in overrides else 2 * first)
         assert stages["judge"].requests >= len(model.judged)
+
+
+def test_judges_but_the_first_are_estimated_by_judged_rubrics_alone(tmp_path: Path) -> None:
+    measure = {"name": "word_count", "values": {"low": 4, "mid": 6, "high": 8}}
+    size = {"name": "size", "weight": 100, "descriptors": {name: f"{name} size" for name in LEVELS}, "measure": measure}
+    second = rubric_dict(id="size", title="Size", criteria=[size])
+    plan, run = make_run(tmp_path, 'judges=[{"model": "other"}]', second=second, criteria=[JUDGED])
+    stages, ledger = estimated(plan, run), synthesized(plan, run, Model())
+    rows = {name: ledger[name]["rows_in"] for name in ("judge", "judge-2")}
+    assert rows == {name: stages[name].rows for name in rows}
+    assert rows["judge"] == 3 * rows["judge-2"]  # by the measure all answers, which are half each rubric's
 
 
 @pytest.mark.parametrize("ask", ["levels", "prompt"])

@@ -210,11 +210,11 @@ class Estimate:
         """Rows of the ledger are (answer, rubric). Measured rubrics grade every answer, judged ones those that were
         written to them and, where a prompt then lacks a level, the others: that is the difference to `most`. Judges but
         the first grade by judged rubrics alone."""
-        num_judged = len(self._judged)
-        num_rubrics = len(self.plan.rubrics) if of.name == "judge" else num_judged
+        num_rubrics, num_judged = len(self.plan.rubrics), len(self._judged)
+        num_measured = num_rubrics - num_judged if of.name == "judge" else 0
         share = 1 / num_rubrics if self.plan.config.synthesis.ask == "levels" else 1.0
-        rows = round(answers[0] * (num_rubrics - num_judged + share * num_judged))
-        stage = self._stage(of, rows, answers[1] * num_rubrics)
+        rows = round(answers[0] * (num_measured + share * num_judged))
+        stage = self._stage(of, rows, answers[1] * (num_measured + num_judged))
         stage.role = stage.role if self._judged else "writer"
         assert isinstance(of.model, JudgeConfig)
         asked = (round(share * answers[0]), answers[1])

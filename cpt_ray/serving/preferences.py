@@ -47,8 +47,8 @@ MAX_IN_ENGINE = 64
 """Answers that are scored at a time, so that chats still get their share of the engine."""
 UNKNOWN = Refusal(status=404, code="preferences_not_found", text="There are no such preferences (of this API key).")
 FULL = Refusal(status=403, code="preferences_full", text=f"This API key has {MAX_STATES} preferences; delete some.")
-Result = TypeVar("Result")
 WRONG_METHOD = Refusal(status=405, code="method_not_allowed", text="/v1/preferences takes GET, POST and DELETE.")
+Result = TypeVar("Result")
 
 
 class EngineScorer:
